@@ -1,0 +1,1 @@
+"""Image Conductor: one image, a prompt and drawn trajectories become a video."""

@@ -1,0 +1,35 @@
+"""What steers a video: drawn trajectories, their flow map, and the first frame."""
+
+from imageconductor.conditioning.first_frame import (
+    cover_crop,
+    encode_first_frame,
+    first_frame_condition,
+    load_image,
+    to_pixels,
+)
+from imageconductor.conditioning.flow_map import FlowMapConvention, flow_map, flow_map_of
+from imageconductor.conditioning.presets import (
+    CAMERA_PRESETS,
+    OBJECT_PRESETS,
+    PRESET_HELP,
+    camera_preset,
+    object_preset,
+)
+from imageconductor.conditioning.trajectories import Trajectories
+
+__all__ = [
+    "CAMERA_PRESETS",
+    "OBJECT_PRESETS",
+    "PRESET_HELP",
+    "FlowMapConvention",
+    "Trajectories",
+    "camera_preset",
+    "cover_crop",
+    "encode_first_frame",
+    "first_frame_condition",
+    "flow_map",
+    "flow_map_of",
+    "load_image",
+    "object_preset",
+    "to_pixels",
+]

@@ -1,0 +1,329 @@
+"""Configuration: dataclass defaults -> YAML -> `key=value` overrides -> a plain dataclass.
+
+The schema lives beside the thing it configures; this module only fills it in. Nothing of OmegaConf leaves it: callers
+get an instance of their own dataclass. Every fault of the user's (an unknown key, a wrong type, a value that
+`__post_init__` refuses, a file that is not there) is a `ValueError` of one line that says where it came from.
+
+A field may be bool, int, float, str, Path, an Enum (by name or by value), a Literal, `X | None`, list, dict,
+`tuple[int, int]` (the length is checked), `tuple[int, ...]`, or another dataclass. One without a default must be given.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import io
+import os
+import re
+import textwrap
+import tokenize
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path, PurePath
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeGuard,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+
+
+class _Setting(NamedTuple):
+    """One value to set: where in the schema, to what, and who said so (a file, or an override)."""
+
+    keys: tuple[str, ...]
+    value: Any
+    hint: Any
+    source: str
+
+
+class _Field(NamedTuple):
+    """One setting that the schema offers."""
+
+    key: str
+    hint: Any
+    default: Any
+    comment: str
+
+
+def load(schema: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
+    """An instance of `schema`: its defaults, changed by the YAML file, then by `key=value` overrides with dotted keys.
+
+    Raises:
+        ValueError: in one line, naming the file or override, the key, and what was expected.
+    """
+    config = OmegaConf.structured(schema)
+    settings = [] if path is None else list(_settings(schema, _read(path), schema, (), str(path)))
+    settings += [setting for text in overrides for setting in _parse_override(schema, text)]
+    for setting in settings:
+        nested = setting.value
+        for key in reversed(setting.keys):
+            nested = {key: nested}
+        try:
+            _check_text(setting)
+            config = OmegaConf.merge(config, nested)
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            raise ValueError(_wrong_type(setting)) from error
+    source = str(path or f"{schema.__name__} defaults") + (f" with {' '.join(overrides)}" if overrides else "")
+    try:
+        if missing := sorted(OmegaConf.missing_keys(config)):
+            raise ValueError(f"needs a value for {', '.join(missing)}")
+        return cast(T, OmegaConf.to_object(config))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:  # __post_init__, or a dangling ${interpolation}
+        raise ValueError(f"{source}: {_one_line(error)}") from error
+
+
+def save(config: "DataclassInstance", path: Path) -> None:
+    """Write `config` as YAML from which `load` makes an equal one; whoever reads meanwhile never sees half a file."""
+    text = OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def command_line(
+    schema: type[T],
+    description: str,
+    argv: Sequence[str] | None = None,
+    parents: Sequence[argparse.ArgumentParser] = (),
+) -> tuple[T, argparse.Namespace]:
+    """The config that `--config FILE key=value ...` asks for, and all parsed arguments; a fault ends the program.
+
+    Args:
+        schema: the dataclass to fill; `--help` lists its fields, their defaults and the comments beside them.
+        description: what the command does.
+        argv: the arguments, `sys.argv[1:]` when None.
+        parents: parsers (made with `add_help=False`) whose further options the command takes.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=describe(schema),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=list(parents),
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file; what it leaves out keeps its default")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes one setting; wins over the file")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        return load(schema, args.config, args.overrides), args
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def describe(schema: type["DataclassInstance"]) -> str:
+    """One line per setting of `schema`: key=default, type, and `metadata["help"]` or the comment beside the field."""
+    lines = ["settings, as key=value here or nested in the YAML file:"]
+    for key, hint, default, comment in _fields(schema):
+        text = "..." if default is dataclasses.MISSING else "null" if default is None else str(_plain(default))
+        needed = "required, " if default is dataclasses.MISSING else ""
+        line = f"{f'  {key}={text}':<36} {needed}{_type_name(hint)}{'. ' + comment if comment else ''}"
+        lines += textwrap.wrap(line, width=118, subsequent_indent=" " * 37, break_long_words=False)
+    return "\n".join(lines)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The YAML file as plain containers, interpolations kept."""
+    try:
+        node = OmegaConf.load(io.StringIO(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such config file") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a UTF-8 text file") from error
+    except YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {_yaml_fault(error)}") from error
+    except OSError as error:  # the system's, of a folder or a locked file; OmegaConf's, of a lone scalar
+        raise ValueError(f"{path}: not a readable YAML mapping: {_one_line(error)}") from error
+    plain = OmegaConf.to_container(node, resolve=False)
+    if not isinstance(plain, dict):
+        raise ValueError(f"{path}: expected a mapping of settings at the top, got a {type(plain).__name__}")
+    return cast("dict[str, Any]", plain)
+
+
+def _parse_override(schema: type["DataclassInstance"], text: str) -> list[_Setting]:
+    key, equals, raw = text.partition("=")
+    source = f"override '{text}'"
+    if not equals or not key:
+        raise ValueError(f"{source}: must read key=value")
+    keys = tuple(key.split("."))
+    hint: Any = schema
+    for depth, part in enumerate(keys):
+        hint = _child(schema, hint, keys[:depth], part, source)
+    return list(_settings(schema, _parse_value(raw, hint, source), hint, keys, source))
+
+
+def _parse_value(raw: str, hint: Any, source: str) -> Any:
+    """`raw` as YAML; for text and paths as written, so that `prompt=a: b` and `name=no` mean what they say."""
+    is_quoted = len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "'\""
+    if _required(hint) in (str, Path) and not is_quoted and not (_is_optional(hint) and raw in ("null", "~")):
+        return raw
+    try:
+        plain = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)
+    except YAMLError as error:
+        raise ValueError(f"{source}: not valid YAML: {_yaml_fault(error)}") from error
+    return cast("dict[str, Any]", plain)["value"]
+
+
+def _settings(
+    schema: type["DataclassInstance"], value: Any, hint: Any, keys: tuple[str, ...], source: str
+) -> Iterator[_Setting]:
+    """The values inside `value`, one by one, so that a fault in one can be named; unknown keys are refused here."""
+    inner = _required(hint)
+    has_names = _is_schema(inner) or (get_origin(inner) is dict and get_args(inner)[0] is str)
+    if has_names and value and isinstance(value, Mapping):
+        for key, member in cast("Mapping[Any, Any]", value).items():
+            child = _child(schema, inner, keys, str(key), source)
+            yield from _settings(schema, member, child, (*keys, str(key)), source)
+        return
+    if get_origin(inner) is list and isinstance(value, list):
+        # A list is set whole; this only looks for unknown keys.
+        for index, member in enumerate(cast("list[Any]", value)):
+            list(_settings(schema, member, get_args(inner)[0], (*keys, str(index)), source))
+    yield _Setting(keys, value, hint, source)
+
+
+def _child(schema: type["DataclassInstance"], hint: Any, keys: tuple[str, ...], key: str, source: str) -> Any:
+    """The type of member `key` of a setting of type `hint`."""
+    inner = _required(hint)
+    if get_origin(inner) is dict:
+        return get_args(inner)[1]
+    if not _is_schema(inner):
+        raise ValueError(
+            f"{source}: {'.'.join(keys)} is {_type_name(hint)} and has no key '{key}' inside; give it whole"
+        )
+    hints = get_type_hints(inner)
+    names = [field.name for field in dataclasses.fields(inner)]
+    if key in names:
+        return hints[key]
+    prefix = ".".join(keys) + "." if keys else ""
+    if close := difflib.get_close_matches(key, names, n=1):
+        advice = f"did you mean '{prefix}{close[0]}'?"
+    elif elsewhere := [field.key for field in _fields(schema) if field.key.rpartition(".")[2] == key]:
+        advice = f"did you mean '{elsewhere[0]}'?"
+    else:
+        advice = f"there {'are' if len(names) > 1 else 'is'} {', '.join(names)}"
+    raise ValueError(f"{source}: unknown key '{prefix}{key}'; {advice}")
+
+
+def _check_text(setting: _Setting) -> None:
+    """Refuse a number or a switch where text is wanted: OmegaConf would take `name: no` for the text 'False'."""
+    if _required(setting.hint) in (str, Path) and isinstance(setting.value, bool | int | float):
+        raise TypeError("not text")
+
+
+def _wrong_type(setting: _Setting) -> str:
+    key, value, expected = ".".join(setting.keys), setting.value, _type_name(setting.hint)
+    got = "null" if value is None else f"{value!r} ({type(value).__name__})"
+    advice = "; put quotes around text" if _required(setting.hint) in (str, Path) and value is not None else ""
+    return f"{setting.source}: {key} must be {expected}, got {got}{advice}"
+
+
+def _yaml_fault(error: YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    place = f"line {mark.line + 1}: " if mark is not None else ""
+    return place + str(getattr(error, "problem", None) or _one_line(error))
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip().split("\n    full_key:")[0].replace("\n", " ")
+    key = getattr(error, "full_key", None)  # of OmegaConf's own errors
+    return f"{key}: {text}" if key else text
+
+
+def _type_name(hint: Any) -> str:
+    """The type in one phrase: `int`, `tuple[int, int]`, `float | None`, `one of 'a', 'b'`."""
+    if _required(hint) is not hint:
+        return f"{_type_name(_required(hint))} | None"
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return f"one of {', '.join(str(_plain(member)) for member in hint)}"
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(repr, get_args(hint)))}"
+    if isinstance(hint, type) and not get_args(hint):
+        return hint.__name__
+    return re.sub(r"\w[\w.<>]*\.(\w+)", r"\1", str(hint))  # list[package.module.Track] -> list[Track]
+
+
+def _is_schema(hint: Any) -> "TypeGuard[type[DataclassInstance]]":
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def _is_optional(hint: Any) -> bool:
+    return type(None) in get_args(hint)
+
+
+def _required(hint: Any) -> Any:
+    """`X` of `X | None`; anything else as it is."""
+    members = [member for member in get_args(hint) if member is not type(None)]
+    return members[0] if _is_optional(hint) and len(members) == 1 else hint
+
+
+def _plain(value: Any) -> Any:
+    """`value` in the types YAML has: a Path as text, an Enum by its text value, else by name, a tuple as a list."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(member) for key, member in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_plain(member) for member in cast("Sequence[Any]", value)]
+    if isinstance(value, Enum):
+        return value.value if isinstance(value.value, str) else value.name
+    return str(value) if isinstance(value, PurePath) else value
+
+
+def _fields(schema: type["DataclassInstance"], given: Any = None, prefix: str = "") -> Iterator[_Field]:
+    """Every setting of `schema` with its default (its value in the instance `given`), nested ones in place."""
+    hints, comments = get_type_hints(schema), _comments(schema)
+    for field in dataclasses.fields(schema):
+        hint = hints[field.name]
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = default if given is None else getattr(given, field.name)
+        inner = _required(hint)
+        if not _is_schema(inner) or default is None:
+            comment = field.metadata.get("help") or comments.get(field.name, "")
+            yield _Field(prefix + field.name, hint, default, comment)
+        if _is_schema(inner):
+            nested = None if default is dataclasses.MISSING else default
+            yield from _fields(inner, nested, f"{prefix}{field.name}.")
+
+
+def _comments(schema: type) -> dict[str, str]:
+    """The comment beside each field of a dataclass, or the lines of comment right above it."""
+    found: dict[str, str] = {}
+    for owner in reversed(schema.__mro__):
+        try:
+            source = textwrap.dedent(inspect.getsource(owner))
+        except (OSError, TypeError):
+            continue
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        comments = {token.start: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+        by_line = {line: text for (line, _), text in comments.items()}
+        own_line = {line for line, column in comments if not source.splitlines()[line - 1][:column].strip()}
+        body = cast(ast.ClassDef, ast.parse(source).body[0]).body
+        for node in body:
+            if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+                continue
+            above = node.lineno - 1
+            while above in own_line:
+                above -= 1
+            block = " ".join(by_line[line] for line in range(above + 1, node.lineno))
+            found[node.target.id] = by_line.get(node.end_lineno or node.lineno) or block
+    return found

@@ -1,0 +1,1 @@
+"""Clips as training reads them; the sprite world."""

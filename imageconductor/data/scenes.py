@@ -1,0 +1,182 @@
+"""One clip of the sprite world: its exact tracks, and its picture.
+
+World coordinates are the pixels of frame 0. A similarity per frame (the camera) takes them to the pixels of that frame;
+a sprite adds a translation of its own. So the track of any point, and whether it is visible, follow in closed form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imageconductor.data.backgrounds import Background, render_background
+from imageconductor.data.shapes import EXTENT, SPRITE_COLOURS, signed_distance
+
+
+@dataclass(frozen=True)
+class Sprite:
+    """A coloured shape that moves without turning.
+
+    Attributes:
+        shape, colour: names.
+        outline: RGB in [0, 255].
+        radius: world pixels.
+        tilt: radians, clockwise on the screen.
+        path: (T, 2), its centre per frame, world coordinates.
+        motion: as captions say it, "moves left".
+    """
+
+    shape: str
+    colour: str
+    outline: tuple[float, float, float]
+    radius: float
+    tilt: float
+    path: np.ndarray
+    motion: str = "stays still"
+
+    @property
+    def name(self) -> str:
+        """As captions say it, "red circle"."""
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The analytic description of one clip.
+
+    Attributes:
+        size: (W, H).
+        camera: (T, 2, 3), world coordinates to pixels; the identity in frame 0.
+        sprites: later ones are in front.
+        background: a function of world coordinates.
+        caption: lower case.
+        camera_motion: as captions say it, "pans left".
+    """
+
+    size: tuple[int, int]
+    camera: np.ndarray
+    sprites: tuple[Sprite, ...]
+    background: Background
+    caption: str
+    camera_motion: str = "stays still"
+
+    @property
+    def num_frames(self) -> int:
+        """T."""
+        return len(self.camera)
+
+    def on_sprite(self, points: Tensor | np.ndarray) -> Tensor:
+        """(N,) int64: the foremost sprite under each point of frame 0, -1 for the background; points (N, 2) pixels."""
+        world = torch.as_tensor(points, dtype=torch.float64)
+        index = torch.full(world.shape[:-1], -1, dtype=torch.int64)
+        for s in range(len(self.sprites)):
+            index[self._inside(s, world[:, None])[:, 0]] = s
+        return index
+
+    def track(self, points: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
+        """Where points of frame 0 go.
+
+        Args:
+            points: (N, 2) xy in pixels of frame 0. A point on a sprite moves with it and the camera, others
+                with the camera.
+
+        Returns:
+            points (N, T, 2) float32 pixels, and visible (N, T) bool: inside the frame, which is
+            [-0.5, W - 0.5) x [-0.5, H - 0.5), and not covered by a sprite in front.
+
+        Raises:
+            ValueError: if the points are not (N, 2).
+        """
+        start = torch.as_tensor(points, dtype=torch.float64)
+        if start.ndim != 2 or start.shape[1] != 2:
+            raise ValueError(f"points must be (N, 2), got {tuple(start.shape)}")
+        return self._follow(start, self.on_sprite(start))
+
+    def object_centres(self) -> tuple[Tensor, Tensor]:
+        """The sprites' centres: (S, T, 2) float32 pixels, and visible (S, T) bool as in `track`."""
+        start = np.array([sprite.path[0] for sprite in self.sprites]).reshape(-1, 2)
+        return self._follow(torch.from_numpy(start), torch.arange(len(self.sprites)))
+
+    def _follow(self, start: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+        still = np.zeros((1, self.num_frames, 2))
+        moves = torch.from_numpy(np.concatenate([still, *[(s.path - s.path[0])[None] for s in self.sprites]]))
+        world = start[:, None] + moves[owner + 1]  # (N, T, 2)
+        camera = torch.from_numpy(self.camera)
+        pixels = torch.einsum("tij,ntj->nti", camera[:, :, :2], world) + camera[:, :, 2]
+        limit = torch.tensor(self.size, dtype=torch.float64) - 0.5
+        visible = ((pixels >= -0.5) & (pixels < limit)).all(-1)
+        for s in range(len(self.sprites)):
+            visible &= ~(self._inside(s, world) & (owner < s)[:, None])
+        return pixels.float(), visible
+
+    def _inside(self, s: int, world: Tensor) -> Tensor:
+        """(N, T) bool: is the world point (N, T, 2) of frame t inside sprite s in frame t; T = 1 means frame 0."""
+        sprite = self.sprites[s]
+        offset = world - torch.from_numpy(sprite.path[: world.shape[1]])
+        turn = torch.from_numpy(rotation(-sprite.tilt) / sprite.radius)
+        return signed_distance(sprite.shape, offset @ turn.T) < 0
+
+
+def rotation(angle: float) -> np.ndarray:
+    """Rotation matrix (2, 2), clockwise on the screen for a positive angle, since y points down."""
+    return np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+
+
+def _paint(frames: Tensor, sprite: Sprite, camera: np.ndarray) -> None:
+    """Blend one sprite over frames (3, T, H, W) float, in place, looking only at a window around it."""
+    height, width = frames.shape[2:]
+    scale = np.hypot(camera[:, 0, 0], camera[:, 1, 0])  # (T,)
+    centre = np.einsum("tij,tj->ti", camera[:, :, :2], sprite.path) + camera[:, :, 2]
+    reach = math.ceil(EXTENT * sprite.radius * scale.max()) + 1
+    span = np.arange(-reach, reach + 1)
+    x = np.round(centre[:, :1]).astype(np.int64) + span  # (T, P)
+    y = np.round(centre[:, 1:]).astype(np.int64) + span
+    t, row, column = np.nonzero(((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :])
+    if not len(t):
+        return
+    x, y = x[t, column], y[t, row]  # (n,) every pixel of the windows that lies in the frame
+    pixel = np.stack([x, y], axis=-1) - centre[t]
+    inverse = rotation(-sprite.tilt) @ np.linalg.inv(camera[:, :, :2]) / sprite.radius  # (T, 2, 2)
+    local = np.einsum("nij,nj->ni", inverse[t], pixel).astype(np.float32)
+    size_px = torch.from_numpy((sprite.radius * scale)[t].astype(np.float32))
+    distance = signed_distance(sprite.shape, torch.from_numpy(local)) * size_px
+    near = torch.nonzero(distance < 0.5)[:, 0]
+    distance, size_px = distance[near], size_px[near]
+    cover = (0.5 - distance).clamp_(0, 1)  # the share of the pixel inside an edge at that distance
+    fill = (0.5 - distance - 0.15 * size_px).clamp_(0, 1)
+    where = torch.from_numpy((t * height + y) * width + x)[near]
+    for c in range(3):
+        edge, inner = float(sprite.outline[c]), float(SPRITE_COLOURS[sprite.colour][c])
+        channel = frames[c].view(-1)
+        below = channel[where]
+        channel[where] = below + (edge + (inner - edge) * fill - below) * cover
+
+
+def render(scenes: Sequence[Scene]) -> Tensor:
+    """Draw scenes of one size and length.
+
+    Clips are drawn one by one: that keeps each in the cache, and makes a clip's bytes independent of its batch.
+
+    Returns:
+        (B, 3, T, H, W) uint8.
+
+    Raises:
+        ValueError: if there are no scenes or they differ in size or length.
+    """
+    if len({(scene.size, scene.num_frames) for scene in scenes}) != 1:
+        raise ValueError(f"render needs scenes of one size and length, got {[(s.size, s.num_frames) for s in scenes]}")
+    clips = []
+    for scene in scenes:
+        linear = np.linalg.inv(scene.camera[:, :, :2])
+        shift = -np.einsum("tij,tj->ti", linear, scene.camera[:, :, 2])
+        pixel_to_world = np.concatenate([linear, shift[..., None]], axis=-1)
+        frames = render_background(scene.background, pixel_to_world, scene.size)
+        for sprite in scene.sprites:
+            _paint(frames, sprite, scene.camera)
+        clips.append(frames.add_(0.5).clamp_(0, 255).to(torch.uint8))
+    return torch.stack(clips)

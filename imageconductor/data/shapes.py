@@ -1,0 +1,100 @@
+"""Signed distances and colours of the sprites.
+
+Every shape has its area centroid at the origin, fits into a circle of radius `EXTENT`, and is upright in image axes (y
+down).
+Outside a shape the distances are exact along its edges only, which is all that one pixel of antialiasing looks at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+EXTENT = 1.3  # no shape reaches farther from its centre, in units of its radius
+
+_HEART_CENTROID = (0.25 + (math.pi / 8) * (0.75 + 1 / (3 * math.pi))) / (0.5 + math.pi / 8)  # above its tip, unit heart
+
+
+def _circle(x: Tensor, y: Tensor) -> Tensor:
+    return torch.hypot(x, y) - 1.0
+
+
+def _square(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(x.abs(), y.abs()) - 0.87
+
+
+def _diamond(x: Tensor, y: Tensor) -> Tensor:
+    half_width, half_height = 0.88, 1.25
+    distance = half_height * x.abs() + half_width * y.abs() - half_width * half_height
+    return distance / math.hypot(half_width, half_height)
+
+
+def _triangle(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(y, 0.5 * math.sqrt(3) * x.abs() - 0.5 * y) - 0.64
+
+
+def _star(x: Tensor, y: Tensor) -> Tensor:
+    outer, inner, sector = 1.27, 0.62, math.pi / 5
+    # Five-fold symmetry with mirrors: every point has a twin in the sector between one tip and one notch.
+    angle = (torch.remainder(torch.atan2(x, -y) + sector, 2 * sector) - sector).abs()
+    radius = torch.hypot(x, y)
+    notch_x, notch_y = inner * math.cos(sector), inner * math.sin(sector)
+    edge_x, edge_y = notch_x - outer, notch_y
+    distance = edge_y * (radius * torch.cos(angle) - outer) - edge_x * radius * torch.sin(angle)
+    return distance / math.hypot(edge_x, edge_y)
+
+
+def _heart(x: Tensor, y: Tensor) -> Tensor:
+    scale = 1.75  # a unit square standing on its tip with a half disc on each upper side, area 0.89
+    x, y = x.abs() / scale, _HEART_CENTROID - y / scale
+    lobe = torch.hypot(x - 0.25, y - 0.75) - math.sqrt(0.125)
+    along = 0.5 * (x + y).clamp_min(0.0)  # foot of the perpendicular on the lower side
+    side = torch.minimum(torch.hypot(x, y - 1.0), torch.hypot(x - along, y - along)) * torch.sign(x - y)
+    return scale * torch.where(x + y > 1.0, lobe, side)
+
+
+def _cross(x: Tensor, y: Tensor) -> Tensor:
+    length, half_width = 1.12, 0.42
+    x, y = x.abs(), y.abs()
+    return torch.minimum(
+        torch.maximum(x - length, y - half_width),
+        torch.maximum(x - half_width, y - length),
+    )
+
+
+SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "diamond": _diamond,
+    "heart": _heart,
+    "cross": _cross,
+}
+
+SPRITE_COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (228, 32, 44),
+    "orange": (255, 128, 0),
+    "yellow": (255, 222, 24),
+    "green": (22, 172, 64),
+    "cyan": (20, 214, 230),
+    "blue": (34, 74, 236),
+    "purple": (140, 40, 212),
+    "pink": (255, 92, 184),
+}
+
+
+def signed_distance(shape: str, points: Tensor) -> Tensor:
+    """Distance to the outline of a shape of radius 1, negative inside.
+
+    Args:
+        shape: a key of `SHAPES`.
+        points: (..., 2), from the shape's centre, in units of its radius, y down.
+
+    Returns:
+        (...), same unit.
+    """
+    return SHAPES[shape](points[..., 0], points[..., 1])

@@ -1,0 +1,294 @@
+"""The sprite world: endless synthetic clips with exact trajectories, on which the whole method is trained and measured.
+
+This file draws the lots; `scenes.py` says what a clip is and draws it, `shapes.py` and `backgrounds.py` what it holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+
+from imageconductor.data.backgrounds import BACKGROUND_COLOURS, PATTERNS, sample_background
+from imageconductor.data.scenes import Scene, Sprite, render, rotation
+from imageconductor.data.shapes import EXTENT, SHAPES, SPRITE_COLOURS
+
+__all__ = [
+    "Scene",
+    "Sprite",
+    "SpriteDataset",
+    "SpriteSet",
+    "SpriteWorldConfig",
+    "caption_words",
+    "captions",
+    "render",
+    "sample_scene",
+]
+
+_STILL = "stays still"
+_CAMERA_MOVES = (("pan",), ("zoom",), ("roll",), ("pan", "zoom"), ("pan", "roll"))
+_CAMERA_SHARES = (0.5, 0.16, 0.1, 0.14, 0.1)
+
+
+class SpriteSet(str, Enum):
+    """What moves: the camera (the RealEstate10K role), both (the WebVid role), or the sprites alone (evaluation)."""
+
+    CAMERA = "camera"
+    MIXED = "mixed"
+    OBJECT = "object"
+
+
+@dataclass(frozen=True)
+class SpriteWorldConfig:
+    """One endless set of clips.
+
+    Lengths are fractions of the frame's short side, ranges are (low, high) over a whole clip.
+
+    Attributes:
+        size: (W, H) in pixels.
+        kind: which motions occur.
+        max_sprites: 1..3, each count equally often.
+        camera_pan, camera_zoom, camera_roll_deg: how far the camera goes (fraction, ratio >= 1, degrees).
+        sprite_radius, sprite_travel: fractions.
+        still_prob: in the mixed set, how often the camera (and, apart from the first, a sprite) stays still.
+        caption_motion_prob: how often a caption also says what moves.
+        grid: the dataset gives grid x grid tracks.
+        seed: of the whole set.
+    """
+
+    size: tuple[int, int] = (64, 64)
+    num_frames: int = 16
+    kind: SpriteSet = SpriteSet.MIXED
+    max_sprites: int = 2
+    camera_pan: tuple[float, float] = (0.15, 0.35)
+    camera_zoom: tuple[float, float] = (1.2, 1.5)
+    camera_roll_deg: tuple[float, float] = (12.0, 28.0)
+    sprite_radius: tuple[float, float] = (0.09, 0.15)
+    sprite_travel: tuple[float, float] = (0.15, 0.4)
+    still_prob: float = 0.15
+    caption_motion_prob: float = 0.5
+    grid: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", SpriteSet(self.kind))
+        for name in ("size", "camera_pan", "camera_zoom", "camera_roll_deg", "sprite_radius", "sprite_travel"):
+            value = tuple(getattr(self, name))  # YAML gives lists
+            object.__setattr__(self, name, value)
+            if len(value) != 2:
+                raise ValueError(f"{name} needs two values, got {value}")
+            if name != "size" and not 0 <= value[0] <= value[1]:
+                raise ValueError(f"{name} must be a range with 0 <= low <= high, got {value}")
+        if min(self.size) < 16:
+            raise ValueError(f"size must be at least 16 x 16 pixels, got {self.size}")
+        if self.num_frames < 1:
+            raise ValueError(f"num_frames must be at least 1, got {self.num_frames}")
+        if not 1 <= self.max_sprites <= 3:
+            raise ValueError(f"max_sprites must be 1, 2 or 3, got {self.max_sprites}")
+        if self.camera_zoom[0] < 1:
+            raise ValueError(f"camera_zoom is a ratio of at least 1, got {self.camera_zoom}")
+        if not 0 < self.sprite_radius[0] <= self.sprite_radius[1] <= 0.3:
+            raise ValueError(f"sprite_radius must lie in (0, 0.3], got {self.sprite_radius}")
+        for name in ("still_prob", "caption_motion_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.grid < 1:
+            raise ValueError(f"grid must be at least 1, got {self.grid}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+
+
+def _profile(rng: np.random.Generator, num_frames: int) -> tuple[np.ndarray, bool]:
+    """How a motion unfolds, (T,) from 0 to at most 1: constant, eased, or there and back (then the flag is true)."""
+    time = np.linspace(0, 1, num_frames) if num_frames > 1 else np.zeros(1)
+    form = rng.choice(3, p=(0.45, 0.45, 0.1))
+    if form == 2:
+        return 0.75 * np.sin(np.pi * time) ** 2, True
+    return (time if form == 0 else time * time * (3 - 2 * time)), False
+
+
+def _direction_words(direction: np.ndarray) -> str:
+    """Image directions in words: "left", "up and left"."""
+    across = "right" if direction[0] > 0 else "left"
+    along = "down" if direction[1] > 0 else "up"
+    slope = abs(direction[1]) / max(abs(direction[0]), 1e-9)
+    if slope < math.tan(math.pi / 8):
+        return across
+    return along if slope > math.tan(3 * math.pi / 8) else f"{along} and {across}"
+
+
+def _direction(rng: np.random.Generator) -> np.ndarray:
+    angle = rng.uniform(0, 2 * math.pi)
+    return np.array([math.cos(angle), math.sin(angle)])
+
+
+def _still_camera(num_frames: int) -> np.ndarray:
+    return np.tile(np.eye(2, 3), (num_frames, 1, 1))
+
+
+def _sample_camera(rng: np.random.Generator, config: SpriteWorldConfig) -> tuple[np.ndarray, str]:
+    """World to pixels, (T, 2, 3), and words: a pan, a zoom, a roll, or a pan with a little of another."""
+    moves = _CAMERA_MOVES[rng.choice(len(_CAMERA_MOVES), p=_CAMERA_SHARES)]
+    profile, returns = _profile(rng, config.num_frames)
+    strength = profile * (1.0 if len(moves) == 1 else 0.7)
+    short = min(config.size)
+    centre = (np.array(config.size) - 1) / 2
+    pan, log_zoom, roll, words = np.zeros(2), 0.0, 0.0, []
+    if "pan" in moves:
+        direction = _direction(rng)
+        pan = direction * short * rng.uniform(*config.camera_pan)
+        words.append(f"pans {_direction_words(direction)}")
+    if "zoom" in moves:
+        inwards = rng.random() < 0.5
+        log_zoom = math.log(rng.uniform(*config.camera_zoom)) * (1 if inwards else -1)
+        words.append("zooms in" if inwards else "zooms out")
+    if "roll" in moves:
+        clockwise = rng.random() < 0.5
+        roll = math.radians(rng.uniform(*config.camera_roll_deg)) * (1 if clockwise else -1)
+        words.append("rolls clockwise" if clockwise else "rolls counterclockwise")
+    camera = _still_camera(config.num_frames)
+    for t in range(1, config.num_frames):  # the picture turns and shifts against the camera
+        camera[t, :, :2] = math.exp(log_zoom * strength[t]) * rotation(-roll * strength[t])
+        camera[t, :, 2] = centre - camera[t, :, :2] @ (centre + pan * strength[t])
+    return camera, " and ".join(words) + (" and returns" if returns else "")
+
+
+def _sample_path(rng: np.random.Generator, config: SpriteWorldConfig, start: np.ndarray) -> tuple[np.ndarray, str]:
+    """A sprite's centre per frame, (T, 2) world coordinates, and words: straight, an arc or an s-curve."""
+    profile, returns = _profile(rng, config.num_frames)
+    direction = _direction(rng)
+    distance = min(config.size) * rng.uniform(*config.sprite_travel)
+    half_waves = rng.integers(3)  # 0 straight, 1 arc, 2 s-curve
+    bend = np.sin(half_waves * np.pi * profile) * rng.uniform(0.12, 0.3) * rng.choice((-1, 1))
+    across = np.array([-direction[1], direction[0]])
+    path = start + distance * (profile[:, None] * direction + bend[:, None] * across)
+    return path, f"moves {_direction_words(direction)}" + (" and returns" if returns else "")
+
+
+def _place(
+    rng: np.random.Generator, config: SpriteWorldConfig, camera: np.ndarray, others: list[Sprite], radius: float
+) -> tuple[np.ndarray, str] | None:
+    """A path that starts inside the frame and clear of the others, and that stays in view if one such is soon found.
+
+    Returns:
+        (T, 2) world coordinates and words, or None if there is no room.
+    """
+    size = np.array(config.size)
+    moves = config.kind != SpriteSet.CAMERA
+    if config.kind == SpriteSet.MIXED and others:
+        moves = rng.random() >= config.still_prob
+    found = None
+    for _ in range(32):
+        margin = EXTENT * radius
+        start = rng.uniform(margin - 0.5, size - 0.5 - margin)
+        if any(np.hypot(*(start - other.path[0])) < EXTENT * (radius + other.radius) for other in others):
+            continue
+        found = _sample_path(rng, config, start) if moves else (np.tile(start, (config.num_frames, 1)), _STILL)
+        centre = np.einsum("tij,tj->ti", camera[:, :, :2], found[0]) + camera[:, :, 2]
+        if ((centre > 0.5 * radius) & (centre < size - 0.5 * radius)).all():
+            break
+    return found
+
+
+def _sample_sprites(rng: np.random.Generator, config: SpriteWorldConfig, camera: np.ndarray) -> list[Sprite]:
+    sprites: list[Sprite] = []
+    count = rng.integers(1, config.max_sprites + 1)
+    colours = rng.permutation(list(SPRITE_COLOURS))  # no colour twice, so that a caption is never ambiguous
+    shapes = rng.choice(list(SHAPES), size=count)
+    for colour, shape in zip(colours[:count], shapes, strict=True):
+        radius = min(config.size) * rng.uniform(*config.sprite_radius)
+        placed = _place(rng, config, camera, sprites, radius)
+        light, tilt = rng.random() < 0.4, math.radians(rng.uniform(-12, 12))
+        if placed is None:
+            continue
+        rgb = np.array(SPRITE_COLOURS[str(colour)], dtype=np.float64)
+        r, g, b = (0.25 * rgb + 0.75 * 255 if light else 0.28 * rgb).tolist()
+        path, words = placed
+        sprites.append(Sprite(str(shape), str(colour), (r, g, b), radius, tilt, path, words))
+    return sprites
+
+
+def sample_scene(config: SpriteWorldConfig, index: int) -> Scene:
+    """Clip number `index` of the set, the same for ever: all draws come from (config.seed, config.kind, index)."""
+    if index < 0:
+        raise ValueError(f"index must not be negative, got {index}")
+    rng = np.random.default_rng([config.seed, list(SpriteSet).index(config.kind), index])
+    fixed = config.kind == SpriteSet.OBJECT or (config.kind == SpriteSet.MIXED and rng.random() < config.still_prob)
+    camera, camera_words = (_still_camera(config.num_frames), _STILL) if fixed else _sample_camera(rng, config)
+    sprites = _sample_sprites(rng, config, camera)
+    avoid = {sprite.colour: SPRITE_COLOURS[sprite.colour] for sprite in sprites}
+    background, colours = sample_background(rng, min(config.size), avoid)
+    caption = _describe(sprites, colours, background.pattern)
+    if rng.random() < config.caption_motion_prob:
+        caption += f", the camera {camera_words}"
+        moving = [sprite for sprite in sprites if sprite.motion != _STILL]
+        if moving:
+            named = moving[rng.integers(len(moving))]
+            caption += f", the {named.name} {named.motion}"
+    return Scene(config.size, camera, tuple(sprites), background, caption, camera_words)
+
+
+def _describe(sprites: list[Sprite], colours: tuple[str, str], pattern: str) -> str:
+    things = [f"{'an' if sprite.name[0] in 'aeiou' else 'a'} {sprite.name}" for sprite in sprites]
+    listed = " and ".join(filter(None, [", ".join(things[:-1]), things[-1]]))
+    article = "an" if colours[0][0] in "aeiou" else "a"
+    return f"{listed} on {article} {colours[0]} and {colours[1]} {pattern} background"
+
+
+def captions(config: SpriteWorldConfig, count: int) -> Iterator[str]:
+    """The captions of the first `count` clips, without drawing them: what a tokenizer is trained on."""
+    return (sample_scene(config, index).caption for index in range(count))
+
+
+def caption_words() -> list[str]:
+    """Every word a caption can hold, sorted; captions hold commas besides."""
+    frame = "a an and on background the camera stays still pans moves left right up down returns"
+    turns = "zooms in out rolls clockwise counterclockwise"
+    return sorted({*frame.split(), *turns.split(), *SHAPES, *SPRITE_COLOURS, *BACKGROUND_COLOURS, *PATTERNS})
+
+
+class SpriteDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """The first `length` clips of a sprite world, drawn on demand.
+
+    A sample holds pixel_values (3, T, H, W) float32 in [-1, 1]; points (N, T, 2) float32 pixels and visible (N, T) bool
+    for a grid of N = config.grid ** 2 points of frame 0; caption; key. Take another `config.seed` for validation.
+    """
+
+    def __init__(self, config: SpriteWorldConfig, length: int = 100_000) -> None:
+        if length < 1:
+            raise ValueError(f"length must be at least 1, got {length}")
+        self.config = config
+        self.length = length
+        width, height = config.size
+        steps = (torch.arange(config.grid, dtype=torch.float64) + 0.5) / config.grid
+        y, x = torch.meshgrid(steps * height - 0.5, steps * width - 0.5, indexing="ij")
+        self.grid_points = torch.stack([x, y], dim=-1).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def scene(self, index: int) -> Scene:
+        """The exact description of a sample."""
+        if not 0 <= index < self.length:
+            raise IndexError(f"index {index} is outside 0..{self.length - 1}")
+        return sample_scene(self.config, index)
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Samples stacked along a new first axis; caption and key become lists."""
+        scenes = [self.scene(int(index)) for index in indices]
+        tracks = [scene.track(self.grid_points) for scene in scenes]
+        return {
+            "pixel_values": render(scenes).float().div_(127.5).sub_(1.0),
+            "points": torch.stack([points for points, _ in tracks]),
+            "visible": torch.stack([visible for _, visible in tracks]),
+            "caption": [scene.caption for scene in scenes],
+            "key": [f"{self.config.kind.value}-{self.config.seed}-{int(index):08d}" for index in indices],
+        }
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: value[0] for name, value in self.batch([index]).items()}

@@ -1,0 +1,1 @@
+"""The method's equations as functions of tensors."""

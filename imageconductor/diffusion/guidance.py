@@ -1,0 +1,39 @@
+"""Classifier-free and camera-free guidance as the linear combinations they are."""
+
+from torch import Tensor
+
+
+def classifier_free_guidance(eps_null: Tensor, eps_text: Tensor, text: float) -> Tensor:
+    """Prediction that follows the text more closely than the model alone.
+
+    Args:
+        eps_null: (B, C, T, h, w), prediction for the negative prompt.
+        eps_text: Likewise for the prompt.
+        text: lambda_cfg, 1 = off.
+
+    Returns:
+        (B, C, T, h, w), eps_null + lambda_cfg (eps_text - eps_null).
+
+    Source: Ho & Salimans 2022.
+    """
+    return eps_null + text * (eps_text - eps_null)
+
+
+def camera_free_guidance(
+    eps_null: Tensor, eps_base: Tensor, eps_object: Tensor, text: float, camera_free: float
+) -> Tensor:
+    """Prediction that follows the text and the object trajectories but not the camera.
+
+    Args:
+        eps_null: (B, C, T, h, w), prediction for the negative prompt by theta_0, the motion ControlNet without LoRA.
+        eps_base: For the prompt by theta_0.
+        eps_object: For the prompt by theta_trajs, the motion ControlNet under the object LoRA.
+        text: lambda_cfg, 1 = off.
+        camera_free: lambda_trajs. 0 leaves classifier-free guidance of theta_0.
+
+    Returns:
+        (B, C, T, h, w), Eq. 5.
+
+    Source: Image Conductor, section 2.5. docs/decisions.md says what lambda_trajs = 1 means.
+    """
+    return classifier_free_guidance(eps_null, eps_base, text) + camera_free * (eps_object - eps_base)

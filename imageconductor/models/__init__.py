@@ -1,0 +1,1 @@
+"""The networks: UNet, image ControlNet, motion ControlNet and its two LoRAs."""

@@ -1,0 +1,131 @@
+"""Published `.ckpt` files and their key names.
+
+Source: the key names of the released modules, instantiated; `docs/decisions.md` has the map in words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
+from imageconductor.models.lora import Adapter, activate, attach_adapter
+from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
+from imageconductor.models.weights import copy_weights, unwrap
+
+PUBLISHED_ADAPTERS = {"cmcm_weights": Adapter.CAMERA, "omcm_weights": Adapter.OBJECT}
+PUBLISHED_MOTION_NORM_GROUPS = 32
+"""The released motion modules normalise in 32 groups whatever the spatial layers do."""
+
+_LORA_KEY = re.compile(r"^(?P<layer>.+)\.lora_(?P<side>[AB])\.(?P<adapter>\w+)\.weight$")
+_MOTION_NAMES = (
+    (".temporal_transformer.", "."),
+    (".attention_blocks.0.", ".attn1."),
+    (".attention_blocks.1.", ".attn2."),
+    (".norms.0.", ".norm1."),
+    (".norms.1.", ".norm2."),
+    (".ff_norm.", ".norm3."),
+)
+
+
+def from_published(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[Adapter, dict[str, Tensor]]]:
+    """Base weights and LoRA weights under our names.
+
+    Sinusoidal position tables are left out: they are computed.
+
+    Raises:
+        ValueError: A LoRA goes by a name that the release does not use.
+    """
+    base: dict[str, Tensor] = {}
+    adapters: dict[Adapter, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        if key.endswith(".pe"):
+            continue
+        if match := _LORA_KEY.match(key):
+            if match["adapter"] not in PUBLISHED_ADAPTERS:
+                raise ValueError(
+                    f"unknown LoRA {match['adapter']!r} in {key}; expected {', '.join(PUBLISHED_ADAPTERS)}"
+                )
+            name = f"{_rename(match['layer'] + '.').removesuffix('.')}.lora_{match['side']}.weight"
+            adapters.setdefault(PUBLISHED_ADAPTERS[match["adapter"]], {})[name] = value
+        else:
+            base[_rename(key.replace(".base_layer.", "."))] = value
+    return base, adapters
+
+
+def _rename(key: str) -> str:
+    if ".motion_modules." in key:
+        for published, ours in _MOTION_NAMES:
+            key = key.replace(published, ours)
+    return key
+
+
+def load_published(
+    unet_state: Mapping[str, Any],
+    image_controlnet_state: Mapping[str, Any],
+    motion_controlnet_state: Mapping[str, Any],
+    *,
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280),
+    layers_per_block: int = 2,
+    cross_attention_dim: int = 768,
+    num_attention_heads: int = 8,
+    motion_num_attention_heads: int = 8,
+    norm_num_groups: int = 32,
+) -> tuple[MotionUNet, ImageControlNet, MotionControlNet]:
+    """The three networks of the published release, in eval mode, with both adapters attached and none active.
+
+    Args:
+        unet_state: Contents of `unet.ckpt`.
+        image_controlnet_state: Contents of `image_controlnet.ckpt`.
+        motion_controlnet_state: Contents of `flow_controlnet.ckpt`; LoRA ranks are read from it.
+        block_out_channels: And the rest: SD-1.5's sizes by default.
+        layers_per_block: Residual blocks a level.
+        cross_attention_dim: Width of the text embedding.
+        num_attention_heads: Heads of the spatial attention (the release's `attention_head_dim`).
+        motion_num_attention_heads: Heads of the temporal attention.
+        norm_num_groups: Groups of the spatial norms.
+
+    Raises:
+        ValueError: Keys or shapes do not match; all of them are named.
+    """
+    states = [unwrap(state) for state in (unet_state, image_controlnet_state, motion_controlnet_state)]
+    bases, adapters = zip(*(from_published(state) for state in states), strict=True)
+    sizes: dict[str, Any] = {
+        "block_out_channels": tuple(block_out_channels),
+        "layers_per_block": layers_per_block,
+        "cross_attention_dim": cross_attention_dim,
+        "motion_num_attention_heads": motion_num_attention_heads,
+        "norm_num_groups": norm_num_groups,
+        "motion_norm_num_groups": PUBLISHED_MOTION_NORM_GROUPS,
+    }
+    # Channel counts that the files state themselves are not asked for again.
+    latent = _channels(bases[0], "conv_in.weight", "the UNet checkpoint")
+    unet_config = {**SD15_ANIMATEDIFF_V3, **sizes, "num_attention_heads": num_attention_heads}
+    control_config = {**sizes, "attention_head_dim": num_attention_heads, "in_channels": latent}
+    image_channels = _channels(bases[1], "controlnet_cond_embedding.weight", "the image ControlNet checkpoint")
+    motion_channels = _channels(bases[2], "controlnet_cond_embedding.weight", "the motion ControlNet checkpoint")
+
+    unet = MotionUNet(**unet_config, in_channels=latent, out_channels=latent)
+    image_controlnet = ImageControlNet(**control_config, conditioning_channels=image_channels - 1)
+    motion_controlnet = MotionControlNet(
+        **control_config, conditioning_channels=motion_channels, concat_conditioning_mask=False
+    )
+    names = ("the UNet checkpoint", "the image ControlNet checkpoint", "the motion ControlNet checkpoint")
+    networks: tuple[nn.Module, ...] = (unet, image_controlnet, motion_controlnet)
+    for network, base, name in zip(networks, bases, names, strict=True):
+        copy_weights(network.state_dict(), base, name)
+    for adapter, state in sorted(adapters[2].items()):
+        attach_adapter(motion_controlnet, adapter, state, source=f"{names[2]}, {adapter.value} LoRA")
+    activate(motion_controlnet)
+    for network in networks:
+        network.eval().requires_grad_(False)
+    return unet, image_controlnet, motion_controlnet
+
+
+def _channels(state: Mapping[str, Tensor], key: str, source: str) -> int:
+    if key not in state:
+        raise ValueError(f"{source} has no {key}; found {len(state)} keys, among them {', '.join(list(state)[:3])}")
+    return state[key].shape[1]

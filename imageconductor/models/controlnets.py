@@ -1,0 +1,187 @@
+"""The two ControlNets: RGB SparseCtrl for the first frame, and the motion ControlNet for drawn trajectories.
+
+Neither sees the noisy latents, so both depend on (timestep, text, condition, adapter) alone and one evaluation serves
+every seed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.controlnets.controlnet_sparsectrl import SparseControlNetModel
+from einops import rearrange
+from torch import Tensor
+
+from imageconductor.conditioning.flow_map import FlowMapConvention
+from imageconductor.models.motion_module import adopt_motion_modules_, run_down_path, signature_with
+
+_Net = TypeVar("_Net", bound="SparseControlNet")
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """What a ControlNet adds to the UNet's skip connections and to its mid block.
+
+    Attributes:
+        down: One tensor a skip connection, each (B*T, C_i, h_i, w_i).
+        mid: (B*T, C, h, w).
+    """
+
+    down: tuple[Tensor, ...]
+    mid: Tensor
+
+    def __add__(self, other: Residuals) -> Residuals:
+        return Residuals(tuple(a + b for a, b in zip(self.down, other.down, strict=True)), self.mid + other.mid)
+
+    def repeat_videos(self, count: int, num_frames: int) -> Residuals:
+        """Residuals for `count` videos of each condition: B*T rows become B*count*T, copies next to each other."""
+        if count == 1:
+            return self
+
+        def repeat(x: Tensor) -> Tensor:
+            videos = rearrange(x, "(b t) c h w -> b t c h w", t=num_frames)
+            return videos.repeat_interleave(count, dim=0).flatten(0, 1)
+
+        return Residuals(tuple(repeat(x) for x in self.down), repeat(self.mid))
+
+    def videos(self, start: int, stop: int, num_frames: int) -> Residuals:
+        """Residuals of the videos start..stop-1 of the batch, as views."""
+        rows = slice(start * num_frames, stop * num_frames)
+        return Residuals(tuple(x[rows] for x in self.down), self.mid[rows])
+
+
+class SparseControlNet(SparseControlNetModel):
+    """SparseCtrl without the noisy input, which the original sets to zero; weights and config are diffusers'.
+
+    Args:
+        args: As diffusers' `SparseControlNetModel`.
+        motion_norm_num_groups: Groups of the motion modules' norm; None = `norm_num_groups`.
+        kwargs: As diffusers' `SparseControlNetModel`.
+    """
+
+    def __init__(self, *args: Any, motion_norm_num_groups: int | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register_to_config(motion_norm_num_groups=motion_norm_num_groups)
+        adopt_motion_modules_(self, motion_norm_num_groups)
+
+    __init__.__signature__ = signature_with(SparseControlNetModel.__init__, motion_norm_num_groups=None)  # type: ignore
+
+    @classmethod
+    def from_unet(cls: type[_Net], unet: Any, **overrides: Any) -> _Net:  # type: ignore[override]
+        """A ControlNet that starts from the UNet's down path and adds nothing until it is trained.
+
+        Args:
+            unet: A `MotionUNet`.
+            overrides: Config of the ControlNet where it differs from the UNet's, `conditioning_channels` above all.
+
+        Source: ControlNet's initialisation; the condition embedding and the output convolutions are zero. A
+        ControlNet's motion modules hold one attention where the UNet's hold two; the first is copied.
+        """
+        shared_keys = inspect.signature(cls.__init__).parameters.keys() & unet.config.keys()
+        config = {key: unet.config[key] for key in shared_keys if not key.startswith("_")}
+        config["attention_head_dim"] = unet.config["num_attention_heads"]  # diffusers means the number of heads.
+        net = cls(**{**config, **overrides})
+        source, target = unet.state_dict(), net.state_dict()
+        shared = {
+            key: source[key]
+            for key, value in target.items()
+            if key in source and source[key].shape == value.shape and not key.startswith("controlnet_")
+        }
+        # A single-attention block calls its feed-forward norm norm3 as the double one does; norm2 has no counterpart.
+        net.load_state_dict(shared, strict=False)
+        return net
+
+    def residuals(self, timestep: Tensor | int, encoder_hidden_states: Tensor, condition: Tensor) -> Residuals:
+        """Residuals for the UNet.
+
+        Args:
+            timestep: () or (B,) int64.
+            encoder_hidden_states: (B, L, D), text.
+            condition: (B, C, T, h, w) at latent size, mask channel included; a batch of 1 serves every text.
+        """
+        batch, num_frames = encoder_hidden_states.shape[0], condition.shape[2]
+        timesteps = torch.as_tensor(timestep, device=condition.device).expand(batch)
+        emb = self.time_embedding(self.time_proj(timesteps).to(self.dtype)).repeat_interleave(num_frames, dim=0)
+        text = encoder_hidden_states.repeat_interleave(num_frames, dim=0)
+
+        embedded = self.controlnet_cond_embedding(
+            rearrange(condition.to(self.dtype), "b c t h w -> (b t) c h w").contiguous()
+        )
+        if condition.shape[0] != batch:
+            embedded = embedded.repeat(batch, 1, 1, 1)
+        # conv_in of an all-zero sample is its bias.
+        hidden = self.conv_in.bias.view(1, -1, 1, 1) + embedded
+        hidden, skips = run_down_path(self, hidden, emb, text, num_frames)
+        hidden = self.mid_block(hidden, emb, encoder_hidden_states=text)
+        down = tuple(block(skip) for block, skip in zip(self.controlnet_down_blocks, skips, strict=True))
+        return Residuals(down, self.controlnet_mid_block(hidden))
+
+
+class ImageControlNet(SparseControlNet):
+    """RGB SparseCtrl: the first frame's latents and a mask that says which frame is given."""
+
+    def forward(  # type: ignore[override]
+        self, timestep: Tensor | int, encoder_hidden_states: Tensor, condition: Tensor, mask: Tensor
+    ) -> Residuals:
+        """Residuals that carry the appearance of the given frames.
+
+        Args:
+            timestep: () or (B,) int64.
+            encoder_hidden_states: (B, L, D).
+            condition: (B or 1, C, T, h, w), scaled latents, zero on frames that are not given.
+            mask: (B or 1, 1, T, h, w), 1 on frames that are given.
+        """
+        return self.residuals(timestep, encoder_hidden_states, torch.cat([condition, mask.to(condition)], dim=1))
+
+
+class MotionControlNet(SparseControlNet):
+    """ControlNet for flow maps of trajectories; carries the camera and the object LoRA (`models/lora.py`).
+
+    Args:
+        args: As diffusers' `SparseControlNetModel`, whose `conditioning_channels` are 2 * (pixels per latent cell)^2.
+        flow_map: Fields of `FlowMapConvention`, saved with the weights so that they are never fed another convention.
+        kwargs: Likewise.
+    """
+
+    def __init__(self, *args: Any, flow_map: dict[str, Any] | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register_to_config(flow_map=asdict(FlowMapConvention(**(flow_map or {}))))
+        self.unshuffle_factor = math.isqrt(self.config["conditioning_channels"] // 2)
+        if 2 * self.unshuffle_factor**2 != self.config["conditioning_channels"]:
+            raise ValueError(
+                f"conditioning_channels must be 2 * factor^2 (128 at SD-1.5's factor 8), "
+                f"got {self.config['conditioning_channels']}"
+            )
+
+    __init__.__signature__ = signature_with(SparseControlNet.__init__, flow_map=None)  # type: ignore
+
+    @classmethod
+    def from_unet(cls, unet: Any, pixels_per_cell: int = 8, **overrides: Any) -> MotionControlNet:
+        """A motion ControlNet that starts from the UNet; a latent cell is `pixels_per_cell` pixels wide."""
+        settings = {"conditioning_channels": 2 * pixels_per_cell**2, "concat_conditioning_mask": False}
+        return super().from_unet(unet, **{**settings, **overrides})
+
+    @property
+    def flow_convention(self) -> FlowMapConvention:
+        """How trajectories must be rasterised for these weights."""
+        return FlowMapConvention(**self.config["flow_map"])
+
+    def forward(self, timestep: Tensor | int, encoder_hidden_states: Tensor, flow: Tensor) -> Residuals:  # type: ignore[override]
+        """Residuals that carry the motion.
+
+        Args:
+            timestep: () or (B,) int64.
+            encoder_hidden_states: (B, L, D).
+            flow: (B or 1, 2, T, H, W), flow map in pixels, channel 0 = x.
+
+        Source: pixel-unshuffled per frame, channel = c*f*f + dy*f + dx, as the published modules.
+        """
+        frames = F.pixel_unshuffle(rearrange(flow, "b c t h w -> (b t) c h w"), self.unshuffle_factor)
+        return self.residuals(
+            timestep, encoder_hidden_states, rearrange(frames, "(b t) c h w -> b c t h w", t=flow.shape[2])
+        )

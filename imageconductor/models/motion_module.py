@@ -1,0 +1,119 @@
+"""The temporal transformer of AnimateDiff, normalised the way AnimateDiff and the published weights do."""
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class MotionModule(AnimateDiffTransformer3D):
+    """Temporal self-attention whose group norm sees each frame alone.
+
+    diffusers' class takes the statistics across frames, which is off by 20-50 % on the published weights, and calls
+    its projections by the keyword `input`, which peft's LoRA layers do not take. Parameters and their names are the
+    same.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: None = None,
+        timestep: None = None,
+        class_labels: None = None,
+        num_frames: int = 1,
+        cross_attention_kwargs: None = None,
+    ) -> Tensor:
+        """Features with information exchanged between frames.
+
+        Args:
+            hidden_states: (B*T, C, h, w), the frames of one video next to each other.
+            encoder_hidden_states: Not read, nor are the rest; diffusers' blocks pass them, some by position.
+            timestep: Not read.
+            class_labels: Not read.
+            num_frames: T.
+            cross_attention_kwargs: Not read.
+
+        Returns:
+            (B*T, C, h, w).
+        """
+        del encoder_hidden_states, timestep, class_labels, cross_attention_kwargs
+        height, width = hidden_states.shape[-2:]
+        sequence = rearrange(self.norm(hidden_states), "(b t) c h w -> (b h w) t c", t=num_frames)
+        sequence = self.proj_in(sequence)
+        for block in self.transformer_blocks:
+            sequence = block(sequence)
+        sequence = self.proj_out(sequence)
+        return hidden_states + rearrange(sequence, "(b h w) t c -> (b t) c h w", h=height, w=width)
+
+
+def adopt_motion_modules_(model: nn.Module, norm_num_groups: int | None = None) -> None:
+    """Turns every motion module that diffusers built inside `model` into ours, in place and with its weights.
+
+    Args:
+        model: A diffusers motion UNet or SparseCtrl network.
+        norm_num_groups: Groups of the motion modules' norm; None keeps those of the spatial layers.
+
+    Raises:
+        ValueError: The groups do not divide a motion module's channels.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, AnimateDiffTransformer3D):
+            continue
+        # The classes differ in `forward` alone, so the instance can change class and keep its parameters.
+        module.__class__ = MotionModule
+        if norm_num_groups is not None:
+            channels = module.norm.num_channels
+            if channels % norm_num_groups:
+                raise ValueError(f"{name}: {channels} channels cannot be normalised in {norm_num_groups} groups")
+            module.norm.num_groups = norm_num_groups
+
+
+def run_down_path(
+    model: Any, hidden: Tensor, emb: Tensor, text: Tensor, num_frames: int
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Last features and all skip connections of a down path; UNet and ControlNets have the same."""
+    skips: tuple[Tensor, ...] = (hidden,)
+    for block in model.down_blocks:
+        arguments = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+        hidden, outputs = block(hidden_states=hidden, temb=emb, num_frames=num_frames, **arguments)
+        skips += outputs
+    return hidden, skips
+
+
+def signature_with(base: Any, **extra: Any) -> inspect.Signature:
+    """Signature of `base` with further keyword arguments and their defaults.
+
+    diffusers reads a model's config keys from the signature of `__init__`, so a subclass that only adds a setting
+    has to show the arguments of its parent as well.
+    """
+    parameters = [p for p in inspect.signature(base).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in extra.items()]
+    return inspect.Signature([*parameters, *added])
+
+
+class Float32Attention(AttnProcessor2_0):
+    """Attention computed in float32 inside an autocast region.
+
+    On CPUs the bf16 backward pass of fused attention takes ten times as long as the float32 one, and was half of a
+    training step of the bundled model; everything around it is faster in bf16.
+    """
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Output of diffusers' processor with `scaled_dot_product_attention` in float32."""
+        with _Float32Sdpa():
+            return super().__call__(attn, hidden_states, *args, **kwargs)
+
+
+class _Float32Sdpa(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query, key, value = (x.float() for x in args[:3])
+        with torch.autocast(query.device.type, enabled=False):
+            return func(query, key, value, *args[3:], **kwargs).to(args[0].dtype)

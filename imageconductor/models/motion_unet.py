@@ -1,0 +1,138 @@
+"""The video UNet in two halves, so that branches of the guidance can share the first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_motion_model import UNetMotionModel, UNetMotionOutput
+from einops import rearrange
+from torch import Tensor
+
+from imageconductor.models.controlnets import Residuals
+from imageconductor.models.motion_module import adopt_motion_modules_, run_down_path, signature_with
+
+SD15_ANIMATEDIFF_V3: dict[str, Any] = {"cross_attention_dim": 768, "use_motion_mid_block": False}
+"""What differs from diffusers' defaults in the UNet of SD-1.5 with AnimateDiff v3 (and in the published weights)."""
+
+
+@dataclass(frozen=True)
+class UNetFeatures:
+    """What the first half of the UNet computed from (x_t, t, text), and no ControlNet can change.
+
+    Attributes:
+        skips: The 12 outputs of the down path (at SD-1.5's depth), each (B*T, C_i, h_i, w_i).
+        mid: (B*T, C, h, w), after the mid block.
+        emb: (B*T, 4*C_0), time embedding.
+        text: (B*T, L, D).
+        num_frames: T.
+    """
+
+    skips: tuple[Tensor, ...]
+    mid: Tensor
+    emb: Tensor
+    text: Tensor
+    num_frames: int
+
+    def videos(self, start: int, stop: int) -> UNetFeatures:
+        """Features of the videos start..stop-1 of the batch, as views."""
+        rows = slice(start * self.num_frames, stop * self.num_frames)
+        return UNetFeatures(
+            tuple(skip[rows] for skip in self.skips), self.mid[rows], self.emb[rows], self.text[rows], self.num_frames
+        )
+
+
+class MotionUNet(UNetMotionModel):
+    """AnimateDiff's UNet: `decode(encode(x_t, t, text), residuals)`.
+
+    ControlNet residuals join after the down path and after the mid block, so `encode` depends on (x_t, t, text) only.
+
+    Args:
+        args: As diffusers' `UNetMotionModel`.
+        motion_norm_num_groups: Groups of the motion modules' norm; None = `norm_num_groups`.
+        kwargs: As diffusers' `UNetMotionModel`.
+    """
+
+    def __init__(self, *args: Any, motion_norm_num_groups: int | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register_to_config(motion_norm_num_groups=motion_norm_num_groups)
+        adopt_motion_modules_(self, motion_norm_num_groups)
+
+    __init__.__signature__ = signature_with(UNetMotionModel.__init__, motion_norm_num_groups=None)  # type: ignore
+
+    def encode(self, sample: Tensor, timestep: Tensor | int, encoder_hidden_states: Tensor) -> UNetFeatures:
+        """Features of the down path and the mid block.
+
+        Args:
+            sample: (B, C, T, h, w), x_t.
+            timestep: () or (B,) int64.
+            encoder_hidden_states: (B, L, D), text.
+        """
+        batch, num_frames = sample.shape[0], sample.shape[2]
+        timesteps = torch.as_tensor(timestep, device=sample.device).expand(batch)
+        emb = self.time_embedding(self.time_proj(timesteps).to(self.dtype))
+        emb = emb.repeat_interleave(num_frames, dim=0)
+        text = encoder_hidden_states.repeat_interleave(num_frames, dim=0)
+
+        hidden = self.conv_in(rearrange(sample, "b c t h w -> (b t) c h w"))
+        hidden, skips = run_down_path(self, hidden, emb, text, num_frames)
+        if hasattr(self.mid_block, "motion_modules"):
+            hidden = self.mid_block(hidden, emb, encoder_hidden_states=text, num_frames=num_frames)
+        else:
+            hidden = self.mid_block(hidden, emb, encoder_hidden_states=text)
+        return UNetFeatures(skips, hidden, emb, text, num_frames)
+
+    def decode(self, features: UNetFeatures, residuals: Residuals | None = None) -> Tensor:
+        """Model output (B, C, T, h, w) of the up path, the residuals added to the features it reads."""
+        skips, hidden = features.skips, features.mid
+        if residuals is not None:
+            if len(residuals.down) != len(skips):
+                raise ValueError(f"the UNet has {len(skips)} skip connections, got {len(residuals.down)} residuals")
+            skips = tuple(skip + residual for skip, residual in zip(skips, residuals.down, strict=True))
+            hidden = hidden + residuals.mid
+
+        for block in self.up_blocks:
+            count = len(block.resnets)
+            inputs, skips = skips[-count:], skips[:-count]
+            # Named sizes keep odd latents (8x12 at four levels) in step with the skip connections.
+            size = skips[-1].shape[2:] if skips else None
+            arguments = {"encoder_hidden_states": features.text} if getattr(block, "has_cross_attention", False) else {}
+            hidden = block(
+                hidden_states=hidden,
+                res_hidden_states_tuple=inputs,
+                temb=features.emb,
+                upsample_size=size,
+                num_frames=features.num_frames,
+                **arguments,
+            )
+        hidden = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
+        return rearrange(hidden, "(b t) c h w -> b c t h w", t=features.num_frames)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | int,
+        encoder_hidden_states: Tensor,
+        down_block_additional_residuals: tuple[Tensor, ...] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNetMotionOutput | tuple[Tensor]:
+        """The whole UNet, under diffusers' argument names.
+
+        Args:
+            sample: (B, C, T, h, w).
+            timestep: () or (B,) int64.
+            encoder_hidden_states: (B, L, D).
+            down_block_additional_residuals: Summed residuals of the ControlNets, each (B*T, C_i, h_i, w_i).
+            mid_block_additional_residual: (B*T, C, h, w).
+            return_dict: False returns a tuple.
+
+        Returns:
+            `.sample` (B, C, T, h, w).
+        """
+        residuals = None
+        if down_block_additional_residuals is not None and mid_block_additional_residual is not None:
+            residuals = Residuals(tuple(down_block_additional_residuals), mid_block_additional_residual)
+        output = self.decode(self.encode(sample, timestep, encoder_hidden_states), residuals)
+        return UNetMotionOutput(sample=output) if return_dict else (output,)

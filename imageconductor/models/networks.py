@@ -1,0 +1,197 @@
+"""The parts of a model folder as training uses them, and a family of small models to fill one with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
+from imageconductor.models.motion_unet import MotionUNet
+
+
+@dataclass
+class Networks:
+    """All parts of a model. `pixels_per_cell` is the factor between frames and latents."""
+
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    unet: MotionUNet
+    image_controlnet: ImageControlNet
+    motion_controlnet: MotionControlNet
+    scheduler: DDIMScheduler
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Networks:
+        """The parts of a model folder, in eval mode and frozen.
+
+        Raises:
+            FileNotFoundError: The folder, or a part of it, is missing.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no model folder at {folder}")
+        if missing := [name for name in cls.__annotations__ if not (folder / name).is_dir()]:
+            raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
+        networks = cls(
+            vae=AutoencoderKL.from_pretrained(folder / "vae"),
+            text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+            tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+            unet=MotionUNet.from_pretrained(folder / "unet"),
+            image_controlnet=ImageControlNet.from_pretrained(folder / "image_controlnet"),
+            motion_controlnet=MotionControlNet.from_pretrained(folder / "motion_controlnet"),
+            scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
+        )
+        networks.freeze()
+        return networks
+
+    def freeze(self) -> None:
+        """Puts every network into eval mode without gradients."""
+        for network in (self.vae, self.text_encoder, self.unet, self.image_controlnet, self.motion_controlnet):
+            network.eval().requires_grad_(False)
+
+    @property
+    def pixels_per_cell(self) -> int:
+        """Pixels along one side of a latent cell."""
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """(B, L) int64 token ids, padded and cut to the text encoder's length."""
+        tokens = self.tokenizer(
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=self.text_encoder.config.max_position_embeddings,
+            return_tensors="pt",
+        )
+        return tokens.input_ids
+
+
+@dataclass(frozen=True)
+class SmallModelConfig:
+    """Sizes of a small model; everything but the sizes is as at full scale, the prediction type apart."""
+
+    autoencoder_channels: tuple[int, ...] = (32, 64, 96)  # one more level = twice the pixels per latent cell
+    latent_channels: int = 8
+    block_out_channels: tuple[int, ...] = (64, 96, 160)
+    layers_per_block: int = 1
+    num_attention_heads: int = 4
+    norm_num_groups: int = 16  # must divide every channel count
+    motion_max_seq_length: int = 32
+    text_width: int = 96
+    text_layers: int = 2
+    text_length: int = 48  # tokens
+    # The text encoder and the UNet's first level are the dearest places for attention and gain least from it.
+    attention_at_full_resolution: bool = False
+    prediction_type: str = "v_prediction"  # learns faster from scratch than epsilon, with zero terminal SNR
+    flow_map: dict[str, float | int | str | bool] = field(
+        default_factory=lambda: {"kernel_size": 17, "sigma_px": 2.5, "normalisation": "peak", "still_drift_px": 0.0}
+    )
+
+    def __post_init__(self) -> None:
+        for width in (*self.autoencoder_channels, *self.block_out_channels):
+            if width % self.norm_num_groups:
+                raise ValueError(f"norm_num_groups {self.norm_num_groups} does not divide {width} channels")
+
+
+def build_small_model(config: SmallModelConfig, captions: Iterable[str], seed: int = 0) -> Networks:
+    """A small untrained model of the same classes as the full one.
+
+    Args:
+        config: Its sizes.
+        captions: Texts that the tokenizer's vocabulary is learned from.
+        seed: Of the random weights.
+    """
+    tokenizer = build_tokenizer(captions, config.text_length)
+    levels = len(config.block_out_channels)
+    first = "CrossAttn" if config.attention_at_full_resolution else ""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * len(config.autoencoder_channels),
+            up_block_types=("UpDecoderBlock2D",) * len(config.autoencoder_channels),
+            block_out_channels=config.autoencoder_channels,
+            latent_channels=config.latent_channels,
+            norm_num_groups=config.norm_num_groups,
+            mid_block_add_attention=False,
+        )
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=config.text_width,
+                intermediate_size=4 * config.text_width,
+                num_hidden_layers=config.text_layers,
+                num_attention_heads=config.num_attention_heads,
+                max_position_embeddings=config.text_length,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        unet = MotionUNet(
+            in_channels=config.latent_channels,
+            out_channels=config.latent_channels,
+            down_block_types=(f"{first}DownBlockMotion", *("CrossAttnDownBlockMotion",) * (levels - 1)),
+            up_block_types=(*("CrossAttnUpBlockMotion",) * (levels - 1), f"{first}UpBlockMotion"),
+            block_out_channels=config.block_out_channels,
+            layers_per_block=config.layers_per_block,
+            cross_attention_dim=config.text_width,
+            num_attention_heads=config.num_attention_heads,
+            motion_num_attention_heads=config.num_attention_heads,
+            motion_max_seq_length=config.motion_max_seq_length,
+            norm_num_groups=config.norm_num_groups,
+            use_motion_mid_block=False,
+        )
+        pixels_per_cell = 2 ** (len(config.autoencoder_channels) - 1)
+        image_controlnet = ImageControlNet.from_unet(unet, conditioning_channels=config.latent_channels)
+        motion_controlnet = MotionControlNet.from_unet(unet, pixels_per_cell, flow_map=dict(config.flow_map))
+    zero_snr = config.prediction_type == "v_prediction"
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="linear",
+        clip_sample=False,
+        prediction_type=config.prediction_type,
+        rescale_betas_zero_snr=zero_snr,
+        timestep_spacing="trailing" if zero_snr else "leading",
+        steps_offset=0 if zero_snr else 1,
+    )
+    networks = Networks(vae, text_encoder, tokenizer, unet, image_controlnet, motion_controlnet, scheduler)
+    networks.freeze()
+    return networks
+
+
+def build_tokenizer(captions: Iterable[str], length: int) -> CLIPTokenizer:
+    """A CLIP tokenizer in which every word of the captions is one token; other words fall apart into bytes."""
+    blank = CLIPTokenizer()
+    words = sorted({word for caption in captions for word, _ in _pre_tokens(blank, caption)})
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    alphabet = sorted(ByteLevel.alphabet())
+    vocabulary = [*alphabet, *(letter + "</w>" for letter in alphabet)]
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:  # left to right, so that words with the same beginning share merges
+            pair = (pieces[0], pieces[1])
+            pieces[:2] = ["".join(pair)]
+            if pair not in merges:
+                merges.append(pair)
+                vocabulary.append(pieces[0])
+    vocabulary = list(dict.fromkeys([*vocabulary, "<|startoftext|>", "<|endoftext|>"]))
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(vocabulary)},
+        merges=merges,  # type: ignore[arg-type]
+        model_max_length=length,
+    )
+
+
+def _pre_tokens(tokenizer: CLIPTokenizer, text: str) -> list[tuple[str, tuple[int, int]]]:
+    backend = tokenizer.backend_tokenizer
+    return backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))

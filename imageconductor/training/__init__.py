@@ -1,0 +1,1 @@
+"""Stage-wise training: what each stage learns (stages), how (loop), and what survives a crash (checkpointing)."""

@@ -1,0 +1,100 @@
+"""Training of a small autoencoder, for models that are built from nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from imageconductor.training import checkpointing
+
+
+@dataclass
+class AutoencoderConfig:
+    """How an autoencoder is trained."""
+
+    max_steps: int = 1200
+    batch_size: int = 8  # frames
+    frames_per_clip: int = 2
+    learning_rate: float = 1e-3
+    kl_weight: float = 1e-5
+    edge_weight: float = 1.0  # on the differences between neighbouring pixels, which keeps outlines sharp
+    mixed_precision: str = "no"  # on CPUs the bf16 backward of narrow convolutions is the slower one
+    seed: int = 0
+    save_every: int = 200
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.frames_per_clip:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of frames_per_clip")
+
+
+def train_autoencoder(vae: AutoencoderKL, data: Dataset[dict[str, Any]], config: AutoencoderConfig, runs: Path) -> None:
+    """Trains `vae` in place, continuing what `runs` holds, and sets its `scaling_factor` to 1 / std of the latents.
+
+    Args:
+        vae: On the CPU or a device; its parameters are trained.
+        data: Item i is batch i: pixel_values (B, 3, T, H, W) in [-1, 1].
+        config: How.
+        runs: Folder of the checkpoints.
+    """
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    vae.to(accelerator.device).train().requires_grad_(True)
+    parameters = dict(vae.named_parameters())
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
+    start = 0
+    if checkpoint := checkpointing.latest(runs):
+        start = checkpoint.step
+        vae.load_state_dict(checkpoint.tensors["parameters"])
+        optimizer.load_state_dict(checkpoint.optimizer)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=50, num_training_steps=config.max_steps)
+    for _ in range(start):
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+        schedule.step()
+
+    bar = tqdm(range(start, config.max_steps), initial=start, total=config.max_steps, desc="autoencoder", unit="step")
+    for step in bar:
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        frames = sample_frames(data[step]["pixel_values"], config.frames_per_clip, generator).to(accelerator.device)
+        with accelerator.autocast():
+            posterior = vae.encode(frames).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(frames.device)
+            decoded = vae.decode(posterior.mean + posterior.std * noise).sample.float()
+        loss = F.l1_loss(decoded, frames) + config.edge_weight * _edge_loss(decoded, frames)
+        loss = loss + config.kl_weight * posterior.kl().float().mean()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"autoencoder loss is {loss.item()} at step {step}")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 10 == 0:
+            psnr = -10 * torch.log10((decoded.detach() - frames).square().mean() / 4)
+            bar.set_postfix(loss=f"{loss.item():.4f}", psnr=f"{psnr.item():.1f} dB")
+        if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps:
+            checkpointing.save(runs, step + 1, {"parameters": vae.state_dict()}, optimizer.state_dict(), keep=1)
+
+    vae.eval().requires_grad_(False)
+    with torch.no_grad():
+        clips = torch.cat([data[config.max_steps + i]["pixel_values"] for i in range(8)])
+        latents = vae.encode(clips.transpose(1, 2).flatten(0, 1).to(accelerator.device)).latent_dist.mean
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
+
+
+def sample_frames(clips: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` frames of each clip, (B*count, 3, H, W), from (B, 3, T, H, W)."""
+    chosen = [clip[:, torch.randperm(clip.shape[1], generator=generator)[:count]] for clip in clips]
+    return torch.cat([frames.transpose(0, 1) for frames in chosen])
+
+
+def _edge_loss(decoded: Tensor, frames: Tensor) -> Tensor:
+    return F.l1_loss(decoded.diff(dim=-1), frames.diff(dim=-1)) + F.l1_loss(decoded.diff(dim=-2), frames.diff(dim=-2))

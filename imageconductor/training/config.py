@@ -1,0 +1,81 @@
+"""Settings of a training stage; `configs/train/` states runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig
+
+
+class StageName(str, Enum):
+    """The stages, in their order."""
+
+    FOUNDATION = "foundation"
+    MOTION_CONTROLNET = "motion_controlnet"
+    CAMERA_LORA = "camera_lora"
+    OBJECT_LORA = "object_lora"
+
+
+@dataclass
+class LoopConfig:
+    """How a stage is optimised."""
+
+    output: str = "runs/stage"  # run folder; an unfinished run found there is continued
+    max_steps: int = 1000  # optimiser steps
+    batch_size: int = 4  # clips per process and micro-step
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4  # paper C.1
+    lr_schedule: str = "constant_with_warmup"  # diffusers' names: constant, linear, cosine, ...
+    warmup_steps: int = 0
+    weight_decay: float = 0.0  # 0 makes AdamW the paper's Adam
+    max_grad_norm: float = 1.0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    ema_decay: float | None = None  # the saved weights are then the average
+    seed: int = 0
+    save_every: int = 500  # steps between checkpoints
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    num_workers: int = 0  # processes that prepare batches
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.keep_checkpoints < 1:
+            raise ValueError(f"keep_checkpoints must be at least 1, got {self.keep_checkpoints}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+
+
+@dataclass
+class TrainConfig(LoopConfig):
+    """One stage: what it starts from, what it sees and what it learns."""
+
+    model: str = "models/sprites"  # model folder that gives every part the stage does not train
+    motion_controlnet: str | None = None  # folder of another motion ControlNet to start from, e.g. a dense run's
+    camera_lora: str | None = None  # stage 3: folder of the camera LoRA; None = the model's
+    world: SpriteWorldConfig = field(default_factory=SpriteWorldConfig)
+    sets: list[SpriteSet] = field(default_factory=lambda: [SpriteSet.MIXED])  # taken in turn
+    trajectories: Literal["dense", "sparse"] = "sparse"
+    max_tracks: int = 8  # upper limit of n, section 2.2
+    text_dropout: float = 0.1  # for classifier-free guidance
+    image_dropout: float = 0.0
+    lora_rank: int = 64  # = alpha, as the release
+    lora_targets: Literal["all", "linear"] = "all"  # the release adapts convolutions too, the paper says linear
+    orthogonal_weight: float = 0.1  # lambda on Eq. 4; the paper does not give it
+    orthogonal_target: Literal["identity", "zero"] = "identity"  # as printed, or true orthogonality
+    orthogonal_linear_only: bool = True  # Eq. 4 speaks of linear layers
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sets:
+            raise ValueError("sets must name at least one of camera, mixed, object")
+        if self.max_tracks < 1 or self.lora_rank < 1:
+            raise ValueError(f"max_tracks and lora_rank must be at least 1, got {self.max_tracks}, {self.lora_rank}")
+        for name in ("text_dropout", "image_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")

@@ -1,0 +1,28 @@
+"""From a stage's settings to its training: what the three entry scripts call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from imageconductor.data.batches import SpriteBatches
+from imageconductor.models.controlnets import MotionControlNet
+from imageconductor.models.networks import Networks
+from imageconductor.training.config import StageName, TrainConfig
+from imageconductor.training.loop import TrainState, train
+from imageconductor.training.stages import STAGES
+
+
+def run_stage(name: StageName, config: TrainConfig) -> TrainState:
+    """Trains one stage to its end.
+
+    Raises:
+        FileNotFoundError: The model folder, or a network named in the settings, is missing.
+    """
+    networks = Networks.load(config.model)
+    if config.motion_controlnet is not None:
+        if not Path(config.motion_controlnet).is_dir():
+            raise FileNotFoundError(f"no motion ControlNet at {config.motion_controlnet}")
+        networks.motion_controlnet = MotionControlNet.from_pretrained(config.motion_controlnet)
+    stage = STAGES[name](networks, config)
+    data = SpriteBatches(config.world, config.sets, config.batch_size)
+    return train(stage, data, config, name=name.value.replace("_", " "))

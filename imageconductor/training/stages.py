@@ -1,0 +1,220 @@
+"""What each stage learns. The loop is the same for all; a stage says what is trained, what is active and what it costs.
+
+| stage | learns | active | loss |
+|---|---|---|---|
+| foundation | UNet, image ControlNet, text encoder | no motion ControlNet | denoising |
+| 1 motion ControlNet | motion ControlNet | no LoRA | denoising |
+| 2 camera LoRA | camera LoRA | camera | Eq. 1 |
+| 3 object LoRA | object LoRA | camera (frozen) + object, Eq. 2 | Eq. 3 + lambda * Eq. 4 |
+
+Foundation stands in for the pretrained SD-1.5 + AnimateDiff v3 + SparseCtrl when a small model is built from nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imageconductor.conditioning.first_frame import first_frame_condition
+from imageconductor.conditioning.flow_map import flow_map
+from imageconductor.data.tracks import sample_sparse
+from imageconductor.diffusion.losses import denoising_loss, orthogonal_loss
+from imageconductor.models.lora import (
+    Adapter,
+    activate,
+    adapter_parameters,
+    add_adapter,
+    load_adapter,
+    lora_targets,
+    save_adapter,
+    train_only,
+)
+from imageconductor.models.networks import Networks
+from imageconductor.training.config import StageName, TrainConfig
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Everything but x_t and t that the model reads."""
+
+    tokens: Tensor  # (B, L) int64
+    first_frame: Tensor  # (B, C, T, h, w), scaled latents, zero but for frame 0
+    mask: Tensor  # (B, 1, T, h, w)
+    flow: Tensor  # (B, 2, T, H, W) px
+
+
+class Stage(nn.Module):
+    """One stage of the training; calling it denoises.
+
+    As one module it is what accelerate wraps, whichever of its networks is trained.
+    """
+
+    def __init__(self, networks: Networks, config: TrainConfig):
+        super().__init__()
+        self.networks = networks
+        self.config = config
+        self.vae = networks.vae
+        self.text_encoder = networks.text_encoder
+        self.unet = networks.unet
+        self.image_controlnet = networks.image_controlnet
+        self.motion_controlnet = networks.motion_controlnet
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, Condition]:
+        """Clean latents x_0 (B, C, T, h, w) and the condition, from a batch of clips.
+
+        Args:
+            batch: pixel_values (B, 3, T, H, W) in [-1, 1], points (B, N, T, 2) px, visible (B, N, T), caption.
+            generator: On the CPU; draws the posterior's noise, dropped texts and the sparse tracks.
+        """
+        device = self.unet.device
+        pixels = batch["pixel_values"].to(device, self.vae.dtype)
+        batch_size, _, num_frames, height, width = pixels.shape
+        posterior = self.vae.encode(pixels.transpose(1, 2).flatten(0, 1)).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        latents = (posterior.mean + posterior.std * noise) * self.vae.config["scaling_factor"]
+        x_0 = latents.unflatten(0, (batch_size, num_frames)).transpose(1, 2)
+
+        captions = [
+            "" if torch.rand((), generator=generator) < self.config.text_dropout else caption
+            for caption in batch["caption"]
+        ]
+        first_frame, mask = first_frame_condition(
+            posterior.mean.unflatten(0, (batch_size, num_frames))[:, 0] * self.vae.config["scaling_factor"], num_frames
+        )
+        given = (torch.rand(batch_size, generator=generator) >= self.config.image_dropout).to(device)
+        given = given.to(first_frame.dtype).view(-1, 1, 1, 1, 1)
+        flow = self._flow(batch, (width, height), generator)
+        return x_0, Condition(self.networks.tokenize(captions).to(device), first_frame * given, mask * given, flow)
+
+    def _flow(self, batch: dict[str, Any], size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        points, visible = batch["points"].to(self.unet.device), batch["visible"].to(self.unet.device)
+        if self.config.trajectories == "sparse":
+            visible = visible & sample_sparse(points, visible, self.config.max_tracks, generator)[..., None]
+        return flow_map(points, visible, size, self.motion_controlnet.flow_convention)
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """eps_theta(x_t, t, c), or v where the scheduler predicts v: (B, C, T, h, w)."""
+        with torch.no_grad():
+            text = self.text_encoder(condition.tokens).last_hidden_state
+            features = self.unet.encode(x_t, t, text)
+            image = self.image_controlnet(t, text, condition.first_frame, condition.mask)
+        # Gradients reach the motion ControlNet through the up path alone.
+        motion = self.motion_controlnet(t, text, condition.flow)
+        return self.unet.decode(features, image + motion)
+
+    def loss_terms(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Weighted terms by name; their sum is minimised."""
+        return {"denoising": denoising_loss(prediction, target)}
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What learns, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def save(self, folder: Path) -> None:
+        """Writes what was learned, as the next stage and the pipeline read it."""
+        raise NotImplementedError
+
+
+class FoundationStage(Stage):
+    """UNet with motion modules, image ControlNet and text encoder, from random weights."""
+
+    def __init__(self, networks: Networks, config: TrainConfig):
+        super().__init__(networks, config)
+        networks.freeze()
+        for network in (self.text_encoder, self.unet, self.image_controlnet):
+            network.requires_grad_(True)
+        self.image_controlnet.conv_in.weight.requires_grad_(False)
+
+    def _flow(self, batch: dict[str, Any], size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        del batch, size, generator
+        return torch.zeros(())
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """As `Stage.forward`, without a motion ControlNet."""
+        text = self.text_encoder(condition.tokens).last_hidden_state
+        image = self.image_controlnet(t, text, condition.first_frame, condition.mask)
+        return self.unet.decode(self.unet.encode(x_t, t, text), image)
+
+    def save(self, folder: Path) -> None:
+        """Writes unet, image_controlnet and text_encoder."""
+        self.unet.save_pretrained(folder / "unet")
+        self.image_controlnet.save_pretrained(folder / "image_controlnet")
+        self.text_encoder.save_pretrained(folder / "text_encoder")
+
+
+class MotionControlNetStage(Stage):
+    """Stage 1: the motion ControlNet on mixed data, with dense, then with sparse trajectories."""
+
+    def __init__(self, networks: Networks, config: TrainConfig):
+        super().__init__(networks, config)
+        networks.freeze()
+        train_only(self.motion_controlnet, None)
+
+    def save(self, folder: Path) -> None:
+        """Writes motion_controlnet."""
+        self.motion_controlnet.save_pretrained(folder / "motion_controlnet")
+
+
+class CameraStage(Stage):
+    """Stage 2: the camera LoRA on camera-only data, Eq. 1."""
+
+    def __init__(self, networks: Networks, config: TrainConfig):
+        super().__init__(networks, config)
+        networks.freeze()
+        _add_adapter(self.motion_controlnet, Adapter.CAMERA, config)
+        activate(self.motion_controlnet, Adapter.CAMERA)
+        train_only(self.motion_controlnet, Adapter.CAMERA)
+
+    def save(self, folder: Path) -> None:
+        """Writes camera_lora."""
+        save_adapter(self.motion_controlnet, Adapter.CAMERA, folder / "camera_lora")
+
+
+class ObjectStage(Stage):
+    """Stage 3: the object LoRA on mixed data under the frozen camera LoRA, Eqs. 2-4."""
+
+    def __init__(self, networks: Networks, config: TrainConfig):
+        super().__init__(networks, config)
+        networks.freeze()
+        load_adapter(self.motion_controlnet, Adapter.CAMERA, config.camera_lora or Path(config.model) / "camera_lora")
+        _add_adapter(self.motion_controlnet, Adapter.OBJECT, config)
+        # theta_mixed = theta_0 + sg[camera] + object: the camera LoRA acts and does not learn.
+        activate(self.motion_controlnet, Adapter.CAMERA, Adapter.OBJECT)
+        train_only(self.motion_controlnet, Adapter.OBJECT)
+        camera, obj = (adapter_parameters(self.motion_controlnet, adapter) for adapter in Adapter)
+        self.pairs = [(camera[key], obj[key]) for key in sorted(camera.keys() & obj.keys()) if ".lora_A." in key]
+        if config.orthogonal_linear_only:
+            self.pairs = [(c, o) for c, o in self.pairs if c.dim() == 2]
+
+    def loss_terms(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """L_mixed and lambda * L_ortho."""
+        terms = super().loss_terms(prediction, target)
+        if self.config.orthogonal_weight:
+            loss = orthogonal_loss(self.pairs, self.config.orthogonal_target)
+            terms["orthogonal"] = self.config.orthogonal_weight * loss
+        return terms
+
+    def save(self, folder: Path) -> None:
+        """Writes object_lora."""
+        save_adapter(self.motion_controlnet, Adapter.OBJECT, folder / "object_lora")
+
+
+STAGES: dict[StageName, type[Stage]] = {
+    StageName.FOUNDATION: FoundationStage,
+    StageName.MOTION_CONTROLNET: MotionControlNetStage,
+    StageName.CAMERA_LORA: CameraStage,
+    StageName.OBJECT_LORA: ObjectStage,
+}
+
+
+def _add_adapter(network: nn.Module, adapter: Adapter, config: TrainConfig) -> None:
+    with torch.random.fork_rng(devices=[]):  # peft draws A from the global generator.
+        torch.manual_seed(config.seed)
+        add_adapter(
+            network, adapter, rank=config.lora_rank, targets=lora_targets(network, config.lora_targets)
+        )

@@ -1,0 +1,130 @@
+"""Builds the bundled model from nothing: autoencoder, foundation, then stages 1-3 through the code users train with.
+
+Each part is resumable; run the same command again after an interruption. A finished part is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+from imageconductor import config as config_file
+from imageconductor.data.batches import SpriteBatches
+from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig, caption_words, captions
+from imageconductor.models.controlnets import MotionControlNet
+from imageconductor.models.networks import Networks, SmallModelConfig, build_small_model
+from imageconductor.training.autoencoder import AutoencoderConfig, train_autoencoder
+from imageconductor.training.config import StageName, TrainConfig
+from imageconductor.training.run import run_stage
+
+PARTS = ("vae", "text_encoder", "tokenizer", "unet", "image_controlnet", "motion_controlnet", "scheduler")
+
+
+@dataclass
+class SpriteRecipe:
+    """Everything about the bundled model."""
+
+    output: str = "models/sprites"  # the finished model folder, fp16
+    runs: str = "runs/sprites"  # working folder: checkpoints and the float32 parts
+    world: SpriteWorldConfig = field(default_factory=SpriteWorldConfig)
+    model: SmallModelConfig = field(default_factory=SmallModelConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    foundation: str = "configs/train/sprites/foundation.yaml"
+    stages: list[str] = field(default_factory=list)  # YAML files of stages 1-3, in order
+    seed: int = 0
+
+
+def main() -> None:
+    """Parses the command and builds the model."""
+    extra = argparse.ArgumentParser(add_help=False)
+    extra.add_argument("--budget", type=float, default=1.0, help="scales the steps of every part, e.g. 0.01 to try it")
+    recipe, args = config_file.command_line(SpriteRecipe, __doc__ or "", parents=[extra])
+    runs, model = Path(recipe.runs), Path(recipe.runs) / "model"
+
+    if not (model / "scheduler").is_dir():
+        save_parts(build_small_model(recipe.model, vocabulary(recipe), recipe.seed), model, PARTS)
+    train_vae(recipe, args.budget, runs, model)
+    train_foundation(recipe, args.budget, runs, model)
+    sources = {part: model / part for part in PARTS}
+    for path in recipe.stages:
+        stage, config = stage_of(path, recipe, args.budget, runs, model)
+        if stage == StageName.OBJECT_LORA:
+            config = replace(config, camera_lora=str(sources["camera_lora"]))
+        if "motion_controlnet" in sources and stage != StageName.FOUNDATION:
+            config = replace(config, motion_controlnet=str(sources["motion_controlnet"]))
+        run_stage(stage, config)
+        sources[stage.value] = Path(config.output) / stage.value
+    assemble(recipe, sources)
+
+
+def vocabulary(recipe: SpriteRecipe) -> list[str]:
+    """Captions that hold every word of the world."""
+    return [*captions(recipe.world, 200), " ".join(caption_words()) + " ,"]
+
+
+def save_parts(networks: Networks, folder: Path, parts: tuple[str, ...]) -> None:
+    """Writes parts as float32 folders."""
+    for part in parts:
+        getattr(networks, part).save_pretrained(folder / part)
+
+
+def train_vae(recipe: SpriteRecipe, budget: float, runs: Path, model: Path) -> None:
+    """Trains the autoencoder unless its result is there."""
+    config = replace(recipe.autoencoder, max_steps=scaled(recipe.autoencoder.max_steps, budget))
+    done = runs / "autoencoder" / "done"
+    if done.exists():
+        return
+    networks = Networks.load(model)
+    data = SpriteBatches(recipe.world, list(SpriteSet), config.batch_size // config.frames_per_clip)
+    train_autoencoder(networks.vae, data, config, runs / "autoencoder")
+    networks.vae.save_pretrained(model / "vae")
+    done.touch()
+
+
+def train_foundation(recipe: SpriteRecipe, budget: float, runs: Path, model: Path) -> None:
+    """Trains UNet, image ControlNet and text encoder, and starts the motion ControlNet from that UNet."""
+    done = runs / "foundation" / "done"
+    if done.exists():
+        return
+    stage, config = stage_of(recipe.foundation, recipe, budget, runs, model)
+    run_stage(stage, config)
+    for part in ("unet", "image_controlnet", "text_encoder"):
+        shutil.copytree(Path(config.output) / part, model / part, dirs_exist_ok=True)
+    networks = Networks.load(model)
+    motion = MotionControlNet.from_unet(networks.unet, networks.pixels_per_cell, flow_map=dict(recipe.model.flow_map))
+    motion.save_pretrained(model / "motion_controlnet")
+    done.touch()
+
+
+def stage_of(
+    path: str, recipe: SpriteRecipe, budget: float, runs: Path, model: Path
+) -> tuple[StageName, TrainConfig]:
+    """A stage's own YAML, with this recipe's folders, world and budget."""
+    config = config_file.load(TrainConfig, Path(path))
+    name = next(stage for stage in StageName if Path(path).stem.startswith(stage.value))
+    steps = scaled(config.max_steps, budget)
+    return name, replace(
+        config,
+        model=str(model),
+        output=str(runs / Path(path).stem),
+        world=recipe.world,
+        max_steps=steps,
+        warmup_steps=min(config.warmup_steps, steps // 4),
+    )
+
+
+def scaled(steps: int, budget: float) -> int:
+    """Steps under a budget, at least two."""
+    return max(2, round(steps * budget))
+
+
+def assemble(recipe: SpriteRecipe, sources: dict[str, Path]) -> None:
+    """Puts the parts together as a model folder in fp16, under another name until it is whole."""
+    print({part: str(path) for part, path in sources.items()})
+
+
+if __name__ == "__main__":
+    main()

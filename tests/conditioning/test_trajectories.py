@@ -1,0 +1,193 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imageconductor.conditioning import Trajectories
+from imageconductor.conditioning.trajectories import inside
+
+FLOW_CASES = json.loads((Path(__file__).parents[1] / "data/flow/flow_cases.json").read_text())
+SIZE = (384, 256)
+
+
+def one_point(x, y, size):
+    return Trajectories(torch.tensor([[[x, y]]], dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool), size)
+
+
+@pytest.mark.parametrize("case", [name for name in FLOW_CASES["cases"] if name != "single_click"])
+def test_interpolation_is_that_of_the_release(case):
+    record = FLOW_CASES["cases"][case]
+    points = Trajectories.from_tracks(record["tracks"], SIZE, FLOW_CASES["L"]).points[0]
+    torch.testing.assert_close(points, torch.tensor(record["interp_first_track"], dtype=torch.float64))
+
+
+def test_a_single_point_stands_still_and_two_equal_points_only_do_not_move():
+    drawn = Trajectories.from_tracks([[[5, 6]], [[5, 6], [5, 6]]], SIZE, 4)
+    assert drawn.still.tolist() == [True, False]
+    assert (drawn.points == torch.tensor([5.0, 6.0])).all()
+    assert drawn.visible.all()
+
+
+def test_no_tracks_is_a_drawing_too():
+    drawn = Trajectories.from_tracks([], SIZE, 16)
+    assert drawn.points.shape == Trajectories.empty(SIZE, 16).points.shape == (0, 16, 2)
+
+
+@pytest.mark.parametrize(
+    ("tracks", "said"),
+    [
+        ([[[1, 1]], [[1, 1], [2, float("nan")]]], ["track 1, point 1", "finite", "nan"]),
+        ([[[1, 1], [10**400, 2]]], ["track 0, point 1", "finite"]),
+        ([[[1, 1], [384, 2]]], ["track 0, point 1", "(384, 2)", "outside", "384x256"]),
+        ([[[1, -0.001]]], ["track 0, point 0", "outside"]),
+        ([[[1, 1]], []], ["track 1", "no points"]),
+        ([[[1, 1, 1]]], ["track 0, point 0", "two numbers", "[1, 1, 1]"]),
+        ([[[True, 1]]], ["track 0, point 0", "two numbers"]),
+        ([[["3", 1]]], ["track 0, point 0", "two numbers"]),
+        ([3], ["track 0", "list of [x, y]", "got 3"]),
+        ([{"point": [[1, 1]]}], ["track 0", "list of [x, y]"]),
+        ([{"points": [[1, 1]], "visible": [1]}], ["track 0", "booleans"]),
+        ([[[1, 1]]] * 9, ["9 tracks", "at most 8"]),
+        ("drawn", ["list of tracks"]),
+    ],
+)
+def test_errors_say_where(tracks, said):
+    with pytest.raises(ValueError, match=r"^walk\.json: ") as error:
+        Trajectories.from_tracks(tracks, SIZE, 16, source="walk.json", max_tracks=8)
+    for words in said:
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[[[1, 2]", "not valid JSON"),
+        ("7", "expected a list of tracks or an object"),
+        ('{"tracks": []}', "lacks width, height"),
+        ('{"width": 0, "height": 4, "tracks": []}', "two positive whole numbers"),
+        ('{"width": 8, "height": 4, "tracks": [{"points": [[1, 1], [8, 1]]}]}', "track 0, point 1 at (8, 1)"),
+        ("[[[1, NaN]]]", "track 0, point 0 must be finite"),
+    ],
+)
+def test_file_errors_name_the_file(tmp_path, text, said):
+    path = tmp_path / "walk.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"walk\.json") as error:
+        Trajectories.load(path, 16)
+    assert said in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
+        Trajectories.load(tmp_path / "nowhere.json", 16)
+
+
+def test_the_two_json_forms(tmp_path):
+    published, ours = tmp_path / "published.json", tmp_path / "ours.json"
+    published.write_text("[[[1, 2], [30, 40]], [[5, 6]]]")
+    ours.write_text('{"width": 384, "height": 256, "tracks": [{"points": [[1, 2], [30, 40]]}, {"points": [[5, 6]]}]}')
+    a, b = Trajectories.load(published, 16), Trajectories.load(ours, 16)
+    assert a.size == b.size == SIZE
+    assert torch.equal(a.points, b.points)
+    # Published coordinates are already those of the frame wanted; ours are rescaled to it.
+    assert torch.equal(Trajectories.load(published, 16, (96, 64)).points, a.points)
+    assert torch.equal(Trajectories.load(ours, 16, (96, 64)).points, b.resize((96, 64)).points)
+
+
+def test_save_then_load_gives_the_same(tmp_path):
+    torch.manual_seed(0)
+    points, visible = 50 * torch.rand(4, 7, 2, dtype=torch.float64), torch.ones(4, 7, dtype=torch.bool)
+    points[1, 5:] -= 60  # a track that leaves the frame
+    visible[1, 5:] = visible[2, 3] = False
+    points[3] = points[3, :1]
+    tracks = Trajectories(points, visible, (50, 50), torch.tensor([False, False, False, True]))
+    tracks.save(tmp_path / "tracks.json")
+    again = Trajectories.load(tmp_path / "tracks.json", 7)
+    torch.testing.assert_close(again.points, tracks.points, rtol=0, atol=1e-9)
+    assert torch.equal(again.visible, tracks.visible)
+    assert torch.equal(again.still, tracks.still)
+    assert again.size == tracks.size
+    assert [path.name for path in tmp_path.iterdir()] == ["tracks.json"]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "tracks.json"
+    one_point(1, 1, (4, 4)).save(path)
+    before = path.read_text()
+    with pytest.raises(ValueError, match="track 0 has points that are not finite"):
+        one_point(float("nan"), 1, (4, 4)).save(path)
+    assert path.read_text() == before
+
+
+def test_a_frame_between_a_seen_and_a_hidden_point_is_hidden(tmp_path):
+    path = tmp_path / "tracks.json"
+    track = {"points": [[0, 0], [1, 0], [2, 0]], "visible": [True, True, False]}
+    path.write_text(json.dumps({"width": 4, "height": 4, "tracks": [track]}))
+    assert Trajectories.load(path, 5).visible[0].tolist() == [True, True, True, False, False]
+
+
+sizes = st.tuples(st.integers(1, 700), st.integers(1, 700))
+fractions = st.floats(0, 1, exclude_max=True)
+
+
+@given(sizes, sizes, fractions, fractions)
+def test_a_point_in_the_frame_stays_in_it_and_close(old, new, fx, fy):
+    tracks = one_point(fx * old[0], fy * old[1], old)
+    moved = tracks.resize(new).points
+    assert inside(moved, new).all()
+    assert inside(moved.float(), new).all()
+    exact = (tracks.points + 0.5) * torch.tensor(new) / torch.tensor(old) - 0.5
+    assert ((moved - exact).abs() <= 0.5 * (torch.tensor(new) / torch.tensor(old)).clamp(min=1) + 0.02).all()
+
+
+@given(sizes, fractions, fractions)
+def test_flip_twice_is_identity(size, fx, fy):
+    tracks = one_point(fx * (size[0] - 1), fy * size[1], size)
+    flipped = tracks.flip_horizontal()
+    assert inside(flipped.points, size).all()
+    torch.testing.assert_close(flipped.flip_horizontal().points, tracks.points, rtol=0, atol=0.02)
+
+
+def test_the_mirror_image_of_the_first_pixel_is_the_last():
+    assert one_point(0, 3, (8, 4)).flip_horizontal().points.tolist() == [[[7, 3]]]
+
+
+def test_crop_shifts_points_and_hides_those_outside():
+    tracks = Trajectories.from_tracks([[[10, 5], [30, 5]], [[2, 2], [2, 2]]], (40, 20), 3)
+    cropped = tracks.crop(5, 4, (20, 10))
+    assert cropped.points[0].tolist() == [[5, 1], [15, 1], [25, 1]]
+    assert cropped.visible.tolist() == [[True, True, False], [False, False, False]]
+    with pytest.raises(ValueError, match="does not lie in the 40x20 frame"):
+        tracks.crop(25, 0, (20, 10))
+
+
+def test_operations_that_change_nothing():
+    tracks = Trajectories.from_tracks([[[383.999, 0], [0.1, 255.999]]], SIZE, 16)
+    assert torch.equal(tracks.resize(SIZE).points, tracks.points)
+    torch.testing.assert_close(tracks.crop(0, 0, SIZE).points, tracks.points, rtol=0, atol=1 / 64)
+    assert tracks.cover_crop(SIZE).visible.all()
+
+
+def test_select_keeps_still_marks_and_order():
+    tracks = Trajectories.from_tracks([[[1, 1]], [[2, 2], [3, 3]], [[4, 4]]], (8, 8), 2)
+    assert tracks.select([2, 1]).still.tolist() == [True, False]
+    assert torch.equal(tracks.select(torch.tensor([True, False, True])).points, tracks.points[[0, 2]])
+    assert tracks.select([]).num_tracks == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"points": torch.zeros(2, 3)}, r"points must be \(N, T, 2\)"),
+        ({"visible": torch.ones(2, 3)}, "visible must be bool"),
+        ({"still": torch.zeros(3, dtype=torch.bool)}, r"still must be bool \(2,\)"),
+        ({"size": (4, 0)}, "frame size"),
+    ],
+)
+def test_fields_must_fit_together(fields, said):
+    good = {"points": torch.zeros(2, 3, 2), "visible": torch.ones(2, 3, dtype=torch.bool), "size": (4, 4)}
+    with pytest.raises(ValueError, match=said):
+        Trajectories(**(good | fields))
