@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import shutil
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from imageconductor import config as config_file
 from imageconductor.data.batches import SpriteBatches
 from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig, caption_words, captions
 from imageconductor.models.controlnets import MotionControlNet
+from imageconductor.models.lora import Adapter, load_adapter
 from imageconductor.models.networks import Networks, SmallModelConfig, build_small_model
 from imageconductor.training.autoencoder import AutoencoderConfig, train_autoencoder
 from imageconductor.training.config import StageName, TrainConfig
@@ -34,6 +35,9 @@ class SpriteRecipe:
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     foundation: str = "configs/train/sprites/foundation.yaml"
     stages: list[str] = field(default_factory=list)  # YAML files of stages 1-3, in order
+    sampling: dict[str, Any] = field(  # what the finished model does unasked
+        default_factory=lambda: {"fps": 8, "guidance_scale": 2.0, "negative_prompt": "", "num_inference_steps": 25}
+    )
     seed: int = 0
 
 
@@ -99,9 +103,7 @@ def train_foundation(recipe: SpriteRecipe, budget: float, runs: Path, model: Pat
     done.touch()
 
 
-def stage_of(
-    path: str, recipe: SpriteRecipe, budget: float, runs: Path, model: Path
-) -> tuple[StageName, TrainConfig]:
+def stage_of(path: str, recipe: SpriteRecipe, budget: float, runs: Path, model: Path) -> tuple[StageName, TrainConfig]:
     """A stage's own YAML, with this recipe's folders, world and budget."""
     config = config_file.load(TrainConfig, Path(path))
     name = next(stage for stage in StageName if Path(path).stem.startswith(stage.value))
@@ -123,7 +125,28 @@ def scaled(steps: int, budget: float) -> int:
 
 def assemble(recipe: SpriteRecipe, sources: dict[str, Path]) -> None:
     """Puts the parts together as a model folder in fp16, under another name until it is whole."""
-    print({part: str(path) for part, path in sources.items()})
+    from imageconductor.sampling.pipeline import ImageConductorPipeline
+
+    networks = Networks.load(sources["unet"].parent)
+    networks.motion_controlnet = MotionControlNet.from_pretrained(sources["motion_controlnet"])
+    for adapter in Adapter:
+        load_adapter(networks.motion_controlnet, adapter, sources[f"{adapter.value}_lora"])
+    for part in ("vae", "text_encoder", "unet", "image_controlnet", "motion_controlnet"):
+        getattr(networks, part).half()
+    width, height = recipe.world.size
+    defaults = {"width": width, "height": height, "num_frames": recipe.world.num_frames, **recipe.sampling}
+    pipe = ImageConductorPipeline(**vars(networks), sampling_defaults=defaults)
+
+    output = Path(recipe.output)
+    temporary, old = output.with_name(f".{output.name}.new"), output.with_name(f".{output.name}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipe.save_pretrained(temporary)
+    if output.exists():
+        output.rename(old)
+    temporary.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    print(f"{output} ({size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

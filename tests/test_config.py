@@ -326,6 +326,16 @@ def test_help_lists_every_setting_with_default_type_and_comment(capsys):
     assert "one of 'identity', 'zero'" in lines["run.target"]
 
 
+def test_description_finds_inherited_comments():
+    @dataclass
+    class Tuned(Optimiser):
+        decay: float = 0.0  # L2
+
+    lines = describe(Tuned).splitlines()
+    assert any("learning_rate" in line and line.endswith("section 3.1.") for line in lines)
+    assert any("decay" in line and line.endswith("L2") for line in lines)
+
+
 def test_description_survives_a_schema_without_source():
     Made = dataclasses.make_dataclass("Made", [("x", int, 3)])
     assert "x=3" in describe(Made)

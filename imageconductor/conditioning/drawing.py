@@ -60,7 +60,9 @@ def checked_tracks(tracks: object, size: tuple[int, int], max_tracks: int, sourc
     if listed is None:
         raise ValueError(f"{source}: expected a list of tracks, got {_shown(tracks)}")
     if len(listed) > max_tracks:
-        raise ValueError(f"{source}: {len(listed)} tracks, at most {max_tracks} are accepted; raise max_tracks or thin")
+        raise ValueError(
+            f"{source}: {len(listed)} tracks, at most {max_tracks} are accepted; raise max_tracks or draw fewer"
+        )
     return [_checked_track(track, size, f"{source}: track {n}") for n, track in enumerate(listed)]
 
 

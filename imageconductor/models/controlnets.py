@@ -9,12 +9,15 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin  # noqa: F401  diffusers finds out how to load a class from its module's names
 from diffusers.models.controlnets.controlnet_sparsectrl import SparseControlNetModel
 from einops import rearrange
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from imageconductor.conditioning.flow_map import FlowMapConvention
@@ -185,3 +188,21 @@ class MotionControlNet(SparseControlNet):
         return self.residuals(
             timestep, encoder_hidden_states, rearrange(frames, "(b t) c h w -> b c t h w", t=flow.shape[2])
         )
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Writes the network without its LoRAs, which have files of their own (`lora.save_adapter`).
+
+        Raises:
+            ValueError: A LoRA is merged into the weights.
+        """
+        layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+        if any(layer.merged for layer in layers):
+            raise ValueError("a LoRA is merged into the motion ControlNet; unmerge it before saving")
+        if not layers:
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        base = {k.replace(".base_layer.", "."): v for k, v in self.state_dict().items() if ".lora_" not in k}
+        with torch.device("meta"):  # The copy borrows the tensors, so it costs no memory.
+            plain = type(self).from_config(self.config)
+        plain.load_state_dict(base, assign=True)
+        plain.save_pretrained(save_directory, **kwargs)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import ModelMixin  # noqa: F401  diffusers finds out how to load a class from its module's names
 from diffusers.models.unets.unet_motion_model import UNetMotionModel, UNetMotionOutput
 from einops import rearrange
 from torch import Tensor

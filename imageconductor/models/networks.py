@@ -17,7 +17,7 @@ from imageconductor.models.motion_unet import MotionUNet
 
 @dataclass
 class Networks:
-    """All parts of a model. `pixels_per_cell` is the factor between frames and latents."""
+    """All parts of a model."""
 
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
@@ -82,7 +82,7 @@ class SmallModelConfig:
     block_out_channels: tuple[int, ...] = (64, 96, 160)
     layers_per_block: int = 1
     num_attention_heads: int = 4
-    norm_num_groups: int = 16  # must divide every channel count
+    norm_num_groups: int = 8  # must divide every channel count
     motion_max_seq_length: int = 32
     text_width: int = 96
     text_layers: int = 2

@@ -213,5 +213,3 @@ def _log(output: Path, state: TrainState, bar: Any, learning_rate: float, second
     record = {"step": state.step, **state.losses, "learning_rate": learning_rate, "seconds": round(seconds, 4)}
     with (output / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
-
-

@@ -215,6 +215,4 @@ STAGES: dict[StageName, type[Stage]] = {
 def _add_adapter(network: nn.Module, adapter: Adapter, config: TrainConfig) -> None:
     with torch.random.fork_rng(devices=[]):  # peft draws A from the global generator.
         torch.manual_seed(config.seed)
-        add_adapter(
-            network, adapter, rank=config.lora_rank, targets=lora_targets(network, config.lora_targets)
-        )
+        add_adapter(network, adapter, rank=config.lora_rank, targets=lora_targets(network, config.lora_targets))

@@ -130,7 +130,7 @@ def test_a_frame_between_a_seen_and_a_hidden_point_is_hidden(tmp_path):
 
 
 sizes = st.tuples(st.integers(1, 700), st.integers(1, 700))
-fractions = st.floats(0, 1, exclude_max=True)
+fractions = st.floats(0, 0.9999999) | st.sampled_from([0.0, 0.9999999])  # the edges are where it can go wrong
 
 
 @given(sizes, sizes, fractions, fractions)
@@ -141,6 +141,15 @@ def test_a_point_in_the_frame_stays_in_it_and_close(old, new, fx, fy):
     assert inside(moved.float(), new).all()
     exact = (tracks.points + 0.5) * torch.tensor(new) / torch.tensor(old) - 0.5
     assert ((moved - exact).abs() <= 0.5 * (torch.tensor(new) / torch.tensor(old)).clamp(min=1) + 0.02).all()
+
+
+@given(sizes, st.integers(1, 700), fractions)
+def test_cover_crop_hides_nothing_along_the_side_it_keeps(old, width, fx):
+    new = (width, max(1, old[1] * width // old[0]))
+    if new[1] * old[0] <= width * old[1]:
+        moved = one_point(fx * old[0], (old[1] - 1) / 2, old).cover_crop(new)
+        assert moved.visible.all()
+        assert inside(moved.points, new).all()
 
 
 @given(sizes, fractions, fractions)

@@ -21,9 +21,7 @@ ADAPTERS = {
 
 @pytest.fixture(scope="module")
 def networks():
-    return load_published(
-        weights("unet"), weights("image_controlnet"), weights("flow_controlnet"), **model_config()
-    )
+    return load_published(weights("unet"), weights("image_controlnet"), weights("flow_controlnet"), **model_config())
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""From one image and drawn trajectories to a video."""

@@ -1,0 +1,31 @@
+"""What the three training scripts have in common: settings in, a trained part out."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from imageconductor import config as config_file
+from imageconductor.training.config import StageName, TrainConfig
+
+
+def main(stage: StageName, description: str, argv: Sequence[str] | None = None) -> int:
+    """Runs a training script and gives its exit code; 2 = bad input, told in one line.
+
+    Args:
+        stage: What the script trains.
+        description: Shown by `--help`, before the list of all settings.
+        argv: Arguments; None = the command line's.
+    """
+    config, _ = config_file.command_line(TrainConfig, description, argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from imageconductor.training.run import run_stage  # after the settings are known to be good: it loads torch
+
+    try:
+        run_stage(stage, config)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{config.output}/{stage.value}")
+    return 0

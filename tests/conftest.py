@@ -1,0 +1,58 @@
+"""A complete tiny model: every class of the real one, fast enough for a test."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from imageconductor.data.sprites import SpriteWorldConfig, caption_words
+from imageconductor.models.lora import Adapter, add_adapter, adapter_parameters
+from imageconductor.models.networks import Networks, SmallModelConfig, build_small_model
+from imageconductor.sampling.pipeline import ImageConductorPipeline
+
+settings.register_profile("shared-machine", deadline=None)
+settings.load_profile("shared-machine")
+
+TINY = SmallModelConfig(
+    autoencoder_channels=(8, 16),
+    latent_channels=4,
+    block_out_channels=(16, 32),
+    num_attention_heads=2,
+    norm_num_groups=8,
+    text_width=16,
+    text_layers=1,
+)
+TINY_WORLD = SpriteWorldConfig(size=(32, 32), num_frames=4)
+
+
+def tiny_networks(seed: int = 0) -> Networks:
+    """Untrained, but with every zero-initialised layer filled, so that each condition has an effect."""
+    networks = build_small_model(TINY, [" ".join(caption_words())], seed)
+    generator = torch.Generator().manual_seed(seed)
+    for network in (networks.unet, networks.image_controlnet, networks.motion_controlnet):
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.data.normal_(0, 0.05, generator=generator)
+    return networks
+
+
+def tiny_pipeline(seed: int = 0) -> ImageConductorPipeline:
+    networks = tiny_networks(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for adapter in Adapter:
+        add_adapter(networks.motion_controlnet, adapter, rank=2)
+        for parameter in adapter_parameters(networks.motion_controlnet, adapter).values():
+            parameter.data.normal_(0, 0.1, generator=generator)
+    defaults = {"width": 32, "height": 32, "num_frames": 4, "guidance_scale": 3.0, "num_inference_steps": 3}
+    pipe = ImageConductorPipeline(**vars(networks), sampling_defaults=defaults)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """Folder of a complete tiny model with both LoRAs."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    return folder

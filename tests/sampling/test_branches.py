@@ -1,0 +1,119 @@
+"""The plan of a guided step, and the published sampling loops."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
+from parity import REFERENCE, TOLERANCE, expected, inputs, model_config, relative_error, weights  # noqa: E402
+
+from imageconductor.diffusion.guidance import camera_free_guidance, classifier_free_guidance  # noqa: E402
+from imageconductor.models.checkpoints import load_published  # noqa: E402
+from imageconductor.models.lora import Adapter  # noqa: E402
+from imageconductor.sampling.branches import ADAPTERS, Conditions, Control, guided_prediction, plan  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return load_published(weights("unet"), weights("image_controlnet"), weights("flow_controlnet"), **model_config())
+
+
+def published_scheduler():
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="linear", steps_offset=1, clip_sample=False)
+
+
+@torch.no_grad()
+def run_loop(networks, branches):
+    x = inputs()
+    text = {"null": x["text"][:1], "prompt": x["text"][1:]}
+    conditions = Conditions(text, x["condition"], x["mask"], x["flow"])
+    scheduler, latents = published_scheduler(), x["loop_latents"]
+    scheduler.set_timesteps(5)
+    assert scheduler.timesteps.tolist() == REFERENCE["scheduler_timesteps_5"]
+    for t in scheduler.timesteps:
+        latents = scheduler.step(guided_prediction(*networks, branches, conditions, latents, t), t, latents).prev_sample
+    return latents
+
+
+@pytest.mark.parametrize("control", ["camera", "object"])
+def test_published_loop(networks, control):
+    latents = run_loop(networks, plan(Control(control), 7.5))
+    assert relative_error(latents, expected()[f"loop/{control}_5steps_cfg7.5"]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.4])
+def test_camera_free_loop(networks, scale):
+    latents = run_loop(networks, plan(Control.OBJECT, 7.5, scale))
+    assert relative_error(latents, expected()[f"eq5_loop/lcfg7.5_ltrajs{scale}_5steps"]) <= TOLERANCE
+
+
+def test_published_timesteps_of_25_steps():
+    scheduler = published_scheduler()
+    scheduler.set_timesteps(25)
+    assert scheduler.timesteps.tolist() == list(range(961, 0, -40))
+
+
+@pytest.mark.parametrize("control", Control)
+@pytest.mark.parametrize("scale", [1.0, 2.5, 8.5])
+def test_plan_is_classifier_free_guidance_under_the_controls_adapters(control, scale):
+    null, text = torch.randn(2, 1, 4, 2, 3, 3, dtype=torch.float64)
+    values = {"null": null, "prompt": text}
+    branches = plan(control, scale)
+    assert all(branch.adapters == ADAPTERS[control] for branch in branches)
+    total = sum(branch.weight * values[branch.text] for branch in branches)
+    torch.testing.assert_close(total, classifier_free_guidance(null, text, scale))
+
+
+@pytest.mark.parametrize(("text", "camera_free"), [(8.5, 1.0), (2.0, 1.5), (1.0, 1.4), (3.0, 3.0), (4.0, 0.0)])
+def test_plan_is_equation_5(text, camera_free):
+    null, base, obj = torch.randn(3, 1, 4, 2, 3, 3, dtype=torch.float64)
+    values = {("null", ()): null, ("prompt", ()): base, ("prompt", (Adapter.OBJECT,)): obj}
+    total = sum(b.weight * values[b.text, b.adapters] for b in plan(Control.OBJECT, text, camera_free))
+    torch.testing.assert_close(total, camera_free_guidance(null, base, obj, text, camera_free))
+
+
+def test_branches_without_weight_are_not_run():
+    assert [b.text for b in plan(Control.CAMERA, 1.0)] == ["prompt"]
+    assert len(plan(Control.OBJECT, 8.5, 1.5)) == 3
+    assert len(plan(Control.OBJECT, 1.0, 1.5)) == 2, "no text guidance: no null branch"
+    assert len(plan(Control.OBJECT, 3.0, 3.0)) == 2, "equal scales: the base branch cancels"
+    assert [b.adapters for b in plan(Control.OBJECT, 4.0, 0.0)] == [(), ()]
+
+
+def test_camera_free_guidance_is_for_objects():
+    with pytest.raises(ValueError, match="camera_free_scale"):
+        plan(Control.CAMERA, 8.5, 1.2)
+
+
+def test_work_is_shared(networks, monkeypatch):
+    """Eq. 5 on three seeds: one encoder pass of 2 x 3 videos, ControlNets at batch 1 a text, a decoder per branch."""
+    calls = {"encode": [], "decode": [], "image": [], "motion": []}
+
+    def record(name, owner, method, size):
+        original = getattr(owner, method)
+
+        def wrapper(*args, **kwargs):
+            calls[name].append(size(args))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, method, wrapper)
+
+    unet, image, motion = networks
+    record("encode", unet, "encode", lambda a: len(a[0]))
+    record("decode", unet, "decode", lambda a: len(a[0].mid) // a[0].num_frames)
+    record("image", image, "forward", lambda a: len(a[1]))
+    record("motion", motion, "forward", lambda a: len(a[1]))
+    x = inputs()
+    conditions = Conditions({"null": x["text"][:1], "prompt": x["text"][1:]}, x["condition"], x["mask"], x["flow"])
+    noise = torch.randn(3, *x["loop_latents"].shape[1:], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        together = guided_prediction(*networks, plan(Control.OBJECT, 7.5, 1.4), conditions, noise, x["timestep"])
+        assert calls == {"encode": [6], "decode": [3, 3, 3], "image": [2], "motion": [2, 1]}
+        for row in range(3):
+            alone = guided_prediction(
+                *networks, plan(Control.OBJECT, 7.5, 1.4), conditions, noise[row : row + 1], x["timestep"]
+            )
+            assert relative_error(together[row : row + 1], alone) < 1e-5

@@ -1,0 +1,133 @@
+"""The pipeline as a diffusers user meets it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from imageconductor.conditioning import Trajectories, camera_preset, object_preset
+from imageconductor.models.lora import Adapter, attached_adapters
+from imageconductor.sampling.pipeline import ImageConductorPipeline
+
+SIZE, FRAMES = (32, 32), 4
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_model):
+    pipe = ImageConductorPipeline.from_pretrained(tiny_model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def image():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8))
+
+
+def seeded(*seeds):
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return generators if len(generators) > 1 else generators[0]
+
+
+def run(pipe, image, trajectories=None, seeds=(1,), **arguments):
+    arguments = {"prompt": "a red circle", "output_type": "np", **arguments}
+    return pipe(image, trajectories, generator=seeded(*seeds), **arguments).frames
+
+
+def test_a_saved_model_gives_the_same_video(pipe, image, tmp_path):
+    track = camera_preset("pan-left", SIZE, FRAMES)
+    pipe.save_pretrained(tmp_path / "copy")
+    again = ImageConductorPipeline.from_pretrained(tmp_path / "copy")
+    again.set_progress_bar_config(disable=True)
+    assert attached_adapters(again.motion_controlnet) == set(Adapter)
+    for control in ("camera", "object", "mixed"):
+        assert np.array_equal(run(pipe, image, track, control=control), run(again, image, track, control=control))
+
+
+def test_controls_differ_and_absent_control_is_a_no_op(pipe, image):
+    track = object_preset("line-right", SIZE, FRAMES, start=(10.0, 16.0))
+    videos = {control: run(pipe, image, track, control=control) for control in ("camera", "object", "mixed")}
+    videos["free"] = run(pipe, image, track, control="object", camera_free_scale=1.5)
+    videos["none"] = run(pipe, image)
+    names = list(videos)
+    for i, one in enumerate(names):
+        for other in names[:i]:
+            assert np.abs(videos[one] - videos[other]).max() > 1e-3, (one, other)
+    assert np.array_equal(videos["none"], run(pipe, image, None, control="camera")), "no motion network, no adapter"
+
+
+def test_a_video_does_not_depend_on_its_batch(pipe, image):
+    track = camera_preset("zoom-in", SIZE, FRAMES)
+    three = run(pipe, image, track, seeds=(1, 2, 3), num_videos_per_prompt=3, control="camera")
+    for row, seed in enumerate((1, 2, 3)):
+        np.testing.assert_allclose(run(pipe, image, track, seeds=(seed,), control="camera")[0], three[row], atol=1e-4)
+    assert np.abs(three[0] - three[1]).max() > 1e-2
+
+
+def test_prompts_images_and_trajectories_pair_up(pipe, image):
+    other = image.rotate(90)
+    tracks = [camera_preset("pan-left", SIZE, FRAMES), camera_preset("pan-right", SIZE, FRAMES)]
+    both = run(pipe, [image, other], tracks, seeds=(5, 6), prompt=["a red circle", "a blue star"], control="camera")
+    second = run(pipe, other, tracks[1], seeds=(6,), prompt="a blue star", control="camera")
+    np.testing.assert_allclose(both[1], second[0], atol=1e-4)
+
+
+def test_output_types_and_callback(pipe, image):
+    steps = []
+
+    def stop_moving(_, step, timestep, tensors):
+        steps.append((step, int(timestep)))
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    zeros = run(pipe, image, output_type="latent", callback_on_step_end=stop_moving, num_inference_steps=2)
+    assert [step for step, _ in steps] == [0, 1]
+    assert not zeros.any()
+    array = run(pipe, image)
+    tensor = run(pipe, image, output_type="pt")
+    pictures = run(pipe, image, output_type="pil")
+    assert array.shape == (1, FRAMES, 32, 32, 3)
+    assert 0 <= array.min()
+    assert array.max() <= 1
+    assert np.array_equal(tensor.permute(0, 1, 3, 4, 2).numpy(), array)
+    assert np.array_equal(np.array(pictures[0][2]), np.round(array[0, 2] * 255).astype(np.uint8))
+
+
+def test_trajectories_of_another_size_are_fitted(pipe, image):
+    small = Trajectories.from_tracks([[[4, 8], [12, 8]]], (16, 16), FRAMES)
+    np.testing.assert_array_equal(
+        run(pipe, image, small, control="object"), run(pipe, image, small.resize(SIZE), control="object")
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"width": 33}, "multiples of 2"),
+        ({"num_frames": 33}, r"1\.\.32"),
+        ({"control": "zoom"}, "camera, object, mixed"),
+        ({"output_type": "gif"}, "gif"),
+        ({"prompt": ["a", "b"], "negative_prompt": ["a", "b", "c"]}, "prompt: expected 1 or 3"),
+        ({"num_videos_per_prompt": 3, "seeds": (1, 2)}, "3 videos"),
+        ({"control": "camera", "camera_free_scale": 1.0}, "camera_free_scale"),
+        ({"trajectories": camera_preset("pan-up", SIZE, 7)}, "4 frames, its trajectories 7"),
+        ({"latents": torch.zeros(1, 4, 4, 3, 3)}, "latents must be"),
+    ],
+)
+def test_bad_arguments_are_told(pipe, image, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run(pipe, image, **arguments)
+
+
+def test_folders_are_checked_without_loading(tiny_model, tmp_path):
+    assert ImageConductorPipeline.read_sampling_defaults(tiny_model)["width"] == 32
+    with pytest.raises(FileNotFoundError, match="no model folder"):
+        ImageConductorPipeline.read_sampling_defaults(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    with pytest.raises(ValueError, match="StableDiffusionPipeline"):
+        ImageConductorPipeline.read_sampling_defaults(tmp_path)
+    ImageConductorPipeline.check_adapters(tiny_model, "mixed")
+    with pytest.raises(FileNotFoundError, match="object LoRA"):
+        ImageConductorPipeline.check_adapters(tmp_path, "object")

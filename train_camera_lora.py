@@ -1,0 +1,12 @@
+"""Stage 2 (Eq. 1): trains the camera LoRA of the motion ControlNet on camera-only data.
+
+On several GPUs: accelerate launch train_camera_lora.py --config FILE [key=value ...]. Interrupted runs go on where they stopped.
+"""
+
+import sys
+
+from imageconductor.training.command import main
+from imageconductor.training.config import StageName
+
+if __name__ == "__main__":
+    sys.exit(main(StageName.CAMERA_LORA, __doc__ or ""))

@@ -1,0 +1,12 @@
+"""Stage 1: trains the motion ControlNet on mixed data, with dense or with sparse trajectories (--config says which).
+
+On several GPUs: accelerate launch train_motion_controlnet.py --config FILE [key=value ...]. Interrupted runs go on where they stopped.
+"""
+
+import sys
+
+from imageconductor.training.command import main
+from imageconductor.training.config import StageName
+
+if __name__ == "__main__":
+    sys.exit(main(StageName.MOTION_CONTROLNET, __doc__ or ""))

@@ -1,0 +1,12 @@
+"""Stage 3 (Eqs. 2-4): trains the object LoRA on mixed data; the camera LoRA is active and frozen.
+
+On several GPUs: accelerate launch train_object_lora.py --config FILE [key=value ...]. Interrupted runs go on where they stopped.
+"""
+
+import sys
+
+from imageconductor.training.command import main
+from imageconductor.training.config import StageName
+
+if __name__ == "__main__":
+    sys.exit(main(StageName.OBJECT_LORA, __doc__ or ""))
