@@ -1,6 +1,7 @@
 """Stage 2 (Eq. 1): trains the camera LoRA of the motion ControlNet on camera-only data.
 
-On several GPUs: accelerate launch train_camera_lora.py --config FILE [key=value ...]. Interrupted runs go on where they stopped.
+On several GPUs: accelerate launch train_camera_lora.py --config FILE [key=value ...]
+An interrupted run goes on where it stopped.
 """
 
 import sys

@@ -1,6 +1,7 @@
 """Stage 1: trains the motion ControlNet on mixed data, with dense or with sparse trajectories (--config says which).
 
-On several GPUs: accelerate launch train_motion_controlnet.py --config FILE [key=value ...]. Interrupted runs go on where they stopped.
+On several GPUs: accelerate launch train_motion_controlnet.py --config FILE [key=value ...]
+An interrupted run goes on where it stopped.
 """
 
 import sys

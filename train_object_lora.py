@@ -1,6 +1,7 @@
 """Stage 3 (Eqs. 2-4): trains the object LoRA on mixed data; the camera LoRA is active and frozen.
 
-On several GPUs: accelerate launch train_object_lora.py --config FILE [key=value ...]. Interrupted runs go on where they stopped.
+On several GPUs: accelerate launch train_object_lora.py --config FILE [key=value ...]
+An interrupted run goes on where it stopped.
 """
 
 import sys

@@ -10,7 +10,7 @@ import inspect
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +118,7 @@ class SparseControlNet(SparseControlNetModel):
         if condition.shape[0] != batch:
             embedded = embedded.repeat(batch, 1, 1, 1)
         # conv_in of an all-zero sample is its bias.
-        hidden = self.conv_in.bias.view(1, -1, 1, 1) + embedded
+        hidden = cast(Tensor, self.conv_in.bias).view(1, -1, 1, 1) + embedded
         hidden, skips = run_down_path(self, hidden, emb, text, num_frames)
         hidden = self.mid_block(hidden, emb, encoder_hidden_states=text)
         down = tuple(block(skip) for block, skip in zip(self.controlnet_down_blocks, skips, strict=True))
@@ -203,6 +203,6 @@ class MotionControlNet(SparseControlNet):
             return
         base = {k.replace(".base_layer.", "."): v for k, v in self.state_dict().items() if ".lora_" not in k}
         with torch.device("meta"):  # The copy borrows the tensors, so it costs no memory.
-            plain = type(self).from_config(self.config)
+            plain = cast(MotionControlNet, type(self).from_config(self.config))
         plain.load_state_dict(base, assign=True)
         plain.save_pretrained(save_directory, **kwargs)

@@ -46,7 +46,7 @@ def lora_targets(model: nn.Module, kinds: Literal["all", "linear"] = "all") -> l
 
 
 def add_adapter(
-    model: nn.Module, adapter: Adapter | str, *, rank: int = 64, alpha: float | None = None, targets: Sequence[str] = ()
+    model: nn.Module, adapter: Adapter | str, *, rank: int = 64, alpha: int | None = None, targets: Sequence[str] = ()
 ) -> None:
     """Attaches a fresh adapter, which leaves the output unchanged: A is gaussian, B is zero.
 
@@ -161,7 +161,7 @@ def load_adapter(model: nn.Module, adapter: Adapter | str, folder: str | Path) -
 
 
 def attach_adapter(
-    model: nn.Module, adapter: Adapter | str, state: dict[str, Tensor], *, alpha: float | None = None, source: str = ""
+    model: nn.Module, adapter: Adapter | str, state: dict[str, Tensor], *, alpha: int | None = None, source: str = ""
 ) -> None:
     """Attaches an adapter with given weights; rank and targets are read from them.
 

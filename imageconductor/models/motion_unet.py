@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from diffusers import ModelMixin  # noqa: F401  diffusers finds out how to load a class from its module's names
 from diffusers.models.unets.unet_motion_model import UNetMotionModel, UNetMotionOutput
 from einops import rearrange
@@ -93,7 +94,7 @@ class MotionUNet(UNetMotionModel):
             skips = tuple(skip + residual for skip, residual in zip(skips, residuals.down, strict=True))
             hidden = hidden + residuals.mid
 
-        for block in self.up_blocks:
+        for block in cast("list[Any]", self.up_blocks):
             count = len(block.resnets)
             inputs, skips = skips[-count:], skips[:-count]
             # Named sizes keep odd latents (8x12 at four levels) in step with the skip connections.
@@ -107,7 +108,7 @@ class MotionUNet(UNetMotionModel):
                 num_frames=features.num_frames,
                 **arguments,
             )
-        hidden = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
+        hidden = self.conv_out(F.silu(cast(Any, self.conv_norm_out)(hidden)))
         return rearrange(hidden, "(b t) c h w -> b c t h w", t=features.num_frames)
 
     def forward(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
@@ -19,13 +20,13 @@ from imageconductor.models.motion_unet import MotionUNet
 class Networks:
     """All parts of a model."""
 
-    vae: AutoencoderKL
+    vae: Any  # AutoencoderKL, whose outputs diffusers does not type
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     unet: MotionUNet
     image_controlnet: ImageControlNet
     motion_controlnet: MotionControlNet
-    scheduler: DDIMScheduler
+    scheduler: Any  # DDIMScheduler
 
     @classmethod
     def load(cls, folder: str | Path) -> Networks:
@@ -89,7 +90,9 @@ class SmallModelConfig:
     text_length: int = 48  # tokens
     # The text encoder and the UNet's first level are the dearest places for attention and gain least from it.
     attention_at_full_resolution: bool = False
-    prediction_type: str = "v_prediction"  # learns faster from scratch than epsilon, with zero terminal SNR
+    prediction_type: Literal["epsilon", "v_prediction"] = (
+        "v_prediction"  # learns faster from scratch than epsilon, with zero terminal SNR
+    )
     flow_map: dict[str, float | int | str | bool] = field(
         default_factory=lambda: {"kernel_size": 17, "sigma_px": 2.5, "normalisation": "peak", "still_drift_px": 0.0}
     )
@@ -113,10 +116,13 @@ def build_small_model(config: SmallModelConfig, captions: Iterable[str], seed: i
     first = "CrossAttn" if config.attention_at_full_resolution else ""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        autoencoder_levels: dict[str, Any] = {
+            "down_block_types": ("DownEncoderBlock2D",) * len(config.autoencoder_channels),
+            "up_block_types": ("UpDecoderBlock2D",) * len(config.autoencoder_channels),
+            "block_out_channels": config.autoencoder_channels,
+        }
         vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * len(config.autoencoder_channels),
-            up_block_types=("UpDecoderBlock2D",) * len(config.autoencoder_channels),
-            block_out_channels=config.autoencoder_channels,
+            **autoencoder_levels,
             latent_channels=config.latent_channels,
             norm_num_groups=config.norm_num_groups,
             mid_block_add_attention=False,
@@ -129,9 +135,7 @@ def build_small_model(config: SmallModelConfig, captions: Iterable[str], seed: i
                 num_hidden_layers=config.text_layers,
                 num_attention_heads=config.num_attention_heads,
                 max_position_embeddings=config.text_length,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
+                **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
             )
         )
         unet = MotionUNet(

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -78,11 +79,11 @@ def plan(
     # Guidance is linear, so its value at the unit vectors is the weight of each evaluation.
     if camera_free_scale is None or adapters is None:
         evaluations: list[tuple[Text, tuple[Adapter, ...] | None]] = [("null", adapters), ("prompt", adapters)]
-        weights = [float(classifier_free_guidance(*unit, guidance_scale)) for unit in torch.eye(2).double()]
+        weights = [float(classifier_free_guidance(a, b, guidance_scale)) for a, b in torch.eye(2).double()]
     else:
         evaluations = [("null", ()), ("prompt", ()), ("prompt", adapters)]
         weights = [
-            float(camera_free_guidance(*unit, guidance_scale, camera_free_scale)) for unit in torch.eye(3).double()
+            float(camera_free_guidance(a, b, c, guidance_scale, camera_free_scale)) for a, b, c in torch.eye(3).double()
         ]
     return tuple(Branch(*e, weight) for e, weight in zip(evaluations, weights, strict=True) if abs(weight) > 1e-12)
 
@@ -127,12 +128,12 @@ def guided_prediction(
     Returns:
         (P*K, C, T, h, w), eps or v, as the model predicts.
     """
-    texts = list(dict.fromkeys(branch.text for branch in branches))
+    texts: list[Text] = list(dict.fromkeys(branch.text for branch in branches))
     videos, num_frames = x_t.shape[0], x_t.shape[2]
     num_conditions = len(conditions.first_frame)
     per_condition = videos // num_conditions
 
-    def stacked(names: list[Text]) -> Tensor:
+    def stacked(names: Sequence[Text]) -> Tensor:
         return torch.cat([conditions.text[name] for name in names])
 
     def repeated(x: Tensor, count: int) -> Tensor:

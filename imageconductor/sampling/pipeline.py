@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -288,25 +288,25 @@ class ImageConductorPipeline(DiffusionPipeline):
             latents = self.prepare_latents(shape, generator, device)
         elif latents.shape != shape:
             raise ValueError(f"latents must be {shape}, got {tuple(latents.shape)}")
-        latents = latents.to(device, torch.float32)
+        sample = latents.to(device, torch.float32)
 
         self.scheduler.set_timesteps(steps, device=device)
         accepted = inspect.signature(self.scheduler.step).parameters.keys()
         step_arguments = {"eta": eta} if "eta" in accepted else {}
-        with self.progress_bar(total=steps) as bar:
+        with cast("Any", self).progress_bar(total=steps) as bar:
             for index, t in enumerate(self.scheduler.timesteps):
-                x_t = self.scheduler.scale_model_input(latents, t).to(dtype)
+                x_t = self.scheduler.scale_model_input(sample, t).to(dtype)
                 prediction = guided_prediction(
                     self.unet, self.image_controlnet, self.motion_controlnet, branches, conditions, x_t, t
                 )
-                latents = self.scheduler.step(prediction.float(), t, latents, **step_arguments, return_dict=False)[0]
+                sample = self.scheduler.step(prediction.float(), t, sample, **step_arguments, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    offered = {name: latents for name in callback_on_step_end_tensor_inputs if name == "latents"}
+                    offered = {name: sample for name in callback_on_step_end_tensor_inputs if name == "latents"}
                     changed = callback_on_step_end(self, index, t, offered)
-                    latents = (changed or {}).get("latents", latents)
+                    sample = (changed or {}).get("latents", sample)
                 bar.update()
 
-        frames = latents if output_type == "latent" else self.decode_latents(latents, decode_chunk_size)
+        frames = sample if output_type == "latent" else self.decode_latents(sample, decode_chunk_size)
         self.maybe_free_model_hooks()
         output = _convert(frames, output_type)
         return ImageConductorOutput(frames=output) if return_dict else (output,)

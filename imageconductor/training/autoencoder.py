@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from accelerate import PartialState
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -29,7 +28,6 @@ class AutoencoderConfig:
     whole_frames_from: float = 0.8  # share of the steps after which whole frames are seen
     learning_rate: float = 6e-4
     kl_weight: float = 1e-6
-    mixed_precision: str = "no"  # on CPUs the bf16 backward of narrow convolutions is the slower one
     seed: int = 0
     save_every: int = 200
 
@@ -38,17 +36,17 @@ class AutoencoderConfig:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of frames_per_clip")
 
 
-def train_autoencoder(vae: AutoencoderKL, data: Dataset[dict[str, Any]], config: AutoencoderConfig, runs: Path) -> None:
+def train_autoencoder(vae: Any, data: Dataset[dict[str, Any]], config: AutoencoderConfig, runs: Path) -> None:
     """Trains `vae` in place, continuing what `runs` holds, and sets its `scaling_factor` to 1 / std of the latents.
 
     Args:
-        vae: On the CPU or a device; its parameters are trained.
+        vae: AutoencoderKL; its parameters are trained.
         data: Item i is batch i: pixel_values (B, 3, T, H, W) in [-1, 1].
         config: How.
         runs: Folder of the checkpoints.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    vae.to(accelerator.device).train().requires_grad_(True)
+    device = PartialState().device
+    vae.to(device).train().requires_grad_(True)
     parameters = dict(vae.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
     start = 0
@@ -69,13 +67,12 @@ def train_autoencoder(vae: AutoencoderKL, data: Dataset[dict[str, Any]], config:
             frames = _crop(frames, config.crop, generator)
         else:
             frames = frames[: max(1, len(frames) * config.crop**2 // (frames.shape[-1] * frames.shape[-2]))]
-        frames = frames.to(accelerator.device)
-        with accelerator.autocast():
-            posterior = vae.encode(frames).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(frames.device)
-            decoded = vae.decode(posterior.mean + posterior.std * noise).sample.float()
+        frames = frames.to(device)
+        posterior = vae.encode(frames).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         loss = F.l1_loss(decoded, frames) + F.mse_loss(decoded, frames)
-        loss = loss + config.kl_weight * posterior.kl().float().mean()
+        loss = loss + config.kl_weight * posterior.kl().mean()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"autoencoder loss is {loss.item()} at step {step}")
         loss.backward()
@@ -92,7 +89,7 @@ def train_autoencoder(vae: AutoencoderKL, data: Dataset[dict[str, Any]], config:
     vae.eval().requires_grad_(False)
     with torch.no_grad():
         clips = torch.cat([data[config.max_steps + i]["pixel_values"] for i in range(8)])
-        latents = vae.encode(clips.transpose(1, 2).flatten(0, 1).to(accelerator.device)).latent_dist.mean
+        latents = vae.encode(clips.transpose(1, 2).flatten(0, 1).to(device)).latent_dist.mean
     vae.register_to_config(scaling_factor=1 / latents.std().item())
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -126,10 +126,10 @@ def train(
 
         bar.update()
         if state.step % config.log_every == 0 or state.step == config.max_steps:
-            state.losses = {key: accelerator.reduce(value, "mean").item() for key, value in terms.items()}
+            state.losses = {key: cast(Tensor, accelerator.reduce(value, "mean")).item() for key, value in terms.items()}
             seconds = time.perf_counter() - started
             if accelerator.is_main_process:
-                _log(output, state, bar, lr_scheduler.get_last_lr()[0], seconds)
+                _log(output, state, bar, float(lr_scheduler.get_last_lr()[0]), seconds)
         last = state.step == config.max_steps
         if accelerator.is_main_process and (last or state.step % config.save_every == 0):
             groups = {"parameters": parameters, **({} if ema is None else {"ema": _named(ema, parameters)})}

@@ -8,12 +8,12 @@ import torch
 from diffusers import DDIMScheduler
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
-from parity import REFERENCE, TOLERANCE, expected, inputs, model_config, relative_error, weights  # noqa: E402
+from parity import REFERENCE, TOLERANCE, expected, inputs, model_config, relative_error, weights
 
-from imageconductor.diffusion.guidance import camera_free_guidance, classifier_free_guidance  # noqa: E402
-from imageconductor.models.checkpoints import load_published  # noqa: E402
-from imageconductor.models.lora import Adapter  # noqa: E402
-from imageconductor.sampling.branches import ADAPTERS, Conditions, Control, guided_prediction, plan  # noqa: E402
+from imageconductor.diffusion.guidance import camera_free_guidance, classifier_free_guidance
+from imageconductor.models.checkpoints import load_published
+from imageconductor.models.lora import Adapter
+from imageconductor.sampling.branches import ADAPTERS, Conditions, Control, guided_prediction, plan
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,7 @@ def test_output_types_and_callback(pipe, image):
     tensor = run(pipe, image, output_type="pt")
     pictures = run(pipe, image, output_type="pil")
     assert array.shape == (1, FRAMES, 32, 32, 3)
-    assert 0 <= array.min()
+    assert array.min() >= 0
     assert array.max() <= 1
     assert np.array_equal(tensor.permute(0, 1, 3, 4, 2).numpy(), array)
     assert np.array_equal(np.array(pictures[0][2]), np.round(array[0, 2] * 255).astype(np.uint8))

@@ -1,0 +1,77 @@
+"""Where the points of a video's first frame went."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Tracker(Protocol):
+    """Follows points of frame 0 through a video."""
+
+    name: str
+
+    def track(
+        self, frames: NDArray[np.uint8], points: NDArray[np.floating]
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Positions and whether they could be followed.
+
+        Args:
+            frames: (T, H, W, 3).
+            points: (N, 2) xy pixels of frame 0, (0, 0) = centre of the top-left pixel.
+
+        Returns:
+            (N, T, 2) pixels, (N, T) bool. A point once lost stays lost.
+        """
+        ...
+
+
+class LucasKanadeTracker:
+    """Pyramidal Lucas-Kanade from frame to frame, with a forward-backward check; needs no weights.
+
+    Args:
+        min_side_px: Smaller videos are enlarged to this short side first: the windows then hold enough pixels.
+        window_px: Side of the window after enlargement.
+        max_round_trip_px: A step is trusted if going back ends within this distance, in pixels of the video.
+    """
+
+    name = "opencv-lucas-kanade"
+
+    def __init__(self, min_side_px: int = 256, window_px: int = 31, max_round_trip_px: float = 0.5):
+        self.min_side_px = min_side_px
+        self.window_px = window_px
+        self.max_round_trip_px = max_round_trip_px
+
+    def track(
+        self, frames: NDArray[np.uint8], points: NDArray[np.floating]
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """See `Tracker.track`."""
+        num_frames, height, width = frames.shape[:3]
+        factor = max(1, -(-self.min_side_px // min(height, width)))
+        size = (width * factor, height * factor)
+        large = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
+        large = [cv2.resize(frame, size, interpolation=cv2.INTER_CUBIC) for frame in large]
+
+        tracks = np.empty((len(points), num_frames, 2))
+        followed = np.ones((len(points), num_frames), bool)
+        tracks[:, 0] = points
+        here = ((np.asarray(points) + 0.5) * factor - 0.5).astype(np.float32).reshape(-1, 1, 2)
+        # The default threshold on the window's structure gives up the soft textures of enlarged videos.
+        options: dict[str, Any] = {
+            "winSize": (self.window_px, self.window_px),
+            "maxLevel": 3,
+            "minEigThreshold": 1e-6,
+        }
+        for t in range(1, num_frames if len(points) else 0):
+            there, found, _ = cv2.calcOpticalFlowPyrLK(large[t - 1], large[t], here, None, **options)  # type: ignore
+            back, found_back, _ = cv2.calcOpticalFlowPyrLK(large[t], large[t - 1], there, None, **options)  # type: ignore
+            round_trip = np.linalg.norm(back - here, axis=-1).ravel() / factor
+            inside = ((there >= -0.5) & (there < np.array(size) - 0.5)).all(axis=-1).ravel()
+            step = (found.ravel() == 1) & (found_back.ravel() == 1) & inside & (round_trip <= self.max_round_trip_px)
+            followed[:, t] = followed[:, t - 1] & step
+            tracks[:, t] = (there.reshape(-1, 2) + 0.5) / factor - 0.5
+            here = there
+        return tracks, followed

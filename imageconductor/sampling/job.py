@@ -1,0 +1,193 @@
+"""One generation: settings, checked inputs, and the folder of files that comes out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from imageconductor import config as config_file
+from imageconductor.conditioning.presets import CAMERA_PRESETS, OBJECT_PRESETS
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from imageconductor.conditioning import Trajectories
+
+
+@dataclass
+class SampleJob:
+    """What `sample.py` is asked for; the schema of `run.yaml`. None = the model's default."""
+
+    model: str = "models/sprites"  # model folder, or organisation/name on the hub
+    image: str | None = None  # first frame, cover-cropped to the size
+    trajectories: str | None = None  # JSON
+    preset: str | None = None  # one of the evaluation motions instead
+    start: tuple[float, float] | None = None  # x, y px where an object preset begins; None = the middle
+    strength: float = 1.0  # of a preset
+    prompt: str = ""
+    negative_prompt: str | None = None
+    control: Literal["camera", "object", "mixed"] | None = None  # None = what suits the preset, else object
+    camera_free_scale: float | None = None  # lambda_trajs of Eq. 5; None = off
+    guidance_scale: float | None = None  # lambda_cfg
+    steps: int | None = None
+    seed: list[int] = field(default_factory=lambda: [0])
+    num_videos: int | None = None  # further seeds count up from the last one
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    fps: int | None = None
+    device: str | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "num_videos", "height", "width", "num_frames", "fps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not self.seed or min(self.seed) < 0 or max(self.seed) >= 2**63:
+            raise ValueError(f"seed must be one or more numbers from 0 to 2^63 - 1, got {self.seed}")
+        if len(set(self.seed)) < len(self.seed):
+            raise ValueError(f"seed names a number twice: {self.seed}")
+        if self.num_videos is not None and self.num_videos < len(self.seed):
+            raise ValueError(f"num_videos is {self.num_videos}, but {len(self.seed)} seeds are given")
+        if self.trajectories is not None and self.preset is not None:
+            raise ValueError(f"trajectories ({self.trajectories}) and preset ({self.preset}) exclude each other")
+        known = (*CAMERA_PRESETS, *OBJECT_PRESETS)
+        if self.preset is not None and self.preset not in known:
+            raise ValueError(f"unknown preset {self.preset!r}; there are {', '.join(known)}")
+
+    @property
+    def seeds(self) -> list[int]:
+        """One for each video."""
+        more = (self.num_videos or len(self.seed)) - len(self.seed)
+        return [*self.seed, *(self.seed[-1] + 1 + i for i in range(more))]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A job whose every input has been read and fitted, before any weight is loaded."""
+
+    job: SampleJob  # no None left but camera_free_scale
+    image: Image.Image
+    trajectories: Trajectories
+
+
+def load_job(path: Path) -> SampleJob:
+    """A job from YAML; files that it names are looked for beside it first, then in the working folder."""
+    job = config_file.load(SampleJob, path)
+    beside = {
+        name: str(path.parent / value)
+        for name in ("image", "trajectories", "model")
+        if (value := getattr(job, name)) is not None and (path.parent / value).exists()
+    }
+    return replace(job, **beside)
+
+
+def prepare(job: SampleJob) -> Inputs:
+    """Reads and checks everything that can be known without the weights.
+
+    Raises:
+        ValueError, FileNotFoundError: In one line, what is wrong and where.
+    """
+    from imageconductor.conditioning import Trajectories, camera_preset, cover_crop, load_image, object_preset
+    from imageconductor.sampling.pipeline import ImageConductorPipeline
+
+    if job.image is None:
+        raise ValueError("an image is needed: --image FILE")
+    local = Path(job.model).is_dir() or Path(job.model).is_absolute() or len(Path(job.model).parts) != 2
+    if not local and not Path(job.model).parent.is_dir():
+        from huggingface_hub import snapshot_download
+
+        job = replace(job, model=snapshot_download(job.model))
+    if job.control is None:
+        job = replace(job, control="camera" if job.preset in CAMERA_PRESETS else "object")
+    defaults = ImageConductorPipeline.read_sampling_defaults(job.model)
+    defaults["steps"] = defaults.pop("num_inference_steps")
+    unset = {f.name: defaults[f.name] for f in fields(job) if getattr(job, f.name) is None and f.name in defaults}
+    job = replace(job, **unset)
+    size, num_frames = (cast(int, job.width), cast(int, job.height)), cast(int, job.num_frames)
+    if job.camera_free_scale is not None and job.control != "object":
+        raise ValueError(f"camera_free_scale goes with control 'object', not {job.control!r}")
+
+    image = load_image(cast(str, job.image))
+    if job.preset in CAMERA_PRESETS:
+        trajectories = camera_preset(job.preset, size, num_frames, strength=job.strength)
+    elif job.preset is not None:
+        start = job.start or (size[0] / 2, size[1] / 2)
+        trajectories = object_preset(job.preset, size, num_frames, start=start, strength=job.strength)
+    elif job.trajectories is not None:
+        trajectories = Trajectories.load(job.trajectories, num_frames).cover_crop(size)
+    else:
+        trajectories = Trajectories.empty(size, num_frames)
+    if trajectories.num_tracks:
+        ImageConductorPipeline.check_adapters(job.model, cast(str, job.control))
+    return Inputs(replace(job, seed=job.seeds, num_videos=None), cover_crop(image, size), trajectories)
+
+
+def check_output(folder: Path) -> None:
+    """Raises ValueError if something lies where the output is to go."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty; name another --output")
+
+
+def generate(inputs: Inputs, output: Path) -> list[Path]:
+    """Makes the videos and writes the folder, which appears when it is complete or not at all.
+
+    Returns:
+        The files: video-SEED.mp4 and overlay-SEED.mp4 for each seed, first_frame.png, trajectories.json, run.yaml.
+    """
+    import torch
+
+    from imageconductor.sampling.pipeline import ImageConductorPipeline
+    from imageconductor.sampling.video import draw_trajectories, to_uint8, watchable, write_mp4
+
+    job, trajectories = inputs.job, inputs.trajectories
+    device = job.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = job.dtype or ("float16" if device.startswith("cuda") else "float32")
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        inputs.image.save(temporary / "first_frame.png")
+        trajectories.save(temporary / "trajectories.json")
+        record = replace(
+            job,
+            image="first_frame.png",
+            trajectories="trajectories.json" if trajectories.num_tracks else None,
+            preset=None,
+            start=None,
+            model=str(Path(job.model).resolve()) if Path(job.model).is_dir() else job.model,
+            device=device,
+            dtype=dtype,
+        )
+        config_file.save(record, temporary / "run.yaml")
+        pipe = ImageConductorPipeline.from_pretrained(job.model, torch_dtype=getattr(torch, dtype)).to(device)
+        result: Any = pipe(
+            image=inputs.image,
+            trajectories=trajectories if trajectories.num_tracks else None,
+            prompt=job.prompt,
+            negative_prompt=job.negative_prompt,
+            control=job.control,
+            camera_free_scale=job.camera_free_scale,
+            guidance_scale=job.guidance_scale,
+            num_inference_steps=job.steps,
+            num_frames=job.num_frames,
+            height=job.height,
+            width=job.width,
+            num_videos_per_prompt=len(job.seed),
+            generator=[torch.Generator().manual_seed(seed) for seed in job.seed],
+            output_type="np",
+        )
+        fps: Any = job.fps
+        for seed, video in zip(job.seed, result.frames, strict=True):
+            large, factor = watchable(to_uint8(video))
+            write_mp4(temporary / f"video-{seed}.mp4", large, fps)
+            write_mp4(temporary / f"overlay-{seed}.mp4", draw_trajectories(large, trajectories, factor), fps)
+        if output.exists():
+            output.rmdir()
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return sorted(output.iterdir())

@@ -1,0 +1,55 @@
+"""Metrics against cases worked out by hand."""
+
+import numpy as np
+import pytest
+
+from imageconductor.evaluation.motion import coverage, displacement, psnr, still_error, summarise, trajectory_error
+
+
+def line(dx: float, dy: float, frames: int = 5) -> np.ndarray:
+    return np.arange(frames)[:, None] * np.array([dx, dy], float)
+
+
+def test_a_shifted_track_scores_its_shift():
+    requested = np.stack([line(1, 0), line(0, 2)])
+    tracked = requested + np.array([3.0, 4.0])
+    assert trajectory_error(requested, tracked, np.ones((2, 5), bool)) == pytest.approx(5)
+
+
+def test_frame_zero_and_uncounted_points_do_not_count():
+    requested = np.stack([line(1, 0), line(0, 2)])
+    tracked = requested.copy()
+    tracked[:, 0] += 100
+    tracked[1] += 7
+    counted = np.ones((2, 5), bool)
+    counted[1] = False
+    assert trajectory_error(requested, tracked, counted) == 0
+    assert np.isnan(trajectory_error(requested, tracked, np.zeros((2, 5), bool)))
+
+
+def test_a_motionless_video_scores_the_analytic_mean():
+    requested = line(3, 4)[None]
+    assert still_error(requested, np.ones((1, 5), bool)) == pytest.approx(5 * (1 + 2 + 3 + 4) / 4)
+
+
+def test_a_shorter_video_is_an_error():
+    with pytest.raises(ValueError, match="shapes differ"):
+        trajectory_error(np.zeros((1, 5, 2)), np.zeros((1, 4, 2)), np.ones((1, 5), bool))
+
+
+def test_leak_is_the_median_point():
+    tracks = np.stack([line(0, 0), line(1, 0), line(100, 0)])
+    assert displacement(tracks, np.ones((3, 5), bool)) == pytest.approx(2.5)
+
+
+def test_coverage_counts_wanted_pairs_after_frame_zero():
+    followed = np.array([[True, True, False], [True, False, False]])
+    wanted = np.array([[True, True, True], [False, True, False]])
+    assert coverage(followed, wanted) == pytest.approx(1 / 3)
+
+
+def test_psnr_and_summary():
+    assert psnr(np.full((4, 4), 0.6), np.full((4, 4), 0.5)) == pytest.approx(20)
+    figure = summarise([1.0, 2.0, 3.0, float("nan")])
+    assert (figure.mean, figure.n) == (2.0, 3)
+    assert 1 <= figure.low < 2 < figure.high <= 3

@@ -1,0 +1,137 @@
+"""The generation command: what it writes, that it repeats, and how it refuses."""
+
+import json
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from imageconductor.conditioning.presets import CAMERA_PRESETS, OBJECT_PRESETS
+from imageconductor.sampling.job import SampleJob, load_job
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "first.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def tracks(tmp_path):
+    path = tmp_path / "tracks.json"
+    drawn = {"width": 60, "height": 40, "tracks": [{"points": [[20, 10], [30, 20]]}, {"points": [[40, 30]]}]}
+    path.write_text(json.dumps(drawn))
+    return path
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_two_tracks_two_videos_and_a_run_that_repeats(tiny_model, image, tracks, tmp_path):
+    common = ["--model", str(tiny_model), "--image", str(image), "--prompt", "a red circle: moving, #1"]
+    first = tmp_path / "first"
+    code = sample.main(
+        [*common, "--trajectories", str(tracks), "--control", "object", "--num-videos", "2", "--output", str(first)]
+    )
+    assert code == 0
+    expected = [f"{kind}-{seed}.mp4" for kind in ("overlay", "video") for seed in (0, 1)]
+    assert names(first) == sorted([*expected, "first_frame.png", "run.yaml", "trajectories.json"])
+    frames = iio.imread(first / "video-1.mp4")
+    assert frames.shape == (4, 256, 256, 3)
+    assert not np.array_equal(frames, iio.imread(first / "overlay-1.mp4"))
+
+    second = tmp_path / "second"
+    torch.manual_seed(99)
+    assert sample.main(["--config", str(first / "run.yaml"), "--output", str(second)]) == 0
+    for name in expected:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    assert load_job(second / "run.yaml").prompt == "a red circle: moving, #1"
+
+
+def test_camera_preset_with_two_seeds(tiny_model, image, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--model", str(tiny_model), "--image", str(image), "--control", "camera", "--preset", "pan-left"]
+    assert sample.main([*arguments, "--seed", "1", "2", "--steps", "1", "--output", str(out)]) == 0
+    assert {"video-1.mp4", "video-2.mp4", "overlay-1.mp4", "overlay-2.mp4"} <= set(names(out))
+    one = tmp_path / "one"
+    assert sample.main([*arguments, "--seed", "2", "--steps", "1", "--output", str(one)]) == 0
+    difference = iio.imread(one / "video-2.mp4").astype(int) - iio.imread(out / "video-2.mp4")
+    assert np.abs(difference).max() <= 8, "a video is that of its seed, whatever else was made with it"
+
+
+def test_flags_win_over_yaml_and_mean_the_same(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text("preset: pan-left\nsteps: 7\nseed: [3]\n")
+    job = sample.build_job(path, {"steps": 9, "preset": None, "trajectories": "t.json"})
+    assert job == SampleJob(steps=9, seed=[3], trajectories="t.json")
+
+
+def test_every_preset_suits_its_control(tiny_model, image):
+    from imageconductor.sampling.job import prepare
+
+    for preset in (*CAMERA_PRESETS, *OBJECT_PRESETS):
+        inputs = prepare(SampleJob(model=str(tiny_model), image=str(image), preset=preset))
+        assert inputs.job.control == ("camera" if preset in CAMERA_PRESETS else "object")
+        assert inputs.trajectories.num_tracks
+        assert inputs.image.size == inputs.trajectories.size == (32, 32)
+
+
+BAD = {
+    "missing image": (["--image", "nowhere.png"], "nowhere.png"),
+    "text as image": (["--image", "{text}"], "note.txt"),
+    "malformed JSON": (["--trajectories", "{text}"], "note.txt"),
+    "point outside": (["--trajectories", "{outside}"], r"track 0, point 1 at (700"),
+    "unknown preset": (["--preset", "pan-lef"], "pan-left"),
+    "no steps": (["--steps", "0"], "steps must be at least 1"),
+    "no LoRA": (["--model", "{bare}", "--preset", "pan-left"], "camera LoRA"),
+    "no model": (["--model", "nowhere/at/all"], "nowhere/at/all"),
+    "seed twice": (["--seed", "1", "1"], "twice"),
+    "camera-free camera": (["--preset", "pan-left", "--camera-free-scale", "1.5"], "camera_free_scale"),
+    "missing config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    "output in use": (["--output", "{used}"], "not empty"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(name, tiny_model, image, tmp_path, capsys):
+    arguments, message = BAD[name]
+    (tmp_path / "note.txt").write_text("not what it is taken for")
+    (tmp_path / "outside.json").write_text(json.dumps([[[1, 1], [700, 1]]]))
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "model_index.json").write_bytes((tiny_model / "model_index.json").read_bytes())
+    paths = {
+        "text": tmp_path / "note.txt",
+        "outside": tmp_path / "outside.json",
+        "bare": bare,
+        "used": tmp_path / "used",
+    }
+    arguments = [argument.format(**paths) for argument in arguments]
+    output = tmp_path / "out"
+    common = ["--model", str(tiny_model), "--image", str(image), "--output", str(output)]
+    before = set(tmp_path.iterdir())
+    assert sample.main([*common, *arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_failure_while_sampling_leaves_nothing(tiny_model, image, tmp_path, monkeypatch):
+    from imageconductor.sampling.pipeline import ImageConductorPipeline
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ImageConductorPipeline, "decode_latents", interrupt)
+    output = tmp_path / "deep" / "out"
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(["--model", str(tiny_model), "--image", str(image), "--output", str(output)])
+    assert not list(tmp_path.glob("deep/*"))
