@@ -176,6 +176,8 @@ def _parse_value(raw: str, hint: Any, source: str) -> Any:
     is_quoted = len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "'\""
     if _required(hint) in (str, Path) and not is_quoted and not (_is_optional(hint) and raw in ("null", "~")):
         return raw
+    if get_origin(_required(hint)) is Literal and raw in get_args(_required(hint)):
+        return raw  # `mixed_precision=no` is no switch
     try:
         plain = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)
     except YAMLError as error:
@@ -233,7 +235,10 @@ def _check_text(setting: _Setting) -> None:
 def _wrong_type(setting: _Setting) -> str:
     key, value, expected = ".".join(setting.keys), setting.value, _type_name(setting.hint)
     got = "null" if value is None else f"{value!r} ({type(value).__name__})"
-    advice = "; put quotes around text" if _required(setting.hint) in (str, Path) and value is not None else ""
+    is_text = _required(setting.hint) in (str, Path) or (
+        get_origin(_required(setting.hint)) is Literal and isinstance(value, bool)
+    )
+    advice = "; put quotes around text" if is_text and value is not None else ""
     return f"{setting.source}: {key} must be {expected}, got {got}{advice}"
 
 

@@ -6,6 +6,7 @@ learns is `requires_grad`, and the two are kept apart: activating an adapter nev
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -71,7 +72,9 @@ def add_adapter(
     config = LoraConfig(
         r=rank, lora_alpha=rank if alpha is None else alpha, init_lora_weights="gaussian", target_modules=names
     )  # type: ignore[call-arg]
-    inject_adapter_in_model(config, model, adapter_name=adapter.value)
+    with warnings.catch_warnings():  # peft wonders at a second adapter; two are what we want.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        inject_adapter_in_model(config, model, adapter_name=adapter.value)
     for parameter in model.parameters():
         parameter.requires_grad_(flags.get(id(parameter), False))
     model.lora_configs = {**getattr(model, "lora_configs", {}), adapter.value: config}  # type: ignore[assignment]

@@ -22,7 +22,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from imageconductor.conditioning import Trajectories, encode_first_frame, first_frame_condition, flow_map_of, to_pixels
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
-from imageconductor.models.lora import WEIGHTS_NAME, Adapter, attached_adapters, load_adapter, save_adapter
+from imageconductor.models.lora import (
+    WEIGHTS_NAME,
+    Adapter,
+    adapter_parameters,
+    attached_adapters,
+    load_adapter,
+    save_adapter,
+)
 from imageconductor.models.motion_unet import MotionUNet
 from imageconductor.sampling.branches import ADAPTERS, Conditions, Control, Text, guided_prediction, plan
 
@@ -120,7 +127,9 @@ class ImageConductorPipeline(DiffusionPipeline):
         for adapter in Adapter:
             if (folder / f"{adapter.value}_lora" / WEIGHTS_NAME).is_file():
                 load_adapter(pipe.motion_controlnet, adapter, folder / f"{adapter.value}_lora")
-        pipe.motion_controlnet.to(pipe.unet.dtype).requires_grad_(False).eval()
+                for parameter in adapter_parameters(pipe.motion_controlnet, adapter).values():
+                    parameter.data = parameter.data.to(pipe.unet.dtype)
+        pipe.motion_controlnet.requires_grad_(False).eval()
         return pipe
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:

@@ -21,7 +21,10 @@ def run_stage(name: StageName, config: TrainConfig) -> TrainState:
     networks = Networks.load(config.model)
     if config.motion_controlnet is not None:
         if not Path(config.motion_controlnet).is_dir():
-            raise FileNotFoundError(f"no motion ControlNet at {config.motion_controlnet}")
+            raise FileNotFoundError(
+                f"no motion ControlNet at {config.motion_controlnet}; train that stage first, or start from the "
+                "model's own with motion_controlnet=null"
+            )
         networks.motion_controlnet = MotionControlNet.from_pretrained(config.motion_controlnet)
     stage = STAGES[name](networks, config)
     data = SpriteBatches(config.world, config.sets, config.batch_size)

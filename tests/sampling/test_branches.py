@@ -1,13 +1,8 @@
 """The plan of a guided step, and the published sampling loops."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import DDIMScheduler
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 from parity import REFERENCE, TOLERANCE, expected, inputs, model_config, relative_error, weights
 
 from imageconductor.diffusion.guidance import camera_free_guidance, classifier_free_guidance

@@ -1,0 +1,176 @@
+"""Who learns, what is active, and that a run which was stopped is the run that was not."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_WORLD
+
+from imageconductor import config as config_file
+from imageconductor.data.batches import SpriteBatches
+from imageconductor.models.lora import Adapter, active, adapter_parameters
+from imageconductor.models.networks import Networks
+from imageconductor.training import checkpointing
+from imageconductor.training.command import main
+from imageconductor.training.config import StageName, TrainConfig
+from imageconductor.training.loop import train
+from imageconductor.training.run import run_stage
+from imageconductor.training.stages import STAGES
+
+LEARNS = {
+    StageName.FOUNDATION: ("text_encoder.", "unet.", "image_controlnet."),
+    StageName.MOTION_CONTROLNET: ("motion_controlnet.",),
+    StageName.CAMERA_LORA: (".camera.",),
+    StageName.OBJECT_LORA: (".object.",),
+}
+
+
+@pytest.fixture
+def settings(tiny_model, tmp_path):
+    return TrainConfig(
+        model=str(tiny_model),
+        output=str(tmp_path / "run"),
+        world=TINY_WORLD,
+        max_steps=2,
+        batch_size=1,
+        learning_rate=1e-2,
+        lora_rank=2,
+        save_every=1,
+        keep_checkpoints=5,
+        log_every=1,
+    )
+
+
+def build(name, config):
+    stage = STAGES[name](Networks.load(config.model), config)
+    return stage, SpriteBatches(config.world, config.sets, config.batch_size)
+
+
+def snapshot(stage):
+    return {key: value.detach().clone() for key, value in stage.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", StageName)
+def test_only_the_expected_parameters_change(name, settings):
+    stage, data = build(name, settings)
+    before = snapshot(stage)
+    train(stage, data, settings)
+    changed = {key for key, value in stage.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed <= set(stage.trainable())
+    if name in (StageName.CAMERA_LORA, StageName.OBJECT_LORA):
+        assert all(LEARNS[name][0] in key for key in changed)
+    else:
+        assert all(key.startswith(LEARNS[name]) for key in changed)
+    assert len(changed) > 0.8 * len(stage.trainable())
+
+
+def test_the_camera_lora_acts_in_stage_three_and_does_not_learn(settings):
+    stage, data = build(StageName.OBJECT_LORA, settings)
+    x_0, condition = stage.encode(data[0], torch.Generator().manual_seed(0))
+    t = torch.tensor([500])
+    with_camera = stage(x_0, t, condition)
+    sum(stage.loss_terms(with_camera, torch.randn_like(x_0)).values()).backward()
+    camera = adapter_parameters(stage.motion_controlnet, Adapter.CAMERA)
+    assert all(parameter.grad is None for parameter in camera.values())
+    assert all(parameter.grad is not None for parameter in stage.trainable().values())
+    with active(stage.motion_controlnet, Adapter.OBJECT):
+        assert (stage(x_0, t, condition) - with_camera).abs().max() > 1e-4
+    terms = stage.loss_terms(with_camera, with_camera)
+    assert set(terms) == {"denoising", "orthogonal"}
+    assert terms["denoising"] == 0
+
+
+@pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9}, {"gradient_accumulation_steps": 2, "lr_schedule": "cosine"}])
+def test_two_and_two_steps_are_four(settings, tmp_path, extra):
+    config = replace(settings, max_steps=4, warmup_steps=2, trajectories="sparse", **extra)
+    whole, data = build(StageName.MOTION_CONTROLNET, config)
+    train(whole, data, config)
+
+    parts = replace(config, output=str(tmp_path / "parts"))
+    shutil.copytree(config.output, parts.output)
+    for step in (3, 4):  # as if the run had been killed after step 2
+        shutil.rmtree(Path(parts.output) / f"checkpoint-{step:08d}")
+    resumed, data = build(StageName.MOTION_CONTROLNET, parts)
+    train(resumed, data, parts)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+    rates = {}
+    for line in (Path(parts.output) / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        assert rates.setdefault(record["step"], record["learning_rate"]) == record["learning_rate"]
+
+
+def test_a_truncated_checkpoint_is_passed_over(settings, caplog):
+    run_stage(StageName.CAMERA_LORA, settings)
+    newest = Path(settings.output) / "checkpoint-00000002" / "parameters.safetensors"
+    newest.write_bytes(newest.read_bytes()[:100])
+    found = checkpointing.latest(Path(settings.output))
+    assert found is not None
+    assert found.step == 1
+    assert "cannot be read" in caplog.text
+
+
+def test_another_stages_run_folder_is_refused(settings):
+    run_stage(StageName.CAMERA_LORA, settings)
+    with pytest.raises(ValueError, match="choose another output"):
+        run_stage(StageName.OBJECT_LORA, settings)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(settings):
+    stage, data = build(StageName.CAMERA_LORA, settings)
+    stage.unet.conv_out.weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"step 0 .* clips: mixed-0-00000000"):
+        train(stage, data, settings)
+    assert checkpointing.latest(Path(settings.output)) is None
+
+
+def test_what_a_condition_holds(settings):
+    dense, data = build(StageName.MOTION_CONTROLNET, replace(settings, trajectories="dense", text_dropout=1.0))
+    sparse, _ = build(StageName.MOTION_CONTROLNET, replace(settings, max_tracks=1, text_dropout=0.0))
+    batch = data[0]
+    _, everything = dense.encode(batch, torch.Generator().manual_seed(0))
+    _, few = sparse.encode(batch, torch.Generator().manual_seed(0))
+    assert (everything.flow != 0).sum() > (few.flow != 0).sum() > 0
+    assert torch.equal(everything.tokens, dense.networks.tokenize([""]))
+    assert torch.equal(few.tokens, dense.networks.tokenize(batch["caption"]))
+    assert everything.first_frame[:, :, 0].any()
+    assert not everything.first_frame[:, :, 1:].any()
+    assert everything.mask.sum() == everything.mask[:, :, 0].numel()
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/train/sprites").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_settings_load_and_refuse_typing_errors(path):
+    config = config_file.load(TrainConfig, path)
+    assert config.output == f"runs/sprites/{path.stem}"
+    with pytest.raises(ValueError, match="learning_rate"):
+        config_file.load(TrainConfig, path, ["learning_rat=1"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "yaml"),
+    [
+        (StageName.MOTION_CONTROLNET, "motion_controlnet_dense"),
+        (StageName.MOTION_CONTROLNET, "motion_controlnet_sparse"),
+        (StageName.CAMERA_LORA, "camera_lora"),
+        (StageName.OBJECT_LORA, "object_lora"),
+    ],
+)
+def test_entry_points_train_a_part(stage, yaml, tiny_model, tmp_path, capsys):
+    overrides = [
+        f"model={tiny_model}",
+        f"output={tmp_path}",
+        "motion_controlnet=null",
+        "max_steps=1",
+        "batch_size=1",
+        "world.size=[32,32]",
+        "world.num_frames=4",
+        "mixed_precision=no",
+        "lora_rank=2",
+    ]
+    assert main(stage, "", ["--config", f"configs/train/sprites/{yaml}.yaml", *overrides]) == 0
+    assert (tmp_path / stage.value).is_dir()
+    assert capsys.readouterr().out.strip() == f"{tmp_path}/{stage.value}"
+    assert main(stage, "", [*overrides, "model=nowhere"]) == 2
