@@ -64,11 +64,13 @@ def main(argv: list[str] | None = None) -> int:
         args["preset"] = None
     try:
         check_output(output)
-        inputs = prepare(build_job(config, args))
+        files = generate(prepare(build_job(config, args)), output)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    files = generate(inputs, output)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     print("\n".join(str(path) for path in files))
     return 0
 

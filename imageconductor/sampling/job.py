@@ -93,15 +93,17 @@ def prepare(job: SampleJob) -> Inputs:
         ValueError, FileNotFoundError: In one line, what is wrong and where.
     """
     from imageconductor.conditioning import Trajectories, camera_preset, cover_crop, load_image, object_preset
-    from imageconductor.sampling.pipeline import ImageConductorPipeline
+    from imageconductor.sampling.pipeline import ImageConductorPipeline, model_folder
 
     if job.image is None:
         raise ValueError("an image is needed: --image FILE")
-    local = Path(job.model).is_dir() or Path(job.model).is_absolute() or len(Path(job.model).parts) != 2
-    if not local and not Path(job.model).parent.is_dir():
-        from huggingface_hub import snapshot_download
-
-        job = replace(job, model=snapshot_download(job.model))
+    device = _device(job.device)
+    job = replace(
+        job,
+        model=str(model_folder(job.model)),
+        device=device,
+        dtype=job.dtype or ("float16" if device.startswith("cuda") else "float32"),
+    )
     if job.control is None:
         job = replace(job, control="camera" if job.preset in CAMERA_PRESETS else "object")
     defaults = ImageConductorPipeline.read_sampling_defaults(job.model)
@@ -127,6 +129,18 @@ def prepare(job: SampleJob) -> Inputs:
     return Inputs(replace(job, seed=job.seeds, num_videos=None), cover_crop(image, size), trajectories)
 
 
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a CPU build asked for CUDA
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name
+
+
 def check_output(folder: Path) -> None:
     """Raises ValueError if something lies where the output is to go."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -145,8 +159,6 @@ def generate(inputs: Inputs, output: Path) -> list[Path]:
     from imageconductor.sampling.video import draw_trajectories, to_uint8, watchable, write_mp4
 
     job, trajectories = inputs.job, inputs.trajectories
-    device = job.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = job.dtype or ("float16" if device.startswith("cuda") else "float32")
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
@@ -158,12 +170,11 @@ def generate(inputs: Inputs, output: Path) -> list[Path]:
             trajectories="trajectories.json" if trajectories.num_tracks else None,
             preset=None,
             start=None,
-            model=str(Path(job.model).resolve()) if Path(job.model).is_dir() else job.model,
-            device=device,
-            dtype=dtype,
+            model=str(Path(job.model).resolve()),
         )
         config_file.save(record, temporary / "run.yaml")
-        pipe = ImageConductorPipeline.from_pretrained(job.model, torch_dtype=getattr(torch, dtype)).to(device)
+        dtype = getattr(torch, cast(str, job.dtype))
+        pipe = ImageConductorPipeline.from_pretrained(job.model, torch_dtype=dtype).to(job.device)
         result: Any = pipe(
             image=inputs.image,
             trajectories=trajectories if trajectories.num_tracks else None,

@@ -112,15 +112,9 @@ class ImageConductorPipeline(DiffusionPipeline):
             kwargs: As diffusers', e.g. `torch_dtype`.
 
         Raises:
-            FileNotFoundError: A local path that is no model folder.
+            FileNotFoundError: Neither a model folder nor a repository that can be reached.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            if folder.is_absolute() or len(folder.parts) != 2:
-                raise FileNotFoundError(f"no model folder at {folder}")
-            from huggingface_hub import snapshot_download
-
-            folder = Path(snapshot_download(str(folder)))
+        folder = model_folder(folder)
         cls.read_sampling_defaults(folder)
         kwargs.setdefault("torch_dtype", torch.float32)  # transformers would else follow the files, diffusers not
         pipe = super().from_pretrained(str(folder), **kwargs)
@@ -348,6 +342,26 @@ class ImageConductorPipeline(DiffusionPipeline):
         if missing := set(ADAPTERS[control]) - attached_adapters(self.motion_controlnet):
             names = " and ".join(sorted(adapter.value for adapter in missing))
             raise ValueError(f"control {control.value!r} needs the {names} LoRA, which this model does not have")
+
+
+def model_folder(name: str | Path) -> Path:
+    """Local folder of a model given by path or by "organisation/name", which is downloaded once.
+
+    Raises:
+        FileNotFoundError: Neither exists, or the hub cannot be reached.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or len(path.parts) != 2 or path.parent.is_dir():
+        raise FileNotFoundError(f"no model folder at {name}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name)))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"no model folder at {name}, and the hub did not give one: {reason}") from error
 
 
 def _control(value: Control | str) -> Control:
