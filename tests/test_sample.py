@@ -53,6 +53,16 @@ def test_two_tracks_two_videos_and_a_run_that_repeats(tiny_model, image, tracks,
     assert load_job(second / "run.yaml").prompt == "a red circle: moving, #1"
 
 
+def test_a_bare_list_is_in_pixels_of_the_video(tiny_model, image, tmp_path):
+    from imageconductor.sampling.job import prepare
+
+    (tmp_path / "bare.json").write_text(json.dumps([[[4, 8], [20, 8]], [[30, 31]]]))
+    job = SampleJob(model=str(tiny_model), image=str(image), trajectories=str(tmp_path / "bare.json"))
+    points = prepare(job).trajectories.points
+    assert points[0, [0, -1]].tolist() == [[4, 8], [20, 8]]
+    assert points[1, 0].tolist() == [30, 31]
+
+
 def test_camera_preset_with_two_seeds(tiny_model, image, tmp_path):
     out = tmp_path / "out"
     arguments = ["--model", str(tiny_model), "--image", str(image), "--control", "camera", "--preset", "pan-left"]

@@ -115,6 +115,7 @@ class Trajectories:
         num_frames: int,
         size: tuple[int, int] | None = None,
         *,
+        published_size: tuple[int, int] | None = None,
         max_tracks: int = MAX_TRACKS,
     ) -> "Trajectories":
         """Trajectories of a JSON file in the published form or ours.
@@ -122,15 +123,16 @@ class Trajectories:
         Args:
             path: the file.
             num_frames: T.
-            size: (W, H) wanted. The published form carries no size: it is taken to be drawn at `size`, by default
-                384x256. Ours is rescaled from its own size.
+            size: (W, H) wanted; ours is rescaled from its own size. None keeps the size they were drawn at.
+            published_size: (W, H) of the frame that the published form, which carries none, was drawn on; by default
+                `size`, or else 384x256.
             max_tracks: most tracks accepted.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: as `from_tracks`, or malformed JSON; names the file.
         """
-        tracks, drawn_at = read_drawing(Path(path), size, max_tracks)
+        tracks, drawn_at = read_drawing(Path(path), published_size or size, max_tracks)
         return cls._interpolated(tracks, drawn_at, num_frames).resize(size or drawn_at)
 
     @classmethod

@@ -121,7 +121,7 @@ def prepare(job: SampleJob) -> Inputs:
         start = job.start or (size[0] / 2, size[1] / 2)
         trajectories = object_preset(job.preset, size, num_frames, start=start, strength=job.strength)
     elif job.trajectories is not None:
-        trajectories = Trajectories.load(job.trajectories, num_frames).cover_crop(size)
+        trajectories = Trajectories.load(job.trajectories, num_frames, published_size=size).cover_crop(size)
     else:
         trajectories = Trajectories.empty(size, num_frames)
     if trajectories.num_tracks:
