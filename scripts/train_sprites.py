@@ -29,6 +29,7 @@ class SpriteRecipe:
     """Everything about the bundled model."""
 
     output: str = "models/sprites"  # the finished model folder, fp16
+    start: str | None = None  # model folder to go on from, its autoencoder kept; None = random weights
     runs: str = "runs/sprites"  # working folder: checkpoints and the float32 parts
     world: SpriteWorldConfig = field(default_factory=SpriteWorldConfig)
     model: SmallModelConfig = field(default_factory=SmallModelConfig)
@@ -49,7 +50,7 @@ def main() -> None:
     runs, model = Path(recipe.runs), Path(recipe.runs) / "model"
 
     if not (model / "scheduler").is_dir():
-        save_parts(build_small_model(recipe.model, vocabulary(recipe), recipe.seed), model, PARTS)
+        save_parts(starting_networks(recipe), model, PARTS)
     train_vae(recipe, args.budget, runs, model)
     train_foundation(recipe, args.budget, runs, model)
     sources = {part: model / part for part in PARTS}
@@ -62,6 +63,13 @@ def main() -> None:
         run_stage(stage, config)
         sources[stage.value] = Path(config.output) / stage.value
     assemble(recipe, sources)
+
+
+def starting_networks(recipe: SpriteRecipe) -> Networks:
+    """Random weights, or those of the folder that the recipe goes on from."""
+    if recipe.start is not None:
+        return Networks.load(recipe.start)
+    return build_small_model(recipe.model, vocabulary(recipe), recipe.seed)
 
 
 def vocabulary(recipe: SpriteRecipe) -> list[str]:
@@ -79,7 +87,7 @@ def train_vae(recipe: SpriteRecipe, budget: float, runs: Path, model: Path) -> N
     """Trains the autoencoder unless its result is there."""
     config = replace(recipe.autoencoder, max_steps=scaled(recipe.autoencoder.max_steps, budget))
     done = runs / "autoencoder" / "done"
-    if done.exists():
+    if done.exists() or recipe.start is not None:
         return
     networks = Networks.load(model)
     data = SpriteBatches(recipe.world, list(SpriteSet), config.batch_size // config.frames_per_clip)

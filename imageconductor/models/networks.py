@@ -41,12 +41,12 @@ class Networks:
         if missing := [name for name in cls.__annotations__ if not (folder / name).is_dir()]:
             raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
         networks = cls(
-            vae=AutoencoderKL.from_pretrained(folder / "vae"),
+            vae=AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
             text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
             tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-            unet=MotionUNet.from_pretrained(folder / "unet"),
-            image_controlnet=ImageControlNet.from_pretrained(folder / "image_controlnet"),
-            motion_controlnet=MotionControlNet.from_pretrained(folder / "motion_controlnet"),
+            unet=MotionUNet.from_pretrained(folder / "unet", torch_dtype=torch.float32),
+            image_controlnet=ImageControlNet.from_pretrained(folder / "image_controlnet", torch_dtype=torch.float32),
+            motion_controlnet=MotionControlNet.from_pretrained(folder / "motion_controlnet", torch_dtype=torch.float32),
             scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
         )
         networks.freeze()

@@ -20,12 +20,16 @@ def main(stage: StageName, description: str, argv: Sequence[str] | None = None) 
     """
     config, _ = config_file.command_line(TrainConfig, description, argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from imageconductor.training.run import run_stage  # after the settings are known to be good: it loads torch
+    # After the settings are known to be good: these load torch.
+    from accelerate import PartialState
+
+    from imageconductor.training.run import run_stage
 
     try:
         run_stage(stage, config)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{config.output}/{stage.value}")
+    if PartialState().is_main_process:
+        print(f"{config.output}/{stage.value}")
     return 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from imageconductor.data.batches import SpriteBatches
 from imageconductor.models.controlnets import MotionControlNet
 from imageconductor.models.networks import Networks
@@ -25,7 +27,9 @@ def run_stage(name: StageName, config: TrainConfig) -> TrainState:
                 f"no motion ControlNet at {config.motion_controlnet}; train that stage first, or start from the "
                 "model's own with motion_controlnet=null"
             )
-        networks.motion_controlnet = MotionControlNet.from_pretrained(config.motion_controlnet)
+        networks.motion_controlnet = MotionControlNet.from_pretrained(
+            config.motion_controlnet, torch_dtype=torch.float32
+        )
     stage = STAGES[name](networks, config)
     data = SpriteBatches(config.world, config.sets, config.batch_size)
     return train(stage, data, config, name=name.value.replace("_", " "))
