@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
-from torch import Tensor
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
@@ -127,6 +128,9 @@ def build_small_model(config: SmallModelConfig, captions: Iterable[str], seed: i
             norm_num_groups=config.norm_num_groups,
             mid_block_add_attention=False,
         )
+        for module in vae.modules():  # Residual blocks that begin as the identity: docs/results.md.
+            if isinstance(module, ResnetBlock2D):
+                nn.init.zeros_(module.conv2.weight)
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=len(tokenizer),

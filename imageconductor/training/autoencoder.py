@@ -23,10 +23,10 @@ class AutoencoderConfig:
 
     max_steps: int = 1800
     batch_size: int = 16  # crops
-    frames_per_clip: int = 4
+    frames_per_clip: int = 1  # other clips teach more than other frames of the same
     crop: int = 32  # pixels; many small crops teach more in the same time than few whole frames
-    whole_frames_from: float = 0.8  # share of the steps after which whole frames are seen
-    learning_rate: float = 6e-4
+    whole_frames_from: float = 0.9  # share of the steps after which whole frames are seen
+    learning_rate: float = 5e-4
     kl_weight: float = 1e-6
     seed: int = 0
     save_every: int = 200
@@ -46,9 +46,9 @@ def train_autoencoder(vae: Any, data: Dataset[dict[str, Any]], config: Autoencod
         runs: Folder of the checkpoints.
     """
     device = PartialState().device
-    vae.to(device).train().requires_grad_(True)
+    vae.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
     parameters = dict(vae.named_parameters())
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     start = 0
     if checkpoint := checkpointing.latest(runs):
         start = checkpoint.step
