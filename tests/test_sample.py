@@ -70,8 +70,12 @@ def test_camera_preset_with_two_seeds(tiny_model, image, tmp_path):
     assert {"video-1.mp4", "video-2.mp4", "overlay-1.mp4", "overlay-2.mp4"} <= set(names(out))
     one = tmp_path / "one"
     assert sample.main([*arguments, "--seed", "2", "--steps", "1", "--output", str(one)]) == 0
-    difference = iio.imread(one / "video-2.mp4").astype(int) - iio.imread(out / "video-2.mp4")
-    assert np.abs(difference).max() <= 8, "a video is that of its seed, whatever else was made with it"
+    alone, first, second = (
+        iio.imread(path).astype(int) for path in (one / "video-2.mp4", out / "video-1.mp4", out / "video-2.mp4")
+    )
+    # The codec is lossy, and a batch of two rounds otherwise than one: compare means.
+    assert np.abs(alone - second).mean() < 0.5, "a video is that of its seed, whatever else was made with it"
+    assert np.abs(first - second).mean() > 5
 
 
 def test_flags_win_over_yaml_and_mean_the_same(tmp_path):
