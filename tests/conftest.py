@@ -11,7 +11,7 @@ from imageconductor.models.lora import Adapter, adapter_parameters, add_adapter
 from imageconductor.models.networks import Networks, SmallModelConfig, build_small_model
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 
-settings.register_profile("shared-machine", deadline=None)
+settings.register_profile("shared-machine", deadline=None, derandomize=True)
 settings.load_profile("shared-machine")
 
 TINY = SmallModelConfig(

@@ -230,7 +230,8 @@ class Trajectories:
         new, old = self.points.new_tensor(size), self.points.new_tensor(self.size)
         # Points in [W - 0.5, W) are accepted though the picture ends at W - 0.5: they count as its edge.
         edge = torch.minimum(a, old) * factor + offset
-        kept = was_inside & ((edge >= 0) & (edge <= new)).all(-1)
+        slack = 1e-6  # 11 * (25 / 11) is a little more than 25
+        kept = was_inside & ((edge >= -slack) & (edge <= new + slack)).all(-1)
         moved = a * factor + offset - 0.5
         return torch.where(kept[..., None], moved.clamp(min=0).minimum(new - _INSIDE_PX), moved), kept
 

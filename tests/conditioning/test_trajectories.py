@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from imageconductor.conditioning import Trajectories
@@ -134,6 +134,7 @@ fractions = st.floats(0, 0.9999999) | st.sampled_from([0.0, 0.9999999])  # the e
 
 
 @given(sizes, sizes, fractions, fractions)
+@example((1, 11), (1, 25), 0.0, 0.984375)  # the scale's rounding carries its edge over the new one
 def test_a_point_in_the_frame_stays_in_it_and_close(old, new, fx, fy):
     tracks = one_point(fx * old[0], fy * old[1], old)
     moved = tracks.resize(new).points
