@@ -193,6 +193,8 @@ class Trajectories:
     def cover_crop(self, size: tuple[int, int]) -> "Trajectories":
         """The trajectories of `first_frame.cover_crop(image, size)`; points cut away become invisible."""
         width, height = checked_size(size)
+        if (width, height) == self.size:
+            return self
         scale = cover_scale(self.size, (width, height))
         shift = ((width - self.size[0] * scale) / 2, (height - self.size[1] * scale) / 2)
         moved, kept = self._mapped((scale, scale), shift, (width, height))
@@ -239,6 +241,8 @@ class Trajectories:
 def _pchip(control: np.ndarray, num_frames: int) -> np.ndarray:
     if len(control) == 1:
         return np.repeat(control, num_frames, axis=0)
+    if len(control) == num_frames:
+        return control  # Exactly, where evaluating the curve may round: a saved file reads back as it was.
     curve = PchipInterpolator(np.linspace(0, 1, len(control)), control)
     # PCHIP never overshoots; the clip takes off its rounding, which could carry a border point outside.
     values = curve(np.linspace(0, 1, num_frames))

@@ -106,11 +106,23 @@ def test_save_then_load_gives_the_same(tmp_path):
     tracks = Trajectories(points, visible, (50, 50), torch.tensor([False, False, False, True]))
     tracks.save(tmp_path / "tracks.json")
     again = Trajectories.load(tmp_path / "tracks.json", 7)
-    torch.testing.assert_close(again.points, tracks.points, rtol=0, atol=1e-9)
+    assert torch.equal(again.points, tracks.points)
     assert torch.equal(again.visible, tracks.visible)
     assert torch.equal(again.still, tracks.still)
     assert again.size == tracks.size
     assert [path.name for path in tmp_path.iterdir()] == ["tracks.json"]
+
+
+def test_a_drawing_made_ready_and_saved_is_ready(tmp_path):
+    # What `sample.py --config run.yaml` relies on: the saved trajectories pass through the same preparation unchanged.
+    random = torch.Generator().manual_seed(1)
+    for drawn_at in [(64, 64), (37, 53), (384, 256)]:
+        corners = torch.rand(40, 5, 2, generator=random, dtype=torch.float64) * torch.tensor(drawn_at)
+        corners[::4, -1] = torch.tensor(drawn_at) - 1e-3  # past the last pixel's centre, where clamping begins
+        ready = Trajectories.from_tracks(corners.tolist(), drawn_at, 16).cover_crop((64, 64))
+        ready.save(tmp_path / "tracks.json")
+        again = Trajectories.load(tmp_path / "tracks.json", 16, published_size=(64, 64)).cover_crop((64, 64))
+        assert torch.equal(again.points, ready.points) and torch.equal(again.visible, ready.visible)
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path):
