@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from imageconductor import config as config_file
-from imageconductor.data.batches import SpriteBatches
+from imageconductor.data.batches import Batches, SpriteSamples
 from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig, caption_words, captions
 from imageconductor.models.controlnets import MotionControlNet
 from imageconductor.models.lora import Adapter, load_adapter
@@ -34,7 +34,7 @@ class SpriteRecipe:
     world: SpriteWorldConfig = field(default_factory=SpriteWorldConfig)
     model: SmallModelConfig = field(default_factory=SmallModelConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    foundation: str = "configs/train/sprites/foundation.yaml"
+    foundation: list[str] = field(default_factory=list)  # YAML files of the foundation's phases, in order
     stages: list[str] = field(default_factory=list)  # YAML files of stages 1-3, in order
     sampling: dict[str, Any] = field(  # what the finished model does unasked
         default_factory=lambda: {"fps": 8, "guidance_scale": 2.0, "negative_prompt": "", "num_inference_steps": 25}
@@ -90,7 +90,7 @@ def train_vae(recipe: SpriteRecipe, budget: float, runs: Path, model: Path) -> N
     if done.exists() or recipe.start is not None:
         return
     networks = Networks.load(model)
-    data = SpriteBatches(recipe.world, list(SpriteSet), config.batch_size // config.frames_per_clip)
+    data = Batches(SpriteSamples(recipe.world, list(SpriteSet)), config.batch_size // config.frames_per_clip)
     train_autoencoder(networks.vae, data, config, runs / "autoencoder")
     networks.vae.save_pretrained(model / "vae")
     done.touch()
@@ -98,13 +98,17 @@ def train_vae(recipe: SpriteRecipe, budget: float, runs: Path, model: Path) -> N
 
 def train_foundation(recipe: SpriteRecipe, budget: float, runs: Path, model: Path) -> None:
     """Trains UNet, image ControlNet and text encoder, and starts the motion ControlNet from that UNet."""
-    done = runs / "foundation" / "done"
+    done = runs / "foundation.done"
     if done.exists():
         return
-    stage, config = stage_of(recipe.foundation, recipe, budget, runs, model)
-    run_stage(stage, config)
-    for part in ("unet", "image_controlnet", "text_encoder"):
-        shutil.copytree(Path(config.output) / part, model / part, dirs_exist_ok=True)
+    for path in recipe.foundation:
+        stage, config = stage_of(path, recipe, budget, runs, model)
+        if (finished := Path(config.output) / "done").exists():
+            continue
+        run_stage(stage, config)
+        for part in ("unet", "image_controlnet", "text_encoder"):
+            shutil.copytree(Path(config.output) / part, model / part, dirs_exist_ok=True)
+        finished.touch()
     networks = Networks.load(model)
     motion = MotionControlNet.from_unet(networks.unet, networks.pixels_per_cell, flow_map=dict(recipe.model.flow_map))
     motion.save_pretrained(model / "motion_controlnet")

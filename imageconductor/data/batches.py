@@ -1,29 +1,85 @@
-"""Batches that are a function of their number, which is what makes a resumed run repeat exactly."""
+"""Batches that are a function of their number, which is what makes a resumed run repeat exactly.
+
+Sample p of a source is a function of p alone, and batch i holds samples i*B .. (i+1)*B - 1. So one process with a batch
+of 4, two with 2 each, and one that accumulates over 4 batches of 1 see the same samples in a step.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from imageconductor.data.sprites import SpriteDataset, SpriteSet, SpriteWorldConfig
 
 
-class SpriteBatches(Dataset[dict[str, Any]]):
-    """Batch i of an endless sprite world; several sets take turns from batch to batch.
+class Samples(Protocol):
+    """An endless sequence of samples; training asks for each number once."""
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """pixel_values (3, T, H, W) in [-1, 1], points (N, T, 2) px, visible (N, T) bool, caption, key."""
+        ...
+
+
+class Batches(Dataset[dict[str, Any]]):
+    """Batch i of a source of samples."""
+
+    def __init__(self, samples: Samples, batch_size: int):
+        self.samples = samples
+        self.batch_size = batch_size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        first = index * self.batch_size
+        return collate([self.samples[position] for position in range(first, first + self.batch_size)])
+
+
+class SpriteSamples:
+    """The sprite world without end; several sets take turns from sample to sample.
 
     Args:
         world: Size, frames and seed of the clips; `world.kind` is replaced by the sets.
         sets: Sets to take in turn.
-        batch_size: Clips a batch.
+        num_frames: Frames of each clip that are kept; None = all.
     """
 
-    def __init__(self, world: SpriteWorldConfig, sets: Sequence[SpriteSet], batch_size: int):
+    def __init__(self, world: SpriteWorldConfig, sets: Sequence[SpriteSet], num_frames: int | None = None):
         self.datasets = [SpriteDataset(replace(world, kind=SpriteSet(kind)), length=2**40) for kind in sets]
-        self.batch_size = batch_size
+        self.seed = world.seed
+        self.num_frames = world.num_frames if num_frames is None else num_frames
+        if not 1 <= self.num_frames <= world.num_frames:
+            raise ValueError(f"num_frames must lie in 1..{world.num_frames}, the frames of a clip; got {num_frames}")
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        turn, choice = divmod(index, len(self.datasets))
-        return self.datasets[choice].batch(range(turn * self.batch_size, (turn + 1) * self.batch_size))
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        turn, choice = divmod(position, len(self.datasets))
+        data = self.datasets[choice]
+        frames = sample_frames(data.config.num_frames, self.num_frames, np.random.default_rng([self.seed, position]))
+        return {name: value[0] for name, value in data.batch([turn], frames).items()}
+
+
+def sample_frames(available: int, wanted: int, random: np.random.Generator) -> list[int]:
+    """Numbers of `wanted` evenly spaced frames out of `available`, the spacing and the first one drawn."""
+    steps = max(1, wanted - 1)
+    stride = int(random.integers(1, max(1, (available - 1) // steps) + 1))
+    first = int(random.integers(available - stride * (wanted - 1)))
+    return [first + stride * i for i in range(wanted)]
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Samples stacked along a new first axis; texts become lists, and missing tracks are filled up with hidden ones."""
+    most = max(len(sample["points"]) for sample in samples)
+    batch: dict[str, Any] = {}
+    for name, first in samples[0].items():
+        values = [sample[name] for sample in samples]
+        if name in ("points", "visible"):
+            values = [_filled(value, most) for value in values]
+        batch[name] = torch.stack(values) if isinstance(first, Tensor) else values
+    return batch
+
+
+def _filled(tracks: Tensor, count: int) -> Tensor:
+    return torch.cat([tracks, tracks.new_zeros(count - len(tracks), *tracks.shape[1:])])

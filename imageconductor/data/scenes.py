@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -157,8 +157,8 @@ def _paint(frames: Tensor, sprite: Sprite, camera: np.ndarray) -> None:
         channel[where] = below + (edge + (inner - edge) * fill - below) * cover
 
 
-def render(scenes: Sequence[Scene]) -> Tensor:
-    """Draw scenes of one size and length.
+def render(scenes: Sequence[Scene], frames: Sequence[int] | None = None) -> Tensor:
+    """Draw scenes of one size and length, or some frames of them.
 
     Clips are drawn one by one: that keeps each in the cache, and makes a clip's bytes independent of its batch.
 
@@ -172,11 +172,13 @@ def render(scenes: Sequence[Scene]) -> Tensor:
         raise ValueError(f"render needs scenes of one size and length, got {[(s.size, s.num_frames) for s in scenes]}")
     clips = []
     for scene in scenes:
-        linear = np.linalg.inv(scene.camera[:, :, :2])
-        shift = -np.einsum("tij,tj->ti", linear, scene.camera[:, :, 2])
+        chosen = list(range(scene.num_frames) if frames is None else frames)
+        camera = scene.camera[chosen]
+        linear = np.linalg.inv(camera[:, :, :2])
+        shift = -np.einsum("tij,tj->ti", linear, camera[:, :, 2])
         pixel_to_world = np.concatenate([linear, shift[..., None]], axis=-1)
-        frames = render_background(scene.background, pixel_to_world, scene.size)
+        clip = render_background(scene.background, pixel_to_world, scene.size)
         for sprite in scene.sprites:
-            _paint(frames, sprite, scene.camera)
-        clips.append(frames.add_(0.5).clamp_(0, 255).to(torch.uint8))
+            _paint(clip, replace(sprite, path=sprite.path[chosen]), camera)
+        clips.append(clip.add_(0.5).clamp_(0, 255).to(torch.uint8))
     return torch.stack(clips)

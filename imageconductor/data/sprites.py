@@ -278,14 +278,15 @@ class SpriteDataset(torch.utils.data.Dataset[dict[str, Any]]):
             raise IndexError(f"index {index} is outside 0..{self.length - 1}")
         return sample_scene(self.config, index)
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Any]:
-        """Samples stacked along a new first axis; caption and key become lists."""
+    def batch(self, indices: Sequence[int], frames: Sequence[int] | None = None) -> dict[str, Any]:
+        """Samples, or some frames of them, stacked along a new first axis; caption and key become lists."""
         scenes = [self.scene(int(index)) for index in indices]
         tracks = [scene.track(self.grid_points) for scene in scenes]
+        chosen = slice(None) if frames is None else list(frames)
         return {
-            "pixel_values": render(scenes).float().div_(127.5).sub_(1.0),
-            "points": torch.stack([points for points, _ in tracks]),
-            "visible": torch.stack([visible for _, visible in tracks]),
+            "pixel_values": render(scenes, frames).float().div_(127.5).sub_(1.0),
+            "points": torch.stack([points[:, chosen] for points, _ in tracks]),
+            "visible": torch.stack([visible[:, chosen] for _, visible in tracks]),
             "caption": [scene.caption for scene in scenes],
             "key": [f"{self.config.kind.value}-{self.config.seed}-{int(index):08d}" for index in indices],
         }

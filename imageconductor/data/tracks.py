@@ -1,5 +1,7 @@
 """Which of a clip's tracks a training step shows to the model (section 2.2, "Sampling and Gaussian Filter")."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,14 +12,14 @@ def motion_intensity(points: Tensor, visible: Tensor) -> Tensor:
     return (steps * (visible[..., 1:] & visible[..., :-1])).sum(dim=-1)
 
 
-def sample_sparse(points: Tensor, visible: Tensor, max_tracks: int, generator: torch.Generator) -> Tensor:
+def sample_sparse(points: Tensor, visible: Tensor, max_tracks: int, generators: Sequence[torch.Generator]) -> Tensor:
     """Mask of 1..max_tracks tracks of each clip, drawn with probability proportional to their motion.
 
     Args:
         points: (B, N, T, 2) pixels.
         visible: (B, N, T) bool.
         max_tracks: Upper limit of n; the paper's is 8.
-        generator: On the CPU, whatever the device of the points.
+        generators: One a clip, on the CPU, whatever the device of the points.
 
     Returns:
         (B, N) bool. A clip in which nothing moves draws evenly among the tracks visible in its first frame.
@@ -27,7 +29,7 @@ def sample_sparse(points: Tensor, visible: Tensor, max_tracks: int, generator: t
     intensity = motion_intensity(points, visible).cpu().double()
     starts = visible[..., 0].cpu().double()
     keep = torch.zeros(intensity.shape, dtype=torch.bool)
-    for row in range(len(intensity)):
+    for row, generator in enumerate(generators):
         count = int(torch.randint(1, max_tracks + 1, (), generator=generator))
         weights = intensity[row] if intensity[row].sum() > 1e-6 else starts[row]
         count = min(count, int((weights > 0).sum()))

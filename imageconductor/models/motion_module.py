@@ -9,6 +9,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class MotionModule(AnimateDiffTransformer3D):
@@ -73,6 +74,13 @@ def adopt_motion_modules_(model: nn.Module, norm_num_groups: int | None = None) 
             module.norm.num_groups = norm_num_groups
 
 
+def run_block(model: Any, block: nn.Module, **inputs: Any) -> Any:
+    """Output of one block of `model`, computed again in the backward pass where `model.checkpoint_blocks` says so."""
+    if getattr(model, "checkpoint_blocks", False) and torch.is_grad_enabled():
+        return checkpoint(block, use_reentrant=False, **inputs)
+    return block(**inputs)
+
+
 def run_down_path(
     model: Any, hidden: Tensor, emb: Tensor, text: Tensor, num_frames: int
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -80,7 +88,7 @@ def run_down_path(
     skips: tuple[Tensor, ...] = (hidden,)
     for block in model.down_blocks:
         arguments = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
-        hidden, outputs = block(hidden_states=hidden, temb=emb, num_frames=num_frames, **arguments)
+        hidden, outputs = run_block(model, block, hidden_states=hidden, temb=emb, num_frames=num_frames, **arguments)
         skips += outputs
     return hidden, skips
 

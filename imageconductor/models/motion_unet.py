@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from imageconductor.models.controlnets import Residuals
-from imageconductor.models.motion_module import adopt_motion_modules_, run_down_path, signature_with
+from imageconductor.models.motion_module import adopt_motion_modules_, run_block, run_down_path, signature_with
 
 SD15_ANIMATEDIFF_V3: dict[str, Any] = {"cross_attention_dim": 768, "use_motion_mid_block": False}
 """What differs from diffusers' defaults in the UNet of SD-1.5 with AnimateDiff v3 (and in the published weights)."""
@@ -100,7 +100,9 @@ class MotionUNet(UNetMotionModel):
             # Named sizes keep odd latents (8x12 at four levels) in step with the skip connections.
             size = skips[-1].shape[2:] if skips else None
             arguments = {"encoder_hidden_states": features.text} if getattr(block, "has_cross_attention", False) else {}
-            hidden = block(
+            hidden = run_block(
+                self,
+                block,
                 hidden_states=hidden,
                 res_hidden_states_tuple=inputs,
                 temb=features.emb,

@@ -32,12 +32,14 @@ class Control(str, Enum):
     CAMERA = "camera"
     OBJECT = "object"
     MIXED = "mixed"  # theta_mixed of Eq. 2: both adapters; beyond the release
+    BASE = "base"  # theta_0: no adapter, camera and objects as stage 1 learned them
 
 
 ADAPTERS: dict[Control, tuple[Adapter, ...]] = {
     Control.CAMERA: (Adapter.CAMERA,),
     Control.OBJECT: (Adapter.OBJECT,),
     Control.MIXED: (Adapter.CAMERA, Adapter.OBJECT),
+    Control.BASE: (),
 }
 
 

@@ -25,7 +25,7 @@ class Checkpoint:
 
     step: int
     tensors: dict[str, dict[str, Tensor]]  # by group ("parameters", "ema"), then by name
-    optimizer: dict[str, Any]
+    optimizer: dict[str, Any]  # states of "optimizer" and, in fp16, of the loss "scaler"
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], optimizer: Any, keep: int) -> Path:

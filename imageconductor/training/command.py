@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from imageconductor import config as config_file
 from imageconductor.training.config import StageName, TrainConfig
 
+if TYPE_CHECKING:
+    from imageconductor.training.run import PreviewOf
 
-def main(stage: StageName, description: str, argv: Sequence[str] | None = None) -> int:
+
+def main(stage: StageName, description: str, preview_of: PreviewOf, argv: Sequence[str] | None = None) -> int:
     """Runs a training script and gives its exit code; 2 = bad input, told in one line.
 
     Args:
         stage: What the script trains.
         description: Shown by `--help`, before the list of all settings.
+        preview_of: Makes the previews, as `run_stage`.
         argv: Arguments; None = the command line's.
     """
     config, _ = config_file.command_line(TrainConfig, description, argv)
@@ -26,7 +31,7 @@ def main(stage: StageName, description: str, argv: Sequence[str] | None = None) 
     from imageconductor.training.run import run_stage
 
     try:
-        run_stage(stage, config)
+        run_stage(stage, config, preview_of)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from imageconductor import config as config_file
+from imageconductor.data.clips import CorruptClipError
 from imageconductor.models.motion_module import Float32Attention
+from imageconductor.models.networks import Networks
 from imageconductor.training import checkpointing
 from imageconductor.training.config import LoopConfig
+from imageconductor.training.record import RunRecord
 from imageconductor.training.stages import Stage
 
 logger = logging.getLogger(__name__)
+
+_CLIPS_BEFORE_JUDGING = 100  # One bad clip among the first few says nothing about the rest.
 
 
 @dataclass
@@ -34,14 +37,21 @@ class TrainState:
     """Where a run is."""
 
     step: int = 0
-    losses: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)  # of the last step that was logged
+    clips: int = 0  # this process read, since the start
+    corrupt: int = 0  # of them could not be used
 
 
-Hook = Callable[[TrainState, Stage], None]
+Preview = Callable[[int, Networks], None]
+"""Called with the step and the networks as they would be saved then."""
 
 
 def train(
-    stage: Stage, data: Dataset[dict[str, Any]], config: LoopConfig, hooks: Sequence[Hook] = (), name: str = "train"
+    stage: Stage,
+    data: Dataset[dict[str, Any]],
+    config: LoopConfig,
+    preview: Preview | None = None,
+    name: str = "train",
 ) -> TrainState:
     """Runs a stage to `config.max_steps`, continuing what its output folder holds, and saves what it learned.
 
@@ -50,26 +60,24 @@ def train(
         data: Item i is the batch of global micro-step i (over all processes), so a resumed run sees what the
             uninterrupted one would have seen.
         config: How.
-        hooks: Called after each step on the main process.
+        preview: Called every `config.preview_every` steps, on the main process.
         name: Shown beside the progress bar.
 
     Raises:
         FloatingPointError: A loss is not finite; names step, process and clips.
+        CorruptClipError: More clips than `config.max_corrupt_share` cannot be read.
+        ValueError: The run folder belongs to another stage, or the launcher asks for what is not supported.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = _accelerator(config)
     output, device = Path(config.output), accelerator.device
-    if device.type == "cpu" and config.mixed_precision == "bf16":
-        for network in (stage.unet, stage.image_controlnet, stage.motion_controlnet):
-            network.set_attn_processor(Float32Attention())
-    stage.to(device)
+    _place(stage, config, device)
     parameters = stage.trainable()
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=device.type == "cuda"
-    )
+    optimizer = _optimizer(parameters, config, device)
     ema = None if config.ema_decay is None else _average(parameters, config.ema_decay)
 
     state = TrainState()
-    if checkpoint := checkpointing.latest(output):
+    checkpoint = checkpointing.latest(output)
+    if checkpoint:
         _restore(checkpoint, parameters, optimizer, ema)
         state.step = checkpoint.step
         logger.info("continuing %s at step %d", output, state.step)
@@ -81,9 +89,11 @@ def train(
     )
     _set_step(lr_scheduler, state.step)
     denoise, optimizer = accelerator.prepare(stage, optimizer)
+    scaler: Any = accelerator.scaler  # of fp16 losses
+    if checkpoint and scaler and "scaler" in checkpoint.optimizer:
+        scaler.load_state_dict(checkpoint.optimizer["scaler"])
     noise_scheduler = stage.networks.scheduler
-    if accelerator.is_main_process:
-        config_file.save(config, output / "config.yaml")
+    record = RunRecord(output, config, state.step) if accelerator.is_main_process else None
 
     batches = _batches(data, config, accelerator, start=state.step)
     bar = tqdm(
@@ -94,15 +104,15 @@ def train(
         dynamic_ncols=True,
         disable=not accelerator.is_main_process,
     )
+    logged_at, logged_step = time.perf_counter(), state.step
     while state.step < config.max_steps:
-        started = time.perf_counter()
         terms: dict[str, Tensor] = {}
         for micro in range(config.gradient_accumulation_steps):
-            batch = next(batches)
-            generator = _generator(config.seed, accelerator.process_index, state.step, micro)
-            x_0, condition = stage.encode(batch, generator)  # frozen parts, no grad
-            t = torch.randint(noise_scheduler.config["num_train_timesteps"], (len(x_0),), generator=generator)
-            t, eps = t.to(device), torch.randn(x_0.shape, generator=generator).to(device)
+            index, batch = next(batches)
+            generators = _generators(config.seed, index * config.batch_size, len(batch["key"]))
+            with accelerator.autocast():
+                x_0, condition = stage.encode(batch, generators)  # frozen parts, no grad
+            t, eps = _draw_noise(x_0, noise_scheduler.config["num_train_timesteps"], generators)
             x_t = noise_scheduler.add_noise(x_0, eps, t)  # Eq. 6
             target = eps
             if noise_scheduler.config["prediction_type"] == "v_prediction":
@@ -110,12 +120,13 @@ def train(
             with accelerator.no_sync(denoise) if micro + 1 < config.gradient_accumulation_steps else nullcontext():
                 with accelerator.autocast():
                     prediction = denoise(x_t, t, condition)  # eps_theta(x_t, t, c)
-                losses = stage.loss_terms(prediction, target)  # Eq. 1 | Eq. 3 + lambda * Eq. 4
+                losses = stage.loss_terms(prediction.float(), target)  # Eq. 1 | Eq. 3 + lambda * Eq. 4
                 total = torch.stack(list(losses.values())).sum() / config.gradient_accumulation_steps
                 _check_finite(total, state.step, accelerator.process_index, batch["key"])
                 accelerator.backward(total)
             for key, value in losses.items():
                 terms[key] = terms.get(key, 0) + value.detach() / config.gradient_accumulation_steps
+            _count_corrupt(state, batch, config)
         accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
         optimizer.step()
         lr_scheduler.step()
@@ -125,43 +136,133 @@ def train(
             ema.step(parameters.values())
 
         bar.update()
-        if state.step % config.log_every == 0 or state.step == config.max_steps:
-            state.losses = {key: cast(Tensor, accelerator.reduce(value, "mean")).item() for key, value in terms.items()}
-            seconds = time.perf_counter() - started
-            if accelerator.is_main_process:
-                _log(output, state, bar, float(lr_scheduler.get_last_lr()[0]), seconds)
         last = state.step == config.max_steps
+        if state.step % config.log_every == 0 or last:
+            state.losses = {key: cast(Tensor, accelerator.reduce(value, "mean")).item() for key, value in terms.items()}
+            corrupt = accelerator.reduce(torch.tensor(state.corrupt, device=device), "sum")
+            seconds = (time.perf_counter() - logged_at) / (state.step - logged_step)
+            logged_at, logged_step = time.perf_counter(), state.step
+            if record is not None:
+                clips = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+                measured = {
+                    "learning_rate": float(lr_scheduler.get_last_lr()[0]),
+                    "seconds": round(seconds, 4),
+                    "clips_per_second": round(clips / seconds, 3),
+                    "corrupt_clips": float(cast(Tensor, corrupt).item()),
+                }
+                record.log(state.step, {**state.losses, **measured})
+                shown = {key: f"{value:.4f}" for key, value in state.losses.items()}
+                bar.set_postfix(shown | {"clips/s": f"{clips / seconds:.2f}"})
         if accelerator.is_main_process and (last or state.step % config.save_every == 0):
             groups = {"parameters": parameters, **({} if ema is None else {"ema": _named(ema, parameters)})}
-            checkpointing.save(output, state.step, groups, optimizer.state_dict(), config.keep_checkpoints)
-        if accelerator.is_main_process:
-            for hook in hooks:
-                hook(state, stage)
+            states = {"optimizer": optimizer.state_dict(), **({"scaler": scaler.state_dict()} if scaler else {})}
+            checkpointing.save(output, state.step, groups, states, config.keep_checkpoints)
+        if accelerator.is_main_process and preview and config.preview_every and state.step % config.preview_every == 0:
+            with _averaged(ema, parameters), accelerator.autocast():
+                preview(state.step, stage.networks)
     bar.close()
 
     if ema is not None:
         ema.copy_to(parameters.values())
-    if accelerator.is_main_process:
+    if record is not None:
         stage.save(output)
+        record.close()
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return state
 
 
+def _accelerator(config: LoopConfig) -> Accelerator:
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} is not supported: what learns is small enough for every GPU to hold "
+            "a copy (docs/training.md); launch with --multi_gpu"
+        )
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    return accelerator
+
+
+def _place(stage: Stage, config: LoopConfig, device: torch.device) -> None:
+    """Moves a stage to its device, in the memory layout and precision that its networks are fastest in."""
+    if config.mixed_precision != "no":
+        for network in stage.children():
+            if not any(parameter.requires_grad for parameter in network.parameters()):
+                network.to(getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[config.mixed_precision]))
+        if device.type == "cpu":
+            for network in (stage.unet, stage.image_controlnet, stage.motion_controlnet):
+                network.set_attn_processor(Float32Attention())
+    stage.to(device, memory_format=torch.channels_last)
+    for network in (stage.unet, stage.motion_controlnet):
+        network.checkpoint_blocks = config.gradient_checkpointing
+    if config.torch_compile:
+        stage.compile()  # In place, which leaves the parameters' names alone.
+
+
+def _optimizer(
+    parameters: dict[str, torch.nn.Parameter], config: LoopConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters.values(), **settings, fused=True)
+    if device.type != "cuda":
+        raise ValueError(f"optimizer=adamw_8bit needs a CUDA device, this is {device.type}; use optimizer=adamw")
+    try:
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError("optimizer=adamw_8bit needs bitsandbytes: pip install 'imageconductor[lowmem]'") from error
+    return AdamW8bit(parameters.values(), **settings)
+
+
 def _batches(
     data: Dataset[dict[str, Any]], config: LoopConfig, accelerator: Accelerator, start: int
-) -> Iterator[dict[str, Any]]:
-    """This process's batches from optimiser step `start` on."""
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """This process's batches from optimiser step `start` on, with their numbers."""
     rank, world, micro_steps = accelerator.process_index, accelerator.num_processes, config.gradient_accumulation_steps
     indices = range(start * micro_steps * world + rank, config.max_steps * micro_steps * world, world)
-    loader = DataLoader(data, batch_size=None, sampler=indices, num_workers=config.num_workers)
-    return iter(loader)
+    workers: dict[str, Any] = {"num_workers": config.num_workers, "persistent_workers": config.num_workers > 0}
+    loader = DataLoader(data, batch_size=None, sampler=indices, pin_memory=accelerator.device.type == "cuda", **workers)
+    return zip(indices, loader, strict=True)
 
 
-def _generator(*key: int) -> torch.Generator:
-    """A generator that depends on (seed, process, step, micro-step) alone."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-    return torch.Generator().manual_seed(seed)
+def _generators(seed: int, first: int, count: int) -> list[torch.Generator]:
+    """A generator for each of `count` samples; sample p's depends on (seed, p) alone, not on process or batch."""
+    keys = [np.random.SeedSequence((seed, first + i)).generate_state(1, np.uint64)[0] >> 1 for i in range(count)]
+    return [torch.Generator().manual_seed(int(key)) for key in keys]
+
+
+def _draw_noise(x_0: Tensor, num_timesteps: int, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+    """Timesteps (B,) int64, and noise like x_0."""
+    t = torch.stack([torch.randint(num_timesteps, (), generator=generator) for generator in generators])
+    eps = torch.stack([torch.randn(x_0.shape[1:], generator=generator) for generator in generators])
+    return t.to(x_0.device), eps.to(x_0.device)
+
+
+def _count_corrupt(state: TrainState, batch: dict[str, Any], config: LoopConfig) -> None:
+    state.clips += len(batch["key"])
+    skipped = [reason for reasons in batch.get("skipped", []) for reason in reasons]
+    state.corrupt += len(skipped)
+    for reason in skipped:
+        logger.warning("skipped a clip: %s", reason)
+    if skipped and state.corrupt > config.max_corrupt_share * max(state.clips, _CLIPS_BEFORE_JUDGING):
+        raise CorruptClipError(
+            f"{state.corrupt} of {state.clips} clips cannot be read, more than max_corrupt_share="
+            f"{config.max_corrupt_share}; the last: {skipped[-1]}"
+        )
+
+
+@contextmanager
+def _averaged(ema: EMAModel | None, parameters: dict[str, torch.nn.Parameter]) -> Iterator[None]:
+    """Puts the average in place of the parameters, as at the end of the run."""
+    if ema is None:
+        yield
+        return
+    ema.store(parameters.values())
+    ema.copy_to(parameters.values())
+    try:
+        yield
+    finally:
+        ema.restore(parameters.values())
 
 
 def _average(parameters: dict[str, torch.nn.Parameter], decay: float) -> EMAModel:
@@ -189,7 +290,7 @@ def _restore(
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(saved[key])
-    optimizer.load_state_dict(checkpoint.optimizer)
+    optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
     if ema is not None and "ema" in checkpoint.tensors:
         for shadow, key in zip(ema.shadow_params, parameters, strict=True):
             shadow.copy_(checkpoint.tensors["ema"][key])
@@ -206,10 +307,3 @@ def _set_step(lr_scheduler: Any, step: int) -> None:
 def _check_finite(loss: Tensor, step: int, rank: int, keys: list[str]) -> None:
     if not torch.isfinite(loss):
         raise FloatingPointError(f"loss is {loss.item()} at step {step} on process {rank}; clips: {', '.join(keys)}")
-
-
-def _log(output: Path, state: TrainState, bar: Any, learning_rate: float, seconds: float) -> None:
-    bar.set_postfix({key: f"{value:.4f}" for key, value in state.losses.items()})
-    record = {"step": state.step, **state.losses, "learning_rate": learning_rate, "seconds": round(seconds, 4)}
-    with (output / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")

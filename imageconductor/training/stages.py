@@ -12,6 +12,7 @@ Foundation stands in for the pretrained SD-1.5 + AnimateDiff v3 + SparseCtrl whe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from imageconductor.training.config import StageName, TrainConfig
 class Condition:
     """Everything but x_t and t that the model reads."""
 
-    tokens: Tensor  # (B, L) int64
+    text: Tensor  # (B, L, D) embedding; (B, L) int64 token ids where the text encoder learns
     first_frame: Tensor  # (B, C, T, h, w), scaled latents, zero but for frame 0
     mask: Tensor  # (B, 1, T, h, w)
     flow: Tensor  # (B, 2, T, H, W) px
@@ -64,47 +65,66 @@ class Stage(nn.Module):
         self.motion_controlnet = networks.motion_controlnet
 
     @torch.no_grad()
-    def encode(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, Condition]:
+    def encode(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> tuple[Tensor, Condition]:
         """Clean latents x_0 (B, C, T, h, w) and the condition, from a batch of clips.
 
         Args:
-            batch: pixel_values (B, 3, T, H, W) in [-1, 1], points (B, N, T, 2) px, visible (B, N, T), caption.
-            generator: On the CPU; draws the posterior's noise, dropped texts and the sparse tracks.
+            batch: points (B, N, T, 2) px, visible (B, N, T), caption; and pixel_values (B, 3, T, H, W) in [-1, 1], or
+                from a cache latent_mean and latent_std (B, C, T, h, w), size (B, 2) and text (B, L, D).
+            generators: One a clip, on the CPU; they draw the posterior's noise, what is dropped and the sparse tracks.
         """
-        device = self.unet.device
+        mean, std, size = self._posterior(batch)
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
+        x_0 = mean + std * noise.to(mean.device)
+
+        dropped = [bool(torch.rand((), generator=g) < self.config.text_dropout) for g in generators]
+        given = [bool(torch.rand((), generator=g) >= self.config.image_dropout) for g in generators]
+        first_frame, mask = first_frame_condition(mean[:, :, 0], mean.shape[2])
+        is_given = torch.tensor(given, device=mean.device).to(mean.dtype).view(-1, 1, 1, 1, 1)
+        with torch.autocast(mean.device.type, enabled=False):  # Flow maps are pixels; half precision would round them.
+            flow = self._flow(batch, size, generators)
+        return x_0, Condition(self._text(batch, dropped), first_frame * is_given, mask * is_given, flow)
+
+    def _posterior(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Mean and standard deviation of the scaled latents, each (B, C, T, h, w), and (W, H) in pixels."""
+        device, scale = self.unet.device, self.vae.config["scaling_factor"]
+        if "latent_mean" in batch:
+            width, height = batch["size"][0].tolist()
+            return batch["latent_mean"].to(device) * scale, batch["latent_std"].to(device) * scale, (width, height)
         pixels = batch["pixel_values"].to(device, self.vae.dtype)
-        batch_size, _, num_frames, height, width = pixels.shape
+        num_frames, height, width = pixels.shape[2:]
         posterior = self.vae.encode(pixels.transpose(1, 2).flatten(0, 1)).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-        latents = (posterior.mean + posterior.std * noise) * self.vae.config["scaling_factor"]
-        x_0 = latents.unflatten(0, (batch_size, num_frames)).transpose(1, 2)
-
-        captions = [
-            "" if torch.rand((), generator=generator) < self.config.text_dropout else caption
-            for caption in batch["caption"]
-        ]
-        first_frame, mask = first_frame_condition(
-            posterior.mean.unflatten(0, (batch_size, num_frames))[:, 0] * self.vae.config["scaling_factor"], num_frames
+        mean, std = (
+            (value.float() * scale).unflatten(0, (-1, num_frames)).transpose(1, 2)
+            for value in (posterior.mean, posterior.std)
         )
-        given = (torch.rand(batch_size, generator=generator) >= self.config.image_dropout).to(device)
-        given = given.to(first_frame.dtype).view(-1, 1, 1, 1, 1)
-        flow = self._flow(batch, (width, height), generator)
-        return x_0, Condition(self.networks.tokenize(captions).to(device), first_frame * given, mask * given, flow)
+        return mean, std, (width, height)
 
-    def _flow(self, batch: dict[str, Any], size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    def _text(self, batch: dict[str, Any], dropped: Sequence[bool]) -> Tensor:
+        """(B, L, D), the empty text in place of dropped ones."""
+        device = self.unet.device
+        if "text" not in batch:
+            captions = ["" if drop else caption for drop, caption in zip(dropped, batch["caption"], strict=True)]
+            return self.text_encoder(self.networks.tokenize(captions).to(device)).last_hidden_state
+        text = batch["text"].to(device)
+        if any(dropped):
+            empty = self.text_encoder(self.networks.tokenize([""]).to(device)).last_hidden_state
+            text = torch.where(torch.tensor(dropped, device=device).view(-1, 1, 1), empty, text)
+        return text
+
+    def _flow(self, batch: dict[str, Any], size: tuple[int, int], generators: Sequence[torch.Generator]) -> Tensor:
         points, visible = batch["points"].to(self.unet.device), batch["visible"].to(self.unet.device)
         if self.config.trajectories == "sparse":
-            visible = visible & sample_sparse(points, visible, self.config.max_tracks, generator)[..., None]
+            visible = visible & sample_sparse(points, visible, self.config.max_tracks, generators)[..., None]
         return flow_map(points, visible, size, self.motion_controlnet.flow_convention)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """eps_theta(x_t, t, c), or v where the scheduler predicts v: (B, C, T, h, w)."""
         with torch.no_grad():
-            text = self.text_encoder(condition.tokens).last_hidden_state
-            features = self.unet.encode(x_t, t, text)
-            image = self.image_controlnet(t, text, condition.first_frame, condition.mask)
+            features = self.unet.encode(x_t, t, condition.text)
+            image = self.image_controlnet(t, condition.text, condition.first_frame, condition.mask)
         # Gradients reach the motion ControlNet through the up path alone.
-        motion = self.motion_controlnet(t, text, condition.flow)
+        motion = self.motion_controlnet(t, condition.text, condition.flow)
         return self.unet.decode(features, image + motion)
 
     def loss_terms(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -130,13 +150,17 @@ class FoundationStage(Stage):
             network.requires_grad_(True)
         self.image_controlnet.conv_in.weight.requires_grad_(False)
 
-    def _flow(self, batch: dict[str, Any], size: tuple[int, int], generator: torch.Generator) -> Tensor:
-        del batch, size, generator
+    def _text(self, batch: dict[str, Any], dropped: Sequence[bool]) -> Tensor:
+        captions = ["" if drop else caption for drop, caption in zip(dropped, batch["caption"], strict=True)]
+        return self.networks.tokenize(captions).to(self.unet.device)
+
+    def _flow(self, batch: dict[str, Any], size: tuple[int, int], generators: Sequence[torch.Generator]) -> Tensor:
+        del batch, size, generators
         return torch.zeros(())
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """As `Stage.forward`, without a motion ControlNet."""
-        text = self.text_encoder(condition.tokens).last_hidden_state
+        text = self.text_encoder(condition.text).last_hidden_state
         image = self.image_controlnet(t, text, condition.first_frame, condition.mask)
         return self.unet.decode(self.unet.encode(x_t, t, text), image)
 

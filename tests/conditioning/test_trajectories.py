@@ -122,7 +122,8 @@ def test_a_drawing_made_ready_and_saved_is_ready(tmp_path):
         ready = Trajectories.from_tracks(corners.tolist(), drawn_at, 16).cover_crop((64, 64))
         ready.save(tmp_path / "tracks.json")
         again = Trajectories.load(tmp_path / "tracks.json", 16, published_size=(64, 64)).cover_crop((64, 64))
-        assert torch.equal(again.points, ready.points) and torch.equal(again.visible, ready.visible)
+        assert torch.equal(again.points, ready.points)
+        assert torch.equal(again.visible, ready.visible)
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path):

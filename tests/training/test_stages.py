@@ -10,14 +10,15 @@ import torch
 from conftest import TINY_WORLD
 
 from imageconductor import config as config_file
-from imageconductor.data.batches import SpriteBatches
+from imageconductor.data.batches import Batches
 from imageconductor.models.lora import Adapter, active, adapter_parameters
 from imageconductor.models.networks import Networks
+from imageconductor.sampling.preview import VideoPreview
 from imageconductor.training import checkpointing
 from imageconductor.training.command import main
 from imageconductor.training.config import StageName, TrainConfig
 from imageconductor.training.loop import train
-from imageconductor.training.run import run_stage
+from imageconductor.training.run import run_stage, samples
 from imageconductor.training.stages import STAGES
 
 LEARNS = {
@@ -46,7 +47,7 @@ def settings(tiny_model, tmp_path):
 
 def build(name, config):
     stage = STAGES[name](Networks.load(config.model), config)
-    return stage, SpriteBatches(config.world, config.sets, config.batch_size)
+    return stage, Batches(samples(config), config.batch_size)
 
 
 def snapshot(stage):
@@ -69,7 +70,7 @@ def test_only_the_expected_parameters_change(name, settings):
 
 def test_the_camera_lora_acts_in_stage_three_and_does_not_learn(settings):
     stage, data = build(StageName.OBJECT_LORA, settings)
-    x_0, condition = stage.encode(data[0], torch.Generator().manual_seed(0))
+    x_0, condition = stage.encode(data[0], [torch.Generator().manual_seed(0)])
     t = torch.tensor([500])
     with_camera = stage(x_0, t, condition)
     sum(stage.loss_terms(with_camera, torch.randn_like(x_0)).values()).backward()
@@ -131,11 +132,12 @@ def test_what_a_condition_holds(settings):
     dense, data = build(StageName.MOTION_CONTROLNET, replace(settings, trajectories="dense", text_dropout=1.0))
     sparse, _ = build(StageName.MOTION_CONTROLNET, replace(settings, max_tracks=1, text_dropout=0.0))
     batch = data[0]
-    _, everything = dense.encode(batch, torch.Generator().manual_seed(0))
-    _, few = sparse.encode(batch, torch.Generator().manual_seed(0))
+    _, everything = dense.encode(batch, [torch.Generator().manual_seed(0)])
+    _, few = sparse.encode(batch, [torch.Generator().manual_seed(0)])
     assert (everything.flow != 0).sum() > (few.flow != 0).sum() > 0
-    assert torch.equal(everything.tokens, dense.networks.tokenize([""]))
-    assert torch.equal(few.tokens, dense.networks.tokenize(batch["caption"]))
+    embed = dense.text_encoder
+    assert torch.equal(everything.text, embed(dense.networks.tokenize([""])).last_hidden_state)
+    assert torch.equal(few.text, embed(dense.networks.tokenize(batch["caption"])).last_hidden_state)
     assert everything.first_frame[:, :, 0].any()
     assert not everything.first_frame[:, :, 1:].any()
     assert everything.mask.sum() == everything.mask[:, :, 0].numel()
@@ -170,7 +172,7 @@ def test_entry_points_train_a_part(stage, yaml, tiny_model, tmp_path, capsys):
         "mixed_precision=no",
         "lora_rank=2",
     ]
-    assert main(stage, "", ["--config", f"configs/train/sprites/{yaml}.yaml", *overrides]) == 0
+    assert main(stage, "", VideoPreview, ["--config", f"configs/train/sprites/{yaml}.yaml", *overrides]) == 0
     assert (tmp_path / stage.value).is_dir()
     assert capsys.readouterr().out.strip() == f"{tmp_path}/{stage.value}"
-    assert main(stage, "", [*overrides, "model=nowhere"]) == 2
+    assert main(stage, "", VideoPreview, [*overrides, "model=nowhere"]) == 2

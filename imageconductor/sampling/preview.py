@@ -1,0 +1,81 @@
+"""Videos of a model that is still learning, on the same held-out clips and from the same noise each time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from imageconductor.conditioning import Trajectories
+from imageconductor.data.tracks import sample_sparse
+from imageconductor.models.networks import Networks
+from imageconductor.sampling.pipeline import ImageConductorPipeline
+from imageconductor.sampling.video import contact_sheet, draw_trajectories, to_uint8, watchable, write_mp4
+
+_FPS = 8
+
+
+class VideoPreview:
+    """Writes `FOLDER/step-NNNNNNNN.png`, a contact sheet, and `FOLDER/step-NNNNNNNN-I.mp4`.
+
+    Args:
+        clips: Samples that are not trained on: pixel_values (3, T, H, W), points, visible, caption.
+        control: Whose trajectories are followed; None = no trajectories.
+        folder: Where.
+        sampling: Arguments of the pipeline's call, such as `num_inference_steps` and `guidance_scale`.
+        max_tracks: Trajectories drawn at most on a clip.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[dict[str, Any]],
+        control: str | None,
+        folder: Path,
+        sampling: dict[str, Any],
+        max_tracks: int = 4,
+    ):
+        self.clips, self.control, self.folder, self.sampling = clips, control, folder, sampling
+        self.drawn = [_drawn(clip, max_tracks, seed) for seed, clip in enumerate(clips)]
+
+    def __call__(self, step: int, networks: Networks) -> None:
+        """Samples every clip with the networks as they are."""
+        pipe = ImageConductorPipeline(**vars(networks))
+        pipe.set_progress_bar_config(desc=f"preview of step {step}", leave=False)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for i, (clip, drawn) in enumerate(zip(self.clips, self.drawn, strict=True)):
+            truth = ((clip["pixel_values"].permute(1, 2, 3, 0) + 1) / 2).numpy()
+            height, width = truth.shape[1:3]
+            video = pipe(
+                Image.fromarray(to_uint8(truth[0])),
+                None if self.control is None else drawn,
+                clip["caption"],
+                control=self.control or "object",
+                width=width,
+                height=height,
+                num_frames=len(truth),
+                generator=torch.Generator().manual_seed(i),
+                output_type="np",
+                **self.sampling,
+            )
+            for name, frames in (("clip", truth), ("made", video.frames[0])):
+                large, factor = watchable(to_uint8(frames))
+                if self.control is not None:
+                    large = draw_trajectories(large, drawn, factor)
+                rows.append((f"{name}: {clip['caption']}"[:110], large))
+            write_mp4(
+                self.folder / f"step-{step:08d}-{i}.mp4", np.concatenate([rows[-2][1], rows[-1][1]], axis=2), _FPS
+            )
+        contact_sheet(self.folder / f"step-{step:08d}.png", rows)
+
+
+def _drawn(clip: dict[str, Any], max_tracks: int, seed: int) -> Trajectories:
+    """Moving tracks of a clip, as a person might draw them."""
+    points, visible = clip["points"], clip["visible"]
+    height, width = clip["pixel_values"].shape[-2:]
+    keep = sample_sparse(points[None], visible[None], max_tracks, [torch.Generator().manual_seed(seed)])[0]
+    return Trajectories(points[keep], visible[keep], (width, height))

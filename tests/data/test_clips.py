@@ -1,0 +1,234 @@
+"""Clips on disk: both containers, the order they are read in, damage, and the cache of their latents."""
+
+import io
+import json
+import tarfile
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+from imageconductor.data.batches import Batches, sample_frames
+from imageconductor.data.clips import ClipSamples, CorruptClipError, ShuffledOrder, find_clips
+from imageconductor.data.sprites import SpriteDataset, SpriteSet, SpriteWorldConfig
+from imageconductor.models.networks import Networks
+from imageconductor.training.config import StageName, TrainConfig
+from imageconductor.training.stages import STAGES
+from scripts import cache_latents
+
+SIZE = (32, 32)
+WORLD = SpriteWorldConfig(size=SIZE, num_frames=8, kind=SpriteSet.MIXED, seed=3, grid=3)
+
+
+def record(index, caption=None):
+    """The files of a clip record, by extension."""
+    clip = SpriteDataset(WORLD)[index]
+    frames = ((clip["pixel_values"].permute(1, 2, 3, 0) + 1) * 127.5).round().byte().numpy()
+    video = iio.imwrite(
+        "<bytes>", frames, extension=".mp4", plugin="FFMPEG", fps=8, codec="libx264", quality=10, macro_block_size=2
+    )
+    tracks = io.BytesIO()
+    np.savez(tracks, points=clip["points"].numpy().astype(np.float16), visible=clip["visible"].numpy())
+    info = {"caption": clip["caption"] if caption is None else caption}
+    return {"mp4": video, "tracks.npz": tracks.getvalue(), "json": json.dumps(info).encode()}
+
+
+def write_folder(folder, records):
+    folder.mkdir(parents=True)
+    for key, parts in records.items():
+        for extension, content in parts.items():
+            (folder / f"{key}.{extension}").write_bytes(content)
+    return folder
+
+
+def write_shard(path, records):
+    with tarfile.open(path, "w") as tar:
+        for key, parts in records.items():
+            for extension, content in parts.items():
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def records():
+    return {f"clip-{index}": record(index) for index in range(5)}
+
+
+@pytest.fixture(scope="module")
+def folder(records, tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data") / "plain", records)
+
+
+def test_a_sample_is_what_was_recorded(folder):
+    samples = ClipSamples([folder], SIZE, num_frames=8, seed=1)
+    for position in range(5):
+        sample = samples[position]
+        clip = SpriteDataset(WORLD)[int(sample["key"].removeprefix("clip-"))]
+        assert sample["pixel_values"].shape == (3, 8, 32, 32)
+        assert (sample["pixel_values"] - clip["pixel_values"]).abs().mean() < 0.08  # the codec's loss
+        torch.testing.assert_close(sample["points"], clip["points"], atol=0.02, rtol=0)  # float16
+        assert torch.equal(sample["visible"], clip["visible"])
+        assert sample["caption"] == clip["caption"]
+
+
+def test_shards_and_a_folder_hold_the_same(folder, records, tmp_path):
+    items = list(records.items())
+    for number, part in enumerate((items[:2], items[2:4], items[4:])):
+        write_shard(tmp_path / f"clips-{number:03d}.tar", dict(part))
+    for source in (tmp_path, f"{tmp_path}/clips-{{000..002}}.tar", f"{tmp_path}/clips-*.tar"):
+        shards = find_clips([source])
+        assert [len(shard) for shard in shards] == [2, 2, 1]
+        for found in (record for shard in shards for record in shard):
+            for extension, content in records[found.key].items():
+                assert found.read(extension) == content
+    assert {shard[0].key for shard in find_clips([folder])} == set(records)
+
+
+def test_nothing_found_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no clips at .*expected \.tar shards"):
+        find_clips([tmp_path / "nowhere"])
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (2, 2), (3, 2)])
+def test_every_clip_once_an_epoch_however_it_is_split(ranks, workers):
+    sizes = [5, 1, 7, 3, 8]  # 24 clips
+    read = []
+    for rank in range(ranks):
+        for worker in range(workers):
+            order = ShuffledOrder(sizes, window=2, seed=0)  # every worker has its own copy
+            batches = range(rank, 24, ranks)[worker::workers]  # three epochs in batches of 3
+            read += [order[3 * batch + i] for batch in batches for i in range(3)]
+    assert sorted(read) == sorted(list(range(24)) * 3)
+
+
+def test_the_order_mixes_neighbouring_shards_alone_and_changes_from_epoch_to_epoch():
+    order = ShuffledOrder([10] * 6, window=2, seed=0)
+    first = [order[position] for position in range(60)]
+    assert first != sorted(first)
+    assert all(len({clip // 10 for clip in first[start : start + 20]}) == 2 for start in range(0, 60, 20))
+    assert first != [order[position] for position in range(60, 120)]
+    assert first == [ShuffledOrder([10] * 6, window=2, seed=0)[position] for position in range(60)]
+
+
+def test_frames_are_evenly_spaced_and_every_place_occurs():
+    drawn = [sample_frames(32, 16, np.random.default_rng(seed)) for seed in range(200)]
+    assert {frames[1] - frames[0] for frames in drawn} == {1, 2}
+    assert all(len(set(np.diff(frames))) == 1 and frames[0] >= 0 and frames[-1] < 32 for frames in drawn)
+    assert {frames[0] for frames in drawn if frames[1] - frames[0] == 2} == {0, 1}
+    assert sample_frames(8, 8, np.random.default_rng(0)) == list(range(8))
+    assert sample_frames(5, 1, np.random.default_rng(0))[0] in range(5)
+
+
+def test_a_mirrored_clip_mirrors_its_tracks(records, tmp_path):
+    asymmetric = write_folder(tmp_path / "clips", {"a": record(0, "a thing"), "b": record(0, "it moves left")})
+    plain, mirrored = (ClipSamples([asymmetric], SIZE, 8, horizontal_flip=share) for share in (0.0, 1.0))
+    for position in range(2):
+        before, after = plain[position], mirrored[position]
+        assert before["key"] == after["key"]
+        if after["key"] == "b":  # A caption that tells left from right would become a lie.
+            assert torch.equal(before["pixel_values"], after["pixel_values"])
+            continue
+        assert torch.equal(before["pixel_values"].flip(-1), after["pixel_values"])
+        inside = before["visible"]
+        torch.testing.assert_close(after["points"][inside][:, 0], (31 - before["points"][inside][:, 0]).clamp(min=0))
+        torch.testing.assert_close(after["points"][inside][:, 1], before["points"][inside][:, 1])
+
+
+def test_another_size_moves_pixels_and_points_together(folder):
+    large = ClipSamples([folder], (32, 32), 8)[0]
+    small = ClipSamples([folder], (16, 16), 8)[0]
+    assert small["pixel_values"].shape == (3, 8, 16, 16)
+    both = large["visible"] & small["visible"]
+    torch.testing.assert_close(small["points"][both], (large["points"][both] + 0.5) / 2 - 0.5, atol=0.26, rtol=0)
+
+
+DAMAGE = {
+    "a video that is none": {"mp4": b"not a video"},
+    "a video cut short": {"mp4": 300},
+    "tracks that are no archive": {"tracks.npz": b"PK"},
+    "no caption": {"json": b"{}"},
+    "json that is none": {"json": b"{"},
+    "no tracks": {"tracks.npz": None},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_clip_is_replaced_and_named(records, tmp_path, damage):
+    broken = dict(records["clip-0"])
+    for part, content in damage.items():
+        broken[part] = broken[part][:content] if isinstance(content, int) else content
+    damaged = {part: content for part, content in broken.items() if content is not None}
+    mixed = {"bad": damaged, **{key: records[key] for key in ("clip-1", "clip-2")}}
+    samples = ClipSamples([write_folder(tmp_path / "clips", mixed)], SIZE, 8)
+    epoch = [samples[position] for position in range(3)]
+    assert {sample["key"] for sample in epoch} == {"clip-1", "clip-2"}
+    assert [reason.split(":")[0] for sample in epoch for reason in sample["skipped"]] == ["bad"]
+    assert Batches(samples, 3)[0]["pixel_values"].shape == (3, 3, 8, 32, 32)
+
+
+def test_too_few_frames_and_nothing_readable(folder):
+    with pytest.raises(CorruptClipError, match="8 frames, 9 are needed"):
+        ClipSamples([folder], SIZE, num_frames=9)[0]
+
+
+def test_a_shard_that_ends_early_gives_what_it_holds(records, tmp_path, caplog):
+    shard = write_shard(tmp_path / "clips.tar", records)
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) * 3 // 5])
+    samples = ClipSamples([shard], SIZE, 8)
+    assert 2 <= len(samples) <= 4
+    assert {samples[position]["key"] for position in range(8)} <= set(records)
+
+
+def test_clips_with_fewer_tracks_are_filled_up_with_hidden_ones(records, tmp_path):
+    few = dict(records["clip-1"])
+    with np.load(io.BytesIO(few["tracks.npz"])) as arrays:
+        file = io.BytesIO()
+        np.savez(file, points=arrays["points"][:4], visible=arrays["visible"][:4])
+    few["tracks.npz"] = file.getvalue()
+    samples = ClipSamples([write_folder(tmp_path / "clips", {"few": few, "many": records["clip-0"]})], SIZE, 8)
+    batch = Batches(samples, 2)[0]
+    row = batch["key"].index("few")
+    assert batch["points"].shape == (2, 9, 8, 2)
+    assert not batch["visible"][row, 4:].any()
+    assert batch["visible"][row, :4].any()
+
+
+@pytest.fixture(scope="module")
+def cached(folder, tiny_model, tmp_path_factory):
+    output = tmp_path_factory.mktemp("cache")
+    made = {}
+    for dtype in ("float32", "float16"):
+        made[dtype] = output / dtype
+        arguments = [f"data=[{folder}]", f"output={made[dtype]}", f"model={tiny_model}", "size=[32,32]"]
+        assert cache_latents.main([*arguments, "clips_per_shard=2", f"dtype={dtype}"]) == 0
+    assert cache_latents.main([f"data=[{folder}/nothing]", f"output={output / 'none'}", f"model={tiny_model}"]) == 2
+    return made
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 2e-3)])
+def test_cached_latents_train_as_clips_do(folder, cached, tiny_model, dtype, tolerance):
+    shards = sorted(path.name for path in cached[dtype].iterdir())
+    assert shards == [f"clips-{number:06d}.tar" for number in range(3)]
+    stage = STAGES[StageName.MOTION_CONTROLNET](Networks.load(tiny_model), TrainConfig(model=str(tiny_model)))
+    found = {}
+    for source in (folder, cached[dtype]):
+        samples = ClipSamples([source], SIZE, num_frames=8)
+        for position in range(5):
+            batch = Batches(samples, 1)[position]
+            x_0, condition = stage.encode(batch, [torch.Generator().manual_seed(int(batch["key"][0][-1]))])
+            found.setdefault(batch["key"][0], []).append((x_0, *vars(condition).values()))
+    assert len(found) == 5
+    for clip, cache in found.values():
+        for a, b in zip(clip, cache, strict=True):
+            torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+def test_what_a_cache_cannot_do_is_said(folder, cached):
+    with pytest.raises(ValueError, match="horizontal_flip=0"):
+        ClipSamples([cached["float16"]], SIZE, 8, horizontal_flip=0.5)
+    with pytest.raises(ValueError, match="mix videos and cached"):
+        ClipSamples([cached["float16"], folder], SIZE, 8)
