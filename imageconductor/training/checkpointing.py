@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,17 @@ def latest(folder: Path) -> Checkpoint | None:
             continue
         return Checkpoint(state["step"], tensors, optimizer)
     return None
+
+
+def save_result(folder: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a folder and moves what it wrote into `folder`, each part whole."""
+    temporary = folder / f".result.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    write(temporary)
+    for part in temporary.iterdir():
+        shutil.rmtree(folder / part.name, ignore_errors=True)
+        part.rename(folder / part.name)
+    temporary.rmdir()
 
 
 def _folders(folder: Path) -> list[Path]:

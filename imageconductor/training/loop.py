@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -165,7 +166,7 @@ def train(
     if ema is not None:
         ema.copy_to(parameters.values())
     if record is not None:
-        stage.save(output)
+        checkpointing.save_result(output, stage.save)
         record.close()
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -173,6 +174,7 @@ def train(
 
 
 def _accelerator(config: LoopConfig) -> Accelerator:
+    AcceleratorState._reset_state()  # A stage may want another precision than the one trained before it.
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(

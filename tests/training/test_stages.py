@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_WORLD
+from safetensors.torch import load_file
 
 from imageconductor import config as config_file
 from imageconductor.data.batches import Batches
+from imageconductor.data.clips import CorruptClipError
 from imageconductor.models.lora import Adapter, active, adapter_parameters
 from imageconductor.models.networks import Networks
 from imageconductor.sampling.preview import VideoPreview
@@ -102,6 +104,141 @@ def test_two_and_two_steps_are_four(settings, tmp_path, extra):
     for line in (Path(parts.output) / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         assert rates.setdefault(record["step"], record["learning_rate"]) == record["learning_rate"]
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [line["denoising"] for line in lines]
+
+
+def test_two_batches_of_one_are_a_batch_of_two(settings, tmp_path):
+    whole = replace(settings, batch_size=2, max_steps=3, trajectories="sparse", sets=["mixed", "camera"])
+    halves = replace(whole, batch_size=1, gradient_accumulation_steps=2, output=str(tmp_path / "halves"))
+    for config in (whole, halves):
+        train(*build(StageName.MOTION_CONTROLNET, config), config)
+    torch.testing.assert_close(
+        torch.tensor(losses(whole.output)), torch.tensor(losses(halves.output)), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_checkpointed_blocks_give_the_same_gradients(settings):
+    found = []
+    for checkpointed in (False, True):
+        stage, data = build(StageName.OBJECT_LORA, settings)
+        stage.unet.checkpoint_blocks = stage.motion_controlnet.checkpoint_blocks = checkpointed
+        x_0, condition = stage.encode(data[0], [torch.Generator().manual_seed(0)])
+        stage(x_0, torch.tensor([500]), condition).square().sum().backward()
+        found.append([parameter.grad for parameter in stage.trainable().values()])
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_what_learns_nothing_keeps_no_activation(settings, checkpointed):
+    """Bytes kept for the backward pass, by the part of the model whose forward pass made them."""
+    stage, data = build(StageName.MOTION_CONTROLNET, settings)
+    stage.unet.checkpoint_blocks = stage.motion_controlnet.checkpoint_blocks = checkpointed
+    parameters = {parameter.data_ptr() for parameter in stage.parameters()}
+    inside, kept = (
+        ["outside"],
+        dict.fromkeys(["outside", "text_encoder", "vae", "image", "down", "mid", "up", "motion"], 0),
+    )
+    parts = {
+        "text_encoder": stage.text_encoder,
+        "vae": stage.vae.encoder,
+        "image": stage.image_controlnet,
+        "motion": stage.motion_controlnet,
+        "mid": stage.unet.mid_block,
+        **{f"down {i}": block for i, block in enumerate(stage.unet.down_blocks)},
+        **{f"up {i}": block for i, block in enumerate(stage.unet.up_blocks)},
+    }
+    for name, part in parts.items():
+        part.register_forward_pre_hook(lambda *_, name=name: inside.append(name.split()[0]))
+        part.register_forward_hook(lambda *_: inside.pop() and None)
+
+    def keep(tensor):
+        if tensor.data_ptr() not in parameters:
+            kept[inside[-1]] += tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        x_0, condition = stage.encode(data[0], [torch.Generator().manual_seed(0)])
+        stage(x_0, torch.tensor([500]), condition)
+    assert [kept[name] for name in ("text_encoder", "vae", "image", "down", "mid")] == [0] * 5
+    if checkpointed:
+        assert kept["up"] + kept["motion"] < 0.25 * test_what_learns_nothing_keeps_no_activation.plain
+    else:
+        test_what_learns_nothing_keeps_no_activation.plain = kept["up"] + kept["motion"]
+        assert min(kept["up"], kept["motion"]) > 0
+
+
+def test_half_precision_holds_what_does_not_learn_in_half(settings):
+    config = replace(settings, mixed_precision="bf16")
+    stage, data = build(StageName.CAMERA_LORA, config)
+    train(stage, data, config)
+    assert stage.unet.dtype == stage.vae.dtype == stage.image_controlnet.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in stage.trainable().values()} == {torch.float32}
+    full = replace(settings, output=settings.output + "-full")
+    train(*build(StageName.CAMERA_LORA, full), full)
+    for half, whole in zip(losses(config.output), losses(full.output), strict=True):
+        assert half == pytest.approx(whole, rel=0.02)
+
+
+class Damaged:
+    """Batches whose clip 0 always had to be replaced."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __getitem__(self, index):
+        return self.data[index] | {"skipped": [["bad: ends inside a file"] if index == 0 else []]}
+
+
+def test_corrupt_clips_are_counted_and_too_many_stop_the_run(settings, caplog):
+    stage, data = build(StageName.CAMERA_LORA, settings)
+    train(stage, Damaged(data), settings)
+    lines = [json.loads(line) for line in (Path(settings.output) / "metrics.jsonl").read_text().splitlines()]
+    assert [line["corrupt_clips"] for line in lines] == [1, 1]
+    assert "skipped a clip: bad: ends inside a file" in caplog.text
+    strict = replace(settings, max_corrupt_share=0.0, output=settings.output + "-strict")
+    with pytest.raises(CorruptClipError, match=r"1 of 1 clips cannot be read, more than max_corrupt_share=0\.0"):
+        train(*build(StageName.CAMERA_LORA, strict)[:1], Damaged(data), strict)
+
+
+def test_what_a_run_folder_holds(settings):
+    config = replace(settings, preview_every=2, preview_steps=2, max_steps=3, ema_decay=0.5)
+    run_stage(StageName.CAMERA_LORA, config, VideoPreview)
+    folder = Path(config.output)
+    assert {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")} == {
+        "camera_lora",
+        "config.yaml",
+        "environment.jsonl",
+        "metrics.jsonl",
+        "previews",
+        "tensorboard",
+    }
+    assert {path.name for path in (folder / "previews").iterdir()} == {
+        "step-00000002.png",
+        *(f"step-00000002-{i}.mp4" for i in range(3)),
+    }
+    assert config_file.load(TrainConfig, folder / "config.yaml") == config
+    environment = json.loads((folder / "environment.jsonl").read_text())
+    assert environment["start"] == 0
+    assert environment["torch"] == torch.__version__.partition("+")[0] or environment["torch"] == torch.__version__
+
+
+def test_previews_change_nothing(settings):
+    shown = replace(settings, preview_every=1, preview_steps=2, ema_decay=0.5, mixed_precision="bf16")
+    hidden = replace(shown, preview_every=0, output=settings.output + "-hidden")
+    for config in (shown, hidden):
+        run_stage(StageName.MOTION_CONTROLNET, config, VideoPreview)
+    saved = [load_file(next(Path(c.output).glob("motion_controlnet/*.safetensors"))) for c in (shown, hidden)]
+    assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
+
+
+def test_clips_on_disk_need_clips_to_preview():
+    with pytest.raises(ValueError, match="set preview_data"):
+        TrainConfig(data=["somewhere"], preview_every=10)
 
 
 def test_a_truncated_checkpoint_is_passed_over(settings, caplog):
