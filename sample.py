@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--strength", type=float, help="of a preset, 1 = moderate")
     what.add_argument("--prompt", help="what the video shows")
     what.add_argument("--negative-prompt", help="what it does not")
-    what.add_argument("--control", choices=["camera", "object", "mixed"], help="what the trajectories move")
+    what.add_argument("--control", choices=["camera", "object", "mixed", "base"], help="what moves; base = no LoRA")
     how = p.add_argument_group("how")
     how.add_argument("--model", metavar="FOLDER", help="model folder, or organisation/name on the hub")
     how.add_argument("--camera-free-scale", type=float, metavar="X", help="lambda_trajs of Eq. 5, > 1 pins the camera")

@@ -13,7 +13,7 @@ import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from imageconductor import config as config_file
 
@@ -62,7 +62,7 @@ def cache(config: CacheConfig) -> None:
     """Writes the shards."""
     import torch
     from tqdm.auto import tqdm
-    from webdataset import TarWriter
+    from webdataset.writer import TarWriter
 
     from imageconductor.data.clips import find_clips
     from imageconductor.models.networks import Networks
@@ -73,8 +73,8 @@ def cache(config: CacheConfig) -> None:
     if config.size[0] % factor or config.size[1] % factor:
         raise ValueError(f"size must be in multiples of {factor} for this model, got {config.size}")
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    networks.vae.to(device)
-    networks.text_encoder.to(device)
+    for network in (networks.vae, networks.text_encoder):
+        cast("Any", network).to(device)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(records), config.clips_per_shard)

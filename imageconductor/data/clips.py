@@ -8,6 +8,7 @@ visible (N, F)) and `KEY.json` (caption and provenance). In a cache made by `scr
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 import re
@@ -168,13 +169,13 @@ class ShuffledOrder:
     """
 
     def __init__(self, shard_sizes: Sequence[int], window: int, seed: int):
-        self.starts = np.concatenate([[0], np.cumsum(shard_sizes)])
+        self.starts = [0, *itertools.accumulate(shard_sizes)]
         self.window = window
         self.seed = seed
         self._epoch: tuple[int, NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return self.starts[-1]
 
     def __getitem__(self, position: int) -> int:
         epoch, place = divmod(position, len(self))

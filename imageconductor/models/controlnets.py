@@ -67,6 +67,8 @@ class SparseControlNet(SparseControlNetModel):
         kwargs: As diffusers' `SparseControlNetModel`.
     """
 
+    checkpoint_blocks = False  # True: no activation inside a block is kept; it is computed again.
+
     def __init__(self, *args: Any, motion_norm_num_groups: int | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.register_to_config(motion_norm_num_groups=motion_norm_num_groups)

@@ -76,7 +76,7 @@ def adopt_motion_modules_(model: nn.Module, norm_num_groups: int | None = None) 
 
 def run_block(model: Any, block: nn.Module, **inputs: Any) -> Any:
     """Output of one block of `model`, computed again in the backward pass where `model.checkpoint_blocks` says so."""
-    if getattr(model, "checkpoint_blocks", False) and torch.is_grad_enabled():
+    if model.checkpoint_blocks and torch.is_grad_enabled():
         return checkpoint(block, use_reentrant=False, **inputs)
     return block(**inputs)
 

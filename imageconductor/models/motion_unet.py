@@ -56,6 +56,8 @@ class MotionUNet(UNetMotionModel):
         kwargs: As diffusers' `UNetMotionModel`.
     """
 
+    checkpoint_blocks = False  # True: `decode` keeps no activation inside a block and computes it again.
+
     def __init__(self, *args: Any, motion_norm_num_groups: int | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.register_to_config(motion_norm_num_groups=motion_norm_num_groups)

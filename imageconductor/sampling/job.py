@@ -29,7 +29,7 @@ class SampleJob:
     strength: float = 1.0  # of a preset
     prompt: str = ""
     negative_prompt: str | None = None
-    control: Literal["camera", "object", "mixed"] | None = None  # None = what suits the preset, else object
+    control: Literal["camera", "object", "mixed", "base"] | None = None  # None = what suits the preset, else object
     camera_free_scale: float | None = None  # lambda_trajs of Eq. 5; None = off
     guidance_scale: float | None = None  # lambda_cfg
     steps: int | None = None

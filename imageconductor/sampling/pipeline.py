@@ -233,7 +233,7 @@ class ImageConductorPipeline(DiffusionPipeline):
                 leaves the motion ControlNet out.
             prompt: What the video shows.
             negative_prompt: What it does not; None = the model's default.
-            control: "camera", "object" or "mixed".
+            control: "camera", "object", "mixed" (both LoRAs) or "base" (none).
             camera_free_scale: lambda_trajs of Eq. 5, with control "object"; None = plain classifier-free guidance.
             guidance_scale: lambda_cfg, 1 = off.
             num_inference_steps: Denoising steps.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from PIL import Image
 from imageconductor.conditioning import Trajectories
 from imageconductor.data.tracks import sample_sparse
 from imageconductor.models.networks import Networks
-from imageconductor.sampling.pipeline import ImageConductorPipeline
+from imageconductor.sampling.pipeline import ImageConductorOutput, ImageConductorPipeline
 from imageconductor.sampling.video import contact_sheet, draw_trajectories, to_uint8, watchable, write_mp4
 
 _FPS = 8
@@ -50,7 +50,7 @@ class VideoPreview:
         for i, (clip, drawn) in enumerate(zip(self.clips, self.drawn, strict=True)):
             truth = ((clip["pixel_values"].permute(1, 2, 3, 0) + 1) / 2).numpy()
             height, width = truth.shape[1:3]
-            video = pipe(
+            output = pipe(
                 Image.fromarray(to_uint8(truth[0])),
                 None if self.control is None else drawn,
                 clip["caption"],
@@ -62,7 +62,8 @@ class VideoPreview:
                 output_type="np",
                 **self.sampling,
             )
-            for name, frames in (("clip", truth), ("made", video.frames[0])):
+            video = cast(ImageConductorOutput, output).frames[0]
+            for name, frames in (("clip", truth), ("made", video)):
                 large, factor = watchable(to_uint8(frames))
                 if self.control is not None:
                     large = draw_trajectories(large, drawn, factor)

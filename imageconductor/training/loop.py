@@ -194,7 +194,7 @@ def _place(stage: Stage, config: LoopConfig, device: torch.device) -> None:
         if device.type == "cpu":
             for network in (stage.unet, stage.image_controlnet, stage.motion_controlnet):
                 network.set_attn_processor(Float32Attention())
-    stage.to(device, memory_format=torch.channels_last)
+    cast(Any, stage).to(device, memory_format=torch.channels_last)
     for network in (stage.unet, stage.motion_controlnet):
         network.checkpoint_blocks = config.gradient_checkpointing
     if config.torch_compile:

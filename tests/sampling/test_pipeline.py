@@ -42,13 +42,13 @@ def test_a_saved_model_gives_the_same_video(pipe, image, tmp_path):
     again = ImageConductorPipeline.from_pretrained(tmp_path / "copy")
     again.set_progress_bar_config(disable=True)
     assert attached_adapters(again.motion_controlnet) == set(Adapter)
-    for control in ("camera", "object", "mixed"):
+    for control in ("camera", "object", "mixed", "base"):
         assert np.array_equal(run(pipe, image, track, control=control), run(again, image, track, control=control))
 
 
 def test_controls_differ_and_absent_control_is_a_no_op(pipe, image):
     track = object_preset("line-right", SIZE, FRAMES, start=(10.0, 16.0))
-    videos = {control: run(pipe, image, track, control=control) for control in ("camera", "object", "mixed")}
+    videos = {control: run(pipe, image, track, control=control) for control in ("camera", "object", "mixed", "base")}
     videos["free"] = run(pipe, image, track, control="object", camera_free_scale=1.5)
     videos["none"] = run(pipe, image)
     names = list(videos)
@@ -107,7 +107,7 @@ def test_trajectories_of_another_size_are_fitted(pipe, image):
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"width": 33}, "multiples of 2"),
         ({"num_frames": 33}, r"1\.\.32"),
-        ({"control": "zoom"}, "camera, object, mixed"),
+        ({"control": "zoom"}, "camera, object, mixed, base"),
         ({"output_type": "gif"}, "gif"),
         ({"prompt": ["a", "b"], "negative_prompt": ["a", "b", "c"]}, "prompt: expected 1 or 3"),
         ({"num_videos_per_prompt": 3, "seeds": (1, 2)}, "3 videos"),

@@ -280,10 +280,16 @@ def test_what_a_condition_holds(settings):
     assert everything.mask.sum() == everything.mask[:, :, 0].numel()
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs/train/sprites").glob("*.yaml")), ids=lambda path: path.stem)
+SHIPPED = sorted(set(Path("configs/train").rglob("*.yaml")) - {Path("configs/train/sprites.yaml")})
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_shipped_settings_load_and_refuse_typing_errors(path):
     config = config_file.load(TrainConfig, path)
-    assert config.output == f"runs/sprites/{path.stem}"
+    assert config.output == f"runs/{path.relative_to('configs/train').with_suffix('')}"
+    if config.data:  # the paper's, on eight GPUs or on one
+        assert config.batch_size * config.gradient_accumulation_steps in (64, 64 // 8)
+        assert (config.learning_rate, config.size, config.num_frames, config.lora_rank) == (1e-4, (384, 256), 16, 64)
     with pytest.raises(ValueError, match="learning_rate"):
         config_file.load(TrainConfig, path, ["learning_rat=1"])
 
