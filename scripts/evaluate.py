@@ -1,6 +1,7 @@
 """Measures how well a model follows what is drawn, on held-out scenes of the sprite world.
 
-Writes results.json, table.md and a contact sheet for each arm.
+Writes results.json, table.md and a contact sheet for each arm. Run it again after an interruption: videos that
+were made are kept beside the output until it is whole.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from imageconductor import config as config_file
-from imageconductor.evaluation.protocol import EvaluateConfig, PipelineGenerate, evaluate
+from imageconductor.evaluation.protocol import Arm, EvaluateConfig, Generate, PipelineGenerate, Request, evaluate
 from imageconductor.sampling.video import contact_sheet, draw_trajectories, watchable
 
 
@@ -33,8 +37,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
+    partial = output.with_name(f".{output.name}.partial")
     record, videos = evaluate(
-        config, generate, generate.size, generate.num_frames, progress=lambda jobs: tqdm(jobs, unit="batch")
+        config,
+        Kept(generate, partial, config),
+        generate.size,
+        generate.num_frames,
+        progress=lambda jobs: tqdm(jobs, unit="batch"),
     )
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
@@ -51,11 +60,35 @@ def main(argv: list[str] | None = None) -> int:
         if output.exists():
             output.rmdir()
         temporary.rename(output)
+        shutil.rmtree(partial)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(table)
     print(output / "results.json")
     return 0
+
+
+class Kept:
+    """`generate`, its videos kept in a folder and taken from there when they are asked for again."""
+
+    def __init__(self, generate: Generate, folder: Path, config: EvaluateConfig):
+        weights = {str(path): path.stat().st_mtime_ns for path in sorted(Path(config.model).rglob("*.safetensors"))}
+        made_with = json.dumps({"config": asdict(config), "weights": weights}, default=str)
+        record = folder / "made_with.json"
+        if not record.exists() or record.read_text() != made_with:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            record.write_text(made_with)
+        self.generate, self.folder = generate, folder
+
+    def __call__(self, requests: list[Request], arm: Arm, seeds: list[int]) -> NDArray[np.uint8]:
+        """See `Generate`."""
+        path = self.folder / f"{arm.name}-{seeds[0]}.npy"
+        if not path.exists():
+            temporary = path.with_name(f".{path.name}")
+            np.save(temporary, self.generate(requests, arm, seeds))
+            temporary.rename(path)
+        return np.load(path)
 
 
 def format_table(record: dict) -> str:

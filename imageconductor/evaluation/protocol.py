@@ -6,6 +6,7 @@
 | camera_uncontrolled | the same | none | | cam_mc_uncontrolled |
 | object | object-only | centres of the moving sprites | object | obj_mc, leak_object |
 | object_as_camera | the same | the same | camera | leak_camera |
+| object_as_base | the same | the same | base | leak_base |
 | object_uncontrolled | the same | none | | obj_mc_uncontrolled |
 | object_free_X | the same | the same | object, camera_free_scale X | leak and error under Eq. 5 |
 """
@@ -95,6 +96,7 @@ def arms(config: EvaluateConfig) -> list[Arm]:
         Arm("camera_uncontrolled", SpriteSet.CAMERA, None),
         Arm("object", SpriteSet.OBJECT, "object"),
         Arm("object_as_camera", SpriteSet.OBJECT, "camera"),
+        Arm("object_as_base", SpriteSet.OBJECT, "base"),
         Arm("object_uncontrolled", SpriteSet.OBJECT, None),
         *free,
     ]
@@ -235,6 +237,7 @@ def _figures(
         "obj_mc_uncontrolled": over(clips["object_uncontrolled"], "error"),
         "leak_object": over(clips["object"], "background"),
         "leak_camera": over(clips["object_as_camera"], "background"),
+        "leak_base": over(clips["object_as_base"], "background"),
         "leak_uncontrolled": over(clips["object_uncontrolled"], "background"),
         "first_frame_psnr": over([*clips["camera"], *clips["object"]], "first_frame_psnr"),
         "coverage": over([*clips["camera"], *clips["object"]], "coverage"),

@@ -6,6 +6,7 @@ import pytest
 from imageconductor.data.sprites import SpriteSet
 from imageconductor.evaluation.protocol import EvaluateConfig, arms, evaluate, measure, requests
 from imageconductor.evaluation.trackers import LucasKanadeTracker
+from scripts.evaluate import Kept
 
 SIZE, FRAMES = (64, 64), 16
 
@@ -45,6 +46,27 @@ def test_requests_are_held_out_and_repeat():
     assert [r.key for r in first] == [r.key for r in second]
     assert all(np.array_equal(a.truth, b.truth) for a, b in zip(first, second, strict=True))
     assert "moves" not in first[0].scene.caption
+
+
+def test_videos_that_were_made_are_not_made_again(tmp_path):
+    made = []
+
+    def generate(batch, arm, seeds):
+        made.append((arm.name, seeds[0]))
+        return np.stack([request.truth for request in batch])
+
+    config = EvaluateConfig(num_scenes=2, batch_size=1, model=str(tmp_path / "model"))
+    (tmp_path / "model").mkdir()
+    first, _ = evaluate(config, Kept(generate, tmp_path / "kept", config), SIZE, FRAMES)
+    assert len(set(made)) == len(made) == 2 * len(arms(config))
+    again, _ = evaluate(config, Kept(generate, tmp_path / "kept", config), SIZE, FRAMES)
+    assert len(made) == 2 * len(arms(config))
+    assert again["clips"] == first["clips"]
+    (tmp_path / "model" / "changed.safetensors").write_bytes(b"")
+    Kept(generate, tmp_path / "kept", config)(
+        requests(config, SpriteSet.CAMERA, SIZE, FRAMES)[:1], arms(config)[0], [0]
+    )
+    assert len(made) == 2 * len(arms(config)) + 1
 
 
 def test_a_video_of_another_length_is_an_error():
