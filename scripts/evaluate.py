@@ -1,7 +1,7 @@
 """Measures how well a model follows what is drawn, on held-out scenes of the sprite world.
 
-Writes results.json, table.md and a contact sheet for each arm. Run it again after an interruption: videos that
-were made are kept beside the output until it is whole.
+Writes results.json, table.md, a contact sheet for each arm, and one of the same requests under all arms. Run it again
+after an interruption: videos that were made are kept beside the output until it is whole.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from imageconductor import config as config_file
+from imageconductor.data.sprites import SpriteSet
 from imageconductor.evaluation.protocol import Arm, EvaluateConfig, Generate, PipelineGenerate, Request, evaluate
-from imageconductor.sampling.video import contact_sheet, draw_trajectories, watchable
+from imageconductor.sampling.video import Frames, contact_sheet, draw_trajectories, watchable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,11 +52,9 @@ def main(argv: list[str] | None = None) -> int:
         table = format_table(record)
         (temporary / "table.md").write_text(table)
         for arm, made in videos.items():
-            rows = []
-            for request, video in made[:8]:
-                large, factor = watchable(video)
-                rows.append((request.key, draw_trajectories(large, request.trajectories, factor)))
-            contact_sheet(temporary / f"{arm}.png", rows)
+            contact_sheet(temporary / f"{arm}.png", [(r.key, drawn(r, video)) for r, video in made[:8]])
+        for kind in SpriteSet.CAMERA, SpriteSet.OBJECT:
+            contact_sheet(temporary / f"same_{kind.value}.png", compared(kind, videos))
         if output.exists():
             output.rmdir()
         temporary.rename(output)
@@ -66,6 +64,22 @@ def main(argv: list[str] | None = None) -> int:
     print(table)
     print(output / "results.json")
     return 0
+
+
+def drawn(request: Request, video: Frames) -> Frames:
+    """A video enlarged, with its trajectories."""
+    large, factor = watchable(video)
+    return draw_trajectories(large, request.trajectories, factor)
+
+
+def compared(kind: SpriteSet, videos: dict[str, list[tuple[Request, Frames]]]) -> list[tuple[str, Frames]]:
+    """The same two requests under every arm of a set, the clips themselves first."""
+    arms_of_kind = {name: made for name, made in videos.items() if made[0][0].key.startswith(f"{kind.value}-")}
+    rows = []
+    for i, (request, _) in enumerate(next(iter(arms_of_kind.values()))[:2]):
+        rows.append((f"{request.key}: {request.scene.caption}", drawn(request, request.truth)))
+        rows += [(f"{request.key}: {name}", drawn(request, made[i][1])) for name, made in arms_of_kind.items()]
+    return rows
 
 
 class Kept:
@@ -81,7 +95,7 @@ class Kept:
             record.write_text(made_with)
         self.generate, self.folder = generate, folder
 
-    def __call__(self, requests: list[Request], arm: Arm, seeds: list[int]) -> NDArray[np.uint8]:
+    def __call__(self, requests: list[Request], arm: Arm, seeds: list[int]) -> Frames:
         """See `Generate`."""
         path = self.folder / f"{arm.name}-{seeds[0]}.npy"
         if not path.exists():

@@ -6,7 +6,7 @@ import pytest
 from imageconductor.data.sprites import SpriteSet
 from imageconductor.evaluation.protocol import EvaluateConfig, arms, evaluate, measure, requests
 from imageconductor.evaluation.trackers import LucasKanadeTracker
-from scripts.evaluate import Kept
+from scripts.evaluate import Kept, compared
 
 SIZE, FRAMES = (64, 64), 16
 
@@ -46,6 +46,15 @@ def test_requests_are_held_out_and_repeat():
     assert [r.key for r in first] == [r.key for r in second]
     assert all(np.array_equal(a.truth, b.truth) for a, b in zip(first, second, strict=True))
     assert "moves" not in first[0].scene.caption
+
+
+def test_a_comparison_shows_one_request_under_every_arm_of_its_set(perfect):
+    _, videos = perfect
+    names = [name.partition(": ")[2] for name, _ in compared(SpriteSet.OBJECT, videos)]
+    wanted = ["object", "object_as_camera", "object_as_base", "object_uncontrolled", "object_free_1.5"]
+    assert names[1:6] == names[7:] == wanted
+    keys = {name.partition(": ")[0] for name, _ in compared(SpriteSet.CAMERA, videos)}
+    assert keys == {request.key for request, _ in videos["camera"][:2]}
 
 
 def test_videos_that_were_made_are_not_made_again(tmp_path):
