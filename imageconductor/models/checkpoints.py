@@ -6,13 +6,13 @@ Source: the key names of the released modules, instantiated; `docs/decisions.md`
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
-from imageconductor.models.lora import Adapter, activate, attach_adapter
+from imageconductor.models.lora import Adapter, activate, adapter_parameters, attach_adapter
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
 from imageconductor.models.weights import copy_weights, unwrap
 
@@ -49,14 +49,55 @@ def from_published(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict
                 raise ValueError(
                     f"unknown LoRA {match['adapter']!r} in {key}; expected {', '.join(PUBLISHED_ADAPTERS)}"
                 )
-            name = f"{_rename(match['layer'] + '.').removesuffix('.')}.lora_{match['side']}.weight"
+            name = f"{rename_motion_modules(match['layer'] + '.').removesuffix('.')}.lora_{match['side']}.weight"
             adapters.setdefault(PUBLISHED_ADAPTERS[match["adapter"]], {})[name] = value
         else:
-            base[_rename(key.replace(".base_layer.", "."))] = value
+            base[rename_motion_modules(key.replace(".base_layer.", "."))] = value
     return base, adapters
 
 
-def _rename(key: str) -> str:
+def to_published(network: nn.Module, adapters: Collection[Adapter] = ()) -> dict[str, Tensor]:
+    """A network's weights under the published key names, as the authors' code loads them.
+
+    Args:
+        network: A UNet or a ControlNet; LoRAs that it carries must not be merged.
+        adapters: LoRAs to write along. The authors' code hangs LoRAs on every layer before it loads the motion
+            ControlNet, so with adapters every Linear and Conv2d goes by `base_layer`, also one that has no LoRA here.
+    """
+    layers = {
+        name.removesuffix(".base_layer")
+        for name, module in network.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in name
+    }
+    state: dict[str, Tensor] = {}
+    for key, value in network.state_dict().items():
+        name = key.replace(".base_layer.", ".")
+        if key.endswith(".pe") or ".lora_" in key:
+            continue
+        layer, _, kind = name.rpartition(".")
+        if adapters and layer in layers:
+            name = f"{layer}.base_layer.{kind}"
+        state[_published_name(name)] = value
+    for adapter in adapters:
+        published = next(name for name, ours in PUBLISHED_ADAPTERS.items() if ours is adapter)
+        for key, value in adapter_parameters(network, adapter).items():
+            layer, _, rest = key.partition(".lora_")
+            side = rest.partition(".")[0]
+            state[f"{_published_name(layer + '.').removesuffix('.')}.lora_{side}.{published}.weight"] = value.detach()
+    return state
+
+
+def _published_name(key: str) -> str:
+    if match := re.match(r"(?P<module>.*\.motion_modules\.\d+)(?P<rest>\..*)", key):
+        rest = match["rest"]
+        for published, ours in _MOTION_NAMES[1:]:
+            rest = rest.replace(ours, published)
+        key = f"{match['module']}.temporal_transformer{rest}"
+    return key
+
+
+def rename_motion_modules(key: str) -> str:
+    """A key of AnimateDiff's motion modules, published or original, under our name; others stay."""
     if ".motion_modules." in key:
         for published, ours in _MOTION_NAMES:
             key = key.replace(published, ours)

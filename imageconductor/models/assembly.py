@@ -1,0 +1,246 @@
+"""Model folders from the parts that people download; the layouts of those parts, and the way back.
+
+| part | layouts |
+|---|---|
+| Stable Diffusion 1.5 | diffusers folder (tokenizer, text_encoder, vae, unet) |
+| published networks | `unet.ckpt`, `image_controlnet.ckpt`, `flow_controlnet.ckpt`, also as safetensors |
+| AnimateDiff v3 motion module | original `.ckpt`, or diffusers' MotionAdapter folder |
+| RGB SparseCtrl | original `.ckpt`, or diffusers' folder |
+| v3 domain adapter | original `.ckpt` (LoRA of the spatial attention) |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from imageconductor.models.checkpoints import load_published, rename_motion_modules
+from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
+from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
+from imageconductor.models.networks import Networks
+from imageconductor.models.weights import copy_weights, read_checkpoint
+
+_ADAPTER_KEY = re.compile(
+    r"^(?:unet\.)?(?P<layer>.+?)(?:\.processor)?[._](?:lora|lora_layer)\.(?P<side>down|up)\.weight$"
+)
+_WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+
+@dataclass
+class AssemblyConfig:
+    """The parts of a model folder: local paths, or "organisation/name[/file]" on the hub."""
+
+    recipe: Literal["published", "animatediff"]  # the authors' three files, or a base to train from
+    stable_diffusion: str  # diffusers folder of SD-1.5 or of a model made from it
+    unet: str | None = None  # published: unet.ckpt
+    image_controlnet: str | None = None  # published: image_controlnet.ckpt; animatediff: SparseCtrl RGB
+    motion_controlnet: str | None = None  # published: flow_controlnet.ckpt
+    motion_module: str | None = None  # animatediff: v3_sd15_mm.ckpt, or diffusers' folder
+    domain_adapter: str | None = None  # animatediff: v3_sd15_adapter.ckpt, merged into the UNet; null = without
+    domain_adapter_scale: float = 1.0
+    motion_num_attention_heads: int = 8
+    dtype: Literal["float16", "float32"] = "float16"  # of the folder
+    sampling: dict[str, Any] = field(default_factory=dict)  # what the model does unasked; empty = the paper's settings
+
+    def __post_init__(self) -> None:
+        needed = {
+            "published": ("unet", "image_controlnet", "motion_controlnet"),
+            "animatediff": ("motion_module", "image_controlnet"),
+        }[self.recipe]
+        if missing := [name for name in needed if not getattr(self, name)]:
+            raise ValueError(f"recipe {self.recipe} needs {', '.join(missing)}")
+
+
+@dataclass
+class Source:
+    """Where a part came from."""
+
+    path: str
+    sha256: dict[str, str]  # by file
+    keys: int  # tensors that were taken
+
+
+def assemble(config: AssemblyConfig) -> tuple[Networks, dict[str, Source]]:
+    """The networks that a recipe describes, in `config.dtype` and without gradients, and where each part came from.
+
+    Raises:
+        FileNotFoundError: A part is not there.
+        ValueError: A part does not fit; names its file and every key that is missing, left over or mis-shaped.
+    """
+    root = locate(config.stable_diffusion)
+    if missing := [name for name in ("tokenizer", "text_encoder", "vae", "unet") if not (root / name).is_dir()]:
+        raise FileNotFoundError(f"{root} is no folder of Stable Diffusion 1.5: it lacks {', '.join(missing)}")
+    sizes = unet_sizes(root / "unet")
+    build = {"published": _published, "animatediff": _animatediff}[config.recipe]
+    unet, image_controlnet, motion_controlnet, sources = build(config, root, sizes)
+    networks = Networks(
+        vae=AutoencoderKL.from_pretrained(root / "vae", torch_dtype=torch.float32),
+        text_encoder=CLIPTextModel.from_pretrained(root / "text_encoder", dtype=torch.float32),
+        tokenizer=CLIPTokenizer.from_pretrained(root / "tokenizer"),
+        unet=unet,
+        image_controlnet=image_controlnet,
+        motion_controlnet=motion_controlnet,
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="linear", steps_offset=1, clip_sample=False
+        ),
+    )
+    for part in ("vae", "text_encoder"):
+        sources[part] = _source(root / part, len(getattr(networks, part).state_dict()))
+    for part in ("vae", "text_encoder", "unet", "image_controlnet", "motion_controlnet"):
+        getattr(networks, part).to(getattr(torch, config.dtype))
+    networks.freeze()
+    return networks, sources
+
+
+def unet_sizes(folder: Path) -> dict[str, Any]:
+    """Sizes of a Stable Diffusion UNet from its `config.json`, under `load_published`'s names.
+
+    Raises:
+        ValueError: It is another architecture.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    config = json.loads(path.read_text())
+    width = config.get("cross_attention_dim")
+    if not isinstance(width, int) or config.get("addition_embed_type") or config.get("use_linear_projection"):
+        raise ValueError(
+            f"{path} describes another architecture than Stable Diffusion 1.5 (cross_attention_dim {width}, "
+            f"addition_embed_type {config.get('addition_embed_type')}, "
+            f"use_linear_projection {config.get('use_linear_projection')})"
+        )
+    return {
+        "block_out_channels": tuple(config["block_out_channels"]),
+        "layers_per_block": config["layers_per_block"],
+        "cross_attention_dim": width,
+        "num_attention_heads": config["attention_head_dim"],  # diffusers' name for the number of heads in SD-1.5
+        "norm_num_groups": config.get("norm_num_groups", 32),
+    }
+
+
+def _published(config: AssemblyConfig, root: Path, sizes: dict[str, Any]) -> tuple[Any, ...]:
+    del root
+    paths = {name: locate(str(getattr(config, name))) for name in ("unet", "image_controlnet", "motion_controlnet")}
+    states = [read_checkpoint(path) for path in paths.values()]
+    heads = config.motion_num_attention_heads
+    try:
+        networks = load_published(*states, **sizes, motion_num_attention_heads=heads)
+    except ValueError as error:
+        raise ValueError(f"{', '.join(map(str, paths.values()))}: {error}") from error
+    counts = dict(zip(paths, map(len, states), strict=True))
+    return *networks, {name: _source(path, counts[name]) for name, path in paths.items()}
+
+
+def _animatediff(config: AssemblyConfig, root: Path, sizes: dict[str, Any]) -> tuple[Any, ...]:
+    motion_path, image_path = locate(str(config.motion_module)), locate(str(config.image_controlnet))
+    motion = {rename_motion_modules(key): value for key, value in _read(motion_path).items()}
+    if unexpected := [key for key in motion if ".motion_modules." not in key]:
+        raise ValueError(f"{motion_path} holds more than motion modules, e.g. {unexpected[0]}")
+    if any(key.startswith("mid_block.") for key in motion):
+        raise ValueError(f"{motion_path} has a motion module in the mid block: AnimateDiff v2, expected v3")
+    spatial = _read(root / "unet")
+    heads = config.motion_num_attention_heads
+    sizes = {**sizes, "motion_num_attention_heads": heads}
+    latent = spatial["conv_in.weight"].shape[1]
+    unet = MotionUNet(**{**SD15_ANIMATEDIFF_V3, **sizes}, in_channels=latent, out_channels=latent)
+    sources = {
+        "unet": _source(root / "unet", len(spatial)),
+        "motion_module": _source(motion_path, len(motion)),
+    }
+    if config.domain_adapter is not None:
+        path = locate(config.domain_adapter)
+        adapter = read_checkpoint(path)
+        merge_domain_adapter(spatial, adapter, config.domain_adapter_scale, str(path))
+        sources["domain_adapter"] = _source(path, len(adapter))
+    copy_weights(unet.state_dict(), {**spatial, **motion}, f"{root / 'unet'} with {motion_path}")
+
+    image_state = {rename_motion_modules(key): value for key, value in _read(image_path).items()}
+    image_controlnet = ImageControlNet.from_unet(unet, conditioning_channels=latent)
+    copy_weights(image_controlnet.state_dict(), image_state, str(image_path))
+    sources["image_controlnet"] = _source(image_path, len(image_state))
+    pixels_per_cell = 2 ** (len(json.loads((root / "vae" / "config.json").read_text())["block_out_channels"]) - 1)
+    return unet, image_controlnet, MotionControlNet.from_unet(unet, pixels_per_cell), sources
+
+
+def merge_domain_adapter(state: dict[str, Tensor], adapter: Mapping[str, Tensor], scale: float, source: str) -> None:
+    """Adds `scale * up @ down` of every pair of a LoRA to the weights of a UNet, in place.
+
+    Raises:
+        ValueError: A key is no LoRA's, has no counterpart, or fits no weight; nothing has been changed then.
+    """
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, value in adapter.items():
+        match = _ADAPTER_KEY.match(key)
+        if not match:
+            raise ValueError(f"{source}: {key} is no LoRA weight (expected LAYER.processor.to_q_lora.down.weight)")
+        layer = match["layer"].replace(".processor.", ".")
+        layer = layer + ".0" if layer.endswith(".to_out") else layer
+        pairs.setdefault(f"{layer}.weight", {})[match["side"]] = value
+    changed = {}
+    for name, pair in pairs.items():
+        if name not in state or pair.keys() != {"down", "up"}:
+            raise ValueError(f"{source}: {name} has {sorted(pair)} in the LoRA and {name in state} in the UNet")
+        update = pair["up"].float() @ pair["down"].float()
+        if update.shape != state[name].shape:
+            raise ValueError(f"{source}: {name} is {tuple(state[name].shape)}, its LoRA {tuple(update.shape)}")
+        changed[name] = (state[name].float() + scale * update).to(state[name].dtype)
+    state.update(changed)
+
+
+def locate(name: str) -> Path:
+    """A local path, or what "organisation/name[/file]" on the hub is once it is downloaded.
+
+    Raises:
+        FileNotFoundError: Neither exists.
+    """
+    path = Path(name)
+    parts = path.parts
+    if path.exists():
+        return path
+    if path.is_absolute() or len(parts) < 2 or path.parent.is_dir():
+        raise FileNotFoundError(f"no file or folder at {name}")
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        if len(parts) == 2:
+            return Path(snapshot_download(name))
+        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"no file or folder at {name}, and the hub did not give one: {reason}") from error
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Tensors of a checkpoint file, or of a diffusers folder."""
+    if path.is_file():
+        return read_checkpoint(path)
+    for name in _WEIGHT_FILES:
+        if (path / name).is_file():
+            return read_checkpoint(path / name)
+    raise FileNotFoundError(f"{path} holds none of {', '.join(_WEIGHT_FILES)}")
+
+
+def _source(path: Path, keys: int) -> Source:
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
+    return Source(str(path), {file.name: sha256(file) for file in files}, keys)
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, with a progress bar where it takes a while."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file, tqdm(total=size, unit="B", unit_scale=True, desc=path.name, delay=1) as bar:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()

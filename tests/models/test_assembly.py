@@ -1,0 +1,328 @@
+"""Model folders from parts in the layouts that people download, and back; small files with the real key names."""
+
+import importlib
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.unets.unet_motion_model import MotionAdapter
+from parity import CONFIG, model_config, weights
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from imageconductor.conditioning import camera_preset
+from imageconductor.data.sprites import caption_words
+from imageconductor.models.assembly import merge_domain_adapter
+from imageconductor.models.checkpoints import from_published, load_published, to_published
+from imageconductor.models.lora import Adapter
+from imageconductor.models.networks import Networks, build_tokenizer
+from imageconductor.sampling.pipeline import ImageConductorPipeline
+from scripts import assemble_model
+
+HEADS = CONFIG["motion_heads"]
+PUBLISHED = {"unet": "unet", "image_controlnet": "image_controlnet", "motion_controlnet": "flow_controlnet"}
+
+
+def command(*arguments):
+    return assemble_model.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    """A Stable Diffusion folder of the parity set's sizes."""
+    folder = tmp_path_factory.mktemp("sd") / "v1-5"
+    sizes = model_config()
+    torch.manual_seed(0)
+    UNet2DConditionModel(
+        block_out_channels=sizes["block_out_channels"],
+        layers_per_block=sizes["layers_per_block"],
+        cross_attention_dim=sizes["cross_attention_dim"],
+        attention_head_dim=sizes["num_attention_heads"],
+    ).save_pretrained(folder / "unet")
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        norm_num_groups=4,
+    ).save_pretrained(folder / "vae")
+    tokenizer = build_tokenizer([" ".join(caption_words())], 16)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=sizes["cross_attention_dim"],
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+        )
+    ).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """The three files, as the authors save them."""
+    folder = tmp_path_factory.mktemp("published")
+    for name in PUBLISHED.values():
+        torch.save({"state_dict": weights(name), "global_step": 81_000}, folder / f"{name}.ckpt")
+    return folder
+
+
+def published_recipe(folder, stable_diffusion, suffix=".ckpt"):
+    return [
+        *("--config", "configs/model/image_conductor_v1.yaml", f"stable_diffusion={stable_diffusion}"),
+        *(f"{ours}={folder / theirs}{suffix}" for ours, theirs in PUBLISHED.items()),
+        f"motion_num_attention_heads={HEADS}",
+        "dtype=float32",
+    ]
+
+
+@pytest.fixture(scope="module")
+def assembled(published, stable_diffusion, tmp_path_factory):
+    output = tmp_path_factory.mktemp("models") / "image_conductor"
+    assert command(*published_recipe(published, stable_diffusion), "--output", output) == 0
+    return output
+
+
+def test_the_folder_holds_the_published_networks(assembled, stable_diffusion):
+    expected = load_published(*(weights(name) for name in PUBLISHED.values()), **model_config())
+    pipe = ImageConductorPipeline.from_pretrained(assembled)
+    for network, ours in zip(expected, (pipe.unet, pipe.image_controlnet, pipe.motion_controlnet), strict=True):
+        found = ours.state_dict()
+        for key, value in network.state_dict().items():
+            assert torch.equal(found[key], value), key
+        assert type(network) is type(ours)
+        assert network.config["motion_norm_num_groups"] == ours.config["motion_norm_num_groups"] == 32
+    assert pipe.sampling_defaults["guidance_scale"] == 8.5
+    assert pipe.scheduler.config["steps_offset"] == 1
+    record = json.loads((assembled / "sources.json").read_text())["sources"]
+    assert record["motion_controlnet"]["keys"] == len(weights("flow_controlnet"))
+    assert len(record["vae"]["sha256"]["diffusion_pytorch_model.safetensors"]) == 64
+
+
+def test_it_makes_a_video(assembled):
+    from PIL import Image
+
+    pipe = ImageConductorPipeline.from_pretrained(assembled)
+    pipe.set_progress_bar_config(disable=True)
+    track = camera_preset("pan-left", (64, 64), 4)
+    video = pipe(
+        Image.new("RGB", (64, 64), "red"),
+        track,
+        "a red circle",
+        control="camera",
+        width=64,
+        height=64,
+        num_frames=4,
+        num_inference_steps=2,
+        output_type="pt",
+    ).frames
+    assert video.shape == (1, 4, 3, 64, 64)
+    assert video.isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "ckpt"])
+def test_export_gives_the_published_files_back(assembled, stable_diffusion, tmp_path, form):
+    output = tmp_path / "exported"
+    assert command("--export", "published", "--model", assembled, "--format", form, "--output", output) == 0
+    for name in PUBLISHED.values():
+        file = output / f"{name}.{form}"
+        state = load_file(file) if form == "safetensors" else torch.load(file, weights_only=True)["state_dict"]
+        original = weights(name)
+        # conv_in has no LoRA in the release's sense that matters, but its files may carry one: nothing may be lost.
+        assert state.keys() == original.keys()
+        assert all(torch.equal(state[key], value) for key, value in original.items())
+    lora = load_file(output / "camera_lora.safetensors")
+    assert all(key.endswith(".weight") and ".lora_" in key for key in lora)
+    again = tmp_path / "again"
+    assert command(*published_recipe(output, stable_diffusion, f".{form}"), "--output", again) == 0
+    for file in sorted(assembled.rglob("*.safetensors")):
+        first, second = load_file(file), load_file(again / file.relative_to(assembled))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_an_export_fits_the_authors_code_even_where_a_layer_has_no_lora(tiny_model, tmp_path):
+    output = tmp_path / "exported"
+    assert command("--export", "published", "--model", tiny_model, "--output", output) == 0
+    state = load_file(output / "flow_controlnet.safetensors")
+    assert "conv_in.base_layer.weight" in state
+    assert not any(key.startswith("conv_in.lora") for key in state)
+    networks = Networks.load(tiny_model)
+    base, adapters = from_published(state)
+    assert set(adapters) == set(Adapter)
+    plain = {key: value for key, value in networks.motion_controlnet.state_dict().items() if not key.endswith(".pe")}
+    assert base.keys() == plain.keys()
+    assert all(torch.equal(base[key], value) for key, value in plain.items())
+
+
+@pytest.fixture(scope="module")
+def animatediff(stable_diffusion, tmp_path_factory):
+    """Motion module, SparseCtrl and domain adapter in their original layouts; the module in diffusers' as well."""
+    folder = tmp_path_factory.mktemp("animatediff")
+    unet, image = weights("unet"), weights("image_controlnet")
+    motion = {f"module.{key}": value for key, value in unet.items() if ".motion_modules." in key}
+    torch.save({"state_dict": motion, "animatediff_config": {"unet": 1}}, folder / "v3_sd15_mm.ckpt")
+    torch.save({"controlnet": {f"module.{k}": v for k, v in image.items()}}, folder / "sparsectrl_rgb.ckpt")
+    adapter = {}
+    for key, value in load_file(stable_diffusion / "unet" / "diffusion_pytorch_model.safetensors").items():
+        layer, _, kind = key.rpartition(".")
+        if ".attn" in key and kind == "weight" and layer.split(".")[-1] in ("to_q", "to_k", "to_v", "0"):
+            path, _, name = layer.removesuffix(".0").rpartition(".")
+            adapter[f"{path}.processor.{name}_lora.down.weight"] = torch.randn(3, value.shape[1])
+            adapter[f"{path}.processor.{name}_lora.up.weight"] = torch.randn(value.shape[0], 3)
+    torch.save({"state_dict": adapter}, folder / "v3_sd15_adapter.ckpt")
+    torch.save({"state_dict": {**motion, "module.conv_in.weight": torch.zeros(1)}}, folder / "too_much.ckpt")
+
+    sizes = model_config()
+    module = MotionAdapter(
+        block_out_channels=sizes["block_out_channels"],
+        motion_layers_per_block=sizes["layers_per_block"],
+        motion_num_attention_heads=HEADS,
+        motion_norm_num_groups=32,
+        use_motion_mid_block=False,
+    )
+    base, _ = from_published({key.removeprefix("module."): value for key, value in motion.items()})
+    module.load_state_dict({**module.state_dict(), **base})
+    module.save_pretrained(folder / "diffusers_module")
+    return folder
+
+
+def animatediff_recipe(folder, stable_diffusion, **settings):
+    parts = {
+        "stable_diffusion": stable_diffusion,
+        "motion_module": folder / "v3_sd15_mm.ckpt",
+        "image_controlnet": folder / "sparsectrl_rgb.ckpt",
+        "domain_adapter": folder / "v3_sd15_adapter.ckpt",
+        "motion_num_attention_heads": HEADS,
+        "dtype": "float32",
+        **settings,
+    }
+    return ["--config", "configs/model/animatediff_v3.yaml", *(f"{key}={value}" for key, value in parts.items())]
+
+
+def test_the_base_to_train_from(animatediff, stable_diffusion, tmp_path):
+    folders = {}
+    for name, settings in {
+        "original": {},
+        "diffusers": {"motion_module": animatediff / "diffusers_module"},
+        "half": {"domain_adapter_scale": 0.5},
+        "without": {"domain_adapter": "null"},
+    }.items():
+        folders[name] = tmp_path / name
+        arguments = animatediff_recipe(animatediff, stable_diffusion, **settings)
+        assert command(*arguments, "--output", folders[name]) == 0
+    units = {name: Networks.load(folder) for name, folder in folders.items()}
+    original, spatial = units["original"].unet.state_dict(), units["without"].unet.state_dict()
+    same = units["diffusers"].unet.state_dict()
+    assert all(torch.equal(value, same[key]) for key, value in original.items())
+    published, _ = from_published(weights("unet"))
+    plain = load_file(stable_diffusion / "unet" / "diffusion_pytorch_model.safetensors")
+    for key, value in spatial.items():
+        if not key.endswith(".pe"):
+            assert torch.equal(value, published[key] if ".motion_modules." in key else plain[key]), key
+    adapter = torch.load(animatediff / "v3_sd15_adapter.ckpt", weights_only=True)["state_dict"]
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+    for name, scale in (("original", 1.0), ("half", 0.5)):
+        for target, key in ((f"{layer}.to_out.0.weight", "to_out"), (f"{layer}.to_k.weight", "to_k")):
+            down, up = (adapter[f"{layer}.processor.{key}_lora.{side}.weight"] for side in ("down", "up"))
+            torch.testing.assert_close(units[name].unet.state_dict()[target], plain[target] + scale * up @ down)
+    motion = units["original"].motion_controlnet
+    assert motion.unshuffle_factor == 8
+    residuals = motion(torch.tensor(3), torch.randn(1, 5, CONFIG["cross_attention_dim"]), torch.randn(1, 2, 3, 64, 64))
+    assert not any(residual.any() for residual in (*residuals.down, residuals.mid)), "it adds nothing before training"
+
+
+def broken(folder, published, name):
+    """A copy of the published files with one of them damaged."""
+    shutil.copytree(published, folder)
+    state = weights("flow_controlnet")
+    if name == "truncated":
+        save_file(state, folder / "flow_controlnet.safetensors")
+        content = (folder / "flow_controlnet.safetensors").read_bytes()
+        (folder / "flow_controlnet.ckpt").unlink()
+        (folder / "flow_controlnet.ckpt").write_bytes(content[: len(content) // 2])
+    elif name == "code":
+        torch.save({"state_dict": state, "run": importlib.import_module}, folder / "flow_controlnet.ckpt")
+    elif name == "missing key":
+        state.pop("conv_in.base_layer.bias")
+        torch.save({"state_dict": state}, folder / "flow_controlnet.ckpt")
+    elif name == "ranks":
+        key = next(key for key in state if key.endswith("lora_A.omcm_weights.weight"))
+        state[key] = state[key][:1]
+        torch.save({"state_dict": state}, folder / "flow_controlnet.ckpt")
+    elif name == "missing file":
+        (folder / "flow_controlnet.ckpt").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("truncated", r"flow_controlnet\.ckpt cannot be read as a checkpoint"),
+        ("code", r"flow_controlnet\.ckpt cannot be read as a checkpoint"),
+        ("missing key", r"motion ControlNet checkpoint does not fit the model; 1 missing: conv_in\.bias"),
+        ("ranks", r"expected one LoRA rank, found"),
+        ("missing file", r"no file or folder at .*flow_controlnet\.ckpt"),
+    ],
+)
+def test_a_bad_part_is_named_and_nothing_is_written(name, said, published, stable_diffusion, tmp_path, capsys):
+    folder = broken(tmp_path / "parts", published, name)
+    assert command(*published_recipe(folder, stable_diffusion), "--output", tmp_path / "model") == 2
+    printed = capsys.readouterr().err
+    import re
+
+    assert re.search(said, printed), printed
+    assert len(printed.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["parts"]
+
+
+def test_other_bad_input(published, animatediff, stable_diffusion, tmp_path, capsys):
+    xl = tmp_path / "xl"
+    shutil.copytree(stable_diffusion, xl)
+    config = json.loads((xl / "unet" / "config.json").read_text())
+    (xl / "unet" / "config.json").write_text(json.dumps(config | {"addition_embed_type": "text_time"}))
+    (tmp_path / "there").mkdir()
+    recipe = published_recipe(published, stable_diffusion)
+    swapped = {"motion_module": animatediff / "too_much.ckpt"}
+    cases = [
+        (
+            [*published_recipe(published, xl), "--output", tmp_path / "a"],
+            "another architecture than Stable Diffusion 1.5",
+        ),
+        ([*recipe, "--output", tmp_path / "there"], "exists; name another --output"),
+        ([*recipe, "unett=x", "--output", tmp_path / "a"], "did you mean 'unet'"),
+        ([*recipe, "unet=null", "--output", tmp_path / "a"], "recipe published needs unet"),
+        (["--output", tmp_path / "a"], "give --config FILE to assemble"),
+        (["--export", "published", "--model", tmp_path, "--output", tmp_path / "a"], "is no model folder"),
+        (
+            [*animatediff_recipe(animatediff, stable_diffusion, **swapped), "--output", tmp_path / "a"],
+            "holds more than motion modules, e.g. conv_in.weight",
+        ),
+    ]
+    for arguments, said in cases:
+        assert command(*arguments) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_domain_adapter_of_another_model_is_refused():
+    state = {"a.to_q.weight": torch.zeros(4, 4)}
+    for adapter, said in (
+        (
+            {
+                "a.processor.to_q_lora.down.weight": torch.zeros(2, 3),
+                "a.processor.to_q_lora.up.weight": torch.zeros(4, 2),
+            },
+            r"is \(4, 4\), its LoRA \(4, 3\)",
+        ),
+        ({"b.processor.to_q_lora.down.weight": torch.zeros(2, 4)}, r"b\.to_q\.weight has \['down'\]"),
+        ({"a.to_q.weight": torch.zeros(2, 4)}, "is no LoRA weight"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            merge_domain_adapter(state, adapter, 1.0, "adapter.ckpt")
+    assert not state["a.to_q.weight"].any()
+    assert to_published(torch.nn.Sequential(torch.nn.Linear(2, 2))).keys() == {"0.weight", "0.bias"}
