@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import sample
 from imageconductor.conditioning.presets import CAMERA_PRESETS, OBJECT_PRESETS
@@ -26,6 +27,9 @@ def tracks(tmp_path):
     drawn = {"width": 60, "height": 40, "tracks": [{"points": [[20, 10], [30, 20]]}, {"points": [[40, 30]]}]}
     path.write_text(json.dumps(drawn))
     return path
+
+
+SIDES = {"A": (2, 32), "B": (32, 2)}
 
 
 def names(folder):
@@ -78,6 +82,23 @@ def test_camera_preset_with_two_seeds(tiny_model, image, tmp_path):
     assert np.abs(first - second).mean() > 5
 
 
+def test_a_style_lora_changes_the_video_by_its_scale(tiny_model, image, tmp_path):
+    layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    generator = torch.Generator().manual_seed(0)
+    state = {f"{layer}.lora_{side}.weight": torch.randn(s, generator=generator) for side, s in SIDES.items()}
+    save_file(state, tmp_path / "style.safetensors")
+    videos = {}
+    style = f"{tmp_path}/style.safetensors"
+    for name, lora in {"none": [], "off": ["--lora", f"{style}:0"], "on": ["--lora", f"{style}:0.6"]}.items():
+        output = tmp_path / name
+        common = ["--model", str(tiny_model), "--image", str(image), "--output", str(output)]
+        assert sample.main([*common, *lora]) == 0
+        videos[name] = (output / "video-0.mp4").read_bytes()
+    assert videos["off"] == videos["none"] != videos["on"]
+    assert sample.main(["--config", str(tmp_path / "on" / "run.yaml"), "--output", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "video-0.mp4").read_bytes() == videos["on"]
+
+
 def test_flags_win_over_yaml_and_mean_the_same(tmp_path):
     path = tmp_path / "job.yaml"
     path.write_text("preset: pan-left\nsteps: 7\nseed: [3]\n")
@@ -109,6 +130,7 @@ BAD = {
     "odd width": (["--width", "33"], "multiples of 2"),
     "absent device": (["--device", "cuda:99"], "cuda:99"),
     "absent repository": (["--model", "organisation/name"], "the hub did not give one: no connection"),
+    "absent LoRA file": (["--lora", "nowhere.safetensors:0.5"], "no file at nowhere.safetensors"),
     "missing config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
     "output in use": (["--output", "{used}"], "not empty"),
 }

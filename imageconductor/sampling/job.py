@@ -22,6 +22,9 @@ class SampleJob:
     """What `sample.py` is asked for; the schema of `run.yaml`. None = the model's default."""
 
     model: str = "models/sprites"  # model folder, or organisation/name on the hub
+    base: str | None = None  # DreamBooth file instead of the model's spatial layers, VAE and text encoder
+    lora: list[str] = field(default_factory=list)  # style LoRAs, FILE or FILE:scale
+    motion_lora: list[str] = field(default_factory=list)  # LoRAs of the motion modules, likewise
     image: str | None = None  # first frame, cover-cropped to the size
     trajectories: str | None = None  # JSON
     preset: str | None = None  # one of the evaluation motions instead
@@ -55,6 +58,8 @@ class SampleJob:
             raise ValueError(f"num_videos is {self.num_videos}, but {len(self.seed)} seeds are given")
         if self.trajectories is not None and self.preset is not None:
             raise ValueError(f"trajectories ({self.trajectories}) and preset ({self.preset}) exclude each other")
+        for text in (*self.lora, *self.motion_lora):
+            parse_lora(text)
         known = (*CAMERA_PRESETS, *OBJECT_PRESETS)
         if self.preset is not None and self.preset not in known:
             raise ValueError(f"unknown preset {self.preset!r}; there are {', '.join(known)}")
@@ -73,6 +78,21 @@ class Inputs:
     job: SampleJob  # no None left but camera_free_scale
     image: Image.Image
     trajectories: Trajectories
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """File and scale of `FILE[:scale]`; the scale is 1 when it is not given.
+
+    Raises:
+        ValueError: What stands after the colon of a file that does not exist as written is no number.
+    """
+    path, colon, scale = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        return path, float(scale)
+    except ValueError:
+        raise ValueError(f"{text!r}: expected FILE or FILE:scale, and {scale!r} is no number") from None
 
 
 def load_job(path: Path) -> SampleJob:
@@ -98,6 +118,9 @@ def prepare(job: SampleJob) -> Inputs:
     if job.image is None:
         raise ValueError("an image is needed: --image FILE")
     device = _device(job.device)
+    for file in (job.base, *(parse_lora(text)[0] for text in (*job.lora, *job.motion_lora))):
+        if file is not None and not Path(file).is_file():
+            raise FileNotFoundError(f"no file at {file}")
     job = replace(
         job,
         model=str(model_folder(job.model)),
@@ -155,6 +178,7 @@ def generate(inputs: Inputs, output: Path) -> list[Path]:
     """
     import torch
 
+    from imageconductor.models.personalise import personalise
     from imageconductor.sampling.pipeline import ImageConductorPipeline
     from imageconductor.sampling.video import draw_trajectories, to_uint8, watchable, write_mp4
 
@@ -171,10 +195,15 @@ def generate(inputs: Inputs, output: Path) -> list[Path]:
             preset=None,
             start=None,
             model=str(Path(job.model).resolve()),
+            base=None if job.base is None else str(Path(job.base).resolve()),
+            lora=[str(Path(text).resolve()) for text in job.lora],
+            motion_lora=[str(Path(text).resolve()) for text in job.motion_lora],
         )
         config_file.save(record, temporary / "run.yaml")
         dtype = getattr(torch, cast(str, job.dtype))
-        pipe = ImageConductorPipeline.from_pretrained(job.model, torch_dtype=dtype).to(job.device)
+        pipe = ImageConductorPipeline.from_pretrained(job.model, torch_dtype=dtype)
+        personalise(pipe, job.base, [*map(parse_lora, job.lora)], [*map(parse_lora, job.motion_lora)])
+        pipe.to(job.device)
         result: Any = pipe(
             image=inputs.image,
             trajectories=trajectories if trajectories.num_tracks else None,

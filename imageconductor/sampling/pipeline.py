@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -60,7 +61,7 @@ class SamplingDefaults:
     control: str = "object"
 
 
-class ImageConductorPipeline(DiffusionPipeline):
+class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin):
     """Image-to-video generation whose camera or objects follow drawn trajectories.
 
     Args:
@@ -174,7 +175,11 @@ class ImageConductorPipeline(DiffusionPipeline):
         """Text embeddings (B, L, D)."""
         length = self.text_encoder.config.max_position_embeddings
         tokens = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+            self.maybe_convert_prompt(list(prompts), self.tokenizer),
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
         )
         return self.text_encoder(tokens.input_ids.to(self._execution_device)).last_hidden_state
 
