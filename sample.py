@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         how.add_argument(f"--{name}", type=int, metavar="N")
     how.add_argument("--device", help="cuda if there is one, else cpu")
     how.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="float16 on cuda, else float32")
+    how.add_argument("--offload", choices=["none", "model", "sequential"], help="keep networks in main memory; slower")
     p.add_argument("--output", type=Path, metavar="DIR", default=None, help="default: outputs/TIME")
     p.add_argument("--config", type=Path, metavar="FILE", default=None, help="YAML of the same settings; flags win")
     return p

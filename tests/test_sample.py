@@ -130,6 +130,7 @@ BAD = {
     "odd width": (["--width", "33"], "multiples of 2"),
     "absent device": (["--device", "cuda:99"], "cuda:99"),
     "absent repository": (["--model", "organisation/name"], "the hub did not give one: no connection"),
+    "offload without a GPU": (["--offload", "model", "--device", "cpu"], "the device is cpu"),
     "absent LoRA file": (["--lora", "nowhere.safetensors:0.5"], "no file at nowhere.safetensors"),
     "missing config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
     "output in use": (["--output", "{used}"], "not empty"),

@@ -65,6 +65,7 @@ def encode_first_frame(
     *,
     generator: torch.Generator | list[torch.Generator] | None = None,
     sample: bool = False,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """Scaled latent of the first frame, without gradient.
 
@@ -75,11 +76,12 @@ def encode_first_frame(
         pixels: (B, 3, H, W) in [-1, 1].
         generator: for `sample`; a list holds one per picture.
         sample: draw from the posterior instead of its mode.
+        device: where the autoencoder will compute; None = where it is, which is not the same while it is offloaded.
 
     Returns:
         (B, C, h, w) in the VAE's dtype: (z - shift_factor) * scaling_factor.
     """
-    posterior = cast("Any", vae.encode(pixels.to(vae.device, vae.dtype))).latent_dist
+    posterior = cast("Any", vae.encode(pixels.to(device or vae.device, vae.dtype))).latent_dist
     latent: Tensor = posterior.sample(generator) if sample else posterior.mode()
     config = cast("Any", vae.config)
     shift = getattr(config, "shift_factor", None)

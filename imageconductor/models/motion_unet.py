@@ -73,6 +73,8 @@ class MotionUNet(UNetMotionModel):
             timestep: () or (B,) int64.
             encoder_hidden_states: (B, L, D), text.
         """
+        if hook := getattr(self, "_hf_hook", None):
+            hook.pre_forward(self)  # accelerate's offloading waits for `forward`, which sampling does not call.
         batch, num_frames = sample.shape[0], sample.shape[2]
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(batch)
         emb = self.time_embedding(self.time_proj(timesteps).to(self.dtype))

@@ -44,6 +44,7 @@ class SampleJob:
     fps: int | None = None
     device: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    offload: Literal["none", "model", "sequential"] = "none"  # what waits in main memory; needs a GPU
 
     def __post_init__(self) -> None:
         for name in ("steps", "num_videos", "height", "width", "num_frames", "fps"):
@@ -121,6 +122,8 @@ def prepare(job: SampleJob) -> Inputs:
     for file in (job.base, *(parse_lora(text)[0] for text in (*job.lora, *job.motion_lora))):
         if file is not None and not Path(file).is_file():
             raise FileNotFoundError(f"no file at {file}")
+    if job.offload != "none" and device == "cpu":
+        raise ValueError(f"offload {job.offload!r} keeps networks off the GPU, and the device is cpu; leave it out")
     job = replace(
         job,
         model=str(model_folder(job.model)),
@@ -203,7 +206,12 @@ def generate(inputs: Inputs, output: Path) -> list[Path]:
         dtype = getattr(torch, cast(str, job.dtype))
         pipe = ImageConductorPipeline.from_pretrained(job.model, torch_dtype=dtype)
         personalise(pipe, job.base, [*map(parse_lora, job.lora)], [*map(parse_lora, job.motion_lora)])
-        pipe.to(job.device)
+        if job.offload == "model":
+            pipe.enable_model_cpu_offload(device=job.device)
+        elif job.offload == "sequential":
+            pipe.enable_sequential_cpu_offload(device=job.device)
+        else:
+            pipe.to(job.device)
         result: Any = pipe(
             image=inputs.image,
             trajectories=trajectories if trajectories.num_tracks else None,

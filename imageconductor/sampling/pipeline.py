@@ -281,7 +281,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             "prompt": self.encode_prompt(_broadcast(prompts, count)).to(dtype),
         }
         pixels = torch.cat([to_pixels(value, (width, height)) for value in images])
-        latent = encode_first_frame(self.vae, pixels).to(device, dtype)
+        latent = encode_first_frame(self.vae, pixels, device=device).to(device, dtype)
         first_frame, mask = first_frame_condition(latent.expand(count, -1, -1, -1), num_frames)
         conditions = Conditions(texts, first_frame, mask, self._flow(drawn, (width, height), count))
 

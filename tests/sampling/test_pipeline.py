@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
 from PIL import Image
 
 from imageconductor.conditioning import Trajectories, camera_preset, object_preset
@@ -44,6 +45,20 @@ def test_a_saved_model_gives_the_same_video(pipe, image, tmp_path):
     assert attached_adapters(again.motion_controlnet) == set(Adapter)
     for control in ("camera", "object", "mixed", "base"):
         assert np.array_equal(run(pipe, image, track, control=control), run(again, image, track, control=control))
+
+
+def test_offloading_sees_the_halves_of_the_unet(pipe, image):
+    track = camera_preset("pan-left", SIZE, FRAMES)
+    expected = run(pipe, image, track, control="camera")
+    _, hook = cpu_offload_with_hook(pipe.unet, execution_device="cpu")
+    arrived = []
+    before = pipe.unet._hf_hook.pre_forward
+    pipe.unet._hf_hook.pre_forward = lambda module, *args: arrived.append(module) or before(module, *args)
+    try:
+        assert np.array_equal(run(pipe, image, track, control="camera"), expected)
+    finally:
+        hook.remove()
+    assert len(arrived) == pipe.sampling_defaults["num_inference_steps"]
 
 
 def test_controls_differ_and_absent_control_is_a_no_op(pipe, image):
