@@ -106,13 +106,20 @@ def train_foundation(recipe: SpriteRecipe, budget: float, runs: Path, model: Pat
         if (finished := Path(config.output) / "done").exists():
             continue
         run_stage(stage, config)
-        for part in ("unet", "image_controlnet", "text_encoder"):
-            shutil.copytree(Path(config.output) / part, model / part, dirs_exist_ok=True)
+        for part in ("unet", "image_controlnet", "text_encoder", "motion_controlnet"):
+            if (Path(config.output) / part).is_dir():
+                shutil.copytree(Path(config.output) / part, model / part, dirs_exist_ok=True)
+        if not config.steered:  # From then on it learns itself.
+            start_motion_controlnet(recipe, model)
         finished.touch()
+    done.touch()
+
+
+def start_motion_controlnet(recipe: SpriteRecipe, model: Path) -> None:
+    """Puts a motion ControlNet that starts from the folder's UNet into it."""
     networks = Networks.load(model)
     motion = MotionControlNet.from_unet(networks.unet, networks.pixels_per_cell, flow_map=dict(recipe.model.flow_map))
     motion.save_pretrained(model / "motion_controlnet")
-    done.touch()
 
 
 def stage_of(path: str, recipe: SpriteRecipe, budget: float, runs: Path, model: Path) -> tuple[StageName, TrainConfig]:

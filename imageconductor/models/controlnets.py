@@ -18,7 +18,7 @@ from diffusers import ModelMixin  # noqa: F401  diffusers finds out how to load 
 from diffusers.models.controlnets.controlnet_sparsectrl import SparseControlNetModel
 from einops import rearrange
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from imageconductor.conditioning.flow_map import FlowMapConvention
 from imageconductor.models.motion_module import adopt_motion_modules_, run_down_path, signature_with
@@ -169,7 +169,13 @@ class MotionControlNet(SparseControlNet):
     def from_unet(cls, unet: Any, pixels_per_cell: int = 8, **overrides: Any) -> MotionControlNet:
         """A motion ControlNet that starts from the UNet; a latent cell is `pixels_per_cell` pixels wide."""
         settings = {"conditioning_channels": 2 * pixels_per_cell**2, "concat_conditioning_mask": False}
-        return super().from_unet(unet, **{**settings, **overrides})
+        net = super().from_unet(unet, **{**settings, **overrides})
+        # Zero output convolutions make it neutral. A zero embedding besides, as ControlNet has it, would only keep the
+        # flow map from everything behind it until those have grown (docs/decisions.md).
+        weight = cast(Tensor, net.controlnet_cond_embedding.weight)
+        if not weight.is_meta:
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=torch.Generator().manual_seed(0))
+        return net
 
     @property
     def flow_convention(self) -> FlowMapConvention:

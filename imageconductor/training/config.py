@@ -83,6 +83,8 @@ class TrainConfig(LoopConfig):
     max_tracks: int = 8  # upper limit of n, section 2.2
     text_dropout: float = 0.1  # for classifier-free guidance
     image_dropout: float = 0.0
+    steered: bool = False  # foundation: a motion ControlNet learns along, so that the UNet can be steered
+    motion_dropout: float = 0.25  # of that ControlNet, per clip
     lora_rank: int = 64  # = alpha, as the release
     lora_targets: Literal["all", "linear"] = "all"  # the release adapts convolutions too, the paper says linear
     orthogonal_weight: float = 0.1  # lambda on Eq. 4; the paper does not give it
@@ -101,6 +103,6 @@ class TrainConfig(LoopConfig):
             raise ValueError("previews show clips that are not trained on: set preview_data, or preview_every=0")
         if self.shuffle_shards < 1:
             raise ValueError(f"shuffle_shards must be at least 1, got {self.shuffle_shards}")
-        for name in ("text_dropout", "image_dropout", "horizontal_flip"):
+        for name in ("text_dropout", "image_dropout", "motion_dropout", "horizontal_flip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")

@@ -2,7 +2,7 @@
 
 | stage | learns | active | loss |
 |---|---|---|---|
-| foundation | UNet, image ControlNet, text encoder | no motion ControlNet | denoising |
+| foundation | UNet, image ControlNet, text encoder | no motion ControlNet, or one that learns along | denoising |
 | 1 motion ControlNet | motion ControlNet | no LoRA | denoising |
 | 2 camera LoRA | camera LoRA | camera | Eq. 1 |
 | 3 object LoRA | object LoRA | camera (frozen) + object, Eq. 2 | Eq. 3 + lambda * Eq. 4 |
@@ -24,6 +24,7 @@ from imageconductor.conditioning.first_frame import first_frame_condition
 from imageconductor.conditioning.flow_map import flow_map
 from imageconductor.data.tracks import sample_sparse
 from imageconductor.diffusion.losses import denoising_loss, orthogonal_loss
+from imageconductor.models.controlnets import Residuals
 from imageconductor.models.lora import (
     Adapter,
     activate,
@@ -149,23 +150,34 @@ class FoundationStage(Stage):
         for network in (self.text_encoder, self.unet, self.image_controlnet):
             network.requires_grad_(True)
         self.image_controlnet.conv_in.weight.requires_grad_(False)
+        if config.steered:
+            train_only(self.motion_controlnet, None)
 
     def _text(self, batch: dict[str, Any], dropped: Sequence[bool]) -> Tensor:
         captions = ["" if drop else caption for drop, caption in zip(dropped, batch["caption"], strict=True)]
         return self.networks.tokenize(captions).to(self.unet.device)
 
     def _flow(self, batch: dict[str, Any], size: tuple[int, int], generators: Sequence[torch.Generator]) -> Tensor:
-        del batch, size, generators
-        return torch.zeros(())
+        if not self.config.steered:
+            return torch.zeros(())
+        flow = super()._flow(batch, size, generators)
+        kept = [float(torch.rand((), generator=g) >= self.config.motion_dropout) for g in generators]
+        return flow * torch.tensor(kept, device=flow.device).view(-1, 1, 1, 1, 1)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """As `Stage.forward`, without a motion ControlNet."""
+        """As `Stage.forward`; the motion ControlNet is there for clips with trajectories, if it learns along."""
         text = self.text_encoder(condition.text).last_hidden_state
-        image = self.image_controlnet(t, text, condition.first_frame, condition.mask)
-        return self.unet.decode(self.unet.encode(x_t, t, text), image)
+        residuals = self.image_controlnet(t, text, condition.first_frame, condition.mask)
+        if self.config.steered:
+            motion = self.motion_controlnet(t, text, condition.flow)
+            given = condition.flow.flatten(1).any(1).repeat_interleave(x_t.shape[2]).to(x_t.dtype).view(-1, 1, 1, 1)
+            residuals = residuals + Residuals(tuple(given * x for x in motion.down), given * motion.mid)
+        return self.unet.decode(self.unet.encode(x_t, t, text), residuals)
 
     def save(self, folder: Path) -> None:
-        """Writes unet, image_controlnet and text_encoder."""
+        """Writes unet, image_controlnet and text_encoder, and motion_controlnet if it learned along."""
+        if self.config.steered:
+            self.motion_controlnet.save_pretrained(folder / "motion_controlnet")
         self.unet.save_pretrained(folder / "unet")
         self.image_controlnet.save_pretrained(folder / "image_controlnet")
         self.text_encoder.save_pretrained(folder / "text_encoder")

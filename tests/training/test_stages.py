@@ -70,6 +70,27 @@ def test_only_the_expected_parameters_change(name, settings):
     assert len(changed) > 0.8 * len(stage.trainable())
 
 
+def test_a_steered_foundation_learns_with_a_motion_controlnet_that_is_sometimes_absent(settings):
+    config = replace(settings, steered=True, motion_dropout=0.0, batch_size=2)
+    stage, data = build(StageName.FOUNDATION, config)
+    before = snapshot(stage)
+    x_0, condition = stage.encode(data[0], [torch.Generator().manual_seed(i) for i in range(2)])
+    t = torch.tensor([500, 500])
+    half = replace(condition, flow=condition.flow * torch.tensor([1.0, 0.0]).view(2, 1, 1, 1, 1))
+    plain, _ = build(StageName.FOUNDATION, replace(config, steered=False))
+    steered, without = stage(x_0, t, half), plain(x_0, t, condition)
+    assert (steered[0] - without[0]).abs().max() > 1e-4
+    torch.testing.assert_close(steered[1], without[1])
+    train(stage, data, config)
+    changed = {
+        key.partition(".")[0] for key, value in stage.state_dict().items() if not torch.equal(value, before[key])
+    }
+    assert changed == {"text_encoder", "unet", "image_controlnet", "motion_controlnet"}
+    assert (Path(config.output) / "motion_controlnet").is_dir()
+    nothing, _ = build(StageName.FOUNDATION, replace(config, motion_dropout=1.0))
+    assert not nothing.encode(data[0], [torch.Generator().manual_seed(i) for i in range(2)])[1].flow.any()
+
+
 def test_the_camera_lora_acts_in_stage_three_and_does_not_learn(settings):
     stage, data = build(StageName.OBJECT_LORA, settings)
     x_0, condition = stage.encode(data[0], [torch.Generator().manual_seed(0)])
