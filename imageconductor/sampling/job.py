@@ -207,9 +207,9 @@ def generate(inputs: Inputs, output: Path) -> list[Path]:
         pipe = ImageConductorPipeline.from_pretrained(job.model, torch_dtype=dtype)
         personalise(pipe, job.base, [*map(parse_lora, job.lora)], [*map(parse_lora, job.motion_lora)])
         if job.offload == "model":
-            pipe.enable_model_cpu_offload(device=job.device)
+            pipe.enable_model_cpu_offload(device=cast(str, job.device))
         elif job.offload == "sequential":
-            pipe.enable_sequential_cpu_offload(device=job.device)
+            pipe.enable_sequential_cpu_offload(device=cast(str, job.device))
         else:
             pipe.to(job.device)
         result: Any = pipe(
