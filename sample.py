@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--base", metavar="FILE", help="DreamBooth model, original Stable Diffusion layout")
     how.add_argument("--lora", action="append", metavar="FILE[:X]", help="style LoRA and its scale; may be repeated")
     how.add_argument("--motion-lora", action="append", metavar="FILE[:X]", help="LoRA of the motion modules, likewise")
+    how.add_argument("--domain-adapter-scale", type=float, metavar="X", help="of AnimateDiff's domain adapter")
     how.add_argument("--camera-free-scale", type=float, metavar="X", help="lambda_trajs of Eq. 5, > 1 pins the camera")
     how.add_argument("--guidance-scale", type=float, metavar="X", help="classifier-free guidance, 1 = off")
     how.add_argument("--steps", type=int, metavar="N", help="denoising steps")
@@ -50,6 +51,9 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--device", help="cuda if there is one, else cpu")
     how.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="float16 on cuda, else float32")
     how.add_argument("--offload", choices=["none", "model", "sequential"], help="keep networks in main memory; slower")
+    how.add_argument("--vae-tiling", action="store_true", help="decode tile by tile, for large frames")
+    how.add_argument("--decode-chunk-size", type=int, metavar="N", help="frames decoded at a time, 16 unless told")
+    how.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps")
     p.add_argument("--output", type=Path, metavar="DIR", default=None, help="default: outputs/TIME")
     p.add_argument("--config", type=Path, metavar="FILE", default=None, help="YAML of the same settings; flags win")
     return p

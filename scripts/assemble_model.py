@@ -1,10 +1,13 @@
-"""Makes a model folder from downloaded parts, once; or writes the networks of a folder as the authors' files.
+"""Makes a model folder from its parts, once; writes a folder's networks as the authors' files; or uploads a folder.
 
     python scripts/assemble_model.py --config configs/model/image_conductor_v1.yaml --output models/image_conductor_v1
+    python scripts/assemble_model.py --config configs/model/trained.yaml --output models/mine
     python scripts/assemble_model.py --export published --model models/sprites --output exported
+    python scripts/assemble_model.py --push-to-hub organisation/name --model models/mine --results results/results.json
 
 docs/weights.md says which files to download. A part that does not fit is refused with every key that is missing, left
-over or mis-shaped, and nothing is written. The folder's sources.json records each file's SHA-256.
+over or mis-shaped, and nothing is written. The folder's sources.json records each file's SHA-256, its README.md is a
+model card.
 """
 
 from __future__ import annotations
@@ -15,9 +18,8 @@ import logging
 import os
 import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from imageconductor import config as config_file
 
@@ -27,29 +29,42 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, metavar="FILE", help="recipe; configs/model holds those we know")
     parser.add_argument("--export", choices=["published"], help="write a folder's networks under the published names")
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="with --export: the model folder")
+    parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload a folder, with a card that sums it up")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="with --export and --push-to-hub")
     parser.add_argument("--format", choices=["safetensors", "ckpt"], default="safetensors", help="with --export")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="with --push-to-hub: scripts/evaluate.py's figures"
+    )
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub: a new repository is private")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="new folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes one setting of the recipe")
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    output: Path | None = args.output
     try:
-        if args.output.exists():
-            raise ValueError(f"{args.output} exists; name another --output")
-        if bool(args.export) != bool(args.model) or bool(args.export) == bool(args.config):
-            raise ValueError("give --config FILE to assemble, or --export published --model FOLDER to export")
+        if [bool(args.config), bool(args.export), bool(args.push_to_hub)].count(True) != 1:
+            raise ValueError("give one of --config FILE, --export published and --push-to-hub ORG/NAME")
+        if bool(args.model) == bool(args.config):
+            raise ValueError("--model FOLDER goes with --export and --push-to-hub")
+        if args.push_to_hub:
+            print(push(args.model, args.push_to_hub, args.results, args.private))
+            return 0
+        if output is None:
+            raise ValueError("--output DIR is missing")
+        if output.exists():
+            raise ValueError(f"{output} exists; name another --output")
         write = export(args.model, args.format) if args.export else assembled(args.config, args.overrides)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    temporary = args.output.with_name(f".{args.output.name}.{os.getpid()}")
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        temporary.rename(args.output)
+        (temporary / output.name).mkdir(parents=True)
+        write(temporary / output.name)
+        (temporary / output.name).rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(args.output)
+    print(output)
     return 0
 
 
@@ -57,17 +72,16 @@ def assembled(path: Path, overrides: list[str]) -> Any:
     """Checks and loads every part; returns what writes the folder."""
     from imageconductor.models.assembly import AssemblyConfig, assemble
 
-    config = config_file.load(AssemblyConfig, path, overrides)
-    networks, sources = assemble(config)
-    for name, source in sources.items():
-        print(f"{name}: {source.keys} tensors from {source.path}")
+    parts = assemble(config_file.load(AssemblyConfig, path, overrides))
+    for name, source in json.loads(parts.provenance["sources.json"])["sources"].items():
+        print(f"{name}: {source['keys']} tensors from {source['path']}")
 
     def write(folder: Path) -> None:
         from imageconductor.sampling.pipeline import ImageConductorPipeline
 
-        ImageConductorPipeline(**vars(networks), sampling_defaults=config.sampling).save_pretrained(folder)
-        record = {"recipe": asdict(config), "sources": {name: asdict(source) for name, source in sources.items()}}
-        (folder / "sources.json").write_text(json.dumps(record, indent=1))
+        pipe = ImageConductorPipeline(**vars(parts.networks), sampling_defaults=parts.sampling)
+        pipe.domain_adapter, pipe.provenance = parts.domain_adapter, parts.provenance
+        pipe.save_pretrained(folder)
 
     return write
 
@@ -75,17 +89,12 @@ def assembled(path: Path, overrides: list[str]) -> Any:
 def export(model: Path, form: str) -> Any:
     """Loads a model folder; returns what writes the three published files and the LoRAs."""
     import torch
-    from safetensors import safe_open
     from safetensors.torch import save_file
 
     from imageconductor.models.checkpoints import to_published
     from imageconductor.models.lora import Adapter, attached_adapters
-    from imageconductor.sampling.pipeline import ImageConductorPipeline
 
-    ImageConductorPipeline.read_sampling_defaults(model)
-    with safe_open(next((model / "unet").glob("*.safetensors")), "pt") as file:
-        dtype = file.get_tensor("conv_in.weight").dtype
-    pipe = cast(Any, ImageConductorPipeline.from_pretrained(model, torch_dtype=dtype))
+    pipe = load(model)
     adapters = [adapter for adapter in Adapter if adapter in attached_adapters(pipe.motion_controlnet)]
     states = {
         "unet": to_published(pipe.unet),
@@ -105,6 +114,28 @@ def export(model: Path, form: str) -> Any:
             shutil.copyfile(source, folder / f"{adapter.value}_lora.safetensors")
 
     return write
+
+
+def load(model: Path) -> Any:
+    """The pipeline of a folder, in the precision of its files."""
+    from safetensors import safe_open
+
+    from imageconductor.sampling.pipeline import ImageConductorPipeline
+
+    ImageConductorPipeline.read_sampling_defaults(model)
+    with safe_open(next((model / "unet").glob("*.safetensors")), "pt") as file:
+        dtype = file.get_tensor("conv_in.weight").dtype
+    return ImageConductorPipeline.from_pretrained(model, torch_dtype=dtype)
+
+
+def push(model: Path, repository: str, results: Path | None, private: bool) -> str:
+    """Uploads a model folder; returns the commit's address."""
+    if results is not None and not results.is_file():
+        raise FileNotFoundError(f"no file at {results}")
+    pipe = load(model)
+    if results is not None:
+        pipe.provenance["results.json"] = results.read_text()
+    return str(pipe.push_to_hub(repository, private=private or None))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import argparse
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from imageconductor import config as config_file
+from imageconductor.conditioning.flow_map import FlowMapConvention
 from imageconductor.data.batches import Batches, SpriteSamples
 from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig, caption_words, captions
 from imageconductor.models.controlnets import MotionControlNet
@@ -29,7 +30,9 @@ class SpriteRecipe:
     """Everything about the bundled model."""
 
     output: str = "models/sprites"  # the finished model folder, fp16
-    start: str | None = None  # model folder to go on from, its autoencoder kept; None = random weights
+    # Model folder to go on from, its autoencoder kept, its motion ControlNet too if it reads the same flow maps;
+    # None = random weights.
+    start: str | None = None
     runs: str = "runs/sprites"  # working folder: checkpoints and the float32 parts
     world: SpriteWorldConfig = field(default_factory=SpriteWorldConfig)
     model: SmallModelConfig = field(default_factory=SmallModelConfig)
@@ -67,9 +70,12 @@ def main() -> None:
 
 def starting_networks(recipe: SpriteRecipe) -> Networks:
     """Random weights, or those of the folder that the recipe goes on from."""
-    if recipe.start is not None:
-        return Networks.load(recipe.start)
-    return build_small_model(recipe.model, vocabulary(recipe), recipe.seed)
+    if recipe.start is None:
+        return build_small_model(recipe.model, vocabulary(recipe), recipe.seed)
+    networks = Networks.load(recipe.start)
+    if networks.motion_controlnet.flow_convention != FlowMapConvention(**cast(Any, recipe.model.flow_map)):
+        networks.motion_controlnet = new_motion_controlnet(recipe, networks)
+    return networks
 
 
 def vocabulary(recipe: SpriteRecipe) -> list[str]:
@@ -117,9 +123,12 @@ def train_foundation(recipe: SpriteRecipe, budget: float, runs: Path, model: Pat
 
 def start_motion_controlnet(recipe: SpriteRecipe, model: Path) -> None:
     """Puts a motion ControlNet that starts from the folder's UNet into it."""
-    networks = Networks.load(model)
-    motion = MotionControlNet.from_unet(networks.unet, networks.pixels_per_cell, flow_map=dict(recipe.model.flow_map))
-    motion.save_pretrained(model / "motion_controlnet")
+    new_motion_controlnet(recipe, Networks.load(model)).save_pretrained(model / "motion_controlnet")
+
+
+def new_motion_controlnet(recipe: SpriteRecipe, networks: Networks) -> MotionControlNet:
+    """A motion ControlNet that starts from the UNet, as ControlNets do."""
+    return MotionControlNet.from_unet(networks.unet, networks.pixels_per_cell, flow_map=dict(recipe.model.flow_map))
 
 
 def stage_of(path: str, recipe: SpriteRecipe, budget: float, runs: Path, model: Path) -> tuple[StageName, TrainConfig]:

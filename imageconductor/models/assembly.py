@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,13 +25,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from imageconductor.models.checkpoints import load_published, rename_motion_modules
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
+from imageconductor.models.domain_adapter import DomainAdapter
+from imageconductor.models.lora import WEIGHTS_NAME, Adapter, adapter_parameters, load_adapter
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
 from imageconductor.models.networks import Networks
+from imageconductor.models.provenance import read_provenance
 from imageconductor.models.weights import copy_weights, read_checkpoint
 
-_ADAPTER_KEY = re.compile(
-    r"^(?:unet\.)?(?P<layer>.+?)(?:\.processor)?[._](?:lora|lora_layer)\.(?P<side>down|up)\.weight$"
-)
 _WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
@@ -41,22 +39,29 @@ _WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model
 class AssemblyConfig:
     """The parts of a model folder: local paths, or "organisation/name[/file]" on the hub."""
 
-    recipe: Literal["published", "animatediff"]  # the authors' three files, or a base to train from
-    stable_diffusion: str  # diffusers folder of SD-1.5 or of a model made from it
+    # The authors' three files; a base to train from; or a model folder with what was trained from it.
+    recipe: Literal["published", "animatediff", "trained"]
+    stable_diffusion: str | None = None  # diffusers folder of SD-1.5 or of a model made from it
     unet: str | None = None  # published: unet.ckpt
     image_controlnet: str | None = None  # published: image_controlnet.ckpt; animatediff: SparseCtrl RGB
-    motion_controlnet: str | None = None  # published: flow_controlnet.ckpt
+    motion_controlnet: str | None = None  # published: flow_controlnet.ckpt; trained: stage 1's folder
+    model: str | None = None  # trained: the folder that training began from
+    camera_lora: str | None = None  # trained: stage 2's folder
+    object_lora: str | None = None  # trained: stage 3's folder
     motion_module: str | None = None  # animatediff: v3_sd15_mm.ckpt, or diffusers' folder
-    domain_adapter: str | None = None  # animatediff: v3_sd15_adapter.ckpt, merged into the UNet; null = without
-    domain_adapter_scale: float = 1.0
+    # v3_sd15_adapter.ckpt, kept beside the UNet so that its scale can still be chosen; null = without
+    domain_adapter: str | None = None
+    domain_adapter_scale: float = 1.0  # with which it is merged; 0 where the UNet holds it already
     motion_num_attention_heads: int = 8
     dtype: Literal["float16", "float32"] = "float16"  # of the folder
-    sampling: dict[str, Any] = field(default_factory=dict)  # what the model does unasked; empty = the paper's settings
+    sampling: dict[str, Any] = field(default_factory=dict)  # what the model does unasked; else the paper's settings
+    licences: dict[str, str] = field(default_factory=dict)  # of each part, for the model card
 
     def __post_init__(self) -> None:
         needed = {
-            "published": ("unet", "image_controlnet", "motion_controlnet"),
-            "animatediff": ("motion_module", "image_controlnet"),
+            "published": ("stable_diffusion", "unet", "image_controlnet", "motion_controlnet"),
+            "animatediff": ("stable_diffusion", "motion_module", "image_controlnet"),
+            "trained": ("model",),
         }[self.recipe]
         if missing := [name for name in needed if not getattr(self, name)]:
             raise ValueError(f"recipe {self.recipe} needs {', '.join(missing)}")
@@ -71,21 +76,61 @@ class Source:
     keys: int  # tensors that were taken
 
 
-def assemble(config: AssemblyConfig) -> tuple[Networks, dict[str, Source]]:
-    """The networks that a recipe describes, in `config.dtype` and without gradients, and where each part came from.
+@dataclass
+class Assembly:
+    """What a recipe describes.
+
+    Attributes:
+        networks: In `dtype` and without gradients, LoRAs attached.
+        sampling: What the model does unasked.
+        domain_adapter: If there is one.
+        provenance: Texts for the folder, by file name.
+    """
+
+    networks: Networks
+    sampling: dict[str, Any]
+    domain_adapter: DomainAdapter | None
+    provenance: dict[str, str]
+
+
+def assemble(config: AssemblyConfig) -> Assembly:
+    """Reads and checks every part of a recipe.
 
     Raises:
         FileNotFoundError: A part is not there.
         ValueError: A part does not fit; names its file and every key that is missing, left over or mis-shaped.
     """
-    root = locate(config.stable_diffusion)
+    if config.recipe == "trained":
+        networks, sources, assembly = _trained(config)
+    else:
+        networks, sources, assembly = _downloaded(config)
+    for part in ("vae", "text_encoder", "unet", "image_controlnet", "motion_controlnet"):
+        getattr(networks, part).to(getattr(torch, config.dtype))
+    networks.freeze()
+    record = {"recipe": asdict(config), "sources": {name: asdict(source) for name, source in sources.items()}}
+    assembly.provenance["sources.json"] = json.dumps(record, indent=1)
+    return assembly
+
+
+def _downloaded(config: AssemblyConfig) -> tuple[Networks, dict[str, Source], Assembly]:
+    """The recipes that begin with Stable Diffusion."""
+    root = locate(str(config.stable_diffusion))
     if missing := [name for name in ("tokenizer", "text_encoder", "vae", "unet") if not (root / name).is_dir()]:
         raise FileNotFoundError(f"{root} is no folder of Stable Diffusion 1.5: it lacks {', '.join(missing)}")
     sizes = unet_sizes(root / "unet")
     build = {"published": _published, "animatediff": _animatediff}[config.recipe]
     unet, image_controlnet, motion_controlnet, sources = build(config, root, sizes)
+    adapter = None
+    if config.domain_adapter is not None:
+        path = locate(config.domain_adapter)
+        adapter = DomainAdapter.read(path, config.domain_adapter_scale)
+        adapter.merge(unet.state_dict())
+        sources["domain_adapter"] = _source(path, len(adapter.state))
+    vae: Any = AutoencoderKL.from_pretrained(root / "vae", torch_dtype=torch.float32)
+    if motion_controlnet is None:
+        motion_controlnet = MotionControlNet.from_unet(unet, 2 ** (len(vae.config["block_out_channels"]) - 1))
     networks = Networks(
-        vae=AutoencoderKL.from_pretrained(root / "vae", torch_dtype=torch.float32),
+        vae=vae,
         text_encoder=CLIPTextModel.from_pretrained(root / "text_encoder", dtype=torch.float32),
         tokenizer=CLIPTokenizer.from_pretrained(root / "tokenizer"),
         unet=unet,
@@ -97,10 +142,51 @@ def assemble(config: AssemblyConfig) -> tuple[Networks, dict[str, Source]]:
     )
     for part in ("vae", "text_encoder"):
         sources[part] = _source(root / part, len(getattr(networks, part).state_dict()))
-    for part in ("vae", "text_encoder", "unet", "image_controlnet", "motion_controlnet"):
-        getattr(networks, part).to(getattr(torch, config.dtype))
-    networks.freeze()
-    return networks, sources
+    return networks, sources, Assembly(networks, config.sampling, adapter, {})
+
+
+def _trained(config: AssemblyConfig) -> tuple[Networks, dict[str, Source], Assembly]:
+    """A model folder, and what was trained from it in place of its parts."""
+    root = locate(str(config.model))
+    networks = Networks.load(root)
+    defaults = json.loads((root / "model_index.json").read_text()).get("sampling_defaults", {})
+    provenance = read_provenance(root)
+    provenance.pop("results.json", None)  # They were measured on other weights.
+    before = json.loads(provenance.get("sources.json", '{"sources": {}}'))["sources"]
+    sources = {name: Source(**source) for name, source in before.items()}
+    sources["model"] = Source(str(root), {}, 0)
+
+    def record(name: str, folder: Path, keys: int) -> None:
+        sources[name] = _source(folder, keys)
+        if (settings := folder.parent / "config.yaml").is_file():  # the run that made it
+            provenance[f"training/{name}.yaml"] = settings.read_text()
+
+    if config.motion_controlnet is not None:
+        folder = locate(config.motion_controlnet)
+        state = MotionControlNet.from_pretrained(folder, torch_dtype=torch.float32)
+        _check_same_sizes(networks.motion_controlnet, state, folder)
+        networks.motion_controlnet = state
+        record("motion_controlnet", folder, len(state.state_dict()))
+    for adapter in Adapter:
+        name = f"{adapter.value}_lora"
+        given = getattr(config, name)
+        folder = locate(given) if given is not None else root / name
+        if given is not None or (folder / WEIGHTS_NAME).is_file():
+            load_adapter(networks.motion_controlnet, adapter, folder)
+        if given is not None:
+            record(name, folder, len(adapter_parameters(networks.motion_controlnet, adapter)))
+    domain = DomainAdapter.load(root) if DomainAdapter.is_in(root) else None
+    return networks, sources, Assembly(networks, {**defaults, **config.sampling}, domain, provenance)
+
+
+def _check_same_sizes(ours: MotionControlNet, new: MotionControlNet, folder: Path) -> None:
+    shapes, found = ({k: tuple(v.shape) for k, v in network.state_dict().items()} for network in (ours, new))
+    if different := sorted(k for k in shapes.keys() | found.keys() if shapes.get(k) != found.get(k)):
+        key = different[0]
+        raise ValueError(
+            f"{folder} is for another model: {len(different)} tensors differ, e.g. {key}, {shapes.get(key)} in the "
+            f"model's motion ControlNet and {found.get(key)} in this one"
+        )
 
 
 def unet_sizes(folder: Path) -> dict[str, Any]:
@@ -158,44 +244,13 @@ def _animatediff(config: AssemblyConfig, root: Path, sizes: dict[str, Any]) -> t
         "unet": _source(root / "unet", len(spatial)),
         "motion_module": _source(motion_path, len(motion)),
     }
-    if config.domain_adapter is not None:
-        path = locate(config.domain_adapter)
-        adapter = read_checkpoint(path)
-        merge_domain_adapter(spatial, adapter, config.domain_adapter_scale, str(path))
-        sources["domain_adapter"] = _source(path, len(adapter))
     copy_weights(unet.state_dict(), {**spatial, **motion}, f"{root / 'unet'} with {motion_path}")
 
     image_state = {rename_motion_modules(key): value for key, value in _read(image_path).items()}
     image_controlnet = ImageControlNet.from_unet(unet, conditioning_channels=latent)
     copy_weights(image_controlnet.state_dict(), image_state, str(image_path))
     sources["image_controlnet"] = _source(image_path, len(image_state))
-    pixels_per_cell = 2 ** (len(json.loads((root / "vae" / "config.json").read_text())["block_out_channels"]) - 1)
-    return unet, image_controlnet, MotionControlNet.from_unet(unet, pixels_per_cell), sources
-
-
-def merge_domain_adapter(state: dict[str, Tensor], adapter: Mapping[str, Tensor], scale: float, source: str) -> None:
-    """Adds `scale * up @ down` of every pair of a LoRA to the weights of a UNet, in place.
-
-    Raises:
-        ValueError: A key is no LoRA's, has no counterpart, or fits no weight; nothing has been changed then.
-    """
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, value in adapter.items():
-        match = _ADAPTER_KEY.match(key)
-        if not match:
-            raise ValueError(f"{source}: {key} is no LoRA weight (expected LAYER.processor.to_q_lora.down.weight)")
-        layer = match["layer"].replace(".processor.", ".")
-        layer = layer + ".0" if layer.endswith(".to_out") else layer
-        pairs.setdefault(f"{layer}.weight", {})[match["side"]] = value
-    changed = {}
-    for name, pair in pairs.items():
-        if name not in state or pair.keys() != {"down", "up"}:
-            raise ValueError(f"{source}: {name} has {sorted(pair)} in the LoRA and {name in state} in the UNet")
-        update = pair["up"].float() @ pair["down"].float()
-        if update.shape != state[name].shape:
-            raise ValueError(f"{source}: {name} is {tuple(state[name].shape)}, its LoRA {tuple(update.shape)}")
-        changed[name] = (state[name].float() + scale * update).to(state[name].dtype)
-    state.update(changed)
+    return unet, image_controlnet, None, sources
 
 
 def locate(name: str) -> Path:

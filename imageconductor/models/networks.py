@@ -94,8 +94,16 @@ class SmallModelConfig:
     prediction_type: Literal["epsilon", "v_prediction"] = (
         "v_prediction"  # learns faster from scratch than epsilon, with zero terminal SNR
     )
+    # Accumulated, as the paper's text has it: each frame tells how far things have come (docs/decisions.md, 21).
     flow_map: dict[str, float | int | str | bool] = field(
-        default_factory=lambda: {"kernel_size": 17, "sigma_px": 2.5, "normalisation": "peak", "still_drift_px": 0.0}
+        default_factory=lambda: {
+            "kernel_size": 17,
+            "sigma_px": 2.5,
+            "normalisation": "peak",
+            "accumulate": True,
+            "still_drift_px": 0.0,
+            "scale": 0.25,
+        }
     )
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ from diffusers.loaders.single_file_utils import (
 from torch import Tensor
 
 from imageconductor.models.checkpoints import rename_motion_modules
+from imageconductor.models.domain_adapter import DomainAdapter
 from imageconductor.models.weights import copy_weights, read_checkpoint
 
 _LDM_PARTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.")
@@ -156,9 +157,13 @@ def _check_layer(network: Any, layer: str, side: str, value: Tensor, source: str
 
 
 def personalise(
-    pipe: Any, base: str | None, loras: Sequence[tuple[str, float]], motion_loras: Sequence[tuple[str, float]]
+    pipe: Any,
+    base: str | None,
+    loras: Sequence[tuple[str, float]],
+    motion_loras: Sequence[tuple[str, float]],
+    domain_adapter_scale: float | None = None,
 ) -> None:
-    """What `sample.py --base --lora --motion-lora` ask for; a LoRA is a file and its scale.
+    """What `sample.py --base --lora --motion-lora --domain-adapter-scale` ask for; a LoRA is a file and its scale.
 
     Raises:
         FileNotFoundError, ValueError: As the loaders above.
@@ -170,5 +175,11 @@ def personalise(
         for number, (path, scale) in enumerate(files):
             load(pipe, path, f"{kind}{number}")
             scales[f"{kind}{number}"] = scale
+    if domain_adapter_scale is not None:
+        adapter: DomainAdapter = pipe.domain_adapter
+        # A DreamBooth file has replaced the weights that held it.
+        merged = adapter.merged_scale if base is None else 0.0
+        attach_lora(pipe, adapter.state, "domain", adapter.source)
+        scales["domain"] = domain_adapter_scale - merged
     if scales:
         pipe.set_adapters(list(scales), list(scales.values()))

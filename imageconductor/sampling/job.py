@@ -45,9 +45,13 @@ class SampleJob:
     device: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     offload: Literal["none", "model", "sequential"] = "none"  # what waits in main memory; needs a GPU
+    vae_tiling: bool = False  # the autoencoder works on tiles, for frames larger than memory allows
+    decode_chunk_size: int = 16  # frames that the autoencoder decodes at a time
+    compile: bool = False  # torch.compile; minutes at the start, then less time a step
+    domain_adapter_scale: float | None = None  # of AnimateDiff's domain adapter; None = as the model was assembled
 
     def __post_init__(self) -> None:
-        for name in ("steps", "num_videos", "height", "width", "num_frames", "fps"):
+        for name in ("steps", "num_videos", "height", "width", "num_frames", "fps", "decode_chunk_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -59,6 +63,8 @@ class SampleJob:
             raise ValueError(f"num_videos is {self.num_videos}, but {len(self.seed)} seeds are given")
         if self.trajectories is not None and self.preset is not None:
             raise ValueError(f"trajectories ({self.trajectories}) and preset ({self.preset}) exclude each other")
+        if self.compile and self.offload != "none":
+            raise ValueError(f"compile and offload {self.offload!r} exclude each other")
         for text in (*self.lora, *self.motion_lora):
             parse_lora(text)
         known = (*CAMERA_PRESETS, *OBJECT_PRESETS)
@@ -114,6 +120,7 @@ def prepare(job: SampleJob) -> Inputs:
         ValueError, FileNotFoundError: In one line, what is wrong and where.
     """
     from imageconductor.conditioning import Trajectories, camera_preset, cover_crop, load_image, object_preset
+    from imageconductor.models.domain_adapter import DomainAdapter
     from imageconductor.sampling.pipeline import ImageConductorPipeline, model_folder
 
     if job.image is None:
@@ -150,6 +157,8 @@ def prepare(job: SampleJob) -> Inputs:
         trajectories = Trajectories.load(job.trajectories, num_frames, published_size=size).cover_crop(size)
     else:
         trajectories = Trajectories.empty(size, num_frames)
+    if job.domain_adapter_scale is not None and not DomainAdapter.is_in(Path(job.model)):
+        raise FileNotFoundError(f"{job.model} has no domain adapter; assemble it with domain_adapter=FILE")
     if trajectories.num_tracks:
         ImageConductorPipeline.check_adapters(job.model, cast(str, job.control))
     return Inputs(replace(job, seed=job.seeds, num_videos=None), cover_crop(image, size), trajectories)
@@ -205,13 +214,18 @@ def generate(inputs: Inputs, output: Path) -> list[Path]:
         config_file.save(record, temporary / "run.yaml")
         dtype = getattr(torch, cast(str, job.dtype))
         pipe = ImageConductorPipeline.from_pretrained(job.model, torch_dtype=dtype)
-        personalise(pipe, job.base, [*map(parse_lora, job.lora)], [*map(parse_lora, job.motion_lora)])
+        loras, motion_loras = [*map(parse_lora, job.lora)], [*map(parse_lora, job.motion_lora)]
+        personalise(pipe, job.base, loras, motion_loras, job.domain_adapter_scale)
+        if job.vae_tiling:
+            pipe.vae.enable_tiling()
         if job.offload == "model":
             pipe.enable_model_cpu_offload(device=cast(str, job.device))
         elif job.offload == "sequential":
             pipe.enable_sequential_cpu_offload(device=cast(str, job.device))
         else:
             pipe.to(job.device)
+        if job.compile:
+            pipe.compile()
         result: Any = pipe(
             image=inputs.image,
             trajectories=trajectories if trajectories.num_tracks else None,
@@ -226,6 +240,7 @@ def generate(inputs: Inputs, output: Path) -> list[Path]:
             width=job.width,
             num_videos_per_prompt=len(job.seed),
             generator=[torch.Generator().manual_seed(seed) for seed in job.seed],
+            decode_chunk_size=job.decode_chunk_size,
             output_type="np",
         )
         fps: Any = job.fps

@@ -23,6 +23,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from imageconductor.conditioning import Trajectories, encode_first_frame, first_frame_condition, flow_map_of, to_pixels
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
+from imageconductor.models.domain_adapter import DomainAdapter
 from imageconductor.models.lora import (
     WEIGHTS_NAME,
     Adapter,
@@ -32,6 +33,7 @@ from imageconductor.models.lora import (
     save_adapter,
 )
 from imageconductor.models.motion_unet import MotionUNet
+from imageconductor.models.provenance import model_card, read_provenance, write_provenance
 from imageconductor.sampling.branches import ADAPTERS, Conditions, Control, Text, guided_prediction, plan
 
 
@@ -101,6 +103,8 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         )
         self.register_to_config(sampling_defaults=asdict(SamplingDefaults(**(sampling_defaults or {}))))
         self.pixels_per_cell = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        self.domain_adapter: DomainAdapter | None = None
+        self.provenance: dict[str, str] = {}  # texts that say where the weights come from, by file name
 
     # -- model folders
 
@@ -125,13 +129,32 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
                 for parameter in adapter_parameters(pipe.motion_controlnet, adapter).values():
                     parameter.data = parameter.data.to(pipe.unet.dtype)
         pipe.motion_controlnet.requires_grad_(False).eval()
+        pipe.domain_adapter = DomainAdapter.load(folder) if DomainAdapter.is_in(folder) else None
+        pipe.provenance = read_provenance(folder)
         return pipe
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Writes a model folder: diffusers' parts, and `camera_lora/`, `object_lora/` as PEFT safetensors."""
-        super().save_pretrained(save_directory, **kwargs)
+        """Writes a model folder: diffusers' parts, the LoRAs as PEFT safetensors, where all comes from, and a card.
+
+        Args:
+            save_directory: The folder.
+            kwargs: As diffusers', but for `push_to_hub`, which is a method of its own.
+        """
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("use push_to_hub(repository), which uploads the LoRAs too")
+        folder = Path(save_directory)
+        super().save_pretrained(folder, **kwargs)
         for adapter in sorted(attached_adapters(self.motion_controlnet)):
-            save_adapter(self.motion_controlnet, adapter, Path(save_directory) / f"{adapter.value}_lora")
+            save_adapter(self.motion_controlnet, adapter, folder / f"{adapter.value}_lora")
+        if self.domain_adapter is not None:
+            self.domain_adapter.save(folder)
+        write_provenance(folder, self.provenance)
+
+    def _upload_folder(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # diffusers has put an empty card in the place of ours.
+        folder = Path(working_dir)
+        (folder / "README.md").write_text(model_card(folder, self.provenance, repo_id))
+        return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
 
     @staticmethod
     def read_sampling_defaults(folder: str | Path) -> dict[str, Any]:
@@ -162,6 +185,17 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
                 raise FileNotFoundError(
                     f"control {Control(control).value!r} needs the {adapter.value} LoRA, and {path} has none"
                 )
+
+    def compile(self, **kwargs: Any) -> None:
+        """Compiles the networks: the first call takes minutes longer, and so does one of another size or adapter.
+
+        Args:
+            kwargs: As `torch.compile`'s.
+        """
+        unet: Any = self.unet  # Sampling calls its halves, which `nn.Module.compile` does not reach.
+        unet.encode, unet.decode = torch.compile(unet.encode, **kwargs), torch.compile(unet.decode, **kwargs)
+        self.image_controlnet.compile(**kwargs)
+        self.motion_controlnet.compile(**kwargs)
 
     @property
     def sampling_defaults(self) -> dict[str, Any]:

@@ -198,6 +198,7 @@ def _place(stage: Stage, config: LoopConfig, device: torch.device) -> None:
     for network in (stage.unet, stage.motion_controlnet):
         network.checkpoint_blocks = config.gradient_checkpointing
     if config.torch_compile:
+        torch.compiler.reset()  # A stage before this one with other shapes would make every size a dynamic one.
         stage.compile()  # In place, which leaves the parameters' names alone.
 
 

@@ -3,21 +3,28 @@
 import importlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import tiny_networks
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.unets.unet_motion_model import MotionAdapter
+from diffusers.utils import hub_utils
+from huggingface_hub import ModelCard
 from parity import CONFIG, model_config, weights
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from imageconductor.conditioning import camera_preset
 from imageconductor.data.sprites import caption_words
-from imageconductor.models.assembly import merge_domain_adapter
 from imageconductor.models.checkpoints import from_published, load_published, to_published
-from imageconductor.models.lora import Adapter
+from imageconductor.models.controlnets import MotionControlNet
+from imageconductor.models.domain_adapter import DomainAdapter
+from imageconductor.models.lora import Adapter, adapter_parameters, add_adapter, save_adapter
 from imageconductor.models.networks import Networks, build_tokenizer
+from imageconductor.models.personalise import personalise
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 from scripts import assemble_model
 
@@ -104,8 +111,6 @@ def test_the_folder_holds_the_published_networks(assembled, stable_diffusion):
 
 
 def test_it_makes_a_video(assembled):
-    from PIL import Image
-
     pipe = ImageConductorPipeline.from_pretrained(assembled)
     pipe.set_progress_bar_config(disable=True)
     track = camera_preset("pan-left", (64, 64), 4)
@@ -172,8 +177,8 @@ def animatediff(stable_diffusion, tmp_path_factory):
         layer, _, kind = key.rpartition(".")
         if ".attn" in key and kind == "weight" and layer.split(".")[-1] in ("to_q", "to_k", "to_v", "0"):
             path, _, name = layer.removesuffix(".0").rpartition(".")
-            adapter[f"{path}.processor.{name}_lora.down.weight"] = torch.randn(3, value.shape[1])
-            adapter[f"{path}.processor.{name}_lora.up.weight"] = torch.randn(value.shape[0], 3)
+            adapter[f"{path}.processor.{name}_lora.down.weight"] = 0.1 * torch.randn(3, value.shape[1])
+            adapter[f"{path}.processor.{name}_lora.up.weight"] = 0.1 * torch.randn(value.shape[0], 3)
     torch.save({"state_dict": adapter}, folder / "v3_sd15_adapter.ckpt")
     torch.save({"state_dict": {**motion, "module.conv_in.weight": torch.zeros(1)}}, folder / "too_much.ckpt")
 
@@ -210,6 +215,7 @@ def test_the_base_to_train_from(animatediff, stable_diffusion, tmp_path):
         "original": {},
         "diffusers": {"motion_module": animatediff / "diffusers_module"},
         "half": {"domain_adapter_scale": 0.5},
+        "unmerged": {"domain_adapter_scale": 0.0},
         "without": {"domain_adapter": "null"},
     }.items():
         folders[name] = tmp_path / name
@@ -234,6 +240,114 @@ def test_the_base_to_train_from(animatediff, stable_diffusion, tmp_path):
     assert motion.unshuffle_factor == 8
     residuals = motion(torch.tensor(3), torch.randn(1, 5, CONFIG["cross_attention_dim"]), torch.randn(1, 2, 3, 64, 64))
     assert not any(residual.any() for residual in (*residuals.down, residuals.mid)), "it adds nothing before training"
+
+
+def sampled(folder, **settings):
+    """A short video of a folder, through `sample.py`'s path for the domain adapter."""
+    pipe = ImageConductorPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    personalise(pipe, None, [], [], **settings)
+    return pipe(
+        Image.new("RGB", (64, 64), "red"),
+        prompt="a red circle",
+        width=64,
+        height=64,
+        num_frames=2,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).frames
+
+
+def test_the_domain_adapter_can_be_scaled_afterwards(animatediff, stable_diffusion, tmp_path):
+    """Merged at 1 and sampled at 0.3 equals merged at 0 and sampled at 0.3, and survives being saved again."""
+    for scale in (1.0, 0.0):
+        arguments = animatediff_recipe(animatediff, stable_diffusion, domain_adapter_scale=scale)
+        assert command(*arguments, "--output", tmp_path / f"merged{scale}") == 0
+    ImageConductorPipeline.from_pretrained(tmp_path / "merged1.0").save_pretrained(tmp_path / "again")
+    videos = [sampled(tmp_path / n, domain_adapter_scale=0.3) for n in ("merged1.0", "merged0.0", "again")]
+    torch.testing.assert_close(videos[0], videos[1], atol=1e-4, rtol=1e-4)
+    assert torch.equal(videos[0], videos[2])
+    assert (videos[0] - sampled(tmp_path / "merged0.0")).abs().max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model, tmp_path_factory):
+    """Run folders of stages 1 and 2 with other weights than the tiny model's."""
+    folder = tmp_path_factory.mktemp("runs")
+    networks = tiny_networks(seed=5)
+    add_adapter(networks.motion_controlnet, Adapter.CAMERA, rank=3)
+    save_adapter(networks.motion_controlnet, Adapter.CAMERA, folder / "camera" / "camera_lora")
+    tiny_networks(seed=5).motion_controlnet.save_pretrained(folder / "sparse" / "motion_controlnet")
+    (folder / "camera" / "config.yaml").write_text("max_steps: 123\nbatch_size: 8\nsets: [camera]\nlora_rank: 3\n")
+    return folder
+
+
+def test_a_trained_lora_joins_the_model_it_was_trained_from(tiny_model, runs, tmp_path):
+    recipe = ["--config", "configs/model/trained.yaml", f"model={tiny_model}", "dtype=float32", "object_lora=null"]
+    parts = [f"camera_lora={runs}/camera/camera_lora", f"motion_controlnet={runs}/sparse/motion_controlnet"]
+    assert command(*recipe, *parts, "--output", tmp_path / "mine") == 0
+    before, after = (ImageConductorPipeline.from_pretrained(folder) for folder in (tiny_model, tmp_path / "mine"))
+    assert after.sampling_defaults == before.sampling_defaults
+    for adapter, same in ((Adapter.CAMERA, False), (Adapter.OBJECT, True)):
+        old, new = (adapter_parameters(pipe.motion_controlnet, adapter) for pipe in (before, after))
+        assert all(torch.equal(old[key], new[key]) for key in old) == same
+    trained = load_file(runs / "sparse" / "motion_controlnet" / "diffusion_pytorch_model.safetensors")
+    state = {key.replace(".base_layer", ""): value for key, value in after.motion_controlnet.state_dict().items()}
+    assert all(torch.equal(state[key], value) for key, value in trained.items())
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusers\n")
+    assert "# mine\n" in card
+    assert "| camera_lora | 123 | 8 |" in card
+    assert f"{runs}/camera/camera_lora" in card
+    again = tmp_path / "again"
+    after.save_pretrained(again)
+    assert (again / "training" / "camera_lora.yaml").read_text() == (runs / "camera" / "config.yaml").read_text()
+
+
+def test_a_lora_trained_from_another_model_is_refused(tiny_model, runs, tmp_path, capsys):
+    shutil.copytree(runs / "sparse", tmp_path / "other")
+    path = tmp_path / "other" / "motion_controlnet"
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"block_out_channels": [16, 48]}))
+    MotionControlNet.from_config(MotionControlNet.load_config(path)).save_pretrained(path)
+    recipe = ["--config", "configs/model/trained.yaml", f"model={tiny_model}"]
+    recipe += ["camera_lora=null", "object_lora=null"]
+    assert command(*recipe, f"motion_controlnet={path}", "--output", tmp_path / "mine") == 2
+    assert "motion_controlnet is for another model" in capsys.readouterr().err
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_folder_goes_to_the_hub_and_comes_back(tiny_model, tmp_path, monkeypatch, capsys):
+    """Offline: the two calls that reach the hub copy to and from a folder."""
+    hub = tmp_path / "hub"
+
+    def upload(repo_id, folder_path, **_):
+        shutil.copytree(folder_path, hub / repo_id)
+        return f"https://hub/{repo_id}/commit/1"
+
+    monkeypatch.setattr(hub_utils, "create_repo", lambda repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(hub_utils, "upload_folder", upload)
+    monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *_, **__: ModelCard("---\n---\nempty"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: str(hub / name))
+    interval = {"mean": 1.234, "low": 1.0, "high": 1.5, "n": 8}
+    (tmp_path / "results.json").write_text(json.dumps({"cam_mc": 1.234, "intervals": {"cam_mc": interval}}))
+
+    arguments = ["--push-to-hub", "lab/conductor", "--model", tiny_model, "--results", tmp_path / "results.json"]
+    assert command(*arguments) == 0
+    assert "https://hub/lab/conductor" in capsys.readouterr().out
+    card = (hub / "lab" / "conductor" / "README.md").read_text()
+    assert 'from_pretrained("lab/conductor")' in card
+    assert "| cam_mc | 1.23 | 1.00 .. 1.50 | 8 |" in card
+    pipe, original = (
+        ImageConductorPipeline.from_pretrained("lab/conductor"),
+        ImageConductorPipeline.from_pretrained(tiny_model),
+    )
+    for name, network in original.components.items():
+        if isinstance(network, torch.nn.Module):
+            found = pipe.components[name].state_dict()
+            assert all(torch.equal(found[key], value) for key, value in network.state_dict().items()), name
+    assert json.loads(pipe.provenance["results.json"])["cam_mc"] == 1.234
 
 
 def broken(folder, published, name):
@@ -296,7 +410,7 @@ def test_other_bad_input(published, animatediff, stable_diffusion, tmp_path, cap
         ([*recipe, "--output", tmp_path / "there"], "exists; name another --output"),
         ([*recipe, "unett=x", "--output", tmp_path / "a"], "did you mean 'unet'"),
         ([*recipe, "unet=null", "--output", tmp_path / "a"], "recipe published needs unet"),
-        (["--output", tmp_path / "a"], "give --config FILE to assemble"),
+        (["--output", tmp_path / "a"], "give one of --config FILE, --export published"),
         (["--export", "published", "--model", tmp_path, "--output", tmp_path / "a"], "is no model folder"),
         (
             [*animatediff_recipe(animatediff, stable_diffusion, **swapped), "--output", tmp_path / "a"],
@@ -309,20 +423,26 @@ def test_other_bad_input(published, animatediff, stable_diffusion, tmp_path, cap
     assert not (tmp_path / "a").exists()
 
 
-def test_a_domain_adapter_of_another_model_is_refused():
-    state = {"a.to_q.weight": torch.zeros(4, 4)}
-    for adapter, said in (
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
         (
-            {
-                "a.processor.to_q_lora.down.weight": torch.zeros(2, 3),
-                "a.processor.to_q_lora.up.weight": torch.zeros(4, 2),
-            },
-            r"is \(4, 4\), its LoRA \(4, 3\)",
+            {"a.processor.to_q_lora.down.weight": (2, 3), "a.processor.to_q_lora.up.weight": (4, 2)},
+            r"is \(4, 4\), its LoRA",
         ),
-        ({"b.processor.to_q_lora.down.weight": torch.zeros(2, 4)}, r"b\.to_q\.weight has \['down'\]"),
-        ({"a.to_q.weight": torch.zeros(2, 4)}, "is no LoRA weight"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            merge_domain_adapter(state, adapter, 1.0, "adapter.ckpt")
+        ({"b.processor.to_q_lora.down.weight": (2, 4), "b.processor.to_q_lora.up.weight": (4, 2)}, r"has no b\.to_q"),
+        ({"a.processor.to_q_lora.down.weight": (2, 4)}, r"a\.to_q\.lora_A\.weight has no counterpart"),
+        ({"a.to_q.weight": (2, 4)}, "is no LoRA weight"),
+    ],
+)
+def test_a_domain_adapter_of_another_model_is_refused(content, said, tmp_path):
+    torch.save({key: torch.ones(shape) for key, shape in content.items()}, tmp_path / "adapter.ckpt")
+    state = {"a.to_q.weight": torch.zeros(4, 4)}
+    with pytest.raises(ValueError, match=said) as error:
+        DomainAdapter.read(tmp_path / "adapter.ckpt", 1.0).merge(state)
+    assert "adapter.ckpt" in str(error.value)
     assert not state["a.to_q.weight"].any()
+
+
+def test_layers_that_are_no_networks_keep_their_names():
     assert to_published(torch.nn.Sequential(torch.nn.Linear(2, 2))).keys() == {"0.weight", "0.bias"}
