@@ -139,7 +139,14 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         Args:
             save_directory: The folder.
             kwargs: As diffusers', but for `push_to_hub`, which is a method of its own.
+
+        Raises:
+            ValueError: A style LoRA is attached, which diffusers would write in place of the weights.
         """
+        if attached := sorted({name for names in self.get_list_adapters().values() for name in names}):
+            raise ValueError(
+                f"{', '.join(attached)} is attached to the model; fuse_lora() or unload_lora_weights() first"
+            )
         if kwargs.pop("push_to_hub", False):
             raise ValueError("use push_to_hub(repository), which uploads the LoRAs too")
         folder = Path(save_directory)

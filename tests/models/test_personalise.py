@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from imageconductor.models.personalise import load_base, load_motion_lora, load_style_lora
 from imageconductor.sampling.job import SampleJob, parse_lora
+from imageconductor.sampling.pipeline import ImageConductorPipeline
 
 
 @pytest.fixture
@@ -127,6 +128,42 @@ def test_two_loras_add_up_in_either_order(pipe, tmp_path):
     np.testing.assert_allclose(videos[0], videos[1], atol=1e-5)
 
 
+def test_a_style_is_saved_once_it_is_fused(pipe, tmp_path):
+    plain = video(pipe)
+    kohya(pipe, tmp_path / "style.safetensors")
+    load_style_lora(pipe, tmp_path / "style.safetensors", "one")
+    styled = video(pipe)
+    with pytest.raises(ValueError, match=r"one is attached .* fuse_lora"):
+        pipe.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    pipe.fuse_lora(lora_scale=1.0)
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "model")
+    again = ImageConductorPipeline.from_pretrained(tmp_path / "model")
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(video(again), video(pipe))
+    assert np.abs(video(again) - styled).mean() < 0.05 * np.abs(plain - styled).mean()
+
+
+def test_textual_inversion_teaches_the_prompt_a_word(pipe, tmp_path):
+    width = pipe.text_encoder.config.hidden_size
+    embedding = torch.randn(2, width, generator=torch.Generator().manual_seed(3))
+    torch.save({"string_to_param": {"*": embedding}, "name": "<style>"}, tmp_path / "style.pt")
+    words = ["a red circle, <style>"]
+    before = pipe.encode_prompt(words)
+    pipe.load_textual_inversion(str(tmp_path / "style.pt"), token="<style>")
+    assert (pipe.encode_prompt(words) - before).abs().max() > 1e-3
+    table = pipe.text_encoder.get_input_embeddings().weight
+    token = pipe.tokenizer.convert_tokens_to_ids("<style>")
+    assert torch.equal(table[token], embedding[0])
+    assert torch.equal(table[pipe.tokenizer.convert_tokens_to_ids("<style>_1")], embedding[1])
+    ids = pipe.tokenizer(pipe.maybe_convert_prompt(words[0], pipe.tokenizer)).input_ids
+    assert token in ids
+    assert token + 1 in ids
+    pipe.unload_textual_inversion("<style>")
+    assert torch.equal(pipe.encode_prompt(words), before)
+
+
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -147,8 +184,11 @@ OUTER = {
 }
 
 
-def ldm_unet_key(key, layers):
-    """A diffusers UNet key under its original name, written from the layout of the original code."""
+def ldm_unet_key(key, layers, upsampler_place):
+    """A diffusers UNet key under its original name, written from the layout of the original code.
+
+    An upsampler is third in its block, second where there is no attention.
+    """
     for ours, original in OUTER.items():
         key = re.sub(rf"^{re.escape(ours)}\.", f"{original}.", key)
     if match := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", key):
@@ -157,8 +197,8 @@ def ldm_unet_key(key, layers):
         block = f"{'input' if path == 'down' else 'output'}_blocks.{first + number}"
         if kind == "downsamplers":
             return f"input_blocks.{first + layers}.0.op.{rest.removeprefix('conv.')}"
-        if kind == "upsamplers":  # third in its block, second where there is no attention
-            return f"output_blocks.{first + layers}.{UPSAMPLER_PLACE[level]}.{rest}"
+        if kind == "upsamplers":
+            return f"output_blocks.{first + layers}.{upsampler_place[level]}.{rest}"
         key = f"{block}.{0 if kind == 'resnets' else 1}.{rest}"
     if "transformer_blocks" not in key:
         for ours, original in RESNET.items():
@@ -166,11 +206,10 @@ def ldm_unet_key(key, layers):
     return key
 
 
-UPSAMPLER_PLACE = {0: 2}
-
-
 def ldm_vae_key(key, levels):
     key = key.replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
+    for ours, original in {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}.items():
+        key = key.replace(f"mid_block.attentions.0.{ours}", f"mid.attn_1.{original}")
     key = key.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
     key = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", key)
     key = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", key)
@@ -185,7 +224,7 @@ def ldm_file(pipe, path):
     unet = {k: v for k, v in other.unet.state_dict().items() if ".motion_modules." not in k}
     text = other.text_encoder.state_dict()
     layers, levels = pipe.unet.config["layers_per_block"], len(pipe.vae.config["block_out_channels"])
-    state = {f"model.diffusion_model.{ldm_unet_key(k, layers)}": v for k, v in unet.items()}
+    state = {f"model.diffusion_model.{ldm_unet_key(k, layers, {0: 2})}": v for k, v in unet.items()}
     state |= {f"first_stage_model.{ldm_vae_key(k, levels)}": v for k, v in other.vae.state_dict().items()}
     for key, value in text.items():
         key = key if key.startswith("text_model.") else f"text_model.{key}"
@@ -204,6 +243,11 @@ def test_a_dreambooth_file_replaces_pictures_and_keeps_motion(pipe, tmp_path):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], value) for key, value in expected.items())
     assert all(torch.equal(pipe.motion_controlnet.state_dict()[key], value) for key, value in control.items())
+    made = video(pipe)
+    pipe.save_pretrained(tmp_path / "model")
+    again = ImageConductorPipeline.from_pretrained(tmp_path / "model")
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(video(again), made)
 
 
 def test_a_dreambooth_file_of_another_width_changes_nothing(pipe, tmp_path):

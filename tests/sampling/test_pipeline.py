@@ -47,6 +47,32 @@ def test_a_saved_model_gives_the_same_video(pipe, image, tmp_path):
         assert np.array_equal(run(pipe, image, track, control=control), run(again, image, track, control=control))
 
 
+def test_compiled_networks_make_the_same_video(tiny_model, image):
+    """The halves of the UNet too: with them left out, Dynamo would see two graphs of four."""
+    compiled, graphs = ImageConductorPipeline.from_pretrained(tiny_model), []
+    compiled.set_progress_bar_config(disable=True)
+    track = camera_preset("pan-left", SIZE, FRAMES)
+    expected = run(compiled, image, track, control="camera", num_inference_steps=2)
+    torch._dynamo.reset()
+    compiled.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    found = run(compiled, image, track, control="camera", num_inference_steps=2)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert len(graphs) >= 4
+
+
+def test_tiled_and_chunked_decoding_give_whole_frames(tiny_model, image):
+    pipe = ImageConductorPipeline.from_pretrained(tiny_model)
+    pipe.set_progress_bar_config(disable=True)
+    expected = run(pipe, image)
+    assert np.allclose(run(pipe, image, decode_chunk_size=1), expected, atol=1e-5)
+    pipe.vae.tile_sample_min_size = 16
+    pipe.vae.tile_latent_min_size = 8
+    pipe.vae.enable_tiling()
+    tiled = run(pipe, image)
+    assert tiled.shape == expected.shape
+    assert np.abs(tiled - expected).max() > 0, "tiles see less around them"
+
+
 def test_offloading_sees_the_halves_of_the_unet(pipe, image):
     track = camera_preset("pan-left", SIZE, FRAMES)
     expected = run(pipe, image, track, control="camera")
