@@ -271,6 +271,17 @@ def test_the_domain_adapter_can_be_scaled_afterwards(animatediff, stable_diffusi
     assert (videos[0] - sampled(tmp_path / "merged0.0")).abs().max() > 1e-3
 
 
+def test_an_animatediff_folder_goes_out_in_the_published_layout_and_comes_back(animatediff, stable_diffusion, tmp_path):
+    base, files, back = (tmp_path / name for name in ("base", "files", "back"))
+    assert command(*animatediff_recipe(animatediff, stable_diffusion), "--output", base) == 0
+    assert command("--export", "published", "--model", base, "--output", files) == 0
+    assert sorted(path.name for path in files.iterdir()) == [
+        f"{name}.safetensors" for name in sorted(PUBLISHED.values())
+    ]
+    assert command(*published_recipe(files, stable_diffusion, ".safetensors"), "--output", back) == 0
+    assert torch.equal(sampled(back), sampled(base))
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_model, tmp_path_factory):
     """Run folders of stages 1 and 2 with other weights than the tiny model's."""

@@ -81,7 +81,7 @@ def test_animatediffs_files_have_their_places(published, stable_diffusion, tmp_p
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text(json.dumps({**config, "attention_head_dim": 8}))
     monkeypatch.setattr(assembly, "_read", lambda path: unwrap(files[path.name]))
-    monkeypatch.setattr(assembly, "_source", lambda path, keys: keys)
+    monkeypatch.setattr(assembly, "_source", lambda _, keys: keys)
     monkeypatch.setattr(assembly, "locate", lambda name: tmp_path / name)
     monkeypatch.setattr("imageconductor.models.domain_adapter.read_checkpoint", lambda path: files[path.name])
     recipe = assembly.AssemblyConfig(
@@ -110,7 +110,7 @@ def test_a_stable_diffusion_single_file_has_its_places(stable_diffusion, monkeyp
     for key, value in text.state_dict().items():
         state[f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}"] = value
     assert len(state) == 686 + 248 + 196
-    monkeypatch.setattr(personalise, "read_checkpoint", lambda path: state)
+    monkeypatch.setattr(personalise, "read_checkpoint", lambda _: state)
     with torch.device("meta"):
         motion_unet = MotionUNet(**SD15_ANIMATEDIFF_V3)
         pipe = SimpleNamespace(unet=motion_unet, vae=vae, text_encoder=text)
