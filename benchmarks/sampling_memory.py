@@ -28,6 +28,14 @@ from imageconductor.models.lora import Adapter, add_adapter
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
 from imageconductor.sampling.branches import Conditions, Control, guided_prediction, plan
 
+SD15_VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "sample_size": 512,  # also the size of its tiles
+    "layers_per_block": 2,
+}
+
 
 class FusedAttention(TorchFunctionMode):
     """Attention as the fused CUDA kernels have it: no matrix of scores."""
@@ -81,13 +89,7 @@ def networks(dtype: torch.dtype) -> dict[str, Any]:
             "text_encoder": CLIPTextModel(
                 CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
             ),
-            "vae": AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                block_out_channels=(128, 256, 512, 512),
-                sample_size=512,  # also the size of its tiles
-                layers_per_block=2,
-            ),
+            "vae": AutoencoderKL(**SD15_VAE),
             "image_controlnet": ImageControlNet.from_unet(unet, conditioning_channels=4),
             "motion_controlnet": motion,
             "unet": unet,

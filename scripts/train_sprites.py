@@ -65,7 +65,7 @@ def main() -> None:
             config = replace(config, motion_controlnet=str(sources["motion_controlnet"]))
         run_stage(stage, config)
         sources[stage.value] = Path(config.output) / stage.value
-    assemble(recipe, sources)
+    assemble(recipe, runs, sources)
 
 
 def starting_networks(recipe: SpriteRecipe) -> Networks:
@@ -151,7 +151,7 @@ def scaled(steps: int, budget: float) -> int:
     return max(2, round(steps * budget))
 
 
-def assemble(recipe: SpriteRecipe, sources: dict[str, Path]) -> None:
+def assemble(recipe: SpriteRecipe, runs: Path, sources: dict[str, Path]) -> None:
     """Puts the parts together as a model folder in fp16, under another name until it is whole."""
     from imageconductor.sampling.pipeline import ImageConductorPipeline
 
@@ -164,14 +164,19 @@ def assemble(recipe: SpriteRecipe, sources: dict[str, Path]) -> None:
     width, height = recipe.world.size
     defaults = {"width": width, "height": height, "num_frames": recipe.world.num_frames, **recipe.sampling}
     pipe = ImageConductorPipeline(**vars(networks), sampling_defaults=defaults)
+    pipe.provenance = {
+        f"training/{Path(path).stem}.yaml": (runs / Path(path).stem / "config.yaml").read_text()
+        for path in [*recipe.foundation, *recipe.stages]
+    }
 
     output = Path(recipe.output)
     temporary, old = output.with_name(f".{output.name}.new"), output.with_name(f".{output.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
-    pipe.save_pretrained(temporary)
+    pipe.save_pretrained(temporary / output.name)  # The card bears the folder's name.
     if output.exists():
         output.rename(old)
-    temporary.rename(output)
+    (temporary / output.name).rename(output)
+    shutil.rmtree(temporary)
     shutil.rmtree(old, ignore_errors=True)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"{output} ({size / 1e6:.1f} MB)")
