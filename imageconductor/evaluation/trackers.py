@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import cv2
@@ -13,6 +14,7 @@ class Tracker(Protocol):
     """Follows points of frame 0 through a video."""
 
     name: str
+    version: str
 
     def track(
         self, frames: NDArray[np.uint8], points: NDArray[np.floating]
@@ -39,6 +41,7 @@ class LucasKanadeTracker:
     """
 
     name = "opencv-lucas-kanade"
+    version = cv2.__version__
 
     def __init__(self, min_side_px: int = 256, window_px: int = 31, max_round_trip_px: float = 0.5):
         self.min_side_px = min_side_px
@@ -75,3 +78,45 @@ class LucasKanadeTracker:
             tracks[:, t] = (there.reshape(-1, 2) + 0.5) / factor - 0.5
             here = there
         return tracks, followed
+
+
+class CoTracker:
+    """CoTracker through torch.hub: the user's download. Its weights are CC-BY-NC.
+
+    Args:
+        repository: A local clone, or `owner/name` on GitHub.
+        model: Entry point of the repository.
+        device: None = cuda where there is one.
+
+    Raises:
+        ValueError: The repository cannot be loaded.
+
+    Source: Karaev et al., 2023, which section 2.2 annotates with.
+    """
+
+    def __init__(self, repository: str, model: str = "cotracker3_offline", device: str | None = None):
+        import torch
+
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.name = model
+        is_local = Path(repository).is_dir()
+        try:
+            network: Any = torch.hub.load(repository, model, source="local" if is_local else "github", trust_repo=True)  # type: ignore[arg-type]
+        except Exception as error:  # Network, archive, Python code and weights of others: anything.
+            raise ValueError(f"CoTracker cannot be loaded from {repository}: {error}") from error
+        self.version = Path(repository).resolve().name if is_local else repository
+        self.network = network.to(self.device).eval()
+
+    def track(
+        self, frames: NDArray[np.uint8], points: NDArray[np.floating]
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """See `Tracker.track`; a point that was hidden may be seen again."""
+        import torch
+
+        video = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)[None].float().to(self.device)
+        start = torch.as_tensor(np.asarray(points), dtype=torch.float32, device=self.device)
+        queries = torch.cat([torch.zeros_like(start[:, :1]), start], dim=1)[None]  # (1, N, 3): frame, x, y
+        with torch.inference_mode():
+            tracks, visible = self.network(video, queries=queries)
+        followed = visible[0].reshape(len(frames), len(points)).bool()
+        return tracks[0].transpose(0, 1).double().cpu().numpy(), followed.T.cpu().numpy()

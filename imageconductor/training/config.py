@@ -32,6 +32,9 @@ class LoopConfig:
     warmup_steps: int = 0
     weight_decay: float = 0.0  # 0 makes AdamW the paper's Adam
     max_grad_norm: float = 1.0
+    timestep_shift: float = (
+        1.0  # > 1 draws noisier steps more often (Stable Diffusion 3's shift); 1 = evenly, as the paper
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # networks that do not learn are then held in it
     allow_tf32: bool = True  # float32 products on Ampere and later
     gradient_checkpointing: bool = False  # less memory for a quarter to a third more time
@@ -56,8 +59,9 @@ class LoopConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.max_corrupt_share <= 1:
             raise ValueError(f"max_corrupt_share must lie in [0, 1], got {self.max_corrupt_share}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        for name in ("learning_rate", "timestep_shift"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
 

@@ -1,0 +1,1 @@
+"""Raw video -> shards of clips with tracks (section 2.2)."""

@@ -1,0 +1,40 @@
+"""Captions for footage that has none: BLIP-2 on a few frames (section 2.2)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from imageconductor.curation.config import CurateConfig
+
+_MAX_WORDS = 30
+
+
+def describe(clip: NDArray[np.uint8], config: CurateConfig) -> str:
+    """Descriptions of `caption_frames` evenly spaced frames of (T, H, W, 3), each once, joined by commas."""
+    processor, network, device = blip2(config.blip2, config.device)
+    chosen = np.linspace(0, len(clip) - 1, config.caption_frames + 2).round().astype(int)[1:-1]
+    inputs = processor(images=[Image.fromarray(clip[number]) for number in chosen], return_tensors="pt")
+    tokens = network.generate(**inputs.to(device, network.dtype), max_new_tokens=_MAX_WORDS, do_sample=False)
+    texts = [" ".join(text.split()) for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+    return ", ".join(dict.fromkeys(text for text in texts if text))
+
+
+@lru_cache(maxsize=1)
+def blip2(name: str, device: str | None) -> tuple[Any, Any, str]:
+    """Processor and network, loaded once a process, and their device."""
+    import torch
+    from transformers import Blip2ForConditionalGeneration, Blip2Processor
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float16 if device.startswith("cuda") else torch.float32
+    try:
+        processor: Any = Blip2Processor.from_pretrained(name)
+        network: Any = Blip2ForConditionalGeneration.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"BLIP-2 cannot be loaded from {name}: {str(error).strip().splitlines()[0]}") from error
+    return processor, network.to(device).eval(), device

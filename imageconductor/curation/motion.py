@@ -1,0 +1,75 @@
+"""The motion score of section 2.2: how much a clip moves, by optical flow between its adjacent frames."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from imageconductor.curation.config import CurateConfig
+
+_PAIRS_AT_A_TIME = 8
+
+
+def motion_score(clip: NDArray[np.uint8], config: CurateConfig) -> float:
+    """Frobenius norm of the optical flow between adjacent frames, mean over the pairs.
+
+    Args:
+        clip: (T, H, W, 3).
+        config: `flow` chooses DIS (OpenCV) or RAFT.
+
+    Returns:
+        Square root of the sum over pixels of u^2 + v^2, in pixels: a shift of all by d scores d sqrt(H W).
+    """
+    flows = _raft(clip, str(config.raft_weights), config.device) if config.flow == "raft" else _dis(clip)
+    return float(np.mean([np.sqrt(np.square(flow, dtype=np.float64).sum()) for flow in flows]))
+
+
+def _dis(clip: NDArray[np.uint8]) -> Iterator[NDArray[np.float32]]:
+    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)  # type: ignore[attr-defined]
+    grey = [cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in clip]
+    for before, after in itertools.pairwise(grey):
+        yield flow.calc(before, after, None)
+
+
+def _raft(clip: NDArray[np.uint8], weights: str, device: str | None) -> Iterator[NDArray[np.float32]]:
+    import torch
+
+    network, device = raft(weights, device)
+    video = torch.from_numpy(clip).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    with torch.inference_mode():
+        for first in range(0, len(video) - 1, _PAIRS_AT_A_TIME):
+            pairs = video[first : first + _PAIRS_AT_A_TIME + 1].to(device)
+            yield from network(pairs[:-1], pairs[1:])[-1].permute(0, 2, 3, 1).float().cpu().numpy()
+
+
+@lru_cache(maxsize=1)
+def raft(weights: str, device: str | None) -> tuple[Any, str]:
+    """Torchvision's RAFT with the user's weights, loaded once a process, and its device."""
+    import torch
+
+    try:
+        from torchvision.models.optical_flow import raft_large  # pyright: ignore[reportMissingImports]
+    except (ImportError, RuntimeError) as error:  # A torchvision of another torch raises the latter.
+        raise ValueError(f"flow=raft needs a torchvision that fits this torch: {error}") from error
+    network = raft_large()
+    network.load_state_dict(torch.load(Path(weights), map_location="cpu", weights_only=True))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return network.to(device).eval(), device
+
+
+def least_moving(scores: Mapping[str, float], share: float) -> tuple[float, str] | None:
+    """The highest (score, key) among the `share` of all clips that move least, rounded down; None if that is none.
+
+    Clips up to it are dropped; equal scores go by key. A global quantile, and so a matter for the whole data set: it is
+    asked once, when all scores are known.
+    """
+    ranked = sorted((score, key) for key, score in scores.items())
+    count = int(len(ranked) * share)
+    return ranked[count - 1] if count else None

@@ -1,0 +1,85 @@
+"""Cuts, the longest scene between them, and the frames of it that become a clip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from imageconductor.curation.config import CurateConfig
+from imageconductor.curation.footage import Picture, Rejected
+
+_MIN_SCENE_FRAMES = 2
+_RATE = 25.0  # Detectors count frames; a rate is only asked for.
+
+
+class Scene(NamedTuple):
+    """Frames first..last of the footage, both included."""
+
+    first: int
+    last: int
+
+    @property
+    def num_frames(self) -> int:
+        """How many they are."""
+        return self.last - self.first + 1
+
+
+def find_scenes(pictures: Iterable[Picture], config: CurateConfig) -> list[Scene]:
+    """The stretches between cuts, found by PySceneDetect.
+
+    Args:
+        pictures: All frames, small: (H, W, 3) RGB.
+        config: `cut_detector` and `cut_threshold` are used.
+    """
+    from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode
+
+    threshold = config.cut_threshold
+    detector: Any
+    if config.cut_detector == "adaptive":
+        detector = AdaptiveDetector(adaptive_threshold=threshold or 3.0, min_scene_len=_MIN_SCENE_FRAMES)
+    else:
+        detector = ContentDetector(threshold=threshold or 27.0, min_scene_len=_MIN_SCENE_FRAMES)
+    cuts: list[int] = []
+    count, time = 0, FrameTimecode(0, _RATE)
+    for count, picture in enumerate(pictures, 1):
+        time = FrameTimecode(count - 1, _RATE)
+        cuts += [cut.frame_num for cut in detector.process_frame(time, np.ascontiguousarray(picture[..., ::-1]))]
+    cuts += [cut.frame_num for cut in detector.post_process(time)]
+    starts = [0, *sorted({cut for cut in cuts if 0 < cut < count})]
+    return [Scene(first, after - 1) for first, after in zip(starts, [*starts[1:], count], strict=True)]
+
+
+def longest(scenes: Sequence[Scene]) -> Scene:
+    """The longest consistent scene (section 2.2), the first of several."""
+    return max(scenes, key=lambda scene: scene.num_frames)
+
+
+def choose_frames(times: Sequence[float], config: CurateConfig, random: np.random.Generator) -> tuple[list[int], int]:
+    """Which frames of a scene become the clip, and their interval, drawn from 1..`max_interval` as the scene allows.
+
+    The steps are equal in time: of footage with a variable rate the frames nearest to those times are taken.
+
+    Args:
+        times: Of the scene's frames, in seconds.
+        config: `num_frames` and `max_interval` are used.
+        random: Draws interval and start.
+
+    Raises:
+        Rejected: The scene is too short, or its frames too uneven.
+    """
+    seconds = np.asarray(times)
+    if len(seconds) < config.num_frames:
+        raise Rejected("too short", f"the longest scene has {len(seconds)} frames, {config.num_frames} are needed")
+    step = float(np.median(np.diff(seconds)))
+    available = round((seconds[-1] - seconds[0]) / step) + 1
+    needed = config.num_frames - 1
+    interval = int(random.integers(1, max(1, min(config.max_interval, (available - 1) // needed)) + 1))
+    first = int(random.integers(0, max(1, available - interval * needed)))
+    wanted = seconds[0] + step * (first + interval * np.arange(config.num_frames))
+    right = np.searchsorted(seconds, wanted).clip(1, len(seconds) - 1)
+    chosen = right - (wanted - seconds[right - 1] < seconds[right] - wanted)
+    if (np.diff(chosen) < 1).any():
+        raise Rejected("uneven frame rate", f"frames last up to {np.diff(seconds).max():.2f} s, most {step:.3f} s")
+    return [int(number) for number in chosen], interval

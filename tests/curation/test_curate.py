@@ -1,0 +1,302 @@
+"""The command, from files to shards: what it takes, what it drops, and that a kill changes nothing."""
+
+import fcntl
+import importlib.util
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import footage
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from imageconductor.training.config import StageName, TrainConfig
+from imageconductor.training.run import run_stage
+
+ROOT = Path(__file__).parents[2]
+SPEED = 2.0  # 192x128 footage is enlarged to 384x256
+PANS = {"slow": (0.3, 0.1), "pan": (1.0, 0.3), "fast": (-1.6, 0.0), "diagonal": (0.9, -0.8), "up": (0.0, -1.2)}
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Footage of every kind that there is."""
+    root = tmp_path_factory.mktemp("videos")
+    for number, (name, velocity) in enumerate(PANS.items()):
+        footage.write(root / f"{name}.mp4", footage.pan(number, 60, velocity))
+    (root / "pan.txt").write_text("a texture\nthat pans")
+    footage.write(root / "still.mp4", footage.pan(8, 60, (0, 0)))
+    scenes = [footage.pan(9, 30, (0.5, 0)), footage.pan(10, 55, (-0.8, 0.2)), footage.pan(11, 25, (1, 0))]
+    footage.write(root / "sub folder" / "three scènes.mp4", np.concatenate(scenes))
+    footage.write(root / "short.mp4", footage.pan(12, 20, (1, 0)))
+    footage.write(root / "one frame.mp4", footage.pan(13, 1, (1, 0)))
+    footage.write(root / "odd.mkv", footage.pan(14, 40, (0.8, 0), size=(171, 99)), codec="ffv1")
+    uneven = np.cumsum([0, *([40] * 20), 900, *([40] * 20)])
+    footage.write(root / "uneven.mp4", footage.pan(15, 42, (0.8, 0)), times=uneven.tolist())
+    footage.write(root / "tiny.mp4", footage.pan(16, 40, (1, 0), size=(40, 32)))
+    footage.write_sound(root / "sound.mp4")
+    (root / "text.mp4").write_text("no video at all")
+    (root / "empty.mp4").touch()
+    whole = (root / "pan.mp4").read_bytes()
+    (root / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
+    return root
+
+
+def command(*arguments):
+    spec = importlib.util.spec_from_file_location("curate_script", ROOT / "scripts" / "curate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main([str(argument) for argument in arguments])
+
+
+def settings(videos, output, *more):
+    return [
+        "--config",
+        ROOT / "configs/curate/folder.yaml",
+        f"input={videos}",
+        f"output={output}",
+        "clips_per_shard=5",
+        "workers=2",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def curated(videos, tmp_path_factory):
+    output = tmp_path_factory.mktemp("curated") / "out"
+    assert command(*settings(videos, output)) == 0
+    return output
+
+
+def rows(output):
+    return {row["source"]: row for row in pq.read_table(output / "index.parquet").to_pylist()}
+
+
+def content(output):
+    """Everything that a run makes, in bytes, but for the settings that say how."""
+    index = pq.read_table(output / "index.parquet").to_pylist()
+    return index, {path.name: path.read_bytes() for path in sorted(output.glob("*.tar"))}
+
+
+def record(output, row, ending):
+    with tarfile.open(output / row["shard"]) as tar:
+        return tar.extractfile(f"{row['key']}.{ending}").read()
+
+
+def test_every_source_is_accepted_or_has_its_reason(curated):
+    found = {name: row["reason"] for name, row in rows(curated).items()}
+    assert found == {
+        **{f"{name}.mp4": None for name in PANS if name != "slow"},
+        "sub folder/three scènes.mp4": None,
+        "odd.mkv": None,
+        "slow.mp4": "moves least",
+        "still.mp4": "still",
+        "short.mp4": "too short",
+        "one frame.mp4": "too short",
+        "uneven.mp4": "uneven frame rate",
+        "tiny.mp4": "too small",
+        "sound.mp4": "no video",
+        "text.mp4": "unreadable",
+        "empty.mp4": "unreadable",
+        "truncated.mp4": "unreadable",
+    }
+    assert all(row["accepted"] == (row["reason"] is None) for row in rows(curated).values())
+    assert not (curated / "work").exists()
+    assert not list(curated.glob(".*.tmp"))
+
+
+def test_exactly_the_lowest_quarter_is_dropped(curated):
+    scored = [row for row in rows(curated).values() if row["motion_score"] is not None]
+    dropped = sorted(row["motion_score"] for row in scored if not row["accepted"])
+    kept = sorted(row["motion_score"] for row in scored if row["accepted"])
+    assert len(scored) == 8
+    assert len(dropped) == 2
+    assert dropped[-1] < kept[0]
+
+
+def test_cuts_are_found_and_the_longest_scene_is_taken(curated):
+    row = rows(curated)["sub folder/three scènes.mp4"]
+    assert np.abs(np.array(row["cuts"]) - [30, 85]).max() <= 2
+    assert 30 / 25 <= row["start_s"] < row["end_s"] <= 84.1 / 25
+    assert all(not row["cuts"] for name, row in rows(curated).items() if row["accepted"] and "scènes" not in name)
+
+
+@pytest.mark.parametrize("name", ["pan", "fast", "diagonal", "up"])
+def test_tracks_follow_known_motion(name, curated):
+    row = rows(curated)[f"{name}.mp4"]
+    with np.load(io.BytesIO(record(curated, row, "tracks.npz"))) as arrays:
+        points, visible = arrays["points"].astype(np.float64), arrays["visible"]
+    assert points.shape == (256, 32, 2)
+    steps = np.arange(32) * row["interval"]
+    expected = points[:, :1] + SPEED * np.asarray(PANS[name]) * steps[:, None]
+    error = np.linalg.norm(points - expected, axis=-1)[visible]
+    assert error.mean() < 1.0
+    inside = ((expected > 8) & (expected < np.array([376, 248]))).all(-1)
+    assert visible[inside].mean() > 0.9
+    d = np.linalg.norm(PANS[name]) * SPEED * row["interval"]
+    assert row["motion_score"] == pytest.approx(d * np.sqrt(384 * 256), rel=0.1)
+
+
+def test_a_record_says_where_it_comes_from(curated):
+    row = rows(curated)["pan.mp4"]
+    info = json.loads(record(curated, row, "json"))
+    assert info["caption"] == "a texture that pans"
+    assert info["source"] == "pan.mp4"
+    assert info["camera_only"] is False
+    assert info["tracker"] == "opencv-lucas-kanade"
+    assert info["fps"] == pytest.approx(25 / row["interval"])
+    assert (info["end_s"] - info["start_s"]) * 25 == pytest.approx(31 * row["interval"])
+
+
+def test_the_report_shows_counts_and_pictures(curated):
+    page = (curated / "report.html").read_text()
+    assert "6 of 16 sources became clips" in page
+    assert page.count("<img ") == 8
+    assert page.count("<svg ") == 4
+    assert "moves least" in page
+    assert "http" not in page.split("<h2>Settings")[0]
+
+
+@pytest.mark.parametrize("stage", ["motion_controlnet", "camera_lora", "object_lora"])
+def test_the_stages_train_on_the_shards(stage, curated, tiny_model, tmp_path):
+    config = TrainConfig(
+        model=str(tiny_model),
+        data=[str(curated)],
+        size=(32, 32),
+        num_frames=4,
+        max_steps=2,
+        batch_size=2,
+        lora_rank=2,
+        max_corrupt_share=0.0,
+        output=str(tmp_path / "run"),
+    )
+    run_stage(StageName(stage), config)
+    assert list((tmp_path / "run" / stage).glob("*.safetensors"))
+
+
+def test_one_process_makes_the_same(videos, curated, tmp_path):
+    assert command(*settings(videos, tmp_path / "out", "workers=1")) == 0
+    assert content(tmp_path / "out") == content(curated)
+
+
+def test_a_finished_run_is_left_alone(videos, curated):
+    before = {path: path.stat().st_mtime_ns for path in curated.glob("*.tar")}
+    assert command(*settings(videos, curated)) == 0
+    assert {path: path.stat().st_mtime_ns for path in curated.glob("*.tar")} == before
+
+
+def test_kills_lose_and_repeat_nothing(videos, curated, tmp_path):
+    arguments = [sys.executable, ROOT / "scripts/curate.py", *settings(videos, tmp_path / "out")]
+    chance = random.Random(0)
+    kills = 0
+    while True:
+        process = subprocess.Popen([str(a) for a in arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            assert process.wait(chance.uniform(2.0, 7.0)) == 0
+            break
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            assert not (tmp_path / "out" / "index.parquet").exists()
+    assert kills > 0
+    assert content(tmp_path / "out") == content(curated)
+
+
+@pytest.fixture
+def ray():
+    ray = pytest.importorskip("ray")
+    yield ray
+    ray.shutdown()
+
+
+def test_ray_makes_the_same_though_its_workers_are_killed(ray, videos, curated, tmp_path):
+    killed, over = [], threading.Event()
+
+    def kill():
+        """The first two tasks that are seen at work."""
+        while len(killed) < 2 and not over.wait(0.1):
+            for process in psutil.process_iter(["cmdline"]):
+                if "ray::Map(_chunk_task)" in " ".join(process.info["cmdline"] or []) and process.pid not in killed:
+                    process.kill()
+                    killed.append(process.pid)
+                    break
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        assert command(*settings(videos, tmp_path / "out", "executor=ray")) == 0
+    finally:
+        over.set()
+        killer.join()
+    assert len(killed) == 2
+    assert content(tmp_path / "out") == content(curated)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["grid=8"], "was begun with grid=16, not 8; name another folder"),
+        (["seed=1"], "was begun with seed=0, not 1"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_settings_only(more, said, videos, curated, capsys):
+    assert command(*settings(videos, curated, *more)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_its_own_sources_only(curated, tmp_path, capsys):
+    footage.write(tmp_path / "other.mp4", footage.pan(0, 40, (1, 0)))
+    assert command(*settings(tmp_path, curated)) == 2
+    assert "was begun with other sources" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_write_to_one_folder(videos, tmp_path, capsys):
+    output = tmp_path / "out"
+    output.mkdir()
+    with (output / ".sources").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert command(*settings(videos, output)) == 2
+    assert "another curation is writing there" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").touch()
+    output = tmp_path / "out"
+    for arguments, said in (
+        ([f"input={tmp_path / 'nowhere'}", f"output={output}"], "no such file or folder"),
+        ([f"input={tmp_path / 'empty'}", f"output={output}"], "holds nothing that source=folder could read"),
+        ([f"input={tmp_path / 'videos'}", f"output={tmp_path / 'full'}"], "holds other files"),
+        (
+            [f"input={tmp_path / 'videos'}", f"output={output}", "tracker=cotracker", f"cotracker={tmp_path}"],
+            "CoTracker",
+        ),
+        ([f"input={tmp_path / 'videos'}", f"output={output}", "captioner=blip2", f"blip2={tmp_path}"], "BLIP-2"),
+    ):
+        assert command(*arguments) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ")
+        assert said in error
+        assert not output.exists()
+    for arguments, said in (
+        (["drop_share=1"], "drop_share must lie in [0, 1), got 1"),
+        (["flow=raft"], "flow=raft needs raft_weights=FILE"),
+        (["trakcer=x"], "did you mean 'tracker'?"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            command(f"input={tmp_path}", f"output={output}", *arguments)
+        assert stop.value.code == 2
+        assert said in capsys.readouterr().err

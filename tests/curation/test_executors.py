@@ -1,0 +1,152 @@
+"""Clips that hang or kill their process, and models of others."""
+
+import math
+import os
+import sys
+import time
+from types import ModuleType
+
+import footage
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    BlipImageProcessorPil,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+)
+
+from imageconductor.curation import motion
+from imageconductor.curation.captions import describe
+from imageconductor.curation.config import CurateConfig
+from imageconductor.curation.executors import Workers
+from imageconductor.curation.motion import least_moving, motion_score
+from imageconductor.evaluation.trackers import CoTracker
+
+
+def test_a_clip_that_hangs_or_dies_is_told_and_the_next_one_is_done():
+    with Workers(1, limit_s=1.0) as workers:
+        assert list(workers.map(math.sqrt, [(4.0,)])) == [2.0]
+        assert [f.reason for f in workers.map(time.sleep, [(60.0,)])] == ["time limit"]
+        assert [f.reason for f in workers.map(os._exit, [(3,)])] == ["crashed"]
+        wrong, root = workers.map(math.sqrt, [(-1.0,), (9.0,)])
+        assert (wrong.reason, root) == ("failed", 3.0)
+        assert wrong.detail.startswith("ValueError: ")
+
+
+def test_the_lowest_share_is_exact_and_ties_go_by_key():
+    scores = {f"{n:02d}": float(n % 5) for n in range(20)}
+    limit = least_moving(scores, 0.25)
+    assert sorted(key for key, score in scores.items() if (score, key) <= limit) == ["00", "01", "05", "10", "15"]
+    assert least_moving(scores, 0.0) is None
+    assert least_moving({"a": 1.0, "b": 2.0, "c": 3.0}, 0.25) is None
+
+
+def test_the_motion_score_of_a_shift():
+    clip = footage.pan(0, 6, (3.0, 4.0))
+    assert motion_score(clip, CurateConfig("", "")) == pytest.approx(5 * np.sqrt(192 * 128), rel=0.05)
+
+
+def test_raft_is_called_on_adjacent_frames(monkeypatch, tmp_path):
+    """torchvision does not install beside a CPU build of torch, so a network of the same face stands in."""
+
+    class Shift(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, before, after):
+            assert before.shape[1:] == (3, 128, 192)
+            assert -1 <= before.min() < after.max() <= 1
+            flow = torch.stack([self.scale * 3, self.scale * 4]).reshape(1, 2, 1, 1)
+            return [None, flow.expand(len(before), 2, 128, 192)]
+
+    torch.save({"scale": torch.ones(())}, tmp_path / "raft.pth")
+    module = ModuleType("torchvision.models.optical_flow")
+    module.raft_large = Shift
+    monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.models", ModuleType("torchvision.models"))
+    monkeypatch.setitem(sys.modules, "torchvision.models.optical_flow", module)
+    motion.raft.cache_clear()
+    config = CurateConfig("", "", flow="raft", raft_weights=str(tmp_path / "raft.pth"), device="cpu")
+    score = motion_score(footage.pan(0, 20, (1, 0)), config)
+    motion.raft.cache_clear()
+    assert score == pytest.approx(5 * np.sqrt(192 * 128))
+
+
+def test_cotracker_from_a_local_clone(tmp_path):
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "clone" / "hubconf.py").write_text(
+        "import torch\n"
+        "class Tracker(torch.nn.Module):\n"
+        "    def forward(self, video, queries):\n"
+        "        frames = video.shape[1]\n"
+        "        step = torch.arange(frames, dtype=torch.float32)[:, None, None]\n"
+        "        tracks = (queries[0, :, 1:] + step)[None]\n"
+        "        return tracks, tracks[..., 0] < 30\n"
+        "def cotracker3_offline():\n"
+        "    return Tracker()\n"
+    )
+    tracker = CoTracker(str(tmp_path / "clone"), device="cpu")
+    points, visible = tracker.track(np.zeros((4, 32, 48, 3), np.uint8), np.array([[5.0, 6.0], [28.0, 9.0]]))
+    assert points.shape == (2, 4, 2)
+    assert points[0, 3].tolist() == [8.0, 9.0]
+    assert visible.tolist() == [[True] * 4, [True, True, False, False]]
+    assert (tracker.name, tracker.version) == ("cotracker3_offline", "clone")
+    with pytest.raises(ValueError, match="CoTracker cannot be loaded from"):
+        CoTracker(str(tmp_path), device="cpu")
+
+
+@pytest.fixture
+def blip2(tmp_path):
+    """A BLIP-2 of a few thousand random weights that says words only."""
+    words = {
+        word: number
+        for number, word in enumerate(["<pad>", "</s>", "<s>", "<unk>", "<image>", "a", "dog", "cat", "runs", "grass"])
+    }
+    text = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    text.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=text,
+        pad_token="<pad>",
+        eos_token="</s>",
+        bos_token="<s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    language = OPTConfig(
+        vocab_size=len(words), hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
+        word_embed_proj_dim=16, max_position_embeddings=64, pad_token_id=0, bos_token_id=2, eos_token_id=1,
+    )  # fmt: skip
+    config = Blip2Config(
+        vision_config={**sizes, "image_size": 32, "patch_size": 16},
+        qformer_config={**sizes, "encoder_hidden_size": 16, "cross_attention_frequency": 1},
+        text_config=language.to_dict(),
+        num_query_tokens=4,
+        image_text_hidden_size=8,
+        image_token_index=4,
+    )
+    torch.manual_seed(0)
+    network = Blip2ForConditionalGeneration(config)
+    with torch.no_grad():
+        network.get_input_embeddings().weight[:5] = 0
+    network.save_pretrained(tmp_path)
+    processor = Blip2Processor(BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer, num_query_tokens=4)
+    processor.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_blip2_describes_frames_and_equal_descriptions_are_said_once(blip2):
+    clip = np.random.default_rng(0).integers(0, 255, (33, 64, 96, 3), np.uint8)
+    one = describe(clip, CurateConfig("", "", blip2=str(blip2), caption_frames=1, device="cpu"))
+    assert set(one.split()) <= {"a", "dog", "cat", "runs", "grass"}
+    assert one
+    same = np.repeat(clip[16:17], 33, axis=0)
+    assert describe(same, CurateConfig("", "", blip2=str(blip2), caption_frames=3, device="cpu")) == one

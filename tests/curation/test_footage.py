@@ -1,0 +1,165 @@
+"""Reading what strangers filmed."""
+
+import subprocess
+from pathlib import Path
+
+import cv2
+import footage
+import imageio_ffmpeg
+import numpy as np
+import pytest
+
+from imageconductor.curation.config import CurateConfig
+from imageconductor.curation.footage import Limits, Rejected, decode_mp4, encode_mp4, frames, frames_at
+from imageconductor.curation.scenes import choose_frames
+from imageconductor.curation.sources import Source, find_sources
+from imageconductor.curation.steps import grid_points, scan
+
+LIMITS = Limits(16, 4096)
+
+
+def same(size):
+    return size
+
+
+def ffmpeg(*arguments):
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *map(str, arguments)], check=True)
+
+
+def corners(width=96, height=64):
+    """A frame whose corners differ: red, green, blue, white from the top left, clockwise."""
+    frame = np.zeros((height, width, 3), np.uint8)
+    frame[: height // 2, : width // 2, 0] = frame[: height // 2, width // 2 :, 1] = 255
+    frame[height // 2 :, width // 2 :, 2] = 255
+    frame[height // 2 :, : width // 2] = 255
+    return np.stack([frame] * 3)
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_a_turned_phone_gives_upright_frames(degrees, tmp_path):
+    footage.write(tmp_path / "plain.mp4", corners())
+    ffmpeg("-display_rotation", degrees, "-i", tmp_path / "plain.mp4", "-c", "copy", tmp_path / "turned.mp4")
+    _, picture = next(frames(tmp_path / "turned.mp4", same, LIMITS))
+    expected = np.rot90(corners()[0], degrees // 90)  # ffmpeg's angle is counterclockwise, as numpy's
+    assert picture.shape == expected.shape
+    assert np.abs(picture.astype(int) - expected).mean() < 12
+
+
+def test_pixels_that_are_not_square_are_made_square(tmp_path):
+    footage.write(tmp_path / "plain.mp4", corners())
+    ffmpeg("-i", tmp_path / "plain.mp4", "-c", "copy", "-aspect", "3:1", tmp_path / "wide.mp4")
+    _, picture = next(frames(tmp_path / "wide.mp4", same, LIMITS))
+    assert picture.shape == (64, 192, 3)
+
+
+@pytest.mark.parametrize("place", [None, 2.0])
+def test_frames_come_back_by_their_times(place, tmp_path):
+    shown = np.stack([np.full((32, 48, 3), 2 * t, np.uint8) for t in range(100)])
+    path = footage.write(tmp_path / "counted.mp4", shown, g="12", bf="2")
+    times = [time for time, _ in frames(path, same, LIMITS, place)]
+    first = 0 if place is None else 50
+    assert times == pytest.approx([t / 25 for t in range(first, 100)])
+    chosen = frames_at(path, [times[3], times[10], times[40]], same, LIMITS)
+    assert chosen.mean(axis=(1, 2, 3)) == pytest.approx([2 * (first + t) for t in (3, 10, 40)], abs=2)
+
+
+def test_an_mp4_keeps_its_pictures_and_its_bytes():
+    clip = footage.pan(0, 8, (1, 0), size=(96, 64))
+    content = encode_mp4(clip, 25 / 3)
+    assert encode_mp4(clip, 25 / 3) == content
+    assert np.abs(decode_mp4(content).astype(int) - clip).mean() < 3
+
+
+def test_limits_hold_before_frames_are_decoded(tmp_path):
+    path = footage.write(tmp_path / "large.mp4", np.zeros((1, 32, 512, 3), np.uint8))
+    with pytest.raises(Rejected, match="too large"):
+        next(frames(path, same, Limits(16, 256)))
+    with pytest.raises(Rejected, match="too small"):
+        next(frames(path, same, Limits(64, 4096)))
+
+
+def test_an_unknown_codec_and_a_damaged_stream_are_told_apart(tmp_path):
+    good = footage.write(tmp_path / "good.mp4", footage.pan(0, 60, (1, 0))).read_bytes()
+    (tmp_path / "unknown.mp4").write_bytes(good.replace(b"avc1", b"zzzz"))
+    row, _ = scan(Source("unknown", str(tmp_path / "unknown.mp4")), CurateConfig("", ""))
+    assert row.reason == "unreadable"
+    ffmpeg("-i", tmp_path / "good.mp4", "-c", "copy", "-movflags", "faststart", tmp_path / "fast.mp4")
+    fast = (tmp_path / "fast.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(fast[: len(fast) // 2])
+    row, _ = scan(Source("cut", str(tmp_path / "cut.mp4")), CurateConfig("", ""))
+    assert row.reason == "damaged"
+
+
+def test_a_missing_file_is_told(tmp_path):
+    row, mp4 = scan(Source("gone", str(tmp_path / "gone.mp4")), CurateConfig("", ""))
+    assert (row.reason, mp4) == ("missing", None)
+
+
+@pytest.mark.parametrize("count", [32, 33, 100, 600])
+def test_intervals_stay_within_the_scene(count):
+    config = CurateConfig("", "")
+    intervals = set()
+    for seed in range(60):
+        chosen, interval = choose_frames(np.arange(count) / 30, config, np.random.default_rng(seed))
+        assert chosen[0] >= 0
+        assert chosen[-1] < count
+        assert set(np.diff(chosen)) == {interval}
+        intervals.add(interval)
+    assert max(intervals) <= min(16, (count - 1) // 31)
+    assert len(intervals) > 1 or count < 63
+
+
+def test_an_uneven_rate_is_evened_out_in_time():
+    times = np.sort(np.concatenate([np.arange(0, 4, 1 / 50), np.arange(4, 8, 1 / 25)]))
+    chosen, interval = choose_frames(times, CurateConfig("", "", max_interval=4), np.random.default_rng(3))
+    assert np.abs(np.diff(times[chosen]) - interval / 50).max() <= 1 / 50 + 1e-9
+
+
+def test_the_grid_is_centred():
+    points = grid_points((384, 256), 16)
+    assert points.shape == (256, 2)
+    assert points.mean(0) == pytest.approx([191.5, 127.5])
+    assert points[1] - points[0] == pytest.approx([24, 0])
+    assert points[0] == pytest.approx([11.5, 7.5])
+
+
+def test_webvid_and_plain_tables(tmp_path):
+    (tmp_path / "webvid.csv").write_text('videoid,name,page_dir\n7,"A dog, running",000001\n7,again,000001\n')
+    config = CurateConfig(str(tmp_path / "webvid.csv"), "", source="csv", videos="/v")
+    assert find_sources(config) == [Source("7", str(Path("/v/000001/7.mp4")), "A dog, running")]
+    (tmp_path / "own.csv").write_text("id,caption,path\nb,two words,b.mp4\na,,a.mp4\n")
+    config = CurateConfig(str(tmp_path / "own.csv"), "", source="csv", camera_only=True)
+    assert find_sources(config) == [
+        Source("a", str(tmp_path / "a.mp4"), "", True),
+        Source("b", str(tmp_path / "b.mp4"), "two words", True),
+    ]
+    (tmp_path / "bad.csv").write_text("name,file\nx,y\n")
+    with pytest.raises(ValueError, match=r"bad\.csv: needs the columns id, caption, path.* it has name, file"):
+        find_sources(CurateConfig(str(tmp_path / "bad.csv"), "", source="csv"))
+
+
+def realestate(root, name, youtube, times):
+    lines = [f"https://www.youtube.com/watch?v={youtube}", *(f"{t} 0.5 0.9 0.5 0.5 0 0 " + "1 " * 12 for t in times)]
+    (root / "train").mkdir(exist_ok=True)
+    (root / "train" / f"{name}.txt").write_text("\n".join(lines))
+
+
+def test_realestate10k_as_video_and_as_frames(tmp_path):
+    clip = footage.pan(0, 150, (0.6, 0))
+    footage.write(tmp_path / "AbC-1.mp4", clip, g="25")
+    realestate(tmp_path, "one", "AbC-1", range(2000000, 5000000, 40000))
+    realestate(tmp_path, "two", "other", range(1000000, 3000000, 40000))
+    (tmp_path / "two").mkdir()
+    for number, time in enumerate(range(0, 4000000, 40000)):
+        cv2.imwrite(str(tmp_path / "two" / f"{time}.jpg"), clip[number][..., ::-1])
+    config = CurateConfig(str(tmp_path), "", source="realestate10k")
+    video, pictures = find_sources(config)
+    assert (video.id, video.camera_only, video.start_s, video.end_s) == ("train/one", True, 2.0, 4.96)
+    for source, count in ((video, 75), (pictures, 50)):
+        row, mp4 = scan(source, config)
+        assert row.reason is None
+        assert row.num_source_frames == count
+        assert source.start_s <= row.start_s < row.end_s <= source.end_s + 1e-6
+        start = round(row.start_s * 25)
+        first = cv2.resize(clip[start], (384, 256), interpolation=cv2.INTER_CUBIC)
+        assert np.abs(decode_mp4(mp4)[0].astype(int) - first).mean() < 8

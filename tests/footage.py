@@ -1,0 +1,61 @@
+"""Footage with known cuts and known motion, written as real files."""
+
+from fractions import Fraction
+
+import av
+import cv2
+import numpy as np
+
+SIZE = (192, 128)  # (W, H)
+
+
+def texture(seed, size=SIZE, margin=200):
+    """A picture larger than the frame, with structure at several scales."""
+    random = np.random.default_rng(seed)
+    width, height = size[0] + 2 * margin, size[1] + 2 * margin
+    picture = np.zeros((height, width, 3), np.float32)
+    for cell, weight in ((64, 60), (24, 45), (9, 30)):
+        small = random.uniform(-1, 1, (height // cell + 2, width // cell + 2, 3)).astype(np.float32)
+        picture += weight * cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
+    return (picture + random.uniform(90, 165, 3)).clip(0, 255).astype(np.uint8)
+
+
+def pan(seed, num_frames, velocity, size=SIZE, margin=200):
+    """(T, H, W, 3): a texture whose points move by `velocity` (x, y) pixels a frame."""
+    picture = texture(seed, size, margin)
+    centre = np.array([picture.shape[1], picture.shape[0]]) / 2 - 0.5
+    middle = (num_frames - 1) / 2
+    frames = []
+    for t in range(num_frames):
+        x, y = centre - np.asarray(velocity, float) * (t - middle)
+        frames.append(cv2.getRectSubPix(picture, size, (float(x), float(y))))
+    return np.stack(frames)
+
+
+def write(path, frames, fps=25, times=None, codec="libx264", **options):
+    """A video file; `times` in milliseconds make its rate variable."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps, options={"crf": "16", **options})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            if times is not None:
+                picture.pts, picture.time_base = times[number], Fraction(1, 1000)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return path
+
+
+def write_sound(path):
+    """A file without video."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 16000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    return path
