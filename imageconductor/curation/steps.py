@@ -31,7 +31,7 @@ from imageconductor.curation.scenes import choose_frames, find_scenes, longest
 from imageconductor.curation.sources import Source
 from imageconductor.evaluation.trackers import CoTracker, LucasKanadeTracker, Tracker
 
-_CUT_SIDE_PX = 144
+_CUT_SIDE_PX = 96
 
 
 @dataclass(frozen=True)

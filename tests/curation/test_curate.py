@@ -19,6 +19,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from imageconductor import config as config_file
+from imageconductor.curation.config import CurateConfig
 from imageconductor.training.config import StageName, TrainConfig
 from imageconductor.training.run import run_stage
 
@@ -75,6 +77,12 @@ def curated(videos, tmp_path_factory):
     output = tmp_path_factory.mktemp("curated") / "out"
     assert command(*settings(videos, output)) == 0
     return output
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/curate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_each_recipe_loads(path):
+    config = config_file.load(CurateConfig, path, ["input=in", "output=out"])
+    assert (config.num_frames, config.max_interval, config.grid, config.size) == (32, 16, 16, (384, 256))
 
 
 def rows(output):
