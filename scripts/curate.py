@@ -27,9 +27,12 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is not installed: pip install -e '.[curate]'", file=sys.stderr)
         return 2
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     for what, count in counts.most_common():
         print(f"{count:8d}  {what}")
     print(f"{config.output}/index.parquet, {config.output}/report.html")

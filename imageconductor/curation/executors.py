@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -58,24 +59,36 @@ class Workers:
 
     def __init__(self, count: int, limit_s: float):
         self.limit_s = limit_s
+        self._is_closed = False
+        self._waiting: set[Future[Any]] = set()
         # Not forked: the process has threads, and networks may hold a GPU.
         self._pool = ProcessPool(max_workers=count, context=get_context("spawn"), initializer=_settle)
 
     def map(self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """`function(*item)` for each item in order, or a `Failure`."""
         futures = [self._pool.schedule(function, args=item, timeout=self.limit_s) for item in items]
+        self._waiting.update(futures)
         for future in futures:
             try:
-                yield future.result()
+                result = future.result()
+            except CancelledError:
+                result = None
             except (TimeoutError, FutureTimeout):
-                yield Failure("time limit", f"took longer than {self.limit_s:g} s")
+                result = Failure("time limit", f"took longer than {self.limit_s:g} s")
             except ProcessExpired as error:
-                yield Failure("crashed", f"the process ended with {error.exitcode}")
+                result = Failure("crashed", f"the process ended with {error.exitcode}")
             except Exception as error:  # The footage of strangers.
-                yield Failure("failed", f"{type(error).__name__}: {error}")
+                result = Failure("failed", f"{type(error).__name__}: {error}")
+            self._waiting.discard(future)
+            if self._is_closed:  # An interrupted run must not take its own end for the clip's fault.
+                raise RuntimeError("the workers were stopped")
+            yield result
 
     def close(self) -> None:
-        """Ends the processes, whatever they are doing."""
+        """Ends the processes, whatever they are doing; a `map` that is under way raises."""
+        self._is_closed = True
+        for future in list(self._waiting):
+            future.cancel()
         self._pool.stop()
         self._pool.join()
 
@@ -87,7 +100,8 @@ class Workers:
 
 
 def _settle() -> None:
-    """A worker's own threads would fight with the other workers'."""
+    """One thread each; and an interrupt is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["OMP_NUM_THREADS"] = "1"
     import cv2
 
