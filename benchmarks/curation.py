@@ -1,4 +1,4 @@
-"""Times each step of the curation on one core, against decoding the footage and nothing else.
+"""CPU time of each step of the curation, one thread, against decoding the footage and nothing else.
 
 python benchmarks/curation.py                  # footage that it makes: 336p and 720p, 18 s, like WebVid's previews
 python benchmarks/curation.py --videos FOLDER  # yours
@@ -69,15 +69,15 @@ def make(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
 
 
 def report(kind: str, paths: list[Path]) -> None:
-    """Prints seconds a clip of each step."""
+    """Prints CPU seconds a clip of each step."""
     config = CurateConfig("", "", min_motion=0)
     seconds: dict[str, list[float]] = defaultdict(list)
     sizes, skipped = [], 0
 
     def timed(step: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        start = time.perf_counter()
+        start = time.process_time()
         result = function(*arguments)
-        seconds[step].append(time.perf_counter() - start)
+        seconds[step].append(time.process_time() - start)
         return result
 
     for path in paths:

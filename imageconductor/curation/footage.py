@@ -149,7 +149,7 @@ def _picture(frame: Any, size: tuple[int, int]) -> Picture:
     width, height = size[::-1] if turns % 2 else size
     shrinks = width * height < frame.width * frame.height
     interpolation = "AREA" if shrinks else "BICUBIC"
-    picture = frame.reformat(width, height, "rgb24", interpolation=interpolation).to_ndarray()
+    picture = frame.reformat(width, height, "rgb24", interpolation=interpolation, threads=1).to_ndarray()
     return np.ascontiguousarray(np.rot90(picture, turns))
 
 
