@@ -1,0 +1,136 @@
+"""The study of preferences: blinded, complete, and counted right."""
+
+import csv
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+
+import footage
+import pytest
+
+from imageconductor.evaluation.preference import QUESTIONS, build_study, tally
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "preference_study.py"
+
+
+@pytest.fixture(scope="module")
+def methods(tmp_path_factory):
+    root = tmp_path_factory.mktemp("methods")
+    for number, method in enumerate(("ours", "theirs", "others")):
+        for name in ("okapi", "zebra"):
+            footage.write(root / method / f"{name}.mp4", footage.pan(number, 4, (1, 0), size=(64, 48)))
+    return {name: root / name for name in ("ours", "theirs", "others")}
+
+
+def command(*arguments):
+    spec = importlib.util.spec_from_file_location("preference_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main([str(argument) for argument in arguments])
+
+
+def answers(path, key, choose, who="ann"):
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["study", "participant", "pair", *QUESTIONS])
+        for pair, (_, left, right) in key["pairs"].items():
+            rows.writerow([key["study"], who, pair, *(choose(left, right) for _ in QUESTIONS)])
+    return path
+
+
+def test_each_pair_of_methods_is_compared_once_a_video(methods):
+    page, key = build_study(methods)
+    compared = sorted((name, *sorted(sides)) for name, *sides in key["pairs"].values())
+    pairs = [("others", "ours"), ("others", "theirs"), ("ours", "theirs")]
+    assert compared == sorted((name, *pair) for name in ("okapi", "zebra") for pair in pairs)
+    assert page.count("<video ") == 12
+    assert {tuple(sorted(sides)) != tuple(sides) for _, *sides in key["pairs"].values()} == {True, False}
+    assert build_study(methods) == (page, key)
+    assert build_study(methods, seed=1)[1] != key
+    assert len(build_study(methods, num_pairs=4)[1]["pairs"]) == 4
+
+
+def test_the_page_names_no_method_and_needs_no_network(methods):
+    page, _ = build_study(methods)
+    text = re.sub(r'src="data:[^"]*"', "", page)
+    for word in ("ours", "theirs", "others", "okapi", "zebra", "http"):
+        assert word not in text.replace("yours", "")
+
+
+def test_shares_are_counted_with_their_interval(methods, tmp_path):
+    _, key = build_study({name: methods[name] for name in ("ours", "theirs")})
+    files = [
+        answers(tmp_path / "a.csv", key, lambda left, _: "left" if left == "ours" else "right", "ann"),
+        answers(tmp_path / "b.csv", key, lambda left, _: "left" if left == "theirs" else "right", "ben"),
+        answers(tmp_path / "c.csv", key, lambda left, _: "left" if left == "ours" else "right", "cem"),
+    ]
+    ours = next(share for share in tally(files, key) if (share.method, share.question) == ("ours", "motion"))
+    assert (ours.wins, ours.comparisons) == (4, 6)
+    # Wilson by hand: z = 1.96, p = 2/3, n = 6.
+    assert (ours.low, ours.high) == pytest.approx((0.3000, 0.9032), abs=1e-3)
+
+
+def test_bad_input_is_named(methods, tmp_path, capsys):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "okapi.mp4").write_bytes((methods["ours"] / "okapi.mp4").read_bytes())
+    out = tmp_path / "study.html"
+    for arguments, said in (
+        ([f"ours={methods['ours']}"], "at least two methods"),
+        ([f"ours={methods['ours']}", f"half={tmp_path / 'half'}"], "lacks zebra"),
+        ([f"ours={methods['ours']}", f"none={tmp_path}"], "no mp4 files"),
+        (["ours", f"a={tmp_path}"], "expected NAME=FOLDER"),
+        ([f"a={methods['ours']}", f"b={methods['theirs']}", "--drawings", tmp_path], "has no picture of okapi"),
+    ):
+        assert command("build", *arguments, "--output", out) == 2
+        assert said in capsys.readouterr().err
+        assert not out.exists()
+    both = [f"a={methods['ours']}", f"b={methods['theirs']}"]
+    assert command("build", *both, "--output", out) == 0
+    key = json.loads((tmp_path / "study.key.json").read_text())
+    saved = answers(tmp_path / "x.csv", {**key, "study": "another"}, lambda *_: "left")
+    assert command("tally", saved, "--key", tmp_path / "study.key.json") == 2
+    assert "is from study another" in capsys.readouterr().err
+    saved = answers(tmp_path / "y.csv", key, lambda *_: "left")
+    assert command("tally", saved, saved, "--key", tmp_path / "study.key.json") == 2
+    assert "has answered pair" in capsys.readouterr().err
+    assert command("tally", saved, "--key", tmp_path / "study.key.json") == 0
+    assert "| a | " in capsys.readouterr().out
+
+
+def test_a_person_answers_in_a_browser(methods, tmp_path):
+    browser_of = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs chromium")
+    page_file, key_file = tmp_path / "study.html", tmp_path / "study.key.json"
+    both = [f"ours={methods['ours']}", f"theirs={methods['theirs']}"]
+    assert command("build", *both, "--output", page_file) == 0
+    key = json.loads(key_file.read_text())
+    with browser_of.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_context(accept_downloads=True).new_page()
+        page.goto(page_file.as_uri())
+        page.wait_for_function("[...document.querySelectorAll('.pair.now video')].every(v => v.readyState >= 2)")
+        page.click("#save")
+        assert "name first" in page.text_content("#note")
+        page.fill("#participant", "Ann B.")
+        for pair, (_, left, _) in key["pairs"].items():
+            side = "left" if left == "ours" else "right"
+            assert page.locator(".pair.now").get_attribute("data-pair") == pair
+            for question in QUESTIONS:
+                page.check(f"input[name='{pair}-{question}'][value='{side}']")
+            if pair == "001":
+                page.reload()  # Answers are kept.
+                assert page.is_checked(f"input[name='{pair}-motion'][value='{side}']")
+                page.click("#next")
+        assert page.text_content("#note").startswith("2 of 2 pairs")
+        with page.expect_download() as download:
+            page.click("#save")
+        download.value.save_as(tmp_path / "answers.csv")
+        assert download.value.suggested_filename == "answers-Ann-B-.csv"
+        browser.close()
+    shares = {(share.method, share.question): share for share in tally([tmp_path / "answers.csv"], key)}
+    assert all(shares["ours", question].wins == 2 for question in QUESTIONS)
+    assert all(shares["theirs", question].wins == 0 for question in QUESTIONS)
