@@ -23,11 +23,13 @@ class CurateConfig:
     max_interval: int = 16  # frames of the source between two of a clip, drawn from 1..this; section 2.2
     cut_detector: Literal["adaptive", "content"] = "adaptive"  # PySceneDetect's
     cut_threshold: float | None = None  # None = the detector's own, 3 or 27; less finds more cuts
+    max_scan_s: float = 600.0  # only so much of a source is looked at, from its start
     min_side_px: int = 64  # footage with a shorter side is rejected; it would have to be blown up
     max_side_px: int = 8192  # a longer side is rejected, so that memory stays bounded
     # Motion
     flow: Literal["dis", "raft"] = "dis"  # raft: needs torchvision and `raft_weights`
     raft_weights: str | None = None  # torchvision's raft_large state dict
+    raft_batch: int = 8  # pairs of frames that RAFT takes at a time
     drop_share: float = 0.25  # of the data set, the clips that move least; section 2.2
     min_motion: float = 10.0  # a lower motion score is a still picture (10 = 0.03 px a frame at 384x256)
     # Tracks
@@ -44,14 +46,14 @@ class CurateConfig:
     seed: int = 0
     clips_per_shard: int = 64  # sources a shard is made of; what is rejected leaves it smaller
     executor: Literal["local", "ray"] = "local"
-    workers: int = 0  # processes (local) or clips at a time (ray); 0 = one a core
+    workers: int = 0  # processes; 0 = one a core, one a GPU where networks are used, all there is on a cluster
     ray_address: str | None = None  # of a running cluster; None = start one here
-    gpus_per_worker: float = 0.0  # for RAFT, CoTracker and BLIP-2; a fraction shares a GPU (ray)
+    gpus_per_worker: float = 0.0  # ray: for RAFT, CoTracker and BLIP-2; a fraction shares a GPU
     device: str | None = None  # of these three; None = cuda where there is one
-    time_limit_s: float = 300.0  # for one clip in one step; what takes longer is rejected
+    time_limit_s: float = 1200.0  # for one clip in one step; what takes longer, twice, is rejected
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "max_interval", "grid", "caption_frames", "clips_per_shard"):
+        for name in ("num_frames", "max_interval", "grid", "caption_frames", "clips_per_shard", "raft_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_frames < 2:
@@ -64,11 +66,12 @@ class CurateConfig:
         for name in ("workers", "gpus_per_worker", "min_motion"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.time_limit_s <= 0:
-            raise ValueError(f"time_limit_s must be positive, got {self.time_limit_s}")
+        for name in ("time_limit_s", "max_scan_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.flow == "raft" and self.raft_weights is None:
             raise ValueError("flow=raft needs raft_weights=FILE, torchvision's raft_large state dict")
 
 
-RUNNING = ("executor", "workers", "ray_address", "gpus_per_worker", "device", "time_limit_s")
+RUNNING = ("executor", "workers", "ray_address", "gpus_per_worker", "time_limit_s", "raft_batch")
 """Settings that say how the work is done, not what comes out; they may change when a run is continued."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, BrokenExecutor, CancelledError, Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -25,12 +26,13 @@ OUTCOMES = ("accepted", "rejected", "failed", "done")
 Tick = Callable[[str], None]
 """Told of every clip that is through with one of `OUTCOMES`; "done" where it is not yet known."""
 
-_CHUNKS_AT_A_TIME = 2  # The second keeps the processes busy while the first one's last clips are awaited.
+_BROKEN = "broken pool"
+_LOOK_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What stands in for the result of a clip that raised, hung or took its process down."""
+    """What stands in for the result of a clip that raised, hung or took its process down, twice."""
 
     reason: str
     detail: str
@@ -40,8 +42,17 @@ class Chunks(Protocol):
     """A pass over the data, chunk by chunk."""
 
     @property
-    def uses_models(self) -> bool:
+    def config(self) -> CurateConfig:
+        """The settings."""
+        ...
+
+    @property
+    def uses_networks(self) -> bool:
         """Whether networks are loaded, so that processes should live long and may want a GPU."""
+        ...
+
+    def prepare(self) -> None:
+        """Loads the networks, in a process that is about to work."""
         ...
 
     def work(self, chunk: int, workers: Workers, tick: Tick) -> None:
@@ -55,38 +66,82 @@ class Workers:
     Args:
         count: Processes.
         limit_s: Seconds for one clip.
+        prepare: Called in each process before its first clip, outside the limit.
     """
 
-    def __init__(self, count: int, limit_s: float):
-        self.limit_s = limit_s
+    def __init__(self, count: int, limit_s: float, prepare: Callable[[], None] | None = None):
+        self.count, self.limit_s, self.prepare = count, limit_s, prepare
         self._is_closed = False
         self._waiting: set[Future[Any]] = set()
-        # Not forked: the process has threads, and networks may hold a GPU.
-        self._pool = ProcessPool(max_workers=count, context=get_context("spawn"), initializer=_settle)
+        self._lock = threading.Lock()
+        self._pool = self._new_pool()
 
     def map(self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """`function(*item)` for each item in order, or a `Failure`."""
-        futures = [self._pool.schedule(function, args=item, timeout=self.limit_s) for item in items]
-        self._waiting.update(futures)
-        for future in futures:
-            try:
-                result = future.result()
-            except CancelledError:
-                result = None
-            except (TimeoutError, FutureTimeout):
-                result = Failure("time limit", f"took longer than {self.limit_s:g} s")
-            except ProcessExpired as error:
-                result = Failure("crashed", f"the process ended with {error.exitcode}")
-            except Exception as error:  # The footage of strangers.
-                result = Failure("failed", f"{type(error).__name__}: {error}")
-            self._waiting.discard(future)
-            if self._is_closed:  # An interrupted run must not take its own end for the clip's fault.
-                raise RuntimeError("the workers were stopped")
+        """`function(*item)` for each item in order, or a `Failure`.
+
+        What fails is tried once more: the machine may have been at fault.
+
+        Raises:
+            RuntimeError: The workers were stopped, die as they start, lack a module or run out of GPU memory. None of
+                this is a clip's fault.
+        """
+        listed = list(items)
+        futures = [self._schedule(function, item) for item in listed]
+        for future, item in zip(futures, listed, strict=True):
+            result = self._result(*future)
+            if isinstance(result, Failure):
+                result = self._result(*self._schedule(function, item))
+            if isinstance(result, Failure) and result.reason == _BROKEN:
+                raise RuntimeError(f"the worker processes die as they start: {result.detail}")
             yield result
+
+    def _schedule(self, function: Callable[..., Any], item: tuple[Any, ...]) -> tuple[Future[Any], ProcessPool]:
+        with self._lock:
+            if self._is_closed:
+                raise RuntimeError("the workers were stopped")
+            try:
+                future = self._pool.schedule(function, args=item, timeout=self.limit_s)
+            except RuntimeError:  # It broke.
+                self._pool = self._new_pool()
+                future = self._pool.schedule(function, args=item, timeout=self.limit_s)
+            self._waiting.add(future)
+            return future, self._pool
+
+    def _result(self, future: Future[Any], pool: ProcessPool) -> Any:
+        try:
+            while not future.done():
+                wait([future], timeout=_LOOK_EVERY_S)
+                if not pool.active and not future.done():  # A pool that breaks forgets futures.
+                    raise BrokenExecutor("the pool is gone")
+            result = future.result()
+        except CancelledError:
+            result = None
+        except (TimeoutError, FutureTimeout):
+            result = Failure("time limit", f"took longer than {self.limit_s:g} s")
+        except ProcessExpired as error:
+            result = Failure("crashed", f"the process ended with {error.exitcode}")
+        except BrokenExecutor as error:
+            result = Failure(_BROKEN, str(error))
+            with self._lock:
+                if self._pool is pool:
+                    self._pool = self._new_pool()
+        except Exception as error:  # The footage of strangers.
+            if isinstance(error, ImportError) or type(error).__name__ == "OutOfMemoryError":
+                raise RuntimeError(f"{type(error).__name__}: {error}") from error
+            result = Failure("failed", f"{type(error).__name__}: {error}")
+        self._waiting.discard(future)
+        if self._is_closed:  # An interrupted run must not take its own end for the clip's fault.
+            raise RuntimeError("the workers were stopped")
+        return result
+
+    def _new_pool(self) -> ProcessPool:
+        # Not forked: the process has threads, and networks may hold a GPU.
+        return ProcessPool(self.count, context=get_context("spawn"), initializer=_settle, initargs=(self.prepare,))
 
     def close(self) -> None:
         """Ends the processes, whatever they are doing; a `map` that is under way raises."""
-        self._is_closed = True
+        with self._lock:
+            self._is_closed = True
         for future in list(self._waiting):
             future.cancel()
         self._pool.stop()
@@ -99,27 +154,39 @@ class Workers:
         self.close()
 
 
-def _settle() -> None:
+def _settle(prepare: Callable[[], None] | None) -> None:
     """One thread each; and an interrupt is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["OMP_NUM_THREADS"] = "1"
     import cv2
 
     cv2.setNumThreads(1)
+    if prepare is not None:
+        prepare()
 
 
-def num_workers(config: CurateConfig) -> int:
-    """Processes that the settings ask for."""
-    return config.workers or os.cpu_count() or 1
+def num_workers(chunks: Chunks) -> int:
+    """Processes of this machine for a pass."""
+    if chunks.config.workers:
+        return chunks.config.workers
+    if chunks.uses_networks:
+        import torch
+
+        return max(1, torch.cuda.device_count())
+    return os.cpu_count() or 1
 
 
-def run(chunks: Chunks, todo: Sequence[int], config: CurateConfig, tick: Tick) -> None:
+def run(chunks: Chunks, todo: Sequence[int], tick: Tick) -> None:
     """Works on all chunks, in any order."""
-    {"local": _local, "ray": _ray}[config.executor](chunks, todo, config, tick)
+    {"local": _local, "ray": _ray}[chunks.config.executor](chunks, todo, tick)
 
 
-def _local(chunks: Chunks, todo: Sequence[int], config: CurateConfig, tick: Tick) -> None:
-    with Workers(num_workers(config), config.time_limit_s) as workers, ThreadPoolExecutor(_CHUNKS_AT_A_TIME) as threads:
+def _local(chunks: Chunks, todo: Sequence[int], tick: Tick) -> None:
+    config, count = chunks.config, num_workers(chunks)
+    # Enough that the processes stay busy while the last clips of a chunk are awaited.
+    at_a_time = 2 + 2 * count // config.clips_per_shard
+    prepare = chunks.prepare if chunks.uses_networks else None
+    with Workers(count, config.time_limit_s, prepare) as workers, ThreadPoolExecutor(at_a_time) as threads:
         futures = [threads.submit(chunks.work, chunk, workers, tick) for chunk in todo]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -131,33 +198,31 @@ def _local(chunks: Chunks, todo: Sequence[int], config: CurateConfig, tick: Tick
             raise
 
 
-def _ray(chunks: Chunks, todo: Sequence[int], config: CurateConfig, tick: Tick) -> None:
-    data = start_ray(config)
+def _ray(chunks: Chunks, todo: Sequence[int], tick: Tick) -> None:
+    config = chunks.config
+    data = start_ray(chunks)
     ray_data: Any = data.from_items([{"chunk": chunk} for chunk in todo], override_num_blocks=len(todo))
-    count = num_workers(config)
-    if chunks.uses_models:
+    # Of a cluster, as much as it has.
+    count = None if config.ray_address and not config.workers else num_workers(chunks)
+    if chunks.uses_networks:
         results = ray_data.map(
             _ChunkActor,
-            fn_constructor_args=(chunks, config.time_limit_s),
+            fn_constructor_args=(chunks,),
             num_gpus=config.gpus_per_worker or None,
             num_cpus=1,
             compute=data.ActorPoolStrategy(min_size=1, max_size=count),
         )
     else:
-        results = ray_data.map(
-            _chunk_task,
-            fn_args=(chunks, config.time_limit_s),
-            num_cpus=1,
-            compute=data.TaskPoolStrategy(size=count),
-        )
+        results = ray_data.map(_chunk_task, fn_args=(chunks,), num_cpus=1, compute=data.TaskPoolStrategy(size=count))
     for row in results.iter_rows():
         for what in OUTCOMES:
             for _ in range(row[what]):
                 tick(what)
 
 
-def start_ray(config: CurateConfig) -> Any:
+def start_ray(chunks: Chunks) -> Any:
     """The module `ray.data`, connected to the cluster, or to one that is started here."""
+    config = chunks.config
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -167,7 +232,7 @@ def start_ray(config: CurateConfig) -> Any:
     logging.getLogger("ray").setLevel(logging.ERROR)  # It tells of each pass; the bar does that.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if not ray.is_initialized():
-        here: dict[str, Any] = {"num_cpus": num_workers(config), "include_dashboard": False}
+        here: dict[str, Any] = {"num_cpus": config.workers or os.cpu_count(), "include_dashboard": False}
         try:
             ray.init(
                 address=config.ray_address or "local",
@@ -189,16 +254,16 @@ def _worked(chunks: Chunks, chunk: int, workers: Workers) -> dict[str, int]:
     return {what: counts[what] for what in OUTCOMES}
 
 
-def _chunk_task(row: dict[str, Any], chunks: Chunks, limit_s: float) -> dict[str, int]:
-    with Workers(1, limit_s) as workers:
+def _chunk_task(row: dict[str, Any], chunks: Chunks) -> dict[str, int]:
+    with Workers(1, chunks.config.time_limit_s) as workers:
         return _worked(chunks, int(row["chunk"]), workers)
 
 
 class _ChunkActor:
     """Keeps its process, and the networks in it, from chunk to chunk."""
 
-    def __init__(self, chunks: Chunks, limit_s: float):
-        self.chunks, self.workers = chunks, Workers(1, limit_s)
+    def __init__(self, chunks: Chunks):
+        self.chunks, self.workers = chunks, Workers(1, chunks.config.time_limit_s, chunks.prepare)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, int]:
         return _worked(self.chunks, int(row["chunk"]), self.workers)

@@ -13,6 +13,7 @@ from typing import Any
 import av
 import cv2
 import numpy as np
+from av.sidedata.sidedata import Type as SideType
 from numpy.typing import NDArray
 
 Picture = NDArray[np.uint8]  # (H, W, 3) RGB
@@ -22,6 +23,7 @@ Resize = Callable[[tuple[int, int]], tuple[int, int]]
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _MISSING_SHARE = 0.1
 _EPSILON_S = 1e-4
+_SEEK_EARLY_S = 3.0
 
 
 class Rejected(Exception):  # noqa: N818 - not an error: most footage is rejected for some reason
@@ -67,18 +69,31 @@ def frames(
     yield from reader(path, resize, limits, start - _EPSILON_S, end + _EPSILON_S)
 
 
-def frames_at(path: Path, times: Sequence[float], resize: Resize, limits: Limits) -> NDArray[np.uint8]:
-    """The frames at `times`, which `frames` gave: (T, H, W, 3)."""
-    wanted = [*times]
-    chosen: list[Picture] = []
-    # Frames between those that are wanted are decoded, as the codec demands, but neither converted nor resized.
+def frames_at(
+    path: Path, times: Sequence[float], resize: Resize, limits: Limits, crop: tuple[int, int] | None = None
+) -> NDArray[np.uint8]:
+    """The frames at `times`, which `frames` gave, and the middle `crop` (W, H) of each: (T, H, W, 3).
+
+    Raises:
+        Rejected: As `frames`.
+    """
     reader = _pictures if path.is_dir() else _video
-    for time, picture in reader(path, resize, limits, times[0] - _EPSILON_S, times[-1] + _EPSILON_S, wanted):
-        if abs(time - wanted[len(chosen)]) < _EPSILON_S:
-            chosen.append(picture)
-        if len(chosen) == len(wanted):
-            return np.stack(chosen)
-    raise Rejected("damaged", f"gave {len(chosen)} of the {len(wanted)} frames that it gave before")
+    # Some containers seek badly. What is missing then is looked for from the beginning.
+    for seeks in (True, False):
+        chosen: list[Picture] = []
+        # Frames between those that are wanted are decoded, as the codec demands, but neither converted nor resized.
+        first, last = times[0] - _EPSILON_S, times[-1] + _EPSILON_S
+        for time, picture in reader(path, resize, limits, first, last, wanted=times, seeks=seeks):
+            if abs(time - times[len(chosen)]) < _EPSILON_S:
+                chosen.append(picture if crop is None else _middle(picture, crop))
+            if len(chosen) == len(times):
+                return np.stack(chosen)
+    raise Rejected("damaged", f"gave {len(chosen)} of the {len(times)} frames that it gave before")
+
+
+def _middle(picture: Picture, size: tuple[int, int]) -> Picture:
+    left, top = (picture.shape[1] - size[0]) // 2, (picture.shape[0] - size[1]) // 2
+    return np.ascontiguousarray(picture[top : top + size[1], left : left + size[0]])
 
 
 def _video(
@@ -88,34 +103,29 @@ def _video(
     start: float,
     end: float,
     wanted: Sequence[float] | None = None,
+    seeks: bool = True,
 ) -> Iterator[tuple[float, Picture]]:
     try:
-        container = av.open(str(path))
+        container = av.open(str(path), metadata_errors="replace")
     except (av.FFmpegError, ValueError) as error:
         raise Rejected("unreadable", _words(error)) from error
     with container:
-        if not container.streams.video:
-            raise Rejected("no video", "only " + ", ".join(sorted({s.type for s in container.streams})))
-        stream = container.streams.video[0]
-        try:
-            codec = stream.codec_context
-        except (av.FFmpegError, AttributeError) as error:
-            raise Rejected("unreadable", _words(error)) from error
-        if codec is None or not codec.width or not codec.height:
-            raise Rejected("unreadable", "no decoder, or no picture size")
-        codec.thread_count = 1  # The clips are what is parallel.
-        limits.check((codec.width, codec.height))
+        stream = _stream(container, limits)
+        tick = float(stream.time_base or 0)
+        origin = (stream.start_time or 0) * tick
         size: tuple[int, int] | None = None
-        origin = float(stream.start_time * stream.time_base) if stream.start_time and stream.time_base else 0.0
         count, place, last = 0, 0, -math.inf
+        has_sought = seeks and start > _SEEK_EARLY_S and tick > 0
         try:
-            if start > 1.0 and stream.time_base:
-                container.seek(max(0, int((start + origin) / stream.time_base)), stream=stream)
+            if has_sought:
+                container.seek(int((start - _SEEK_EARLY_S + origin) / tick), stream=stream)
             for frame in container.decode(stream):
                 if frame.time is None:
                     raise Rejected("unreadable", "frames without timestamps")
                 time = frame.time - origin
                 count += 1
+                if has_sought and count == 1 and time > start:
+                    break  # It went too far, and frames may be missing.
                 if time > end:
                     return
                 if time < start or time <= last:
@@ -129,10 +139,38 @@ def _video(
                     size = _shown_size(frame, stream)
                     limits.check(size)
                 yield time, _picture(frame, resize(size))
+            else:
+                duration = (stream.duration or 0) * tick
+                if count and min(end, duration) - last > max(1.0, _MISSING_SHARE * duration):
+                    raise Rejected("damaged", f"ends after {max(last, 0):.1f} of {duration:.1f} s")
+                if count or not has_sought:
+                    return
         except (av.FFmpegError, ValueError) as error:
             raise Rejected("damaged", f"after {count} frames: {_words(error)}") from error
-        if start <= 0.0 and stream.frames and count < (1 - _MISSING_SHARE) * stream.frames:
-            raise Rejected("damaged", f"ends after {count} of {stream.frames} frames")
+    yield from _video(path, resize, limits, start, end, wanted, seeks=False)
+
+
+def _stream(container: Any, limits: Limits) -> Any:
+    """The video of a container, once it is sure that it can be decoded within the limits."""
+    if not container.streams.video:
+        raise Rejected("no video", "only " + ", ".join(sorted({s.type for s in container.streams})))
+    stream = container.streams.video[0]
+    codec = stream.codec_context
+    if codec is None or not codec.width or not codec.height:
+        raise Rejected("unreadable", "no decoder, or no picture size")
+    codec.thread_count = 1  # The clips are what is parallel.
+    limits.check((codec.width, codec.height))
+    return stream
+
+
+def _orientation(frame: Any) -> tuple[bool, bool, bool]:
+    """What makes a frame upright: whether to exchange x and y, then to mirror x, to mirror y."""
+    for side in frame.side_data:
+        if side.type == SideType.DISPLAYMATRIX:
+            (a, b, _), (c, d, _), _ = np.frombuffer(bytes(side), np.int32).reshape(3, 3)
+            # x' = a x + c y, y' = b x + d y; turns by other angles than right ones are not made.
+            return (True, c < 0, b < 0) if abs(b) > abs(a) else (False, a < 0, d < 0)
+    return False, False, False
 
 
 def _shown_size(frame: Any, stream: Any) -> tuple[int, int]:
@@ -141,16 +179,19 @@ def _shown_size(frame: Any, stream: Any) -> tuple[int, int]:
     width, height = frame.width, frame.height
     if 0 < aspect < 100:
         width = max(1, round(width * float(aspect)))
-    return (height, width) if frame.rotation % 180 else (width, height)
+    return (height, width) if _orientation(frame)[0] else (width, height)
 
 
 def _picture(frame: Any, size: tuple[int, int]) -> Picture:
-    turns = round(frame.rotation / 90) % 4
-    width, height = size[::-1] if turns % 2 else size
+    exchanged, mirrors_x, mirrors_y = _orientation(frame)
+    width, height = size[::-1] if exchanged else size
     shrinks = width * height < frame.width * frame.height
     interpolation = "AREA" if shrinks else "BICUBIC"
+    # One thread: a context with threads is made anew for every frame.
     picture = frame.reformat(width, height, "rgb24", interpolation=interpolation, threads=1).to_ndarray()
-    return np.ascontiguousarray(np.rot90(picture, turns))
+    if exchanged:
+        picture = picture.transpose(1, 0, 2)
+    return np.ascontiguousarray(picture[:: -1 if mirrors_y else 1, :: -1 if mirrors_x else 1])
 
 
 def _pictures(
@@ -160,6 +201,7 @@ def _pictures(
     start: float,
     end: float,
     wanted: Sequence[float] | None = None,
+    seeks: bool = True,  # noqa: ARG001 - as `_video`
 ) -> Iterator[tuple[float, Picture]]:
     """Pictures named by their time in microseconds, as RealEstate10K's frames are."""
     files = [file for file in path.iterdir() if file.suffix.lower() in _PICTURES]
@@ -196,7 +238,8 @@ def encode_mp4(clip: NDArray[np.uint8], fps: float) -> bytes:
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
         for picture in clip:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p", threads=1)))
         container.mux(stream.encode())
     return file.getvalue()
 
@@ -204,7 +247,8 @@ def encode_mp4(clip: NDArray[np.uint8], fps: float) -> bytes:
 def decode_mp4(content: bytes) -> NDArray[np.uint8]:
     """(T, H, W, 3) of what `encode_mp4` wrote."""
     with av.open(BytesIO(content)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        pictures = [f.reformat(format="rgb24", threads=1).to_ndarray() for f in container.decode(video=0)]
+        return np.stack(pictures)
 
 
 def _words(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imageconductor.curation.config import CurateConfig
-
-_PAIRS_AT_A_TIME = 8
 
 
 def motion_score(clip: NDArray[np.uint8], config: CurateConfig) -> float:
@@ -27,7 +25,7 @@ def motion_score(clip: NDArray[np.uint8], config: CurateConfig) -> float:
     Returns:
         Square root of the sum over pixels of u^2 + v^2, in pixels: a shift of all by d scores d sqrt(H W).
     """
-    flows = _raft(clip, str(config.raft_weights), config.device) if config.flow == "raft" else _dis(clip)
+    flows = _raft(clip, config) if config.flow == "raft" else _dis(clip)
     return float(np.mean([np.sqrt(np.square(flow, dtype=np.float64).sum()) for flow in flows]))
 
 
@@ -38,14 +36,14 @@ def _dis(clip: NDArray[np.uint8]) -> Iterator[NDArray[np.float32]]:
         yield flow.calc(before, after, None)
 
 
-def _raft(clip: NDArray[np.uint8], weights: str, device: str | None) -> Iterator[NDArray[np.float32]]:
+def _raft(clip: NDArray[np.uint8], config: CurateConfig) -> Iterator[NDArray[np.float32]]:
     import torch
 
-    network, device = raft(weights, device)
+    network, device = raft(str(config.raft_weights), config.device)
     video = torch.from_numpy(clip).permute(0, 3, 1, 2).float().div(127.5).sub(1)
     with torch.inference_mode():
-        for first in range(0, len(video) - 1, _PAIRS_AT_A_TIME):
-            pairs = video[first : first + _PAIRS_AT_A_TIME + 1].to(device)
+        for first in range(0, len(video) - 1, config.raft_batch):
+            pairs = video[first : first + config.raft_batch + 1].to(device)
             yield from network(pairs[:-1], pairs[1:])[-1].permute(0, 2, 3, 1).float().cpu().numpy()
 
 
@@ -59,17 +57,22 @@ def raft(weights: str, device: str | None) -> tuple[Any, str]:
     except (ImportError, RuntimeError) as error:  # A torchvision of another torch raises the latter.
         raise ValueError(f"flow=raft needs a torchvision that fits this torch: {error}") from error
     network = raft_large()
-    network.load_state_dict(torch.load(Path(weights), map_location="cpu", weights_only=True))
+    try:
+        network.load_state_dict(torch.load(Path(weights), map_location="cpu", weights_only=True))
+    except Exception as error:  # No file, no state dict, or another one.
+        raise ValueError(f"raft_weights={weights}: not torchvision's raft_large: {str(error)[:200]}") from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return network.to(device).eval(), device
 
 
-def least_moving(scores: Mapping[str, float], share: float) -> tuple[float, str] | None:
+def least_moving(scores: NDArray[np.float64], keys: NDArray[np.bytes_], share: float) -> tuple[float, str] | None:
     """The highest (score, key) among the `share` of all clips that move least, rounded down; None if that is none.
 
     Clips up to it are dropped; equal scores go by key. A global quantile, and so a matter for the whole data set: it is
     asked once, when all scores are known.
     """
-    ranked = sorted((score, key) for key, score in scores.items())
-    count = int(len(ranked) * share)
-    return ranked[count - 1] if count else None
+    count = int(len(scores) * share)
+    if not count:
+        return None
+    last = np.lexsort((keys, scores))[count - 1]
+    return float(scores[last]), bytes(keys[last]).decode()

@@ -15,11 +15,13 @@ import dataclasses
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
 import shutil
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,15 +30,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from imageconductor import config as config_file
 from imageconductor.curation import executors
+from imageconductor.curation.captions import blip2
 from imageconductor.curation.config import RUNNING, CurateConfig
 from imageconductor.curation.executors import Failure, Tick, Workers
-from imageconductor.curation.motion import least_moving
+from imageconductor.curation.motion import least_moving, raft
 from imageconductor.curation.sources import Source, find_sources
 from imageconductor.curation.steps import Row, annotate, scan, score, tracker_of
 
@@ -50,6 +55,7 @@ SCHEMA = pa.schema(
         *((name, pa.int32()) for name in ("width", "height", "num_source_frames")),
         ("source_fps", pa.float64()),
         ("cuts", pa.list_(pa.int32())),
+        *((name, pa.int32()) for name in ("first_frame", "last_frame")),
         *((name, pa.float64()) for name in ("start_s", "end_s")),
         ("interval", pa.int32()),
         *((name, pa.float64()) for name in ("fps", "motion_score")),
@@ -60,6 +66,7 @@ SCHEMA = pa.schema(
 """Of the index, whose columns are the fields of `Row`."""
 
 _STILL, _SLOW = "still", "moves least"
+_ROWS_TOGETHER = 50_000
 
 
 @dataclass(frozen=True)
@@ -110,24 +117,40 @@ class Run:
         """Digest of the sources it was begun with; locked while somebody works."""
         return self.output / ".sources"
 
+    def write_sources(self, sources: Sequence[Source]) -> None:
+        """A line for each source, and where the lines of each chunk begin."""
+        starts = []
+        with _whole(self.work / "sources.jsonl") as file:
+            for number, source in enumerate(sources):
+                if number % self.config.clips_per_shard == 0:
+                    starts.append(file.tell())
+                file.write(json.dumps(asdict(source)).encode() + b"\n")
+        with _whole(self.work / "sources.npy") as file:
+            np.save(file, np.array(starts))
+
     @cached_property
-    def _sources(self) -> pq.ParquetFile:
-        return pq.ParquetFile(self.work / "sources.parquet")
+    def _starts(self) -> NDArray[np.int64]:
+        return np.load(self.work / "sources.npy")
 
     @property
     def num_chunks(self) -> int:
         """Chunks, some of which may give no shard."""
-        return self._sources.num_row_groups
+        return len(self._starts)
 
     def sources(self, chunk: int) -> list[Source]:
         """Those of a chunk."""
-        return [
-            Source(**fields)
-            for fields in pq.ParquetFile(self.work / "sources.parquet").read_row_group(chunk).to_pylist()
-        ]
+        with (self.work / "sources.jsonl").open("rb") as file:
+            file.seek(int(self._starts[chunk]))
+            lines = itertools.islice(file, self.config.clips_per_shard)
+            return [Source(**json.loads(line)) for line in lines]
 
-    def __getstate__(self) -> dict[str, Any]:  # An open file does not travel to another process.
-        return {"config": self.config, "output": self.output}
+    def num_clips(self, chunk: int) -> int:
+        """Clips that the scan of a chunk gave."""
+        return int(self.clips(chunk).read_text())
+
+    def clips(self, chunk: int) -> Path:
+        """Their number."""
+        return self.work / "scanned" / f"{chunk:06d}.count"
 
 
 @dataclass(frozen=True)
@@ -137,9 +160,21 @@ class Scan:
     run: Run
 
     @property
-    def uses_models(self) -> bool:
+    def config(self) -> CurateConfig:
+        """See `Chunks`."""
+        return self.run.config
+
+    @property
+    def uses_networks(self) -> bool:
         """See `Chunks`."""
         return False
+
+    def prepare(self) -> None:
+        """See `Chunks`."""
+
+    def num_clips(self, chunk: int) -> int:
+        """Of a chunk, that are ticked."""
+        return len(self.run.sources(chunk))
 
     def is_done(self, chunk: int) -> bool:
         """Whether the chunk's file is there."""
@@ -147,14 +182,17 @@ class Scan:
 
     def work(self, chunk: int, workers: Workers, tick: Tick) -> None:
         """See `Chunks`."""
-        sources = self.run.sources(chunk)
+        sources, clips = self.run.sources(chunk), 0
         with _whole(self.run.scanned(chunk)) as file, tarfile.open(fileobj=file, mode="w") as tar:
             for source, result in zip(sources, workers.map(scan, [(s, self.run.config) for s in sources]), strict=True):
                 row, mp4 = (_failed(Row.of(source), result), None) if isinstance(result, Failure) else result
                 if mp4 is not None:
                     _add(tar, f"{row.key}.mp4", mp4)
+                    clips += 1
                 _add(tar, f"{row.key}.json", json.dumps(asdict(row)).encode())
                 tick("failed" if isinstance(result, Failure) else "rejected" if row.reason else "done")
+            with _whole(self.run.clips(chunk)) as count:
+                count.write(str(clips).encode())
 
 
 @dataclass(frozen=True)
@@ -164,9 +202,23 @@ class Score:
     run: Run
 
     @property
-    def uses_models(self) -> bool:
+    def config(self) -> CurateConfig:
         """See `Chunks`."""
-        return self.run.config.flow == "raft"
+        return self.run.config
+
+    @property
+    def uses_networks(self) -> bool:
+        """See `Chunks`."""
+        return self.config.flow == "raft"
+
+    def prepare(self) -> None:
+        """See `Chunks`."""
+        if self.uses_networks:
+            raft(str(self.config.raft_weights), self.config.device)
+
+    def num_clips(self, chunk: int) -> int:
+        """Of a chunk, that are ticked."""
+        return self.run.num_clips(chunk)
 
     def is_done(self, chunk: int) -> bool:
         """Whether the chunk's file is there."""
@@ -192,9 +244,25 @@ class Annotate:
     threshold: tuple[float, str] | None  # the highest (score, key) that is dropped
 
     @property
-    def uses_models(self) -> bool:
+    def config(self) -> CurateConfig:
         """See `Chunks`."""
-        return self.run.config.tracker == "cotracker" or self.run.config.captioner != "none"
+        return self.run.config
+
+    @property
+    def uses_networks(self) -> bool:
+        """See `Chunks`."""
+        return self.config.tracker == "cotracker" or self.config.captioner != "none"
+
+    def prepare(self) -> None:
+        """See `Chunks`."""
+        config = self.config
+        tracker_of(config.tracker, config.cotracker, config.cotracker_model, config.device)
+        if config.captioner == "blip2":
+            blip2(config.blip2, config.device)
+
+    def num_clips(self, chunk: int) -> int:
+        """Of a chunk, that are ticked."""
+        return self.run.num_clips(chunk)
 
     def is_done(self, chunk: int) -> bool:
         """Whether the chunk's rows are there."""
@@ -209,6 +277,8 @@ class Annotate:
             rows[row.key] = row if mp4 is None else self._judged(row, scores[row.key])
             if mp4 is not None and rows[row.key].reason is None:
                 taken.append((rows[row.key], mp4))
+            elif mp4 is not None:
+                tick("rejected")
         shard, files = self.run.shard(chunk), 0
         with _whole(shard, keep=lambda: files > 0) as file, tarfile.open(fileobj=file, mode="w") as tar:
             results = workers.map(annotate, [(row, mp4, self.run.config) for row, mp4 in taken])
@@ -246,17 +316,18 @@ def curate(config: CurateConfig) -> Counter[str]:
         FileNotFoundError: There is no input.
         ValueError: The settings, the input or the output folder cannot be used; nothing is written then.
     """
+    config = _resolved(config)
     sources = find_sources(config)
     run = Run(config, Path(config.output).absolute())
     digest = _digest(sources)
     _check_folder(run, digest)
     if not run.index.exists():
-        _check_models(config)
+        _check_models(run)
     with _begun(run, sources, digest):
         if not run.index.exists():
-            _pass("scan", Scan(run), run, len(sources))
-            _pass("score", Score(run), run, None)
-            _pass("annotate", Annotate(run, _threshold(run)), run, None)
+            _pass("scan", Scan(run), run)
+            _pass("score", Score(run), run)
+            _pass("annotate", Annotate(run, _threshold(run)), run)
             _finish(run)
         shutil.rmtree(run.work, ignore_errors=True)
         return summary(run.index)
@@ -270,8 +341,11 @@ def summary(index: Path) -> Counter[str]:
 
 def _digest(sources: Sequence[Source]) -> str:
     """Of all that the result depends on but the footage itself, which may move."""
-    known = [(s.id, s.caption, s.camera_only, s.start_s, s.end_s) for s in sources]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for source in sources:
+        known = (source.id, source.caption, source.camera_only, source.start_s, source.end_s)
+        digest.update(json.dumps(known).encode())
+    return digest.hexdigest()
 
 
 def _check_folder(run: Run, digest: str) -> None:
@@ -306,61 +380,44 @@ def _begun(run: Run, sources: Sequence[Source], digest: str) -> Iterator[None]:
                 (run.work / folder).mkdir(parents=True, exist_ok=True)
             for left in [*run.output.glob(".*.tmp"), *run.work.rglob(".*.tmp")]:
                 left.unlink()
-            table = pa.Table.from_pylist([asdict(source) for source in sources], schema=_SOURCES)
-            with _whole(run.work / "sources.parquet") as file:
-                pq.write_table(table, file, row_group_size=run.config.clips_per_shard)
+            run.write_sources(sources)
         run.mark.write_text(digest)
         yield
 
 
-_SOURCES = pa.schema(
-    [
-        *((name, pa.string()) for name in ("id", "path", "caption")),
-        ("camera_only", pa.bool_()),
-        *((name, pa.float64()) for name in ("start_s", "end_s")),
-    ]
-)
-
-
-def _pass(name: str, chunks: Scan | Score | Annotate, run: Run, total: int | None) -> None:
+def _pass(name: str, chunks: Scan | Score | Annotate, run: Run) -> None:
     """One pass over the chunks that are not done, with a progress bar."""
-    sizes = [run._sources.metadata.row_group(chunk).num_rows for chunk in range(run.num_chunks)]
+    sizes = [chunks.num_clips(chunk) for chunk in range(run.num_chunks)]
     todo = [chunk for chunk in range(run.num_chunks) if not chunks.is_done(chunk)]
+    left = sum(sizes[chunk] for chunk in todo)
     counts: Counter[str] = Counter()
-    expected = sum(sizes) if total is not None else _num_candidates(run)
-    done = sum(sizes) - sum(sizes[chunk] for chunk in todo) if total is not None else 0
-    with tqdm(total=expected, initial=done, desc=f"{name:>8}", unit="clip", dynamic_ncols=True) as bar:
+    lock = threading.Lock()
+    with tqdm(total=sum(sizes), initial=sum(sizes) - left, desc=f"{name:>8}", unit="clip", dynamic_ncols=True) as bar:
 
         def tick(what: str) -> None:
-            counts[what] += 1
-            bar.update()
-            bar.set_postfix(
-                {key: counts[key] for key in ("accepted", "rejected", "failed") if counts[key]}, refresh=False
-            )
+            with lock:
+                counts[what] += 1
+                bar.update()
+                shown = {key: counts[key] for key in ("accepted", "rejected", "failed") if counts[key]}
+                bar.set_postfix(shown, refresh=False)
 
         if todo:
-            executors.run(chunks, todo, run.config, tick)
-        if bar.n < expected:
-            bar.update(expected - bar.n)
-
-
-def _num_candidates(run: Run) -> int:
-    count = 0
-    for chunk in range(run.num_chunks):
-        with tarfile.open(run.scanned(chunk)) as tar:
-            count += sum(name.endswith(".mp4") for name in tar.getnames())
-    return count
+            executors.run(chunks, todo, tick)
 
 
 def _threshold(run: Run) -> tuple[float, str] | None:
     """The highest (score, key) that is dropped, over the whole data set."""
     if not run.threshold.exists():
-        scores: dict[str, float] = {}
+        scores: list[NDArray[np.float64]] = []
+        keys: list[NDArray[np.bytes_]] = []
         for chunk in range(run.num_chunks):
             found = json.loads(run.scores(chunk).read_text())
-            scores |= {key: value for key, value in found.items() if not isinstance(value, dict)}
+            kept = {key: value for key, value in found.items() if not isinstance(value, dict)}
+            scores.append(np.array(list(kept.values()), np.float64))
+            keys.append(np.array(list(kept), "S16"))
         with _whole(run.threshold) as file:
-            file.write(json.dumps(least_moving(scores, run.config.drop_share)).encode())
+            lowest = least_moving(np.concatenate(scores), np.concatenate(keys), run.config.drop_share)
+            file.write(json.dumps(lowest).encode())
     found = json.loads(run.threshold.read_text())
     return None if found is None else (found[0], found[1])
 
@@ -370,48 +427,36 @@ def _finish(run: Run) -> None:
     from imageconductor.curation.report import write_report
 
     table = run.output / ".index.parquet.tmp"
+    waiting: list[dict[str, Any]] = []
     with pq.ParquetWriter(table, SCHEMA) as writer:
         for chunk in range(run.num_chunks):
-            rows = [json.loads(line) for line in run.rows(chunk).read_text().splitlines()]
-            writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+            waiting += [json.loads(line) for line in run.rows(chunk).read_text().splitlines()]
+            if len(waiting) >= _ROWS_TOGETHER or chunk == run.num_chunks - 1:
+                writer.write_table(pa.Table.from_pylist(waiting, schema=SCHEMA))
+                waiting.clear()
     with _whole(run.output / "report.html") as file:
         file.write(write_report(table, run).encode())
     table.rename(run.index)
 
 
-def _check_models(config: CurateConfig) -> None:
+def _check_models(run: Run) -> None:
     """Loads, in a process of their own, the networks that the settings ask for, before anything depends on them."""
-    wanted: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-    if config.tracker == "cotracker":
+    if run.config.tracker == "cotracker":
         logger.warning("CoTracker's weights are CC-BY-NC: clips that it annotates are not for commercial use")
-        wanted.append((_loads_tracker, (config,)))
-    if config.flow == "raft":
-        wanted.append((_loads_raft, (config,)))
-    if config.captioner == "blip2":
-        wanted.append((_loads_blip2, (config,)))
-    if not wanted:
-        return
-    with Workers(1, 3600.0) as workers:
-        for function, arguments in wanted:
-            for result in workers.map(function, [arguments]):
-                if isinstance(result, Failure):
-                    raise ValueError(result.detail)
+    for chunks in (Score(run), Annotate(run, None)):
+        if chunks.uses_networks:
+            with Workers(1, 3600.0) as workers:
+                for result in workers.map(chunks.prepare, [()]):
+                    if isinstance(result, Failure):
+                        raise ValueError(result.detail)
 
 
-def _loads_tracker(config: CurateConfig) -> None:
-    tracker_of(config.tracker, config.cotracker, config.cotracker_model, config.device)
-
-
-def _loads_raft(config: CurateConfig) -> None:
-    from imageconductor.curation.motion import raft
-
-    raft(str(config.raft_weights), config.device)
-
-
-def _loads_blip2(config: CurateConfig) -> None:
-    from imageconductor.curation.captions import blip2
-
-    blip2(config.blip2, config.device)
+def _resolved(config: CurateConfig) -> CurateConfig:
+    """With absolute paths: a cluster's processes start elsewhere."""
+    local = {name: getattr(config, name) for name in ("cotracker", "blip2")}
+    local = {name: path for name, path in local.items() if Path(path).exists()}
+    files = {name: getattr(config, name) for name in ("input", "output", "videos", "raft_weights")} | local
+    return replace(config, **{name: str(Path(path).absolute()) for name, path in files.items() if path is not None})
 
 
 def _failed(row: Row, failure: Failure) -> Row:
@@ -449,5 +494,7 @@ def _whole(path: Path, keep: Callable[[], bool] = lambda: True) -> Iterator[IO[b
             os.fsync(file.fileno())
         if keep():
             temporary.replace(path)
+        else:
+            path.unlink(missing_ok=True)  # An attempt before this one may have left it.
     finally:
         temporary.unlink(missing_ok=True)

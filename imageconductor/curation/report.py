@@ -17,6 +17,8 @@ from jinja2 import Environment
 from numpy.typing import NDArray
 
 from imageconductor.curation.footage import decode_mp4
+from imageconductor.curation.steps import grid_points
+from imageconductor.evaluation.trackers import LucasKanadeTracker
 
 pc: Any = pyarrow.compute  # Its functions are made at run time.
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 12  # clips of each kind
 _FRAMES = 4  # of each clip
+_COLUMNS = ["key", "source", "caption", "accepted", "shard", "reason", "detail", "interval", "motion_score"]
+_COLUMNS += ["track_length_px", "tracked", "camera_only"]
 _BINS = 24
 
 
@@ -35,7 +39,7 @@ def write_report(index: Path, run: Run) -> str:
         index: Parquet file of the rows.
         run: Whose shards, and clips before they were dropped, are read.
     """
-    table = pq.read_table(index)
+    table = pq.read_table(index, columns=_COLUMNS)
     table = table.append_column("chunk", pa.array(np.arange(len(table)) // run.config.clips_per_shard))
     accepted = table.filter(pc.field("accepted"))
     dropped = table.filter(pc.field("motion_score").is_valid() & ~pc.field("accepted"))
@@ -69,7 +73,7 @@ def write_report(index: Path, run: Run) -> str:
             charts=charts,
             galleries=[
                 ("Accepted", [_accepted(row, run) for row in _spread(accepted)]),
-                ("Dropped for what they move", [_dropped(row, run) for row in _spread(dropped)]),
+                ("Dropped", [_dropped(row, run) for row in _spread(dropped)]),
             ],
             settings=(run.output / "config.yaml").read_text(),
         )
@@ -125,7 +129,9 @@ def _accepted(row: dict[str, Any], run: Run) -> dict[str, str]:
 
 def _dropped(row: dict[str, Any], run: Run) -> dict[str, str]:
     with tarfile.open(run.scanned(row["chunk"])) as tar:
-        return _figure(row, _strip(decode_mp4(_member(tar, f"{row['key']}.mp4"))), row["reason"])
+        clip = decode_mp4(_member(tar, f"{row['key']}.mp4"))
+    tracks = LucasKanadeTracker().track(clip, grid_points((clip.shape[2], clip.shape[1]), run.config.grid))
+    return _figure(row, _strip(clip, *tracks), f"{row['reason']}: {row['detail']}")
 
 
 def _figure(row: dict[str, Any], picture: NDArray[np.uint8], text: str) -> dict[str, str]:
@@ -139,18 +145,15 @@ def _figure(row: dict[str, Any], picture: NDArray[np.uint8], text: str) -> dict[
     }
 
 
-def _strip(
-    clip: NDArray[np.uint8], points: NDArray[np.floating] | None = None, visible: NDArray[np.bool_] | None = None
-) -> NDArray[np.uint8]:
+def _strip(clip: NDArray[np.uint8], points: NDArray[np.floating], visible: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """A few frames side by side, each with the way that its points came."""
     numbers = np.linspace(0, len(clip) - 1, _FRAMES).round().astype(int)
     pictures = []
     for number in numbers:
         picture = clip[number].copy()
-        if points is not None and visible is not None:
-            side = int(np.sqrt(len(points)))
-            for track in (n for n in range(len(points)) if n % side % 2 == 0 and n // side % 2 == 0):
-                _draw(picture, points[track, : number + 1], visible[track, : number + 1])
+        side = int(np.sqrt(len(points)))
+        for track in (n for n in range(len(points)) if n % side % 2 == 0 and n // side % 2 == 0):
+            _draw(picture, points[track, : number + 1], visible[track, : number + 1])
         pictures.append(picture)
     return np.concatenate(pictures, axis=1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ VIDEOS = (
 _COLUMNS = {"id": ("id", "videoid"), "caption": ("caption", "name")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """A stretch of footage that becomes one clip, or none.
 
@@ -88,7 +89,7 @@ def _folder(root: Path, config: CurateConfig) -> Iterator[Source]:
         if path.suffix.lower() in VIDEOS and path.is_file():
             text = path.with_suffix(".txt")
             caption = " ".join(text.read_text(encoding="utf-8", errors="replace").split()) if text.is_file() else ""
-            yield Source(path.relative_to(root).as_posix(), str(path), caption, config.camera_only)
+            yield Source(_text(path.relative_to(root)), str(path), caption, config.camera_only)
 
 
 def _csv(path: Path, config: CurateConfig) -> Iterator[Source]:
@@ -130,8 +131,13 @@ def _realestate10k(root: Path, config: CurateConfig) -> Iterator[Source]:
         if not times:
             continue
         youtube = lines[0].strip().rpartition("v=")[2].split("&")[0]
-        name = path.relative_to(root).with_suffix("").as_posix()
+        name = _text(path.relative_to(root).with_suffix(""))
         folders = [videos / name, videos / path.stem]
         files = [videos / f"{youtube}{suffix}" for suffix in VIDEOS]
         found = next((place for place in [*folders, *files] if place.exists()), videos / f"{youtube}.mp4")
         yield Source(name, str(found), "", True, min(times), max(times))
+
+
+def _text(path: Path) -> str:
+    """A path as text that can be written anywhere, even if its name is not UTF-8."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")

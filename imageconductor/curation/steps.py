@@ -45,7 +45,8 @@ class Row:
         width, height: Of the footage as shown, in pixels.
         num_source_frames, source_fps: Of the stretch that was looked at.
         cuts: Frames of it with which a scene begins, but for the first.
-        start_s, end_s: Times of the clip's first and last frame.
+        first_frame, last_frame: The clip's, counted in that stretch.
+        start_s, end_s: Their times in the footage.
         interval, fps: Frames of the source from one of the clip to the next, and the clip's rate.
         motion_score: See `curation.motion`.
         tracker, tracker_version: What made the tracks.
@@ -67,6 +68,8 @@ class Row:
     num_source_frames: int | None = None
     source_fps: float | None = None
     cuts: list[int] = field(default_factory=list)
+    first_frame: int | None = None
+    last_frame: int | None = None
     start_s: float | None = None
     end_s: float | None = None
     interval: int | None = None
@@ -80,7 +83,9 @@ class Row:
     @classmethod
     def of(cls, source: Source) -> Row:
         """Before anything is known."""
-        return cls(source.key, source.id, source.path, source.caption, source.camera_only)
+        # Names of files are bytes, and a table holds text.
+        path = source.path.encode("utf-8", "backslashreplace").decode()
+        return cls(source.key, source.id, path, source.caption, source.camera_only)
 
     def rejected(self, reason: str, detail: str = "") -> Row:
         """The same with a reason why it is not taken."""
@@ -99,8 +104,11 @@ def scan(source: Source, config: CurateConfig) -> tuple[Row, bytes | None]:
         shown.append(size)
         return _scaled(size, _CUT_SIDE_PX / min(size)) if min(size) > _CUT_SIDE_PX else size
 
+    start = source.start_s or 0.0
+    end = start + config.max_scan_s if source.end_s is None else min(source.end_s, start + config.max_scan_s)
+
     def pictures() -> Any:
-        for time, picture in frames(path, small, limits, source.start_s, source.end_s):
+        for time, picture in frames(path, small, limits, start, end):
             times.append(time)
             yield picture
 
@@ -124,9 +132,17 @@ def scan(source: Source, config: CurateConfig) -> tuple[Row, bytes | None]:
         random = np.random.default_rng([config.seed, int(source.key, 16)])
         chosen, interval = choose_frames(times[scene.first : scene.last + 1], config, random)
         taken = [times[scene.first + number] for number in chosen]
-        clip = _centre(frames_at(path, taken, covering, limits), config.size)
+        clip = frames_at(path, taken, covering, limits, crop=config.size)
         fps = (len(taken) - 1) / (taken[-1] - taken[0])
-        row = replace(row, start_s=taken[0], end_s=taken[-1], interval=interval, fps=fps)
+        row = replace(
+            row,
+            first_frame=scene.first + chosen[0],
+            last_frame=scene.first + chosen[-1],
+            start_s=taken[0],
+            end_s=taken[-1],
+            interval=interval,
+            fps=fps,
+        )
         return row, encode_mp4(clip, fps)
     except Rejected as found:
         return row.rejected(found.reason, found.detail), None
@@ -178,8 +194,3 @@ def tracker_of(kind: str, repository: str, model: str, device: str | None) -> Tr
 
 def _scaled(size: tuple[int, int], scale: float, at_least: tuple[int, int] = (1, 1)) -> tuple[int, int]:
     return max(at_least[0], round(size[0] * scale)), max(at_least[1], round(size[1] * scale))
-
-
-def _centre(clip: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    left, top = (clip.shape[2] - size[0]) // 2, (clip.shape[1] - size[1]) // 2
-    return np.ascontiguousarray(clip[:, top : top + size[1], left : left + size[0]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,6 +89,8 @@ class CoTracker:
         model: Entry point of the repository.
         device: None = cuda where there is one.
 
+    Its `version` names the repository and the weights, by the beginning of their SHA-256.
+
     Raises:
         ValueError: The repository cannot be loaded.
 
@@ -104,7 +107,10 @@ class CoTracker:
             network: Any = torch.hub.load(repository, model, source="local" if is_local else "github", trust_repo=True)  # type: ignore[arg-type]
         except Exception as error:  # Network, archive, Python code and weights of others: anything.
             raise ValueError(f"CoTracker cannot be loaded from {repository}: {error}") from error
-        self.version = Path(repository).resolve().name if is_local else repository
+        digest = hashlib.sha256()
+        for value in network.state_dict().values():
+            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        self.version = f"{Path(repository).resolve().name if is_local else repository} {digest.hexdigest()[:12]}"
         self.network = network.to(self.device).eval()
 
     def track(

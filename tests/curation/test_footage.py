@@ -1,5 +1,7 @@
 """Reading what strangers filmed."""
 
+import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -43,6 +45,65 @@ def test_a_turned_phone_gives_upright_frames(degrees, tmp_path):
     expected = np.rot90(corners()[0], degrees // 90)  # ffmpeg's angle is counterclockwise, as numpy's
     assert picture.shape == expected.shape
     assert np.abs(picture.astype(int) - expected).mean() < 12
+
+
+@pytest.mark.parametrize("flip", ["hflip", "vflip"])
+def test_a_mirrored_video_is_mirrored_back(flip, tmp_path):
+    footage.write(tmp_path / "plain.mp4", corners())
+    ffmpeg(f"-display_{flip}", "-i", tmp_path / "plain.mp4", "-c", "copy", tmp_path / "mirrored.mp4")
+    _, picture = next(frames(tmp_path / "mirrored.mp4", same, LIMITS))
+    expected = corners()[0][:, ::-1] if flip == "hflip" else corners()[0][::-1]
+    assert np.abs(picture.astype(int) - expected).mean() < 12
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("x.ts", "libx264"), ("x.mpg", "mpeg2video"), ("x.avi", "mpeg4"), ("x.flv", "libx264"), ("x.mkv", "libx264")],
+)
+def test_every_place_of_every_container_is_found_again(name, codec, tmp_path):
+    shown = np.stack([np.full((32, 48, 3), 20 + t, np.uint8) for t in range(200)])
+    path = footage.write(tmp_path / name, shown, codec=codec, g="25", bf="2")
+    times = [time for time, _ in frames(path, same, LIMITS)]
+    every = frames_at(path, times, same, LIMITS)
+    assert len(times) >= 198
+    for first in range(30, len(times) - 20, 7):
+        wanted = [first, first + 4, first + 11]
+        assert np.array_equal(frames_at(path, [times[n] for n in wanted], same, LIMITS), every[wanted])
+    ranged = [time for time, _ in frames(path, same, LIMITS, times[110], times[150])]
+    assert ranged == times[110:151]
+
+
+@pytest.mark.parametrize("start", ["1.5", "2"])
+def test_a_stream_copied_cut_is_whole(start, tmp_path):
+    footage.write(tmp_path / "long.mp4", footage.pan(0, 120, (0.5, 0)), g="25")
+    ffmpeg("-ss", start, "-i", tmp_path / "long.mp4", "-c", "copy", tmp_path / "cut.mp4")
+    row, mp4 = scan(Source("cut", str(tmp_path / "cut.mp4")), CurateConfig("", ""))
+    assert row.reason is None
+    assert mp4 is not None
+
+
+def test_names_and_titles_that_are_not_utf8(tmp_path):
+    footage.write(tmp_path / "plain.avi", footage.pan(0, 40, (1, 0)), codec="mpeg4")
+    content = (tmp_path / "plain.avi").read_bytes()
+    ffmpeg("-i", tmp_path / "plain.avi", "-c", "copy", "-metadata", "title=cafe", tmp_path / "titled.avi")
+    content = (tmp_path / "titled.avi").read_bytes().replace(b"cafe", b"caf\xe9")
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    strange = os.fsencode(folder) + b"/caf\xe9.avi"
+    Path(os.fsdecode(strange)).write_bytes(content)
+    (source,) = find_sources(CurateConfig(str(folder), ""))
+    assert source.id == "caf\\xe9.avi"
+    assert json.loads(json.dumps(source.path)) == source.path
+    row, _ = scan(source, CurateConfig("", ""))
+    assert row.reason is None
+    row.path.encode()
+
+
+def test_only_the_first_of_long_footage_is_looked_at(tmp_path):
+    path = footage.write(tmp_path / "long.mp4", footage.pan(0, 150, (0.5, 0)))
+    row, _ = scan(Source("long", str(path)), CurateConfig("", "", max_scan_s=2.0))
+    assert row.num_source_frames == 51
+    assert row.reason is None
 
 
 def test_pixels_that_are_not_square_are_made_square(tmp_path):

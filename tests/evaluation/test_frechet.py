@@ -1,0 +1,131 @@
+"""Fréchet distances against their formula."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import nn
+
+from imageconductor.evaluation.frechet import I3D, SmallExtractor, _metric, frechet_distance
+from imageconductor.evaluation.inception import Inception
+
+pytest.importorskip("torchmetrics")
+
+
+def formula(a, b):
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), by scipy."""
+    (m1, c1), (m2, c2) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (a, b))
+    root = scipy.linalg.sqrtm(c1 @ c2).real
+    return ((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * root)
+
+
+class Features(nn.Module):
+    num_features = 6
+
+    def forward(self, x):
+        return x
+
+
+def test_it_is_the_formula():
+    random = np.random.default_rng(0)
+    a = random.normal(0, 1, (400, 6)) @ random.normal(0, 1, (6, 6))
+    b = random.normal(0.5, 1.3, (300, 6)) @ random.normal(0, 1, (6, 6))
+    metric = _metric(Features(), "cpu")
+    metric.update(torch.from_numpy(a), real=True)
+    metric.update(torch.from_numpy(b), real=False)
+    assert float(metric.compute()) == pytest.approx(formula(a, b), rel=1e-6)
+
+
+def test_shifted_gaussians_are_their_shift_apart():
+    a = torch.randn(500, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    metric = _metric(Features(), "cpu")
+    metric.update(a, real=True)
+    metric.update(a + 0.5, real=False)
+    assert float(metric.compute()) == pytest.approx(6 * 0.25, rel=1e-6)
+
+
+def videos(seed, count=12, shift=0):
+    random = np.random.default_rng(seed)
+    made = random.integers(0, 200, (count, 8, 24, 32, 3), dtype=np.uint8)
+    return [video + np.uint8(shift) for video in made]
+
+
+def test_equal_sets_are_nothing_apart_and_others_are():
+    equal = frechet_distance("frechet_small", videos(0), videos(0), num_frames=8)
+    assert equal.value == pytest.approx(0, abs=1e-6)
+    assert (equal.num_generated, equal.num_reference, equal.weights) == (12, 12, "")
+    near = frechet_distance("frechet_small", videos(0, shift=10), videos(0), num_frames=8).value
+    far = frechet_distance("frechet_small", videos(0, shift=50), videos(0), num_frames=8).value
+    assert 1e-6 < near < far
+
+
+def test_the_small_extractor_sees_time():
+    clip = torch.rand(1, 3, 8, 24, 32, generator=torch.Generator().manual_seed(0))
+    order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+    assert (SmallExtractor()(clip) - SmallExtractor()(clip[:, :, order])).abs().max() > 1e-3
+    assert torch.equal(SmallExtractor()(clip), SmallExtractor()(clip))
+
+
+class Port(nn.Module):
+    """Logits that depend on the flags that the common port takes."""
+
+    def forward(self, x: torch.Tensor, rescale: bool = True, resize: bool = True, return_features: bool = False):
+        assert x.shape[-1] == 224
+        assert x.shape[-2] == 224
+        mean = x.mean(dim=[2, 3, 4])
+        if rescale or resize or not return_features:
+            mean = mean * 0
+        return mean.repeat(1, 134)[:, :400]
+
+
+class Plain(nn.Module):
+    def forward(self, x: torch.Tensor):
+        return x.mean(dim=[2, 3, 4]).repeat(1, 134)[:, :400]
+
+
+@pytest.mark.parametrize("port", [Port, Plain])
+def test_both_ports_of_i3d_are_called_as_they_want(port, tmp_path):
+    torch.jit.script(port()).save(str(tmp_path / "i3d.pt"))
+    clips = torch.rand(2, 3, 4, 20, 30, generator=torch.Generator().manual_seed(0))
+    features = I3D(tmp_path / "i3d.pt")(clips)
+    assert features.shape == (2, 400)
+    assert features[:, :3] == pytest.approx(clips.mean(dim=(2, 3, 4)) * 2 - 1, abs=1e-2)
+    distance = frechet_distance("fvd", videos(0), videos(0), tmp_path / "i3d.pt", num_frames=4, stride=2)
+    assert distance.value == pytest.approx(0, abs=1e-6)
+    assert (distance.num_frames, distance.stride, distance.resize) == (4, 2, "bilinear to 224 x 224")
+
+
+def test_inception_has_the_published_size_and_loads_its_own_weights(tmp_path):
+    torch.manual_seed(0)
+    network = Inception()
+    # torchvision's Inception-v3 without its auxiliary head has 23,834,568 parameters; eight classes more here.
+    assert sum(p.numel() for p in network.parameters()) == 23_834_568 + 8 * 2049
+    torch.save(network.state_dict(), tmp_path / "inception.pth")
+    loaded = Inception.load(tmp_path / "inception.pth")
+    images = torch.rand(2, 3, 40, 60)
+    with torch.no_grad():
+        assert loaded(images).shape == (2, 2048)
+        assert torch.equal(loaded(images), network.eval()(images))
+    torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth does not hold pytorch-fid's Inception weights"):
+        Inception.load(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "error", "said"),
+    [
+        ("fid", {}, FileNotFoundError, "fid needs the weights"),
+        ("fid", {"weights": "nowhere.pth"}, FileNotFoundError, "get them from https"),
+        ("fvd", {"weights": "nowhere.pt"}, FileNotFoundError, "no I3D at nowhere.pt; get it from"),
+        ("frechet_small", {"num_frames": 9}, ValueError, r"has not the 9 frames"),
+        ("fvd_small", {}, ValueError, "name must be fid, fvd or frechet_small"),
+    ],
+)
+def test_bad_input_says_what_to_do(name, arguments, error, said):
+    with pytest.raises(error, match=said):
+        frechet_distance(name, videos(0), videos(1), **{"num_frames": 8, **arguments})
+
+
+def test_a_single_video_has_no_distribution():
+    with pytest.raises(ValueError, match="the generated one has 1"):
+        frechet_distance("frechet_small", videos(0)[:1], videos(1), num_frames=8)
