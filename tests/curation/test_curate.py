@@ -4,13 +4,13 @@ import fcntl
 import importlib.util
 import io
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 from pathlib import Path
 
 import footage
@@ -205,17 +205,27 @@ def test_a_finished_run_is_left_alone(videos, curated):
 def test_kills_lose_and_repeat_nothing(videos, curated, tmp_path):
     arguments = [sys.executable, ROOT / "scripts/curate.py", *settings(videos, tmp_path / "out")]
     chance = random.Random(0)
+
+    def start():
+        return subprocess.Popen([str(a) for a in arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def finished():
+        return {path for path in (tmp_path / "out").rglob("*") if path.suffix in (".tar", ".json", ".jsonl", ".count")}
+
     kills = 0
-    while True:
-        process = subprocess.Popen([str(a) for a in arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            assert process.wait(chance.uniform(1.5, 4.0) + kills / 2) == 0
-            break
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGINT if kills == 1 else signal.SIGKILL)
-            process.wait(20)
+    for how in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGKILL):
+        before, process = finished(), start()
+        while (
+            finished() == before and process.poll() is None
+        ):  # Each attempt does something, and is cut off in the next.
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 0.3))
+        if process.poll() is None:
+            process.send_signal(how)
             kills += 1
-    assert kills > 1
+        process.wait(30)
+    assert kills >= 2
+    assert start().wait(120) == 0
     assert content(tmp_path / "out") == content(curated)
 
 
