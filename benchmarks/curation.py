@@ -24,7 +24,7 @@ from imageconductor.curation.footage import Limits, decode_mp4, frames
 from imageconductor.curation.motion import motion_score
 from imageconductor.curation.scenes import find_scenes
 from imageconductor.curation.sources import VIDEOS, Source
-from imageconductor.curation.steps import annotate, scan
+from imageconductor.curation.steps import CUT_SIDE_PX, annotate, scan
 
 _SECONDS = 18
 
@@ -111,7 +111,7 @@ def cuts(path: Path, config: CurateConfig) -> None:
     """What `scan` does first."""
 
     def small(size: tuple[int, int]) -> tuple[int, int]:
-        return round(size[0] * 96 / min(size)), round(size[1] * 96 / min(size))
+        return round(size[0] * CUT_SIDE_PX / min(size)), round(size[1] * CUT_SIDE_PX / min(size))
 
     find_scenes((picture for _, picture in frames(path, small, Limits(1, 8192))), config)
 

@@ -17,7 +17,7 @@ from imageconductor.curation.config import CurateConfig
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; 2 = bad input."""
+    """Runs the command; 2 = bad input, 1 = the machine failed."""
     config, _ = config_file.command_line(CurateConfig, __doc__ or "", argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
@@ -30,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:  # The machine's fault, such as a full GPU.
+        print(f"error: {error}; mended, the same command goes on from here", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -23,7 +23,7 @@ from imageconductor.evaluation.trackers import LucasKanadeTracker
 pc: Any = pyarrow.compute  # Its functions are made at run time.
 
 if TYPE_CHECKING:
-    from imageconductor.curation.pipeline import Run
+    from imageconductor.curation.run import Run
 
 _SHOWN = 12  # clips of each kind
 _FRAMES = 4  # of each clip

@@ -31,7 +31,7 @@ from imageconductor.curation.scenes import choose_frames, find_scenes, longest
 from imageconductor.curation.sources import Source
 from imageconductor.evaluation.trackers import CoTracker, LucasKanadeTracker, Tracker
 
-_CUT_SIDE_PX = 96
+CUT_SIDE_PX = 96
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def scan(source: Source, config: CurateConfig) -> tuple[Row, bytes | None]:
 
     def small(size: tuple[int, int]) -> tuple[int, int]:
         shown.append(size)
-        return _scaled(size, _CUT_SIDE_PX / min(size)) if min(size) > _CUT_SIDE_PX else size
+        return _scaled(size, CUT_SIDE_PX / min(size)) if min(size) > CUT_SIDE_PX else size
 
     start = source.start_s or 0.0
     end = start + config.max_scan_s if source.end_s is None else min(source.end_s, start + config.max_scan_s)
