@@ -2,8 +2,8 @@
 
 The network of Szegedy et al. (2015, "Rethinking the Inception Architecture") with the three differences that the
 TensorFlow graph of the first FID has: average pools do not count their padding, the last block pools by maximum, and
-there are 1008 classes. Libraries that have it need torchvision, which does not install beside every torch. Module names are
-those of the weights file, `pt_inception-2015-12-05-6726825d.pth`.
+there are 1008 classes. Libraries that have it need torchvision, which does not install beside every torch. Module
+names are those of the weights file, `pt_inception-2015-12-05-6726825d.pth`.
 """
 
 from __future__ import annotations
