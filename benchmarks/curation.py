@@ -21,7 +21,7 @@ import numpy as np
 
 from imageconductor.curation.config import CurateConfig
 from imageconductor.curation.footage import Limits, decode_mp4, frames
-from imageconductor.curation.motion import motion_score
+from imageconductor.curation.motion import motion_scores
 from imageconductor.curation.scenes import find_scenes
 from imageconductor.curation.sources import VIDEOS, Source
 from imageconductor.curation.steps import CUT_SIDE_PX, annotate, scan
@@ -88,8 +88,8 @@ def report(kind: str, paths: list[Path]) -> None:
             skipped += 1
             continue
         clip = timed("decode the clip", decode_mp4, mp4)
-        timed("motion score (DIS)", motion_score, clip, config)
-        timed("annotate: decode, tracks (Lucas-Kanade)", annotate, row, mp4, config)
+        timed("motion score (DIS)", motion_scores, [clip], config)
+        timed("annotate: decode, tracks (Lucas-Kanade)", annotate, [(row, mp4)], config)
         sizes.append(len(mp4))
     total = sum(float(np.mean(seconds[name])) for name in seconds if name.startswith(("scan", "motion", "annotate")))
     print(f"\n{kind}: {len(paths)} videos, {skipped} without a clip; clips of {np.mean(sizes) / 1e3:.0f} kB")

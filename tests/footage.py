@@ -1,6 +1,7 @@
 """Footage with known cuts and known motion, written as real files."""
 
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import cv2
@@ -59,3 +60,19 @@ def write_sound(path):
         container.mux(stream.encode(sound))
         container.mux(stream.encode())
     return path
+
+
+def cotracker(clone: Path) -> None:
+    """A clone of CoTracker's repository whose network moves every point by (1, 1) a frame, and by the first pixel."""
+    clone.mkdir()
+    (clone / "hubconf.py").write_text(
+        "import torch\n"
+        "class Tracker(torch.nn.Module):\n"
+        "    def forward(self, video, queries):\n"
+        "        step = torch.arange(video.shape[1], dtype=torch.float32)[None, :, None, None]\n"
+        "        moved = step.clamp(max=1) * video[:, :1, 0, :1, :1]\n"
+        "        tracks = queries[:, None, :, 1:] + step\n"
+        "        return tracks + moved, tracks[..., 0] < 30\n"
+        "def cotracker3_offline():\n"
+        "    return Tracker()\n"
+    )

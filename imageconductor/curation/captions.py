@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,14 +15,23 @@ from imageconductor.curation.config import CurateConfig
 _MAX_WORDS = 30
 
 
-def describe(clip: NDArray[np.uint8], config: CurateConfig) -> str:
-    """Descriptions of `caption_frames` evenly spaced frames of (T, H, W, 3), each once, joined by commas."""
+def describe(clips: Sequence[NDArray[np.uint8]], config: CurateConfig) -> list[str]:
+    """Of each clip (T, H, W, 3), descriptions of `caption_frames` evenly spaced frames, each once, joined by commas.
+
+    The frames of all clips are described together.
+    """
+    if not clips:
+        return []
     processor, network, device = blip2(config.blip2, config.device)
-    chosen = np.linspace(0, len(clip) - 1, config.caption_frames + 2).round().astype(int)[1:-1]
-    inputs = processor(images=[Image.fromarray(clip[number]) for number in chosen], return_tensors="pt")
+    pictures = []
+    for clip in clips:
+        chosen = np.linspace(0, len(clip) - 1, config.caption_frames + 2).round().astype(int)[1:-1]
+        pictures += [Image.fromarray(clip[number]) for number in chosen]
+    inputs = processor(images=pictures, return_tensors="pt")
     tokens = network.generate(**inputs.to(device, network.dtype), max_new_tokens=_MAX_WORDS, do_sample=False)
     texts = [" ".join(text.split()) for text in processor.batch_decode(tokens, skip_special_tokens=True)]
-    return ", ".join(dict.fromkeys(text for text in texts if text))
+    of_clips = (texts[i : i + config.caption_frames] for i in range(0, len(texts), config.caption_frames))
+    return [", ".join(dict.fromkeys(text for text in own if text)) for own in of_clips]
 
 
 @lru_cache(maxsize=1)

@@ -29,7 +29,7 @@ class CurateConfig:
     # Motion
     flow: Literal["dis", "raft"] = "dis"  # raft: needs torchvision and `raft_weights`
     raft_weights: str | None = None  # torchvision's raft_large state dict
-    raft_batch: int = 8  # pairs of frames that RAFT takes at a time
+    raft_batch: int = 8  # pairs of frames that RAFT takes at a time, of one clip or several
     drop_share: float = 0.25  # of the data set, the clips that move least; section 2.2
     min_motion: float = 10.0  # a lower motion score is a still picture (10 = 0.03 px a frame at 384x256)
     # Tracks
@@ -50,10 +50,19 @@ class CurateConfig:
     ray_address: str | None = None  # of a running cluster; None = start one here
     gpus_per_worker: float = 0.0  # ray: for RAFT, CoTracker and BLIP-2; a fraction shares a GPU
     device: str | None = None  # of these three; None = cuda where there is one
+    batch_size: int = 4  # clips that these three take at a time; what needs no network takes one
     time_limit_s: float = 1200.0  # for one clip in one step; what takes longer, twice, is rejected
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "max_interval", "grid", "caption_frames", "clips_per_shard", "raft_batch"):
+        for name in (
+            "num_frames",
+            "max_interval",
+            "grid",
+            "caption_frames",
+            "clips_per_shard",
+            "raft_batch",
+            "batch_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_frames < 2:
@@ -73,5 +82,5 @@ class CurateConfig:
             raise ValueError("flow=raft needs raft_weights=FILE, torchvision's raft_large state dict")
 
 
-RUNNING = ("executor", "workers", "ray_address", "gpus_per_worker", "time_limit_s", "raft_batch")
+RUNNING = ("executor", "workers", "ray_address", "gpus_per_worker", "time_limit_s", "raft_batch", "batch_size")
 """Settings that say how the work is done, not what comes out; they may change when a run is continued."""

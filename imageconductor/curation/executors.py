@@ -61,7 +61,7 @@ class Chunks(Protocol):
 
 
 class Workers:
-    """Processes that each work on one clip at a time. One that exceeds the time limit, or dies, is replaced.
+    """Processes that each work on one clip, or one batch, at a time. One that exceeds the limit, or dies, is replaced.
 
     Args:
         count: Processes.
@@ -95,15 +95,41 @@ class Workers:
                 raise RuntimeError(f"the worker processes die as they start: {result.detail}")
             yield result
 
-    def _schedule(self, function: Callable[..., Any], item: tuple[Any, ...]) -> tuple[Future[Any], ProcessPool]:
+    def map_batches(
+        self, function: Callable[..., list[Any]], items: Sequence[Any], *args: Any, size: int
+    ) -> Iterator[Any]:
+        """`function(items, *args)` for `size` items at a time, item by item in order; a `Failure` for one that fails.
+
+        A batch that fails is done again one by one, so that one bad clip costs the others nothing but time.
+
+        Raises:
+            RuntimeError: As `map`.
+        """
+        if size == 1:
+            alone = self.map(function, [([item], *args) for item in items])
+            yield from (one if isinstance(one, Failure) else one[0] for one in alone)
+            return
+        batches = [items[start : start + size] for start in range(0, len(items), size)]
+        futures = [self._schedule(function, (batch, *args), len(batch)) for batch in batches]
+        for batch, future in zip(batches, futures, strict=True):
+            result = self._result(*future)
+            if isinstance(result, Failure):
+                alone = self.map(function, [([item], *args) for item in batch])
+                result = [one if isinstance(one, Failure) else one[0] for one in alone]
+            yield from result
+
+    def _schedule(
+        self, function: Callable[..., Any], item: tuple[Any, ...], clips: int = 1
+    ) -> tuple[Future[Any], ProcessPool]:
         with self._lock:
             if self._is_closed:
                 raise RuntimeError("the workers were stopped")
+            limit_s = self.limit_s * clips
             try:
-                future = self._pool.schedule(function, args=item, timeout=self.limit_s)
+                future = self._pool.schedule(function, args=item, timeout=limit_s)
             except RuntimeError:  # It broke.
                 self._pool = self._new_pool()
-                future = self._pool.schedule(function, args=item, timeout=self.limit_s)
+                future = self._pool.schedule(function, args=item, timeout=limit_s)
             self._waiting.add(future)
             return future, self._pool
 
@@ -126,8 +152,10 @@ class Workers:
                 if self._pool is pool:
                     self._pool = self._new_pool()
         except Exception as error:  # The footage of strangers.
-            if isinstance(error, ImportError) or type(error).__name__ == "OutOfMemoryError":
-                raise RuntimeError(f"{type(error).__name__}: {error}") from error
+            is_full = type(error).__name__ == "OutOfMemoryError"
+            if is_full or isinstance(error, ImportError):
+                remedy = "; a smaller batch_size or raft_batch needs less" if is_full else ""
+                raise RuntimeError(f"{type(error).__name__}: {error}{remedy}") from error
             result = Failure("failed", f"{type(error).__name__}: {error}")
         self._waiting.discard(future)
         if self._is_closed:  # An interrupted run must not take its own end for the clip's fault.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,36 +15,45 @@ from numpy.typing import NDArray
 from imageconductor.curation.config import CurateConfig
 
 
-def motion_score(clip: NDArray[np.uint8], config: CurateConfig) -> float:
-    """Frobenius norm of the optical flow between adjacent frames, mean over the pairs.
+def motion_scores(clips: Sequence[NDArray[np.uint8]], config: CurateConfig) -> list[float]:
+    """Frobenius norm of the optical flow between adjacent frames, mean over the pairs, for each clip.
 
     Args:
-        clip: (T, H, W, 3).
-        config: `flow` chooses DIS (OpenCV) or RAFT.
+        clips: Each (T, H, W, 3), of one size.
+        config: `flow` chooses DIS (OpenCV) or RAFT, which takes `raft_batch` pairs at a time, whosever they are.
 
     Returns:
         Square root of the sum over pixels of u^2 + v^2, in pixels: a shift of all by d scores d sqrt(H W).
     """
-    flows = _raft(clip, config) if config.flow == "raft" else _dis(clip)
-    return float(np.mean([np.sqrt(np.square(flow, dtype=np.float64).sum()) for flow in flows]))
+    norms = _raft(clips, config) if config.flow == "raft" else _dis(clips)
+    return [float(np.mean(list(itertools.islice(norms, len(clip) - 1)))) for clip in clips]
 
 
-def _dis(clip: NDArray[np.uint8]) -> Iterator[NDArray[np.float32]]:
+def _norm(flow: NDArray[np.float32]) -> float:
+    return float(np.sqrt(np.square(flow, dtype=np.float64).sum()))
+
+
+def _dis(clips: Sequence[NDArray[np.uint8]]) -> Iterator[float]:
     flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)  # type: ignore[attr-defined]
-    grey = [cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in clip]
-    for before, after in itertools.pairwise(grey):
-        yield flow.calc(before, after, None)
+    for clip in clips:
+        grey = [cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in clip]
+        for before, after in itertools.pairwise(grey):
+            yield _norm(flow.calc(before, after, None))
 
 
-def _raft(clip: NDArray[np.uint8], config: CurateConfig) -> Iterator[NDArray[np.float32]]:
+def _raft(clips: Sequence[NDArray[np.uint8]], config: CurateConfig) -> Iterator[float]:
     import torch
 
     network, device = raft(str(config.raft_weights), config.device)
-    video = torch.from_numpy(clip).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-    with torch.inference_mode():
-        for first in range(0, len(video) - 1, config.raft_batch):
-            pairs = video[first : first + config.raft_batch + 1].to(device)
-            yield from network(pairs[:-1], pairs[1:])[-1].permute(0, 2, 3, 1).float().cpu().numpy()
+    pairs = ((before, after) for clip in clips for before, after in itertools.pairwise(clip))
+    while batch := list(itertools.islice(pairs, config.raft_batch)):
+        before, after = (
+            torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+            for pictures in zip(*batch, strict=True)
+        )
+        with torch.inference_mode():
+            flows = network(before, after)[-1].permute(0, 2, 3, 1).float().cpu().numpy()
+        yield from map(_norm, flows)
 
 
 @lru_cache(maxsize=1)

@@ -36,6 +36,11 @@ class _Pass:
         """See `Chunks`."""
         return False
 
+    @property
+    def batch_size(self) -> int:
+        """Clips that a process takes at a time."""
+        return self.config.batch_size if self.uses_networks else 1
+
     def prepare(self) -> None:
         """See `Chunks`."""
 
@@ -92,7 +97,7 @@ class Score(_Pass):
     def work(self, chunk: int, workers: Workers, tick: Tick) -> None:
         """See `Chunks`."""
         clips = [(row.key, mp4) for row, mp4 in _scanned(self.run.scanned(chunk)) if mp4 is not None]
-        results = workers.map(score, [(mp4, self.config) for _, mp4 in clips])
+        results = workers.map_batches(score, [mp4 for _, mp4 in clips], self.config, size=self.batch_size)
         scores: dict[str, Any] = {}
         for (key, _), result in zip(clips, results, strict=True):
             scores[key] = asdict(result) if isinstance(result, Failure) else result
@@ -136,7 +141,7 @@ class Annotate(_Pass):
                 tick("rejected")
         shard, files = self.run.shard(chunk), 0
         with whole(shard, keep=lambda: files > 0) as file, tarfile.open(fileobj=file, mode="w") as tar:
-            results = workers.map(annotate, [(row, mp4, self.config) for row, mp4 in taken])
+            results = workers.map_batches(annotate, taken, self.config, size=self.batch_size)
             for (row, _), result in zip(taken, results, strict=True):
                 failed = isinstance(result, Failure)
                 row, record = (_failed(row, result), None) if failed else result

@@ -1,13 +1,14 @@
 """What is done to one clip: scan, score, annotate. Each is a function of the clip and the settings alone.
 
 `scan` decodes the footage once for its cuts and once for the frames of the clip. `score` and `annotate` work on the
-encoded clip, as training will see it.
+encoded clip, as training will see it, and take several at a time, which is how networks on a GPU want them.
 """
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +27,7 @@ from imageconductor.curation.footage import (
     frames,
     frames_at,
 )
-from imageconductor.curation.motion import motion_score
+from imageconductor.curation.motion import motion_scores
 from imageconductor.curation.scenes import choose_frames, find_scenes, longest
 from imageconductor.curation.sources import Source
 from imageconductor.evaluation.trackers import CoTracker, LucasKanadeTracker, Tracker
@@ -148,16 +149,36 @@ def scan(source: Source, config: CurateConfig) -> tuple[Row, bytes | None]:
         return row.rejected(found.reason, found.detail), None
 
 
-def score(mp4: bytes, config: CurateConfig) -> float:
-    """The motion score of an encoded clip."""
-    return motion_score(decode_mp4(mp4), config)
+def score(mp4s: Sequence[bytes], config: CurateConfig) -> list[float]:
+    """The motion scores of encoded clips."""
+    return motion_scores([decode_mp4(mp4) for mp4 in mp4s], config)
 
 
-def annotate(row: Row, mp4: bytes, config: CurateConfig) -> tuple[Row, dict[str, bytes] | None]:
-    """Tracks and caption: the files of a clip record by their endings (docs/data.md), None if it cannot be tracked."""
-    clip = decode_mp4(mp4)
+def annotate(clips: Sequence[tuple[Row, bytes]], config: CurateConfig) -> list[tuple[Row, dict[str, bytes] | None]]:
+    """Tracks and captions of encoded clips.
+
+    Returns:
+        For each its row, and the clip record's files by their endings (docs/data.md), None if it cannot be tracked.
+    """
+    pictures = [decode_mp4(mp4) for _, mp4 in clips]
     tracker = tracker_of(config.tracker, config.cotracker, config.cotracker_model, config.device)
-    points, visible = tracker.track(clip, grid_points(config.size, config.grid))
+    grid = grid_points(config.size, config.grid)
+    if isinstance(tracker, CoTracker):
+        tracks = tracker.track_together(pictures, grid)
+    else:
+        tracks = [tracker.track(clip, grid) for clip in pictures]
+    rows = [_tracked(row, tracker, *found, config) for (row, _), found in zip(clips, tracks, strict=True)]
+    if config.captioner == "blip2":
+        silent = [i for i, row in enumerate(rows) if row.accepted and not row.caption]
+        for i, caption in zip(silent, describe([pictures[i] for i in silent], config), strict=True):
+            rows[i] = replace(rows[i], caption=caption)
+    return [
+        (row, _record(row, mp4, *found) if row.accepted else None)
+        for row, (_, mp4), found in zip(rows, clips, tracks, strict=True)
+    ]
+
+
+def _tracked(row: Row, tracker: Tracker, points: NDArray[np.float64], visible: NDArray, config: CurateConfig) -> Row:
     steps = np.linalg.norm(np.diff(points, axis=1), axis=-1)
     row = replace(
         row,
@@ -167,17 +188,18 @@ def annotate(row: Row, mp4: bytes, config: CurateConfig) -> tuple[Row, dict[str,
         track_length_px=float((steps * (visible[:, 1:] & visible[:, :-1])).sum(axis=1).mean()),
     )
     if visible.mean() < config.min_tracked:
-        return row.rejected("lost tracks", f"{visible.mean():.3f} of the points could be followed"), None
-    if not row.caption and config.captioner == "blip2":
-        row = replace(row, caption=describe(clip, config))
-    row = replace(row, accepted=True)
+        return row.rejected("lost tracks", f"{visible.mean():.3f} of the points could be followed")
+    return replace(row, accepted=True)
+
+
+def _record(row: Row, mp4: bytes, points: NDArray[np.float64], visible: NDArray[np.bool_]) -> dict[str, bytes]:
     arrays = io.BytesIO()
     # Within float16 where they matter; a point lost far outside the frame must not become infinite.
     np.savez(arrays, points=points.clip(-30000, 30000).astype(np.float16), visible=visible)
     info = asdict(row)
     for name in ("key", "accepted", "shard", "reason", "detail", "path"):
         del info[name]
-    return row, {"mp4": mp4, "tracks.npz": arrays.getvalue(), "json": json.dumps(info).encode()}
+    return {"mp4": mp4, "tracks.npz": arrays.getvalue(), "json": json.dumps(info).encode()}
 
 
 def grid_points(size: tuple[int, int], side: int) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -117,12 +118,19 @@ class CoTracker:
         self, frames: NDArray[np.uint8], points: NDArray[np.floating]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """See `Tracker.track`; a point that was hidden may be seen again."""
+        return self.track_together([frames], points)[0]
+
+    def track_together(
+        self, clips: Sequence[NDArray[np.uint8]], points: NDArray[np.floating]
+    ) -> list[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
+        """The same points through several videos (T, H, W, 3) of one shape, in one batch."""
         import torch
 
-        video = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)[None].float().to(self.device)
+        video = torch.from_numpy(np.stack(clips)).to(self.device).permute(0, 1, 4, 2, 3).float()
         start = torch.as_tensor(np.asarray(points), dtype=torch.float32, device=self.device)
-        queries = torch.cat([torch.zeros_like(start[:, :1]), start], dim=1)[None]  # (1, N, 3): frame, x, y
+        queries = torch.cat([torch.zeros_like(start[:, :1]), start], dim=1)  # (N, 3): frame, x, y
         with torch.inference_mode():
-            tracks, visible = self.network(video, queries=queries)
-        followed = visible[0].reshape(len(frames), len(points)).bool()
-        return tracks[0].transpose(0, 1).double().cpu().numpy(), followed.T.cpu().numpy()
+            tracks, visible = self.network(video, queries=queries.expand(len(clips), -1, -1))
+        followed = visible.reshape(*video.shape[:2], len(points)).bool().transpose(1, 2).cpu().numpy()
+        positions = tracks.transpose(1, 2).double().cpu().numpy()
+        return list(zip(positions, followed, strict=True))

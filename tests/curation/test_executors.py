@@ -30,7 +30,7 @@ from imageconductor.curation import motion
 from imageconductor.curation.captions import describe
 from imageconductor.curation.config import CurateConfig
 from imageconductor.curation.executors import Workers
-from imageconductor.curation.motion import least_moving, motion_score
+from imageconductor.curation.motion import least_moving, motion_scores
 from imageconductor.evaluation.trackers import CoTracker
 
 
@@ -77,6 +77,38 @@ def test_processes_killed_as_they_start_are_replaced():
     assert results == [2.0, 3.0, 4.0]
 
 
+def test_one_bad_clip_costs_its_batch_no_other(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "batched.py").write_text(
+        "import os\n"
+        "def work(items, log):\n"
+        "    with open(log, 'a') as file:\n"
+        "        print(len(items), file=file)\n"
+        "    if 'kills' in items:\n"
+        "        os._exit(3)\n"
+        "    return [10 / item for item in items]\n"
+    )
+    import batched
+
+    log = tmp_path / "log"
+    with Workers(1, limit_s=20.0) as workers:
+        items = [1, 2, 0, 5, 10, "kills", 20]
+        results = list(workers.map_batches(batched.work, items, str(log), size=3))
+    assert [results[i] for i in (0, 1, 3, 4, 6)] == [10, 5, 2, 1, 0.5]
+    assert (results[2].reason, results[5].reason) == ("failed", "crashed")
+    assert log.read_text().split().count("3") == 2, "the last batch has one"
+
+
+def test_a_batch_has_the_time_of_its_clips(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "slow.py").write_text("import time\ndef work(items):\n    time.sleep(1.5)\n    return items\n")
+    import slow
+
+    with Workers(1, limit_s=1.0) as workers:
+        assert list(workers.map_batches(slow.work, [1, 2], size=2)) == [1, 2]
+        assert [r.reason for r in workers.map_batches(slow.work, [1], size=2)] == ["time limit"]
+
+
 def test_a_missing_module_is_nobodys_footage():
     with Workers(1, limit_s=20.0) as workers, pytest.raises(RuntimeError, match="ModuleNotFoundError"):
         list(workers.map(importlib.import_module, [("no_such_module",)]))
@@ -93,11 +125,13 @@ def test_the_lowest_share_is_exact_and_ties_go_by_key():
 
 def test_the_motion_score_of_a_shift():
     clip = footage.pan(0, 6, (3.0, 4.0))
-    assert motion_score(clip, CurateConfig("", "")) == pytest.approx(5 * np.sqrt(192 * 128), rel=0.05)
+    assert motion_scores([clip], CurateConfig("", ""))[0] == pytest.approx(5 * np.sqrt(192 * 128), rel=0.05)
 
 
 def test_raft_is_called_on_adjacent_frames(monkeypatch, tmp_path):
     """torchvision does not install beside a CPU build of torch, so a network of the same face stands in."""
+
+    calls = []
 
     class Shift(torch.nn.Module):
         def __init__(self):
@@ -106,8 +140,10 @@ def test_raft_is_called_on_adjacent_frames(monkeypatch, tmp_path):
 
         def forward(self, before, after):
             assert before.shape[1:] == (3, 128, 192)
-            assert -1 <= before.min() < after.max() <= 1
-            flow = torch.stack([self.scale * 3, self.scale * 4]).reshape(1, 2, 1, 1)
+            assert -1 <= before.min() <= after.max() <= 1
+            calls.append(len(before))
+            is_black = (before + after).flatten(1).max(1).values == -2
+            flow = torch.stack([self.scale * 3, self.scale * 4]).reshape(1, 2, 1, 1) * (1 + is_black.view(-1, 1, 1, 1))
             return [None, flow.expand(len(before), 2, 128, 192)]
 
     torch.save({"scale": torch.ones(())}, tmp_path / "raft.pth")
@@ -118,24 +154,15 @@ def test_raft_is_called_on_adjacent_frames(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torchvision.models.optical_flow", module)
     motion.raft.cache_clear()
     config = CurateConfig("", "", flow="raft", raft_weights=str(tmp_path / "raft.pth"), device="cpu")
-    score = motion_score(footage.pan(0, 20, (1, 0)), config)
+    clip = footage.pan(0, 20, (1, 0))
+    scores = motion_scores([clip, 0 * clip, clip[:6]], config)
     motion.raft.cache_clear()
-    assert score == pytest.approx(5 * np.sqrt(192 * 128))
+    assert scores == pytest.approx([size * np.sqrt(192 * 128) for size in (5, 10, 5)])
+    assert calls == [8, 8, 8, 8, 8, 3], "pairs of all clips, eight at a time"
 
 
 def test_cotracker_from_a_local_clone(tmp_path):
-    (tmp_path / "clone").mkdir()
-    (tmp_path / "clone" / "hubconf.py").write_text(
-        "import torch\n"
-        "class Tracker(torch.nn.Module):\n"
-        "    def forward(self, video, queries):\n"
-        "        frames = video.shape[1]\n"
-        "        step = torch.arange(frames, dtype=torch.float32)[:, None, None]\n"
-        "        tracks = (queries[0, :, 1:] + step)[None]\n"
-        "        return tracks, tracks[..., 0] < 30\n"
-        "def cotracker3_offline():\n"
-        "    return Tracker()\n"
-    )
+    footage.cotracker(tmp_path / "clone")
     tracker = CoTracker(str(tmp_path / "clone"), device="cpu")
     points, visible = tracker.track(np.zeros((4, 32, 48, 3), np.uint8), np.array([[5.0, 6.0], [28.0, 9.0]]))
     assert points.shape == (2, 4, 2)
@@ -143,6 +170,13 @@ def test_cotracker_from_a_local_clone(tmp_path):
     assert visible.tolist() == [[True] * 4, [True, True, False, False]]
     assert tracker.name == "cotracker3_offline"
     assert tracker.version.startswith("clone ")
+    clips = [np.full((4, 32, 48, 3), value, np.uint8) for value in (0, 2)]
+    together = tracker.track_together(clips, np.array([[5.0, 6.0]]))
+    assert [found[0][0, 3].tolist() for found in together] == [[8.0, 9.0], [10.0, 11.0]]
+    for clip, (points, visible) in zip(clips, together, strict=True):
+        alone = tracker.track(clip, np.array([[5.0, 6.0]]))
+        assert (alone[0] == points).all()
+        assert (alone[1] == visible).all()
     with pytest.raises(ValueError, match="CoTracker cannot be loaded from"):
         CoTracker(str(tmp_path), device="cpu")
 
@@ -189,8 +223,10 @@ def blip2(tmp_path):
 
 def test_blip2_describes_frames_and_equal_descriptions_are_said_once(blip2):
     clip = np.random.default_rng(0).integers(0, 255, (33, 64, 96, 3), np.uint8)
-    one = describe(clip, CurateConfig("", "", blip2=str(blip2), caption_frames=1, device="cpu"))
+    [one] = describe([clip], CurateConfig("", "", blip2=str(blip2), caption_frames=1, device="cpu"))
     assert set(one.split()) <= {"a", "dog", "cat", "runs", "grass"}
     assert one
     same = np.repeat(clip[16:17], 33, axis=0)
-    assert describe(same, CurateConfig("", "", blip2=str(blip2), caption_frames=3, device="cpu")) == one
+    three = CurateConfig("", "", blip2=str(blip2), caption_frames=3, device="cpu")
+    assert describe([same, clip], three) == [one, *describe([clip], three)]
+    assert describe([], three) == []
