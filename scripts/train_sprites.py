@@ -17,7 +17,12 @@ from imageconductor.data.batches import Batches, SpriteSamples
 from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig, caption_words, captions
 from imageconductor.models.controlnets import MotionControlNet
 from imageconductor.models.lora import Adapter, load_adapter
-from imageconductor.models.networks import Networks, SmallModelConfig, build_small_model
+from imageconductor.models.networks import (
+    Networks,
+    SmallModelConfig,
+    add_full_resolution_attention,
+    build_small_model,
+)
 from imageconductor.training.autoencoder import AutoencoderConfig, train_autoencoder
 from imageconductor.training.config import StageName, TrainConfig
 from imageconductor.training.run import run_stage
@@ -31,7 +36,7 @@ class SpriteRecipe:
 
     output: str = "models/sprites"  # the finished model folder, fp16
     # Model folder to go on from, its autoencoder kept, its motion ControlNet too if it reads the same flow maps;
-    # None = random weights.
+    # attention that `model` asks for and it lacks is added. None = random weights.
     start: str | None = None
     runs: str = "runs/sprites"  # working folder: checkpoints and the float32 parts
     world: SpriteWorldConfig = field(default_factory=SpriteWorldConfig)
@@ -73,6 +78,8 @@ def starting_networks(recipe: SpriteRecipe) -> Networks:
     if recipe.start is None:
         return build_small_model(recipe.model, vocabulary(recipe), recipe.seed)
     networks = Networks.load(recipe.start)
+    if recipe.model.attention_at_full_resolution and networks.unet.config["down_block_types"][0] == "DownBlockMotion":
+        add_full_resolution_attention(networks, recipe.seed)
     if networks.motion_controlnet.flow_convention != FlowMapConvention(**cast(Any, recipe.model.flow_map)):
         networks.motion_controlnet = new_motion_controlnet(recipe, networks)
     return networks

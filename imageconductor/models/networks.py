@@ -89,7 +89,7 @@ class SmallModelConfig:
     text_width: int = 96
     text_layers: int = 2
     text_length: int = 48  # tokens
-    # The text encoder and the UNet's first level are the dearest places for attention and gain least from it.
+    # Spatial attention in the UNet's first level, as SD-1.5 has it: it carries texture to where it goes.
     attention_at_full_resolution: bool = False
     prediction_type: Literal["epsilon", "v_prediction"] = (
         "v_prediction"  # learns faster from scratch than epsilon, with zero terminal SNR
@@ -181,6 +181,39 @@ def build_small_model(config: SmallModelConfig, captions: Iterable[str], seed: i
     networks = Networks(vae, text_encoder, tokenizer, unet, image_controlnet, motion_controlnet, scheduler)
     networks.freeze()
     return networks
+
+
+def add_full_resolution_attention(networks: Networks, seed: int = 0) -> None:
+    """Gives a small model spatial attention in its first level that changes nothing yet: its output projection is zero.
+
+    Args:
+        networks: UNet and ControlNets are replaced.
+        seed: Of the new weights.
+
+    Raises:
+        ValueError: It has such attention.
+    """
+    old = networks.unet.config
+    if old["down_block_types"][0] != "DownBlockMotion":
+        raise ValueError("the model has spatial attention in its first level")
+    levels = len(old["block_out_channels"])
+    kinds = {
+        "down_block_types": ("CrossAttnDownBlockMotion",) * levels,
+        "up_block_types": ("CrossAttnUpBlockMotion",) * levels,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name in ("unet", "image_controlnet", "motion_controlnet"):
+            before: Any = getattr(networks, name)
+            types = {key: kinds[key] for key in kinds if key in before.config}
+            after = type(before).from_config({**before.config, **types})
+            missing = set(after.load_state_dict(before.state_dict(), strict=False).missing_keys)
+            for path, module in after.named_modules():
+                if path.endswith("proj_out") and f"{path}.weight" in missing:
+                    nn.init.zeros_(module.weight)
+                    nn.init.zeros_(module.bias)
+            setattr(networks, name, after)
+    networks.freeze()
 
 
 def build_tokenizer(captions: Iterable[str], length: int) -> CLIPTokenizer:

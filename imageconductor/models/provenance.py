@@ -96,5 +96,6 @@ def _results(record: dict[str, Any]) -> str:
     rows = [
         (name, f"{figure['mean']:.2f}", f"{figure['low']:.2f} .. {figure['high']:.2f}", figure["n"])
         for name, figure in record["intervals"].items()
+        if figure["mean"] is not None
     ]
     return "## Measured\n\n" + _table(("figure", "mean", "95 %", "n"), rows)

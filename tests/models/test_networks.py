@@ -1,0 +1,38 @@
+"""Growing a small model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TINY, tiny_networks
+
+from imageconductor.models.networks import add_full_resolution_attention, build_small_model
+
+
+def test_attention_that_is_added_changes_nothing_until_it_learns():
+    networks = tiny_networks()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, 3, 8, 8, generator=generator)
+    t, text = torch.tensor([500]), torch.randn(1, 5, 16, generator=generator)
+    flow, first, mask = torch.randn(1, 2, 3, 16, 16), torch.randn(1, 4, 3, 8, 8), torch.ones(1, 1, 3, 8, 8)
+
+    def run():
+        residuals = networks.image_controlnet(t, text, first, mask) + networks.motion_controlnet(t, text, flow)
+        return networks.unet.decode(networks.unet.encode(x, t, text), residuals)
+
+    before = run()
+    count = sum(p.numel() for p in networks.unet.parameters())
+    add_full_resolution_attention(networks)
+    torch.testing.assert_close(run(), before)
+    assert sum(p.numel() for p in networks.unet.parameters()) > count
+    networks.unet.up_blocks[-1].attentions[0].proj_out.weight.data.normal_()
+    assert (run() - before).abs().max() > 1e-3
+
+    whole = build_small_model(replace(TINY, attention_at_full_resolution=True), ["a"])
+    for name in ("unet", "image_controlnet", "motion_controlnet"):
+        grown, built = getattr(networks, name), getattr(whole, name)
+        assert {k: v.shape for k, v in grown.state_dict().items()} == {
+            k: v.shape for k, v in built.state_dict().items()
+        }
+    with pytest.raises(ValueError, match="has spatial attention in its first level"):
+        add_full_resolution_attention(networks)
