@@ -11,17 +11,14 @@ share the work by the number of the request. Figures come from the files alone, 
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import cv2
-import imageio.v3 as iio
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -33,30 +30,15 @@ from imageconductor.evaluation.appearance import ClipScorer, ssim
 from imageconductor.evaluation.config import Arm, EvaluateConfig, RequestSet, Row
 from imageconductor.evaluation.frechet import frechet_distance
 from imageconductor.evaluation.requests import Request, build_requests, reference_clips
+from imageconductor.evaluation.scores import figures, measure, named_figures, plain, px_at_384x256
 from imageconductor.evaluation.trackers import CoTracker, LucasKanadeTracker, Tracker
+from imageconductor.evaluation.videos import read_reference, read_video, thumbnail
 from imageconductor.models.personalise import personalise
 from imageconductor.sampling.job import parse_lora
 from imageconductor.sampling.pipeline import ImageConductorPipeline, model_folder
 from imageconductor.sampling.video import to_uint8, watchable, write_mp4
 
-_PAPER_DIAGONAL_PX = math.hypot(384, 256)
 _FPS = 8
-_SAME_ASPECT = 0.02
-# The single figures that the bundled model is judged by: name, arm, metric.
-_NAMED = {
-    "cam_mc": ("camera", "error"),
-    "cam_mc_all_points": ("camera", "error_all_points"),
-    "cam_mc_still": ("camera", "still"),
-    "cam_mc_uncontrolled": ("camera_uncontrolled", "error"),
-    "obj_mc": ("object", "error"),
-    "obj_mc_all_points": ("object", "error_all_points"),
-    "obj_mc_still": ("object", "still"),
-    "obj_mc_uncontrolled": ("object_uncontrolled", "error"),
-    "leak_object": ("object", "leak"),
-    "leak_camera": ("object_as_camera", "leak"),
-    "leak_base": ("object_as_base", "leak"),
-    "leak_uncontrolled": ("object_uncontrolled", "leak"),
-}
 
 Progress = Callable[[Sequence[Any], str], Any]
 
@@ -101,8 +83,6 @@ class Evaluation:
                 self._generate(name, row)
         self.state.wait_for_everyone()
         for name, row in self.config.table.items():
-            if row.videos is not None:
-                self._check_first_frames(name, row)
             self._score(name, row)
         self.state.wait_for_everyone()
         return self._record() if self.state.is_main_process else None
@@ -166,20 +146,16 @@ class Evaluation:
         if self.config.frechet and self.config.reference is not None and not self._reference_paths():
             raise FileNotFoundError(f"reference: no mp4 file in {self.config.reference}")
 
-    def _check_first_frames(self, name: str, row: Row) -> None:
-        """Refuses videos that begin with another request's picture: their names are mixed up."""
-        for arm, asked in self.config.arms.items():
-            requests = self.requests[asked.requests]
-            small = np.stack([_thumbnail(request.image) for request in requests])
-            for request, own in zip(requests, small, strict=True):
-                path = self.video_path(name, row, arm, request)
-                distances = np.abs(small - _thumbnail(self.read(path)[0])).mean(axis=(1, 2, 3))
-                nearest = int(distances.argmin())
-                if 2 * distances[nearest] + 0.02 < np.abs(own - _thumbnail(self.read(path)[0])).mean():
-                    raise ValueError(
-                        f"row {name}: {path} begins with the picture of {requests[nearest].key}, not of {request.key}; "
-                        "are the names mixed up?"
-                    )
+    def _check_first_frame(self, path: Path, kind: RequestSet, request: Request, frame: NDArray[np.uint8]) -> None:
+        """Refuses a video that begins with another request's picture: the names are mixed up."""
+        seen = thumbnail(frame)
+        distances = [float(np.abs(thumbnail(other.image) - seen).mean()) for other in self.requests[kind]]
+        nearest = int(np.argmin(distances))
+        if 2 * distances[nearest] + 0.02 < float(np.abs(thumbnail(request.image) - seen).mean()):
+            raise ValueError(
+                f"{path} begins with the picture of {self.requests[kind][nearest].key}, not of {request.key}; "
+                "are the names mixed up?"
+            )
 
     def _claim(self, name: str, row: Row) -> None:
         """Refuses to go on with videos that were made with other settings."""
@@ -275,39 +251,33 @@ class Evaluation:
                 }
                 target = self.output / "scores" / name / arm_name / f"{request.key}.json"
                 if not target.exists() or json.loads(target.read_text()).get("made_with") != made:
-                    jobs.append((path, target, request, made))
-        for path, target, request, made in self.progress(jobs, f"{name}: scores"):
-            score = measure(request, self.read(path), self.tracker, self.clip)
+                    jobs.append((path, target, arm.requests, request, made))
+        for path, target, kind, request, made in self.progress(jobs, f"{name}: scores"):
+            video = self.read(path)
+            if row.videos is not None:
+                self._check_first_frame(path, kind, request, video[0])
+            score = measure(request, video, self.tracker, self.clip)
             beside = path.with_suffix(".json")
             if row.model is not None and beside.exists():
                 score["seconds"] = json.loads(beside.read_text())["seconds"]
-            _write(target, json.dumps({"key": request.key, **_plain(score), "made_with": made}))
+            _write(target, json.dumps({"key": request.key, **plain(score), "made_with": made}))
 
     # -- figures
 
     def _record(self) -> dict[str, Any]:
-        scale = _PAPER_DIAGONAL_PX / math.hypot(*self.size)
+        scale = px_at_384x256(self.size)
         rows: dict[str, Any] = {}
         for name, row in self.config.table.items():
             arms = {arm: figures(self.clip_scores(name, arm), scale) for arm in self.config.arms}
             rows[name] = {**asdict(row), "arms": arms, "frechet": self._frechet(name, row)}
-        first = next(iter(rows.values()))["arms"]
-        named = {key: first[arm][metric] for key, (arm, metric) in _NAMED.items() if arm in first}
-        if both := [arm for arm in ("camera", "object") if arm in first]:
-            name = next(iter(rows))
-            scores = [score for arm in both for score in self.clip_scores(name, arm)]
-            for metric in ("first_frame_psnr", "first_frame_ssim", "coverage"):
-                named[metric] = asdict(motion.summarise([_number(score[metric]) for score in scores]))
-        for arm in first:
-            if arm.startswith("object_free_"):
-                named[f"leak_{arm}"], named[f"obj_mc_{arm}"] = first[arm]["leak"], first[arm]["error"]
-        own = self._own_scores()
-        return _plain(
+        first = next(iter(rows))
+        named = named_figures(rows[first]["arms"], {arm: self.clip_scores(first, arm) for arm in self.config.arms})
+        return plain(
             {
                 **{key: figure["mean"] for key, figure in named.items()},
                 "intervals": named,
                 "rows": rows,
-                "tracker_on_the_true_clips": own,
+                "tracker_on_the_true_clips": self._own_scores(),
                 "settings": {
                     **asdict(self.config),
                     "size": self.size,
@@ -351,127 +321,15 @@ class Evaluation:
         return found
 
     def _reference(self) -> Iterator[NDArray[np.uint8]]:
-        config = self.config
-        if config.reference is None:
-            yield from reference_clips(config, self.size, self.num_frames)
+        stride = self.config.reference_stride
+        if self.config.reference is None:
+            yield from reference_clips(self.config, self.size, self.num_frames)
             return
-        needed = (self.num_frames - 1) * config.reference_stride + 1
         for path in self._reference_paths():
-            frames = list(islice(iio.imiter(path, plugin="FFMPEG"), needed))[:: config.reference_stride]
-            if len(frames) < self.num_frames:
-                raise ValueError(
-                    f"{path} has fewer than the {needed} frames that are needed; take it out of the folder"
-                )
-            yield np.stack([_cover(frame, self.size) for frame in frames])
+            yield read_reference(path, self.size, self.num_frames, stride)
 
     def _reference_paths(self) -> list[Path]:
         return sorted(Path(self.config.reference or "").rglob("*.mp4"))[: self.config.num_reference]
-
-
-def measure(
-    request: Request, video: NDArray[np.uint8], tracker: Tracker, clip: ClipScorer | None = None
-) -> dict[str, Any]:
-    """Metrics of one video, or of the clip itself to learn the tracker's own error.
-
-    Returns:
-        error, error_all_points, still, leak: pixels; coverage, background_coverage: shares; first_frame_psnr (dB),
-        first_frame_ssim; clip_text, clip_consistency if there is a scorer; tracked (N, T, 2) and followed (N, T) lists.
-
-    Raises:
-        ValueError: The video has another shape than what was asked for.
-    """
-    expected = (request.trajectories.num_frames, *request.image.shape)
-    if video.shape != expected:
-        raise ValueError(f"{request.key}: expected a video of shape {expected}, got {video.shape}")
-    wanted = request.trajectories.points.numpy()
-    visible = request.trajectories.visible.numpy()
-    tracked, followed = tracker.track(video, wanted[:, 0])
-    rest, rest_followed = tracker.track(video, request.background)
-    score: dict[str, Any] = {
-        "error": motion.trajectory_error(wanted, tracked, visible & followed),
-        "error_all_points": motion.trajectory_error(wanted, tracked, visible),
-        "still": motion.still_error(wanted, visible),
-        "leak": motion.displacement(rest, rest_followed),
-        "coverage": motion.coverage(followed, visible),
-        "background_coverage": motion.coverage(rest_followed, np.ones_like(rest_followed)),
-        "first_frame_psnr": motion.psnr(video[0] / 255, request.image / 255),
-        "first_frame_ssim": ssim(video[0], request.image),
-    }
-    if clip is not None:
-        score["clip_text"], score["clip_consistency"] = clip(video, request.prompt)
-    return {**score, "tracked": np.round(tracked, 2).tolist(), "followed": followed.tolist()}
-
-
-def figures(scores: Sequence[Mapping[str, Any]], scale: float) -> dict[str, dict[str, float]]:
-    """Mean over the videos of an arm and its interval, for each metric.
-
-    Args:
-        scores: One a video.
-        scale: From pixels of the videos to pixels at 384 x 256, by the diagonals.
-    """
-    found = {}
-    for metric in scores[0]:
-        if metric in ("key", "tracked", "followed", "made_with"):
-            continue
-        figure = asdict(motion.summarise([_number(score.get(metric)) for score in scores]))
-        found[metric] = figure
-        if metric in ("error", "error_all_points", "still", "leak"):
-            share = {key: figure[key] * scale for key in ("mean", "low", "high")}
-            found[f"{metric}_384x256"] = {**share, "n": figure["n"]}
-            diagonal = {key: value / _PAPER_DIAGONAL_PX for key, value in share.items()}
-            found[f"{metric}_of_diagonal"] = {**diagonal, "n": figure["n"]}
-    return found
-
-
-def read_video(path: Path, size: tuple[int, int], num_frames: int) -> NDArray[np.uint8]:
-    """Frames (T, H, W, 3) of a file, resized to `size` if it has another one: by area if larger, else bicubic.
-
-    Raises:
-        ValueError: It cannot be read, is of another shape, or has not exactly `num_frames` frames.
-    """
-    try:
-        frames = iio.imread(path, plugin="FFMPEG")
-    except Exception as error:  # Whatever ffmpeg and its wrapper raise.
-        raise ValueError(f"{path} cannot be read as a video: {str(error).strip().splitlines()[-1]}") from error
-    if len(frames) != num_frames:
-        raise ValueError(f"{path} has {len(frames)} frames, {num_frames} were asked for; a video is not cut to fit")
-    height, width = frames.shape[1:3]
-    if abs(width / height * size[1] / size[0] - 1) > _SAME_ASPECT:
-        raise ValueError(f"{path} is {width}x{height}, which is not the shape of {size[0]}x{size[1]}")
-    return np.stack([_resize(frame, size) for frame in frames])
-
-
-def _resize(frame: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    if frame.shape[1::-1] == size:
-        return frame
-    larger = frame.shape[1] > size[0]
-    return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA if larger else cv2.INTER_CUBIC), np.uint8)
-
-
-def _cover(frame: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The centre of a frame in the shape of `size`, resized to it."""
-    height, width = frame.shape[:2]
-    scale = max(size[0] / width, size[1] / height)
-    w, h = min(width, round(size[0] / scale)), min(height, round(size[1] / scale))
-    x, y = (width - w) // 2, (height - h) // 2
-    return _resize(np.ascontiguousarray(frame[y : y + h, x : x + w]), size)
-
-
-def _thumbnail(image: NDArray[np.uint8]) -> NDArray[np.float64]:
-    return cv2.resize(image, (16, 16), interpolation=cv2.INTER_AREA).astype(np.float64) / 255
-
-
-def _number(value: Any) -> float:
-    return float("nan") if value is None else float(value)
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no word for NaN and infinity: null."""
-    if isinstance(value, Mapping):
-        return {key: _plain(member) for key, member in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(member) for member in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write(path: Path, text: str) -> None:
