@@ -64,6 +64,10 @@ class Evaluation:
         self.size, self.num_frames = self._shape()
         kinds: set[RequestSet] = {arm.requests for arm in config.arms.values()}
         self.requests = {kind: build_requests(config, kind, self.size, self.num_frames) for kind in sorted(kinds)}
+        self.thumbnails = {
+            kind: np.stack([thumbnail(request.image) for request in requests])
+            for kind, requests in self.requests.items()
+        }
         for name, row in config.table.items():
             if row.videos is not None:
                 self._check_videos(name, row)
@@ -148,10 +152,9 @@ class Evaluation:
 
     def _check_first_frame(self, path: Path, kind: RequestSet, request: Request, frame: NDArray[np.uint8]) -> None:
         """Refuses a video that begins with another request's picture: the names are mixed up."""
-        seen = thumbnail(frame)
-        distances = [float(np.abs(thumbnail(other.image) - seen).mean()) for other in self.requests[kind]]
-        nearest = int(np.argmin(distances))
-        if 2 * distances[nearest] + 0.02 < float(np.abs(thumbnail(request.image) - seen).mean()):
+        distances = np.abs(self.thumbnails[kind] - thumbnail(frame)).mean(axis=(1, 2, 3))
+        nearest = int(distances.argmin())
+        if 2 * distances[nearest] + 0.02 < np.abs(thumbnail(request.image) - thumbnail(frame)).mean():
             raise ValueError(
                 f"{path} begins with the picture of {self.requests[kind][nearest].key}, not of {request.key}; "
                 "are the names mixed up?"
