@@ -1,6 +1,7 @@
 """An evaluation: videos are made where they are missing, each is scored, and the scores become figures.
 
-    OUTPUT/videos/ROW/ARM/KEY.mp4    what a model made, and KEY.json, what it was asked
+    OUTPUT/requests/SET/KEY.png      first frame; KEY.json trajectories; prompts.json: for other methods
+    OUTPUT/videos/ROW/ARM/KEY.mp4    what a model made, and KEY.json, how
     OUTPUT/scores/ROW/ARM/KEY.json   what was measured on one video
     OUTPUT/results.json              the figures
 
@@ -78,6 +79,8 @@ class Evaluation:
         if config.tracker == "cotracker":
             self.tracker = CoTracker(config.cotracker, device=self.device)
         (output / "scores").mkdir(parents=True, exist_ok=True)
+        if self.state.is_main_process:
+            self._write_requests()
 
     def run(self) -> dict[str, Any] | None:
         """Makes what is missing, scores it, and returns the record of results.json; None but in the first process."""
@@ -160,6 +163,16 @@ class Evaluation:
                 "are the names mixed up?"
             )
 
+    def _write_requests(self) -> None:
+        for kind, requests in self.requests.items():
+            folder = self.output / "requests" / kind
+            folder.mkdir(parents=True, exist_ok=True)
+            for request in requests:
+                if not (folder / f"{request.key}.json").exists():
+                    Image.fromarray(request.image).save(folder / f"{request.key}.png")
+                    request.trajectories.save(folder / f"{request.key}.json")
+            _write(folder / "prompts.json", json.dumps({r.key: r.prompt for r in requests}, indent=1))
+
     def _claim(self, name: str, row: Row) -> None:
         """Refuses to go on with videos that were made with other settings."""
         config = self.config
@@ -173,15 +186,17 @@ class Evaluation:
         if config.motions == "presets":  # Seeds count the requests.
             settings |= {"presets": [config.camera_presets, config.object_presets]}
             settings |= {"keys": [r.key for r in next(iter(self.requests.values()))] if config.images else None}
-        text = json.dumps(settings, indent=1, default=str)
+        settings |= {f"arm {arm}": asdict(asked) for arm, asked in config.arms.items()}
+        new: dict[str, Any] = json.loads(json.dumps(settings, default=str))
         record = self.output / "videos" / name / "made_with.json"
-        if record.exists() and record.read_text() != text:
-            old, new = json.loads(record.read_text()), json.loads(text)
-            changed = ", ".join(key for key in new if old.get(key) != new[key])
-            raise ValueError(f"{record.parent} was made with other settings ({changed}); name another --output")
+        old = json.loads(record.read_text()) if record.exists() else {}
+        if changed := [key for key in new if key in old and old[key] != new[key]]:
+            raise ValueError(
+                f"{record.parent} was made with other settings ({', '.join(changed)}); name another --output"
+            )
         self.state.wait_for_everyone()
         if self.state.is_main_process:
-            _write(record, text)
+            _write(record, json.dumps({**old, **new}, indent=1))
 
     # -- videos
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from imageconductor import config as config_file
+from imageconductor.conditioning import Trajectories, camera_preset
 from imageconductor.evaluation.config import Arm, EvaluateConfig, Row
 from imageconductor.evaluation.protocol import Evaluation
 from imageconductor.evaluation.report import latex, markdown
@@ -211,8 +213,13 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(tiny_model, tmp_path, mon
             assert arm.pop("seconds")["mean"] > 0
     assert resumed["rows"] == undisturbed["rows"]
 
+    asked = Trajectories.load(tmp_path / "cut" / "requests" / "camera" / "scene-1_zoom-in.json", num_frames=4)
+    assert torch.equal(asked.points, camera_preset("zoom-in", (32, 32), 4).points)
+
     with pytest.raises(ValueError, match=r"made with other settings \(num_inference_steps\)"):
         Evaluation(tiny(tiny_model, num_inference_steps=3), tmp_path / "cut").run()
+    with pytest.raises(ValueError, match=r"made with other settings \(arm object\)"):
+        Evaluation(tiny(tiny_model, arms={"object": Arm("object", "base")}), tmp_path / "cut").run()
     more = {"again": Row(videos=str(tmp_path / "cut" / "videos" / "tiny"))}
     both = figures_of(tiny(tiny_model, rows=more), tmp_path / "cut")["rows"]
     assert not made[1:], "a further row makes no video again"
