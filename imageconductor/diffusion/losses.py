@@ -8,45 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 OrthogonalTarget = Literal["identity", "zero"]
-CHANGED = 0.5  # Mean absolute difference over the channels of a latent cell; a still background stays below 0.2.
 
 
-def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error over all elements, in float32: Eq. 1 on camera-only data, Eq. 3 on mixed data.
 
     Args:
         prediction: (B, C, T, h, w), eps_theta(x_t, t, c), or v where the scheduler predicts v.
         target: (B, C, T, h, w), the noise (or v).
-        weight: of the elements, anything that broadcasts, mean 1 (`change_weight`); None = all alike, the paper's loss.
 
     Raises:
         ValueError: The shapes differ; broadcasting would hide it.
     """
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
-    if weight is None:
-        return F.mse_loss(prediction.float(), target.float())
-    return (weight * (prediction.float() - target.float()).square()).mean()
-
-
-def change_weight(x_0: Tensor, emphasis: float) -> Tensor:
-    """How much the elements of a clip count: those that differ from frame 0 `1 + emphasis` times as much as the others.
-
-    A weight moves no minimum of a squared error. It only says where a small network spends itself: a sprite that moves
-    before a still background is 5 % of the picture.
-
-    Args:
-        x_0: (B, C, T, h, w), clean latents of about unit variance.
-        emphasis: 0 = all alike.
-
-    Returns:
-        (B, 1, T, h, w), mean 1 in every clip.
-
-    Source: ours, for the bundled model (docs/decisions.md, 25).
-    """
-    changed = (x_0 - x_0[:, :, :1]).abs().mean(1, keepdim=True) > CHANGED
-    weight = 1 + emphasis * changed.to(x_0.dtype)
-    return weight / weight.mean((1, 2, 3, 4), keepdim=True)
+    return F.mse_loss(prediction.float(), target.float())
 
 
 def orthogonal_loss(pairs: Iterable[tuple[Tensor, Tensor]], target: OrthogonalTarget = "identity") -> Tensor:

@@ -89,8 +89,6 @@ class TrainConfig(LoopConfig):
     image_dropout: float = 0.0
     steered: bool = False  # foundation: a motion ControlNet learns along, so that the UNet can be steered
     motion_dropout: float = 0.25  # of that ControlNet, per clip
-    # By how much more what differs from frame 0 counts in the loss (docs/decisions.md, 25); 0 = the paper's loss.
-    change_emphasis: float = 0.0
     lora_rank: int = 64  # = alpha, as the release
     lora_targets: Literal["all", "linear"] = "all"  # the release adapts convolutions too, the paper says linear
     orthogonal_weight: float = 0.1  # lambda on Eq. 4; the paper does not give it
@@ -107,8 +105,6 @@ class TrainConfig(LoopConfig):
             raise ValueError(f"max_tracks and lora_rank must be at least 1, got {self.max_tracks}, {self.lora_rank}")
         if self.data and self.preview_every and not self.preview_data:
             raise ValueError("previews show clips that are not trained on: set preview_data, or preview_every=0")
-        if self.change_emphasis < 0:
-            raise ValueError(f"change_emphasis must not be negative, got {self.change_emphasis}")
         if self.shuffle_shards < 1:
             raise ValueError(f"shuffle_shards must be at least 1, got {self.shuffle_shards}")
         for name in ("text_dropout", "image_dropout", "motion_dropout", "horizontal_flip"):

@@ -122,7 +122,7 @@ def train(
             with accelerator.no_sync(denoise) if micro + 1 < config.gradient_accumulation_steps else nullcontext():
                 with accelerator.autocast():
                     prediction = denoise(x_t, t, condition)  # eps_theta(x_t, t, c)
-                losses = stage.loss_terms(prediction.float(), target, x_0)  # Eq. 1 | Eq. 3 + lambda * Eq. 4
+                losses = stage.loss_terms(prediction.float(), target)  # Eq. 1 | Eq. 3 + lambda * Eq. 4
                 total = torch.stack(list(losses.values())).sum() / config.gradient_accumulation_steps
                 _check_finite(total, state.step, accelerator.process_index, batch["key"])
                 accelerator.backward(total)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from imageconductor.conditioning.first_frame import first_frame_condition
 from imageconductor.conditioning.flow_map import flow_map
 from imageconductor.data.tracks import sample_sparse
-from imageconductor.diffusion.losses import change_weight, denoising_loss, orthogonal_loss
+from imageconductor.diffusion.losses import denoising_loss, orthogonal_loss
 from imageconductor.models.controlnets import Residuals
 from imageconductor.models.lora import (
     Adapter,
@@ -128,10 +128,9 @@ class Stage(nn.Module):
         motion = self.motion_controlnet(t, condition.text, condition.flow)
         return self.unet.decode(features, image + motion)
 
-    def loss_terms(self, prediction: Tensor, target: Tensor, x_0: Tensor) -> dict[str, Tensor]:
+    def loss_terms(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Weighted terms by name; their sum is minimised."""
-        emphasis = self.config.change_emphasis
-        return {"denoising": denoising_loss(prediction, target, change_weight(x_0, emphasis) if emphasis else None)}
+        return {"denoising": denoising_loss(prediction, target)}
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What learns, by name."""
@@ -228,9 +227,9 @@ class ObjectStage(Stage):
         if config.orthogonal_linear_only:
             self.pairs = [(c, o) for c, o in self.pairs if c.dim() == 2]
 
-    def loss_terms(self, prediction: Tensor, target: Tensor, x_0: Tensor) -> dict[str, Tensor]:
+    def loss_terms(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """L_mixed and lambda * L_ortho."""
-        terms = super().loss_terms(prediction, target, x_0)
+        terms = super().loss_terms(prediction, target)
         if self.config.orthogonal_weight:
             loss = orthogonal_loss(self.pairs, self.config.orthogonal_target)
             terms["orthogonal"] = self.config.orthogonal_weight * loss

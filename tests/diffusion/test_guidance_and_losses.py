@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from imageconductor.diffusion.guidance import camera_free_guidance, classifier_free_guidance
-from imageconductor.diffusion.losses import change_weight, denoising_loss, orthogonal_loss
+from imageconductor.diffusion.losses import denoising_loss, orthogonal_loss
 
 
 def test_guidance_at_scale_one_is_the_conditional_output():
@@ -43,19 +43,6 @@ def test_equation_4_teaches_the_object_lora_alone():
     assert camera.grad is None
     assert obj.grad is not None
     assert obj.grad.any()
-
-
-def test_what_differs_from_frame_0_counts_more_and_a_clip_as_much_as_before():
-    x_0 = torch.zeros(2, 4, 3, 2, 5)
-    x_0[0, :, 1:, 0, 0] = 2.0  # 2 of the 30 cells of the first clip
-    weight = change_weight(x_0, 4.0)
-    assert weight.shape == (2, 1, 3, 2, 5)
-    torch.testing.assert_close(weight.mean((1, 2, 3, 4)), torch.ones(2))
-    assert weight[0, 0, 1, 0, 0] / weight[0, 0, 0, 0, 0] == pytest.approx(5)
-    assert (weight[1] == 1).all()
-    error = torch.randn(2, 4, 3, 2, 5)
-    expected = (weight * error**2).sum() / error.numel()
-    torch.testing.assert_close(denoising_loss(error, torch.zeros_like(error), weight), expected)
 
 
 def test_losses_refuse_what_does_not_fit():
