@@ -171,10 +171,10 @@ def assemble(recipe: SpriteRecipe, runs: Path, sources: dict[str, Path]) -> None
     width, height = recipe.world.size
     defaults = {"width": width, "height": height, "num_frames": recipe.world.num_frames, **recipe.sampling}
     pipe = ImageConductorPipeline(**vars(networks), sampling_defaults=defaults)
-    pipe.provenance = {
-        f"training/{Path(path).stem}.yaml": (runs / Path(path).stem / "config.yaml").read_text()
-        for path in [*recipe.foundation, *recipe.stages]
-    }
+    before = sorted((Path(recipe.start) / "training").glob("*.yaml")) if recipe.start is not None else []
+    configs = [runs / Path(path).stem / "config.yaml" for path in [*recipe.foundation, *recipe.stages]]
+    pipe.provenance = {f"training/{path.name}": path.read_text() for path in before}
+    pipe.provenance |= {f"training/{path.parent.name}.yaml": path.read_text() for path in configs}
 
     output = Path(recipe.output)
     temporary, old = output.with_name(f".{output.name}.new"), output.with_name(f".{output.name}.old")

@@ -229,27 +229,28 @@ def test_kills_lose_and_repeat_nothing(videos, curated, tmp_path):
     assert content(tmp_path / "out") == content(curated)
 
 
-def test_batches_of_clips_change_nothing(tmp_path):
-    """CoTracker, whose stand-in looks at the clip, with clips one by one and in threes."""
+@pytest.fixture
+def ray():
+    ray = pytest.importorskip("ray")
+    yield ray
+    ray.shutdown()
+
+
+def test_batches_and_actors_change_nothing(ray, tmp_path):
+    """CoTracker, whose stand-in looks at the clip, with clips one by one, in threes, and by an actor of Ray."""
     footage.cotracker(tmp_path / "clone")
     (tmp_path / "videos").mkdir()
     for seed in range(4):
         footage.write(tmp_path / "videos" / f"{seed}.mp4", footage.pan(seed, 40, (1 + seed, 0)))
     network = ["tracker=cotracker", f"cotracker={tmp_path / 'clone'}", "device=cpu", "drop_share=0", "workers=1"]
     network += ["min_tracked=0"]
-    for size in (1, 3):
-        assert command(*settings(tmp_path / "videos", tmp_path / f"out{size}", f"batch_size={size}", *network)) == 0
-    alone, together = content(tmp_path / "out1"), content(tmp_path / "out3")
-    assert alone == together
+    ways = (["batch_size=1"], ["batch_size=3"], ["batch_size=3", "executor=ray"])
+    for number, way in enumerate(ways):
+        assert command(*settings(tmp_path / "videos", tmp_path / f"out{number}", *network, *way)) == 0
+    alone, together, by_ray = (content(tmp_path / f"out{number}") for number in range(3))
+    assert alone == together == by_ray
     assert {row["tracker"] for row in alone[0]} == {"cotracker3_offline"}
     assert len({row["track_length_px"] for row in alone[0]}) > 1
-
-
-@pytest.fixture
-def ray():
-    ray = pytest.importorskip("ray")
-    yield ray
-    ray.shutdown()
 
 
 def test_ray_makes_the_same_though_its_workers_are_killed(ray, videos, curated, tmp_path):
