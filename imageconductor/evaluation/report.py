@@ -59,7 +59,10 @@ def write_report(evaluation: Evaluation, record: dict[str, Any], folder: Path) -
     tables = [_table_1(record), _arms(record)]
     (folder / "report.html").write_text(
         page.render(
-            sections=sections, tables=[table for table in tables if table], note=_NOTE, settings=record["settings"]
+            sections=sections,
+            tables=[table for table in tables if table],
+            notes=_notes(record),
+            settings=record["settings"],
         ),
         encoding="utf-8",
     )
@@ -75,7 +78,9 @@ def markdown(record: dict[str, Any]) -> str:
             + "\n".join("| " + " | ".join(line) + " |" for line in lines[1:])
             for lines in tables
         )
-        + f"\n\n{_NOTE}\n"
+        + "\n\n"
+        + "\n\n".join(_notes(record))
+        + "\n"
     )
 
 
@@ -121,12 +126,21 @@ def _arms(record: dict[str, Any]) -> list[list[str]]:
             }
             cells = [_cell(found[key], digits.get(key, 2)) if key in found else "–" for key in shown]
             lines.append([name, arm, *cells, str(found["coverage"]["n"])])
-        for key, distance in row["frechet"].items():
-            if key == "frechet_small":
-                arms = " and ".join(record["settings"]["frechet_arms"])
-                cells = [f"Fréchet distance of the embedded small extractor: {distance['value']:.4f}"]
-                lines.append([name, arms, *cells, *["–"] * (len(shown) - 1), str(distance["num_generated"])])
     return lines
+
+
+def _notes(record: dict[str, Any]) -> list[str]:
+    """How the figures are meant, and each Fréchet distance with its samples; the embedded one never as FID or FVD."""
+    names = {"fid": "FID", "fvd": "FVD", "frechet_small": "Fréchet distance of the embedded extractor"}
+    return [
+        _NOTE,
+        *(
+            f"{name}: {names[key]} {distance['value']:.4g}, {distance['num_generated']} samples against "
+            f"{distance['num_reference']} of {distance['reference']}."
+            for name, row in record["rows"].items()
+            for key, distance in row["frechet"].items()
+        ),
+    ]
 
 
 def _cell(figure: dict[str, Any], digits: int = 2) -> str:
@@ -218,9 +232,9 @@ figcaption { font-size: 12.5px; } .quiet { color: #69707f; } pre { font-size: 12
 <tr>{% for cell in lines[0] %}<th>{{ cell }}</th>{% endfor %}</tr>
 {% for line in lines[1:] %}<tr>{% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>{% endfor %}
-<p class="quiet">{{ note }}</p>
+{% for note in notes %}<p class="quiet">{{ note }}</p>{% endfor %}
 <p>In the videos: coloured lines and dots are what was asked for; a white ring is where the tracker sees the point,
-a black one where it lost it. The largest errors come first.</p>
+a black one where it lost it. The largest errors come first; they are in pixels of the video.</p>
 {% for section in sections %}<h2>{{ section.row }}: {{ section.arm }}</h2>
 <div class="videos">{% for video in section.videos %}<figure>
 <video src="{{ video.src }}" loop muted autoplay playsinline controls preload="metadata"></video>

@@ -248,6 +248,8 @@ def test_two_processes_measure_what_one_does(tiny_model, tmp_path):
             del arm["seconds"]
     assert one["rows"] == two["rows"]
     page = (tmp_path / "one" / "report.html").read_text()
+    assert "tiny: Fréchet distance of the embedded extractor " in page
+    assert ", 6 samples against 4 of sprite world." in (tmp_path / "one" / "table.md").read_text()
     for source in ("report/tiny/camera/scene-0_pan-left.mp4", "report/tiny/object/scene-2_arc.mp4"):
         assert source in page
         assert (tmp_path / "one" / source).is_file()
