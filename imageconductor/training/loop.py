@@ -31,6 +31,9 @@ from imageconductor.training.stages import Stage
 logger = logging.getLogger(__name__)
 
 _CLIPS_BEFORE_JUDGING = 100  # One bad clip among the first few says nothing about the rest.
+# Kept to the end of the process. DDP would hold the last reference and drop it with the GIL in hand, while
+# a thread of gloo waits for the GIL to let go of the last barrier: a process that never ends.
+_PROCESS_GROUPS: list[Any] = []
 
 
 @dataclass
@@ -170,6 +173,8 @@ def train(
         checkpointing.save_result(output, stage.save)
         record.close()
     accelerator.wait_for_everyone()
+    if torch.distributed.is_initialized():
+        _PROCESS_GROUPS.append(torch.distributed.group.WORLD)
     accelerator.end_training()
     return state
 
