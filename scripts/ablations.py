@@ -17,17 +17,11 @@ from typing import Any
 import numpy as np
 
 from imageconductor import config as config_file
-from imageconductor.evaluation.config import EvaluateConfig, Row
+from imageconductor.evaluation.config import Arm, EvaluateConfig, Row
+from imageconductor.evaluation.files import write_text
 from imageconductor.training.config import StageName, TrainConfig
 
-_FIGURES = {
-    "CamMC": ("camera", "error"),
-    "ObjMC": ("object", "error"),
-    "leak, object LoRA": ("object", "leak"),
-    "leak, camera LoRA": ("object_as_camera", "leak"),
-    "coverage, camera": ("camera", "coverage"),
-    "coverage, object": ("object", "coverage"),
-}
+_METRICS = {"camera": ("error", "coverage"), "object": ("error", "leak", "coverage")}  # of an arm, by what it is asked
 
 
 @dataclass(frozen=True)
@@ -50,6 +44,7 @@ class AblationConfig:
     seeds: list[int] = field(default_factory=lambda: [0, 1])
     output: str = "runs/ablations"
     evaluation: str = "configs/evaluate/sprites.yaml"
+    arms: list[str] = field(default_factory=list)  # of its arms, which are measured; none = all
     evaluation_settings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -73,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             for seed in config.seeds
             for name, variant in config.variants.items()
         }
-        evaluation = config_file.load(EvaluateConfig, Path(config.evaluation), config.evaluation_settings)
+        evaluation = measured(config)
         fresh = fresh_motion_controlnet(config) if config.fresh_motion_controlnet else None
         rows = {}
         for name, plan in plans.items():
@@ -82,8 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    table = format_table(config, record)
-    (output / "ablations.md").write_text(table)
+    table = format_table(config, evaluation.arms, record)
+    write_text(output / "ablations.md", table)
     print(table)
     return 0
 
@@ -116,6 +111,19 @@ def stage_configs(config: AblationConfig, variant: Variant, seed: int) -> dict[s
         digest.update(json.dumps([name, asdict(base)], default=str).encode())
         plan[name] = replace(base, output=str(Path(config.output) / "stages" / f"{name}-{digest.hexdigest()[:12]}"))
     return plan
+
+
+def measured(config: AblationConfig) -> EvaluateConfig:
+    """The evaluation, with those of its arms that are asked for.
+
+    Raises:
+        ValueError: It has no such arm.
+    """
+    evaluation = config_file.load(EvaluateConfig, Path(config.evaluation), config.evaluation_settings)
+    if unknown := sorted(set(config.arms) - set(evaluation.arms)):
+        raise ValueError(f"{config.evaluation} has no arm {', '.join(unknown)}; it has {', '.join(evaluation.arms)}")
+    arms = {name: arm for name, arm in evaluation.arms.items() if name in config.arms or not config.arms}
+    return replace(evaluation, arms=arms)
 
 
 def fresh_motion_controlnet(config: AblationConfig) -> str:
@@ -171,32 +179,31 @@ def trained_model(config: AblationConfig, name: str, plan: Mapping[str, TrainCon
 
 def evaluated(config: EvaluateConfig, output: Path) -> dict[str, Any]:
     """The figures of all models."""
-    from tqdm.auto import tqdm
-
     from imageconductor.evaluation.protocol import Evaluation
     from imageconductor.evaluation.report import write_report
 
-    evaluation = Evaluation(config, output, lambda jobs, title: tqdm(jobs, desc=title, disable=not jobs))
+    evaluation = Evaluation(config, output)
     record = evaluation.run()
     if record is None:
         raise ValueError("ablations run in one process; the stages and evaluate.py take several")
     write_report(evaluation, record, output)
-    (output / "results.json").write_text(json.dumps(record, indent=1))
     return record
 
 
-def format_table(config: AblationConfig, record: dict[str, Any]) -> str:
+def format_table(config: AblationConfig, arms: Mapping[str, Arm], record: dict[str, Any]) -> str:
     """Markdown: a row a variant; mean over the seeds and, in brackets, the lowest and highest of them."""
-    lines = ["| variant | " + " | ".join(_FIGURES) + " |", "|---" * (len(_FIGURES) + 1) + "|"]
+    columns = [(name, metric) for name, arm in arms.items() for metric in _METRICS[arm.requests]]
+    titles = [f"{arm.replace('_', ' ')}: {metric}" for arm, metric in columns]
+    lines = ["| variant | " + " | ".join(titles) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in config.variants:
         cells = []
-        for arm, metric in _FIGURES.values():
-            found = [record["rows"][f"{name}-{seed}"]["arms"].get(arm, {}).get(metric) for seed in config.seeds]
-            values = [figure["mean"] for figure in found if figure is not None and figure["mean"] is not None]
+        for arm, metric in columns:
+            found = [record["rows"][f"{name}-{seed}"]["arms"][arm][metric]["mean"] for seed in config.seeds]
+            values = [value for value in found if value is not None]
             cells.append(f"{np.mean(values):.2f} ({min(values):.2f} .. {max(values):.2f})" if values else "–")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     seeds = ", ".join(map(str, config.seeds))
-    return "\n".join(lines) + f"\n\nPixels of the videos; mean and range over seeds {seeds}.\n"
+    return "\n".join(lines) + f"\n\nErrors and leaks in pixels of the videos; mean and range over seeds {seeds}.\n"
 
 
 if __name__ == "__main__":

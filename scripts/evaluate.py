@@ -8,11 +8,8 @@ videos first, and contact sheets. Run it again after an interruption, or with on
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-
-from tqdm.auto import tqdm
 
 from imageconductor import config as config_file
 from imageconductor.evaluation.config import EvaluateConfig
@@ -30,24 +27,17 @@ def main(argv: list[str] | None = None) -> int:
 
     output: Path = args.output
     try:
-        evaluation = Evaluation(config, output, progress)
+        evaluation = Evaluation(config, output)
         record = evaluation.run()
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if record is not None:
         write_report(evaluation, record, output)
-        temporary = output / ".results.json"
-        temporary.write_text(json.dumps(record, indent=1))
-        temporary.replace(output / "results.json")
         print(markdown(record))
         print(output / "report.html")
+    evaluation.state.destroy_process_group()
     return 0
-
-
-def progress(jobs, title: str):
-    """A bar over jobs."""
-    return tqdm(jobs, desc=title, dynamic_ncols=True, disable=not jobs)
 
 
 if __name__ == "__main__":

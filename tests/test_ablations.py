@@ -1,35 +1,46 @@
 """Variants of the stages, side by side."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from imageconductor import config as config_file
-from scripts.ablations import AblationConfig, Variant, main, stage_configs
+from scripts.ablations import AblationConfig, Variant, main, measured, stage_configs
 
-RECIPE = Path("configs/ablations/sprites.yaml")
+RECIPES = Path("configs/ablations")
+
+
+def plans(recipe, seed=0):
+    config = config_file.load(AblationConfig, RECIPES / recipe)
+    return {name: stage_configs(config, variant, seed) for name, variant in config.variants.items()}
+
+
+def outputs(plan):
+    return {name: settings.output for name, settings in plan.items()}
 
 
 def test_variants_share_the_stages_in_which_they_do_not_differ():
-    config = config_file.load(AblationConfig, RECIPE)
-    reference, off, sparse, linear = (
-        stage_configs(config, config.variants[name], 0)
-        for name in ("reference", "orthogonal_off", "sparse_only", "linear_only")
-    )
-
-    def outputs(plan):
-        return {name: settings.output for name, settings in plan.items()}
-
+    found = plans("loras_sprites.yaml")
+    reference, off, linear = (found[name] for name in ("orthogonal_identity", "orthogonal_off", "linear_only"))
     shared = {name for name in reference if outputs(reference)[name] == outputs(off)[name]}
-    assert shared == {"motion_controlnet_dense", "motion_controlnet_sparse", "camera_lora"}
-    assert set(outputs(sparse).values()).isdisjoint(outputs(reference).values())
-    assert outputs(linear)["motion_controlnet_sparse"] == outputs(reference)["motion_controlnet_sparse"]
+    assert shared == {"camera_lora"}
     assert outputs(linear)["camera_lora"] != outputs(reference)["camera_lora"]
-    other = stage_configs(config, config.variants["reference"], 1)
+    other = plans("loras_sprites.yaml", seed=1)["orthogonal_identity"]
     assert set(outputs(other).values()).isdisjoint(outputs(reference).values())
-    steps = [sum(settings.max_steps for settings in plan.values()) for plan in (reference, off, sparse, linear)]
-    assert len(set(steps)) == 1, "equal budgets"
-    assert off["object_lora"].orthogonal_weight == 0
+    assert (reference["object_lora"].orthogonal_weight, off["object_lora"].orthogonal_weight) == (0.1, 0)
+    dense_first, sparse = plans("dense_first_sprites.yaml").values()
+    assert set(outputs(sparse).values()).isdisjoint(outputs(dense_first).values())
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.iterdir()))
+def test_variants_have_equal_budgets_and_arms_that_exist(recipe):
+    steps = {sum(settings.max_steps for settings in plan.values()) for plan in plans(recipe).values()}
+    assert len(steps) == 1
+    config = config_file.load(AblationConfig, RECIPES / recipe)
+    assert list(measured(config).arms) == config.arms
+    with pytest.raises(ValueError, match="has no arm objects; it has camera, "):
+        measured(replace(config, arms=["objects"]))
 
 
 def test_two_variants_are_trained_and_measured(tiny_model, tmp_path, capsys):
@@ -42,10 +53,11 @@ def test_two_variants_are_trained_and_measured(tiny_model, tmp_path, capsys):
         f"model: {tiny_model}\noutput: {tmp_path / 'out'}\nfresh_motion_controlnet: true\nseeds: [0]\n"
         "stages:\n" + "".join(f"  {s}: configs/train/sprites/{s}.yaml\n" for s in stages) + f"settings: {settings}\n"
         "variants:\n  reference: {}\n  without: {settings: [object_lora.orthogonal_weight=0]}\n"
-        "evaluation_settings: [num_scenes=1, num_inference_steps=1, device=cpu]\n"
+        "arms: [camera, object]\nevaluation_settings: [num_scenes=1, num_inference_steps=1, device=cpu]\n"
     )
     assert main(["--config", str(recipe)]) == 0
     table = (tmp_path / "out" / "ablations.md").read_text()
+    assert "| variant | camera: error | camera: coverage | object: error | object: leak | object: coverage |" in table
     assert "| reference | " in table
     assert "| without | " in table
     assert len(list((tmp_path / "out" / "stages").iterdir())) == 4, "two stages are shared"

@@ -177,4 +177,6 @@ def _metric(network: nn.Module, device: str) -> Any:
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ImportError as error:
         raise ValueError("Fréchet distances need torchmetrics: pip install -e '.[metrics]'") from error
-    return FrechetInceptionDistance(feature=network, normalize=True).set_dtype(torch.float64).to(device)
+    # One process of an evaluation computes it; the others would never come to synchronise.
+    metric = FrechetInceptionDistance(feature=network, normalize=True, sync_on_compute=False)
+    return metric.set_dtype(torch.float64).to(device)

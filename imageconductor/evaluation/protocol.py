@@ -12,9 +12,8 @@ share the work by the number of the request. Figures come from the files alone, 
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -23,25 +22,30 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm.auto import tqdm
 
 from imageconductor.evaluation import motion
 from imageconductor.evaluation.appearance import ClipScorer, ssim
 from imageconductor.evaluation.config import Arm, EvaluateConfig, RequestSet, Row
+from imageconductor.evaluation.files import (
+    read_reference,
+    read_video,
+    remove_partial,
+    thumbnail,
+    write_text,
+    write_video,
+)
 from imageconductor.evaluation.frechet import frechet_distance
 from imageconductor.evaluation.requests import Request, build_requests, reference_clips
 from imageconductor.evaluation.scores import figures, measure, named_figures, plain, px_at_384x256
 from imageconductor.evaluation.trackers import CoTracker, LucasKanadeTracker, Tracker
-from imageconductor.evaluation.videos import read_reference, read_video, thumbnail
 from imageconductor.models.personalise import personalise
 from imageconductor.sampling.job import parse_lora
 from imageconductor.sampling.pipeline import ImageConductorPipeline, model_folder
-from imageconductor.sampling.video import to_uint8, watchable, write_mp4
-
-_FPS = 8
-
-Progress = Callable[[Sequence[Any], str], Any]
+from imageconductor.sampling.video import to_uint8, watchable
 
 
 class Evaluation:
@@ -50,16 +54,14 @@ class Evaluation:
     Args:
         config: What is measured.
         output: Folder to write, new or of the same evaluation.
-        progress: Wraps a list of jobs under a title, e.g. in a bar.
 
     Raises:
         ValueError, FileNotFoundError: In one line, whatever can be known to be wrong before the first video is made.
     """
 
-    def __init__(self, config: EvaluateConfig, output: Path, progress: Progress | None = None):
+    def __init__(self, config: EvaluateConfig, output: Path):
         self.config, self.output = config, output
-        self.state = PartialState()
-        self.progress: Progress = progress or (lambda jobs, _: jobs)
+        self.state = _processes(config.device)
         if output.exists() and any(output.iterdir()) and not (output / "scores").is_dir():
             raise ValueError(f"{output} exists and holds something else; name another --output")
         self.size, self.num_frames = self._shape()
@@ -78,9 +80,11 @@ class Evaluation:
         self.tracker: Tracker = LucasKanadeTracker()
         if config.tracker == "cotracker":
             self.tracker = CoTracker(config.cotracker, device=self.device)
-        (output / "scores").mkdir(parents=True, exist_ok=True)
         if self.state.is_main_process:
+            (output / "scores").mkdir(parents=True, exist_ok=True)
+            remove_partial(output)
             self._write_requests()
+        self.state.wait_for_everyone()
 
     def run(self) -> dict[str, Any] | None:
         """Makes what is missing, scores it, and returns the record of results.json; None but in the first process."""
@@ -171,7 +175,7 @@ class Evaluation:
                 if not (folder / f"{request.key}.json").exists():
                     Image.fromarray(request.image).save(folder / f"{request.key}.png")
                     request.trajectories.save(folder / f"{request.key}.json")
-            _write(folder / "prompts.json", json.dumps({r.key: r.prompt for r in requests}, indent=1))
+            write_text(folder / "prompts.json", json.dumps({r.key: r.prompt for r in requests}, indent=1))
 
     def _claim(self, name: str, row: Row) -> None:
         """Refuses to go on with videos that were made with other settings."""
@@ -196,7 +200,7 @@ class Evaluation:
             )
         self.state.wait_for_everyone()
         if self.state.is_main_process:
-            _write(record, json.dumps({**old, **new}, indent=1))
+            write_text(record, json.dumps({**old, **new}, indent=1))
 
     # -- videos
 
@@ -205,7 +209,7 @@ class Evaluation:
         if not jobs:
             return
         pipe = self._pipeline(row)
-        for arm_name, arm, batch in self.progress(jobs, f"{name}: videos"):
+        for arm_name, arm, batch in self._progress(jobs, f"{name}: videos"):
             started = time.perf_counter()
             frames = self._sample(pipe, arm, batch)
             seconds = (time.perf_counter() - started) / len(batch)
@@ -213,10 +217,8 @@ class Evaluation:
                 path = self.video_path(name, row, arm_name, request)
                 asked = {"prompt": request.prompt, "seed": request.seed, **asdict(arm), "seconds": round(seconds, 3)}
                 asked["batch"] = len(batch)
-                _write(path.with_suffix(".json"), json.dumps(asked, indent=1))
-                temporary = path.with_name(f".{path.stem}.{os.getpid()}.mp4")
-                write_mp4(temporary, watchable(video)[0], _FPS)
-                temporary.rename(path)
+                write_text(path.with_suffix(".json"), json.dumps(asked, indent=1))
+                write_video(path, watchable(video)[0])
 
     def _missing(self, name: str, row: Row) -> Iterator[tuple[str, Arm, list[Request]]]:
         for arm_name, arm in self.config.arms.items():
@@ -270,7 +272,7 @@ class Evaluation:
                 target = self.output / "scores" / name / arm_name / f"{request.key}.json"
                 if not target.exists() or json.loads(target.read_text()).get("made_with") != made:
                     jobs.append((path, target, arm.requests, request, made))
-        for path, target, kind, request, made in self.progress(jobs, f"{name}: scores"):
+        for path, target, kind, request, made in self._progress(jobs, f"{name}: scores"):
             video = self.read(path)
             if row.videos is not None:
                 self._check_first_frame(path, kind, request, video[0])
@@ -278,7 +280,7 @@ class Evaluation:
             beside = path.with_suffix(".json")
             if row.model is not None and beside.exists():
                 score["seconds"] = json.loads(beside.read_text())["seconds"]
-            _write(target, json.dumps({"key": request.key, **plain(score), "made_with": made}))
+            write_text(target, json.dumps({"key": request.key, **plain(score), "made_with": made}))
 
     # -- figures
 
@@ -302,6 +304,7 @@ class Evaluation:
                     "num_frames": self.num_frames,
                     "tracker": f"{self.tracker.name} {self.tracker.version}",
                     "px_at_384x256_per_px": scale,
+                    "num_processes": self.state.num_processes,
                 },
             }
         )
@@ -349,9 +352,11 @@ class Evaluation:
     def _reference_paths(self) -> list[Path]:
         return sorted(Path(self.config.reference or "").rglob("*.mp4"))[: self.config.num_reference]
 
+    def _progress(self, jobs: list[Any], title: str) -> Any:
+        return tqdm(jobs, desc=title, dynamic_ncols=True, disable=not jobs or not self.state.is_main_process)
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+
+def _processes(device: str | None) -> PartialState:
+    """The processes that share the work; accelerate takes several on a CPU for one each unless it is told."""
+    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return PartialState(cpu=device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not has_gpu)

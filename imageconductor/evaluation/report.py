@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 from jinja2 import Environment
 from numpy.typing import NDArray
 
+from imageconductor.evaluation.files import write_text, write_video
 from imageconductor.evaluation.protocol import Evaluation
 from imageconductor.evaluation.requests import Request
-from imageconductor.sampling.video import contact_sheet, draw_trajectories, watchable, write_mp4
+from imageconductor.sampling.video import contact_sheet, draw_trajectories, watchable
 
 PAPER_TABLE_1 = {
     "DragNUWA, as the paper has it": {"fid": 237.26, "fvd": 1283.85, "cam_mc": 48.72, "obj_mc": 51.24},
@@ -41,13 +42,12 @@ _NOTE = (
     "mean over videos, bootstrap 95 % interval. The paper does not say its tracker, its coverage or how lost points "
     "count, so its rows stand beside ours for orientation; videos of the sprite world are of another world and size."
 )
-_FPS = 8
 
 
 def write_report(evaluation: Evaluation, record: dict[str, Any], folder: Path) -> None:
-    """Writes table.md, table.tex, same_SET.png and report.html with its videos into a folder."""
-    (folder / "table.md").write_text(markdown(record), encoding="utf-8")
-    (folder / "table.tex").write_text(latex(record), encoding="utf-8")
+    """Writes results.json, table.md, table.tex, same_SET.png and report.html with its videos into a folder."""
+    write_text(folder / "table.md", markdown(record))
+    write_text(folder / "table.tex", latex(record))
     for kind, requests in evaluation.requests.items():
         contact_sheet(folder / f"same_{kind}.png", _compared(evaluation, kind, requests))
     sections = [
@@ -57,15 +57,14 @@ def write_report(evaluation: Evaluation, record: dict[str, Any], folder: Path) -
     ]
     page = Environment(autoescape=True).from_string(_PAGE)
     tables = [_table_1(record), _arms(record)]
-    (folder / "report.html").write_text(
-        page.render(
-            sections=sections,
-            tables=[table for table in tables if table],
-            notes=_notes(record),
-            settings=record["settings"],
-        ),
-        encoding="utf-8",
+    html = page.render(
+        sections=sections,
+        tables=[table for table in tables if table],
+        notes=_notes(record),
+        settings=record["settings"],
     )
+    write_text(folder / "report.html", html)
+    write_text(folder / "results.json", json.dumps(record, indent=1))
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -101,9 +100,9 @@ def _table_1(record: dict[str, Any]) -> list[list[str]]:
     lines += [[name, *(f"{row[key]:.2f}" for key in _COLUMNS), "–"] for name, row in PAPER_TABLE_1.items()]
     for name, row in rows.items():
         camera, moved = row["arms"]["camera"], row["arms"]["object"]
-        distances = [f"{row['frechet'][key]['value']:.2f}" if key in row["frechet"] else "–" for key in ("fid", "fvd")]
+        distances = [_number(row["frechet"].get(key, {}).get("value")) for key in ("fid", "fvd")]
         cells = [_cell(arm["error_384x256"]) for arm in (camera, moved)]
-        both = " and ".join(f"{arm['coverage']['mean']:.2f}" for arm in (camera, moved))
+        both = " and ".join(_number(arm["coverage"]["mean"]) for arm in (camera, moved))
         lines.append([name, *distances, *cells, both])
     return lines
 
@@ -141,6 +140,10 @@ def _notes(record: dict[str, Any]) -> list[str]:
             for key, distance in row["frechet"].items()
         ),
     ]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _cell(figure: dict[str, Any], digits: int = 2) -> str:
@@ -190,16 +193,12 @@ def _worst(evaluation: Evaluation, name: str, arm: str, folder: Path) -> list[di
     shown = []
     for request in worst[: evaluation.config.shown]:
         score = scores[request.key]
-        frames = evaluation.read(evaluation.video_path(name, row, arm, request))
-        large, factor = watchable(frames)
-        drawn = draw_trajectories(large, request.trajectories, factor)
+        drawn = _drawn(request, evaluation.read(evaluation.video_path(name, row, arm, request)))
+        factor = drawn.shape[1] // request.image.shape[0]
         for t, frame in enumerate(drawn):
             _mark(frame, np.asarray(score["tracked"])[:, t], np.asarray(score["followed"])[:, t], factor)
         path = folder / "report" / name / arm / f"{request.key}.mp4"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}.mp4")
-        write_mp4(temporary, drawn, _FPS)
-        temporary.rename(path)
+        write_video(path, drawn)
         facts = {key: score[key] for key in ("error", "error_all_points", "leak", "coverage")}
         shown.append(
             {"key": request.key, "prompt": request.prompt, "src": str(path.relative_to(folder)), "facts": facts}

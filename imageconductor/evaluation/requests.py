@@ -25,6 +25,7 @@ from imageconductor.evaluation.config import EvaluateConfig, RequestSet
 
 _TRACKER_REACH_PX = 4  # half a Lucas-Kanade window, in pixels of the sprite world's size
 _OBJECT_SHARE = 0.2  # of the shorter side: how far from an object's path the background is taken to begin
+_NONE = np.zeros((0, 2))
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -37,7 +38,7 @@ class Request:
         image: (H, W, 3) uint8, the first frame.
         prompt: What it shows.
         trajectories: What is requested.
-        background: (M, 2) pixels of the first frame, off the objects.
+        background: (M, 2) pixels of the first frame, off the objects, that ought to stay; none in the camera set.
         seed: Of the initial noise.
         truth: (T, H, W, 3) uint8, the clip itself, where it is known.
     """
@@ -79,14 +80,13 @@ def _of_scenes(config: EvaluateConfig, kind: RequestSet, size: tuple[int, int], 
         scene = sample_scene(world, index)
         background = _background(scene)
         trajectories = _camera_tracks(scene, background, config.num_points, index)
+        still = _NONE
         if kind == "object":
-            trajectories = _object_tracks(scene)
+            trajectories, still = _object_tracks(scene), background.numpy()
         if trajectories.num_tracks and len(background):
             truth = _frames(scene)
             seed = config.seed + len(made)
-            made.append(
-                Request(f"{kind}-{index}", truth[0], scene.caption, trajectories, background.numpy(), seed, truth)
-            )
+            made.append(Request(f"{kind}-{index}", truth[0], scene.caption, trajectories, still, seed, truth))
         index += 1
     return made
 
@@ -101,9 +101,10 @@ def _of_presets(config: EvaluateConfig, kind: RequestSet, size: tuple[int, int],
         margins = [1.3 * sprite.radius + _TRACKER_REACH_PX for sprite in scene.sprites]
         for preset in _presets(config, kind):
             trajectories = _preset(config, kind, preset, size, num_frames, centres[:1])
-            # The first sprite is dragged along its path, the others are to stay where they are.
-            paths = [trajectories.points[0].numpy() if kind == "object" else centres[:1], *centres[1:, None]]
-            background = _clear(_grid(size).numpy(), paths, margins)
+            background = _NONE
+            if kind == "object":  # The first sprite is dragged along its path, the others are to stay where they are.
+                paths = [trajectories.points[0].numpy(), *centres[1:, None]]
+                background = _clear(_grid(size).numpy(), paths, margins)
             key = f"scene-{index}_{preset}"
             made.append(Request(key, image, scene.caption, trajectories, background, config.seed + len(made)))
     return made
@@ -132,9 +133,10 @@ def _of_images(config: EvaluateConfig, kind: RequestSet, size: tuple[int, int], 
             continue
         for preset in _presets(config, kind):
             trajectories = _preset(config, kind, preset, size, num_frames, starts.points[:, 0].numpy())
-            still = starts.points.numpy()
-            paths = list(trajectories.points.numpy() if kind == "object" else still)
-            background = _clear(_grid(size).numpy(), paths, [margin] * len(paths))
+            background = _NONE
+            if kind == "object":
+                paths = list(trajectories.points.numpy())
+                background = _clear(_grid(size).numpy(), paths, [margin] * len(paths))
             made.append(
                 Request(f"{path.stem}_{preset}", image, caption, trajectories, background, config.seed + len(made))
             )

@@ -51,8 +51,8 @@ def measure(
         raise ValueError(f"{request.key}: expected a video of shape {expected}, got {video.shape}")
     wanted = request.trajectories.points.numpy()
     visible = request.trajectories.visible.numpy()
-    tracked, followed = tracker.track(video, wanted[:, 0])
-    rest, rest_followed = tracker.track(video, request.background)
+    points, seen = tracker.track(video, np.concatenate([wanted[:, 0], request.background]))
+    (tracked, rest), (followed, rest_followed) = (np.split(found, [len(wanted)]) for found in (points, seen))
     score: dict[str, Any] = {
         "error": motion.trajectory_error(wanted, tracked, visible & followed),
         "error_all_points": motion.trajectory_error(wanted, tracked, visible),

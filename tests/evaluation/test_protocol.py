@@ -21,7 +21,7 @@ from imageconductor.evaluation.report import latex, markdown
 from imageconductor.evaluation.requests import build_requests
 from imageconductor.evaluation.scores import measure
 from imageconductor.evaluation.trackers import LucasKanadeTracker
-from imageconductor.evaluation.videos import read_video
+from imageconductor.evaluation.files import read_video
 from imageconductor.sampling.video import watchable, write_mp4
 from scripts.evaluate import main
 
@@ -235,14 +235,14 @@ def test_two_processes_measure_what_one_does(tiny_model, tmp_path):
         "num_inference_steps: 2\nbatch_size: 1\ndevice: cpu\nfrechet: [frechet_small]\nnum_reference: 4\n"
     )
     command = ["scripts/evaluate.py", "--config", str(config), "--output"]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # The number of threads changes the last digits.
     for name, arguments in (("one", command), ("two", [*launch, *command])):
         whole = [sys.executable, *arguments, str(tmp_path / name)]
         done = subprocess.run(whole, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert (one["settings"]["num_processes"], two["settings"]["num_processes"]) == (1, 2)
     for record in (one, two):
         for arm in record["rows"]["tiny"]["arms"].values():
             del arm["seconds"]

@@ -1,7 +1,8 @@
-"""Videos as files, brought to the shape that is compared."""
+"""The files of an evaluation: videos brought to the shape that is compared, and files that appear whole."""
 
 from __future__ import annotations
 
+import os
 from itertools import islice
 from pathlib import Path
 
@@ -9,8 +10,14 @@ import cv2
 import imageio.v3 as iio
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+
+from imageconductor.conditioning import cover_crop
+from imageconductor.sampling.video import write_mp4
 
 _SAME_ASPECT = 0.02
+_FPS = 8
+_PARTIAL = ".partial"
 
 
 def read_video(path: Path, size: tuple[int, int], num_frames: int) -> NDArray[np.uint8]:
@@ -41,7 +48,7 @@ def read_reference(path: Path, size: tuple[int, int], num_frames: int, stride: i
     frames = list(islice(iio.imiter(path, plugin="FFMPEG"), needed))[::stride]
     if len(frames) < num_frames:
         raise ValueError(f"{path} has fewer than the {needed} frames that are needed; take it out of the folder")
-    return np.stack([_cover(frame, size) for frame in frames])
+    return np.stack([np.asarray(cover_crop(Image.fromarray(frame), size)) for frame in frames])
 
 
 def thumbnail(image: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -49,17 +56,30 @@ def thumbnail(image: NDArray[np.uint8]) -> NDArray[np.float64]:
     return cv2.resize(image, (16, 16), interpolation=cv2.INTER_AREA).astype(np.float64) / 255
 
 
+def write_video(path: Path, frames: NDArray[np.uint8]) -> None:
+    """Frames (T, H, W, 3) as an mp4 file that appears whole, as large as they are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{_PARTIAL}.mp4")  # The suffix tells ffmpeg the format.
+    write_mp4(temporary, frames, _FPS)
+    temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file that appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def remove_partial(folder: Path) -> None:
+    """Deletes what a killed run left half-written; nothing may be writing there."""
+    for path in folder.rglob(f".*{_PARTIAL}*"):
+        path.unlink()
+
+
 def _resize(frame: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
     if frame.shape[1::-1] == size:
         return frame
     larger = frame.shape[1] > size[0]
     return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA if larger else cv2.INTER_CUBIC), np.uint8)
-
-
-def _cover(frame: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The centre of a frame in the shape of `size`, resized to it."""
-    height, width = frame.shape[:2]
-    scale = max(size[0] / width, size[1] / height)
-    w, h = min(width, round(size[0] / scale)), min(height, round(size[1] / scale))
-    x, y = (width - w) // 2, (height - h) // 2
-    return _resize(np.ascontiguousarray(frame[y : y + h, x : x + w]), size)
