@@ -90,7 +90,7 @@ def stage_of(name: str) -> StageName:
         ValueError: It begins with none.
     """
     for stage in StageName:
-        if name.startswith(stage.value) and stage != StageName.FOUNDATION:
+        if name.startswith(stage.value) and stage not in (StageName.FOUNDATION, StageName.STYLE_LORA):
             return stage
     raise ValueError(f"stage {name!r} begins with none of motion_controlnet, camera_lora, object_lora")
 

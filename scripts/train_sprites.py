@@ -1,4 +1,4 @@
-"""Builds the bundled model from nothing: autoencoder, foundation, then stages 1-3 through the code users train with.
+"""Builds the bundled model from nothing: autoencoder, foundation, then stages 1-3 and a style LoRA as users train them.
 
 Each part is resumable; run the same command again after an interruption. A finished part is not repeated.
 """
@@ -147,7 +147,7 @@ def stage_of(path: str, recipe: SpriteRecipe, budget: float, runs: Path, model: 
         config,
         model=str(model),
         output=str(runs / Path(path).stem),
-        world=recipe.world,
+        world=replace(recipe.world, style=config.world.style),
         max_steps=steps,
         warmup_steps=min(config.warmup_steps, steps // 4),
     )
@@ -180,6 +180,8 @@ def assemble(recipe: SpriteRecipe, runs: Path, sources: dict[str, Path]) -> None
     temporary, old = output.with_name(f".{output.name}.new"), output.with_name(f".{output.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     pipe.save_pretrained(temporary / output.name)  # The card bears the folder's name.
+    if "style_lora" in sources:
+        shutil.copytree(sources["style_lora"], temporary / output.name / "style_lora")
     if output.exists():
         output.rename(old)
     (temporary / output.name).rename(output)

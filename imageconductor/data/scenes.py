@@ -17,6 +17,8 @@ from torch import Tensor
 from imageconductor.data.backgrounds import Background, render_background
 from imageconductor.data.shapes import EXTENT, SPRITE_COLOURS, signed_distance
 
+_INK, _PAPER = (28.0, 36.0, 84.0), (246.0, 238.0, 216.0)
+
 
 @dataclass(frozen=True)
 class Sprite:
@@ -56,6 +58,7 @@ class Scene:
         background: a function of world coordinates.
         caption: lower case.
         camera_motion: as captions say it, "pans left".
+        style: "colour", or "ink", which has the brightness of that in blue ink on cream paper.
     """
 
     size: tuple[int, int]
@@ -64,6 +67,7 @@ class Scene:
     background: Background
     caption: str
     camera_motion: str = "stays still"
+    style: str = "colour"
 
     @property
     def num_frames(self) -> int:
@@ -180,5 +184,14 @@ def render(scenes: Sequence[Scene], frames: Sequence[int] | None = None) -> Tens
         clip = render_background(scene.background, pixel_to_world, scene.size)
         for sprite in scene.sprites:
             _paint(clip, replace(sprite, path=sprite.path[chosen]), camera)
+        if scene.style == "ink":
+            clip = _in_ink(clip)
         clips.append(clip.add_(0.5).clamp_(0, 255).to(torch.uint8))
     return torch.stack(clips)
+
+
+def _in_ink(clip: Tensor) -> Tensor:
+    """Brightness (Rec. 601) of (3, T, H, W) in [0, 255] as ink on paper."""
+    brightness = torch.einsum("c...,c->...", clip, clip.new_tensor((0.299, 0.587, 0.114))) / 255
+    ink, paper = (clip.new_tensor(colour).view(3, 1, 1, 1) for colour in (_INK, _PAPER))
+    return ink + (paper - ink) * brightness

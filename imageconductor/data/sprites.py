@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -59,6 +59,7 @@ class SpriteWorldConfig:
         caption_motion_prob: how often a caption also says what moves.
         grid: the dataset gives grid x grid tracks.
         seed: of the whole set.
+        style: how it is drawn, see `Scene`.
     """
 
     size: tuple[int, int] = (64, 64)
@@ -74,6 +75,7 @@ class SpriteWorldConfig:
     caption_motion_prob: float = 0.5
     grid: int = 8
     seed: int = 0
+    style: Literal["colour", "ink"] = "colour"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", SpriteSet(self.kind))
@@ -230,7 +232,7 @@ def sample_scene(config: SpriteWorldConfig, index: int) -> Scene:
         if moving:
             named = moving[rng.integers(len(moving))]
             caption += f", the {named.name} {named.motion}"
-    return Scene(config.size, camera, tuple(sprites), background, caption, camera_words)
+    return Scene(config.size, camera, tuple(sprites), background, caption, camera_words, config.style)
 
 
 def _describe(sprites: list[Sprite], colours: tuple[str, str], pattern: str) -> str:

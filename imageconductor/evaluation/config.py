@@ -54,6 +54,7 @@ class EvaluateConfig:
     strength: float = 1.0  # of the presets
     num_scenes: int = 16  # sprite scenes a set
     world_seed: int = 10_000  # of the sprite scenes; training uses 0
+    style: Literal["colour", "ink"] = "colour"  # of the sprite scenes
     num_points: int = 4  # background points that name a sprite scene's own camera motion
     size: tuple[int, int] | None = None  # (W, H) of the videos; null = the model's, 384 x 256 where there is none
     num_frames: int | None = None  # null = the model's, or 16

@@ -184,7 +184,17 @@ class Evaluation:
             str(path): (path.stat().st_size, path.stat().st_mtime_ns)
             for path in sorted(model_folder(row.model or "").rglob("*.safetensors"))
         }
-        keys = ("images", "motions", "strength", "world_seed", "num_points", "seed", "num_inference_steps", "dtype")
+        keys = (
+            "images",
+            "motions",
+            "strength",
+            "world_seed",
+            "style",
+            "num_points",
+            "seed",
+            "num_inference_steps",
+            "dtype",
+        )
         settings = {key: getattr(config, key) for key in (*keys, "guidance_scale")}
         settings |= {"size": self.size, "num_frames": self.num_frames, "row": asdict(row), "weights": weights}
         if config.motions == "presets":  # Seeds count the requests.

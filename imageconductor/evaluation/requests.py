@@ -183,7 +183,9 @@ def _world(
     config: EvaluateConfig, kind: SpriteSet, size: tuple[int, int], num_frames: int, seed: int | None = None
 ) -> SpriteWorldConfig:
     seed = config.world_seed if seed is None else seed
-    return SpriteWorldConfig(size=size, num_frames=num_frames, kind=kind, seed=seed, caption_motion_prob=0)
+    return SpriteWorldConfig(
+        size=size, num_frames=num_frames, kind=kind, seed=seed, caption_motion_prob=0, style=config.style
+    )
 
 
 def _frames(scene: Scene) -> NDArray[np.uint8]:

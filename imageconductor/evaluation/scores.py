@@ -52,7 +52,7 @@ def measure(
     wanted = request.trajectories.points.numpy()
     visible = request.trajectories.visible.numpy()
     points, seen = tracker.track(video, np.concatenate([wanted[:, 0], request.background]))
-    (tracked, rest), (followed, rest_followed) = (np.split(found, [len(wanted)]) for found in (points, seen))
+    (tracked, rest), (followed, rest_followed) = np.split(points, [len(wanted)]), np.split(seen, [len(wanted)])
     score: dict[str, Any] = {
         "error": motion.trajectory_error(wanted, tracked, visible & followed),
         "error_all_points": motion.trajectory_error(wanted, tracked, visible),

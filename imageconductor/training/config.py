@@ -16,6 +16,7 @@ class StageName(str, Enum):
     MOTION_CONTROLNET = "motion_controlnet"
     CAMERA_LORA = "camera_lora"
     OBJECT_LORA = "object_lora"
+    STYLE_LORA = "style_lora"
 
 
 @dataclass

@@ -25,6 +25,7 @@ _CONTROLS = {
     StageName.MOTION_CONTROLNET: "base",
     StageName.CAMERA_LORA: "camera",
     StageName.OBJECT_LORA: "object",
+    StageName.STYLE_LORA: None,
 }
 _PREVIEWED_CLIPS = 3
 _HELD_OUT_SEED = 20_000  # evaluation uses 10,000

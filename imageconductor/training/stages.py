@@ -6,18 +6,24 @@
 | 1 motion ControlNet | motion ControlNet | no LoRA | denoising |
 | 2 camera LoRA | camera LoRA | camera | Eq. 1 |
 | 3 object LoRA | object LoRA | camera (frozen) + object, Eq. 2 | Eq. 3 + lambda * Eq. 4 |
+| style LoRA | LoRA of the UNet's spatial attention | no motion ControlNet | denoising |
 
-Foundation stands in for the pretrained SD-1.5 + AnimateDiff v3 + SparseCtrl when a small model is built from nothing.
+Foundation stands in for the pretrained SD-1.5 + AnimateDiff v3 + SparseCtrl when a small model is built from nothing, style
+LoRA for the personalised weights that people make of them (Fig. 5).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from imageconductor.conditioning.first_frame import first_frame_condition
@@ -37,6 +43,9 @@ from imageconductor.models.lora import (
 )
 from imageconductor.models.networks import Networks
 from imageconductor.training.config import StageName, TrainConfig
+
+_STYLE = "style"
+_SPATIAL_ATTENTION = re.compile(r"\.attentions\..*\.(to_q|to_k|to_v|to_out\.0)$")
 
 
 @dataclass(frozen=True)
@@ -240,15 +249,55 @@ class ObjectStage(Stage):
         save_adapter(self.motion_controlnet, Adapter.OBJECT, folder / "object_lora")
 
 
+class StyleLoraStage(Stage):
+    """A LoRA of the UNet's spatial attention, as diffusers stores and loads them."""
+
+    def __init__(self, networks: Networks, config: TrainConfig):
+        super().__init__(networks, config)
+        networks.freeze()
+        spatial = [name for name in lora_targets(self.unet, "linear") if _SPATIAL_ATTENTION.search(name)]
+        rank = config.lora_rank
+        settings: Any = {"r": rank, "lora_alpha": rank, "init_lora_weights": "gaussian", "target_modules": spatial}
+        with _seeded(config):
+            inject_adapter_in_model(LoraConfig(**settings), self.unet, adapter_name=_STYLE)
+        for name, parameter in self.unet.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """As `Stage.forward`, without trajectories."""
+        with torch.no_grad():
+            residuals = self.image_controlnet(t, condition.text, condition.first_frame, condition.mask)
+        return self.unet.decode(self.unet.encode(x_t, t, condition.text), residuals)
+
+    def save(self, folder: Path) -> None:
+        """Writes style_lora/pytorch_lora_weights.safetensors, which `sample.py --lora` takes."""
+        tensors = {
+            f"unet.{name.replace(f'.{_STYLE}.', '.')}": parameter.detach().half().cpu().contiguous()
+            for name, parameter in self.unet.named_parameters()
+            if ".lora_" in name
+        }
+        target = folder / "style_lora" / "pytorch_lora_weights.safetensors"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, target, metadata={"format": "pt"})
+
+
 STAGES: dict[StageName, type[Stage]] = {
     StageName.FOUNDATION: FoundationStage,
     StageName.MOTION_CONTROLNET: MotionControlNetStage,
     StageName.CAMERA_LORA: CameraStage,
     StageName.OBJECT_LORA: ObjectStage,
+    StageName.STYLE_LORA: StyleLoraStage,
 }
 
 
 def _add_adapter(network: nn.Module, adapter: Adapter, config: TrainConfig) -> None:
-    with torch.random.fork_rng(devices=[]):  # peft draws A from the global generator.
-        torch.manual_seed(config.seed)
+    with _seeded(config):
         add_adapter(network, adapter, rank=config.lora_rank, targets=lora_targets(network, config.lora_targets))
+
+
+@contextmanager
+def _seeded(config: TrainConfig) -> Iterator[None]:
+    """Peft draws A from the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        yield

@@ -338,3 +338,13 @@ def test_impossible_settings_are_refused_by_value(field, value):
 def test_render_refuses_scenes_of_different_sizes():
     with pytest.raises(ValueError, match="one size"):
         render([sample_scene(SpriteWorldConfig(), 0), sample_scene(SpriteWorldConfig(size=(32, 32)), 0)])
+
+
+def test_ink_keeps_the_brightness_and_has_two_colours():
+    scene = sample_scene(SpriteWorldConfig(), 3)
+    coloured, ink = (render([dataclasses.replace(scene, style=style)])[0].double() for style in ("colour", "ink"))
+    brightness = 0.299 * coloured[0] + 0.587 * coloured[1] + 0.114 * coloured[2]
+    expected = [low + (high - low) * brightness / 255 for low, high in ((28, 246), (36, 238), (84, 216))]
+    assert (ink - torch.stack(expected)).abs().max() < 1.6
+    drawn = SpriteDataset(SpriteWorldConfig(style="ink"), 4)[3]["pixel_values"]
+    torch.testing.assert_close(drawn.double(), ink / 127.5 - 1)

@@ -15,6 +15,8 @@ from imageconductor.data.batches import Batches
 from imageconductor.data.clips import CorruptClipError
 from imageconductor.models.lora import Adapter, active, adapter_parameters
 from imageconductor.models.networks import Networks
+from imageconductor.models.personalise import load_style_lora
+from imageconductor.sampling.pipeline import ImageConductorPipeline
 from imageconductor.sampling.preview import VideoPreview
 from imageconductor.training import checkpointing
 from imageconductor.training.command import main
@@ -28,6 +30,7 @@ LEARNS = {
     StageName.MOTION_CONTROLNET: ("motion_controlnet.",),
     StageName.CAMERA_LORA: (".camera.",),
     StageName.OBJECT_LORA: (".object.",),
+    StageName.STYLE_LORA: (".lora_",),
 }
 
 
@@ -63,11 +66,28 @@ def test_only_the_expected_parameters_change(name, settings):
     train(stage, data, settings)
     changed = {key for key, value in stage.state_dict().items() if not torch.equal(value, before[key])}
     assert changed <= set(stage.trainable())
-    if name in (StageName.CAMERA_LORA, StageName.OBJECT_LORA):
+    if name in (StageName.CAMERA_LORA, StageName.OBJECT_LORA, StageName.STYLE_LORA):
         assert all(LEARNS[name][0] in key for key in changed)
     else:
         assert all(key.startswith(LEARNS[name]) for key in changed)
     assert len(changed) > 0.8 * len(stage.trainable())
+
+
+def test_a_style_lora_is_a_file_that_a_pipeline_takes(settings):
+    run_stage(StageName.STYLE_LORA, settings)
+    file = Path(settings.output) / "style_lora" / "pytorch_lora_weights.safetensors"
+    names = {key.partition(".lora_")[0] for key in load_file(file)}
+    assert all(".attn" in name and ".motion_modules." not in name for name in names)
+    pipe = ImageConductorPipeline.from_pretrained(settings.model)
+    load_style_lora(pipe, file, "ink")
+    layer = sorted(names)[0].removeprefix("unet.")
+    x = torch.randn(1, 3, pipe.unet.get_submodule(layer).in_features)
+    acting = pipe.unet.get_submodule(layer)(x)
+    pipe.unload_lora_weights()
+    stage, _ = build(StageName.STYLE_LORA, settings)
+    stage.load_state_dict(checkpointing.latest(Path(settings.output)).tensors["parameters"], strict=False)
+    torch.testing.assert_close(acting, stage.unet.get_submodule(layer)(x), atol=2e-3, rtol=2e-3)
+    assert (acting - pipe.unet.get_submodule(layer)(x)).abs().max() > 1e-3
 
 
 def test_a_steered_foundation_learns_with_a_motion_controlnet_that_is_sometimes_absent(settings):
