@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -23,7 +24,7 @@ from tqdm.auto import tqdm
 from imageconductor.data.clips import CorruptClipError
 from imageconductor.models.motion_module import Float32Attention
 from imageconductor.models.networks import Networks
-from imageconductor.training import checkpointing
+from imageconductor.training import checkpointing, sharding
 from imageconductor.training.config import LoopConfig
 from imageconductor.training.record import RunRecord
 from imageconductor.training.stages import Stage
@@ -75,6 +76,9 @@ def train(
     accelerator = _accelerator(config)
     output, device = Path(config.output), accelerator.device
     _place(stage, config, device)
+    sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if sharded:
+        sharding.shard(list(stage.children()), device)
     parameters = stage.trainable()
     optimizer = _optimizer(parameters, config, device)
     ema = None if config.ema_decay is None else _average(parameters, config.ema_decay)
@@ -92,7 +96,10 @@ def train(
         num_training_steps=config.max_steps,
     )
     _set_step(lr_scheduler, state.step)
-    denoise, optimizer = accelerator.prepare(stage, optimizer)
+    if sharded:
+        denoise, optimizer = stage, accelerator.prepare_optimizer(optimizer)
+    else:
+        denoise, optimizer = accelerator.prepare(stage, optimizer)
     scaler: Any = accelerator.scaler  # of fp16 losses
     if checkpoint and scaler and "scaler" in checkpoint.optimizer:
         scaler.load_state_dict(checkpoint.optimizer["scaler"])
@@ -122,7 +129,8 @@ def train(
             target = eps
             if noise_scheduler.config["prediction_type"] == "v_prediction":
                 target = noise_scheduler.get_velocity(x_0, eps, t)
-            with accelerator.no_sync(denoise) if micro + 1 < config.gradient_accumulation_steps else nullcontext():
+            waits = micro + 1 < config.gradient_accumulation_steps and not sharded
+            with accelerator.no_sync(denoise) if waits else nullcontext():
                 with accelerator.autocast():
                     prediction = denoise(x_t, t, condition)  # eps_theta(x_t, t, c)
                 losses = stage.loss_terms(prediction.float(), target)  # Eq. 1 | Eq. 3 + lambda * Eq. 4
@@ -132,7 +140,8 @@ def train(
             for key, value in losses.items():
                 terms[key] = terms.get(key, 0) + value.detach() / config.gradient_accumulation_steps
             _count_corrupt(state, batch, config)
-        accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+        accelerator.unscale_gradients()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad()
@@ -158,10 +167,13 @@ def train(
                 record.log(state.step, {**state.losses, **measured})
                 shown = {key: f"{value:.4f}" for key, value in state.losses.items()}
                 bar.set_postfix(shown | {"clips/s": f"{clips / seconds:.2f}"})
-        if accelerator.is_main_process and (last or state.step % config.save_every == 0):
+        if (accelerator.is_main_process or sharded) and (last or state.step % config.save_every == 0):
             groups = {"parameters": parameters, **({} if ema is None else {"ema": _named(ema, parameters)})}
             states = {"optimizer": optimizer.state_dict(), **({"scaler": scaler.state_dict()} if scaler else {})}
-            checkpointing.save(output, state.step, groups, states, config.keep_checkpoints)
+            if sharded:
+                groups, states = sharding.whole((groups, states), keep=accelerator.is_main_process)
+            if accelerator.is_main_process:
+                checkpointing.save(output, state.step, groups, states, config.keep_checkpoints)
         if accelerator.is_main_process and preview and config.preview_every and state.step % config.preview_every == 0:
             with _averaged(ema, parameters), accelerator.autocast():
                 preview(state.step, stage.networks)
@@ -169,6 +181,8 @@ def train(
 
     if ema is not None:
         ema.copy_to(parameters.values())
+    if sharded:
+        sharding.gather(stage)
     if record is not None:
         checkpointing.save_result(output, stage.save)
         record.close()
@@ -182,11 +196,21 @@ def train(
 def _accelerator(config: LoopConfig) -> Accelerator:
     AcceleratorState._reset_state()  # A stage may want another precision than the one trained before it.
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"{accelerator.distributed_type.value} is not supported: what learns is small enough for every GPU to hold "
-            "a copy (docs/training.md); launch with --multi_gpu"
+            f"{accelerator.distributed_type.value} is not supported; to share out gradients and optimiser state, "
+            "launch with --config_file configs/accelerate/fsdp.yaml"
         )
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        refused = {
+            "mixed_precision=fp16": config.mixed_precision == "fp16",
+            "optimizer=adamw_8bit": config.optimizer == "adamw_8bit",
+            "torch_compile=true": config.torch_compile,
+            "preview_every": config.preview_every > 0,
+            "one process": accelerator.num_processes == 1,
+        }
+        if found := [name for name, is_asked in refused.items() if is_asked]:
+            raise ValueError(f"FSDP does not go with {', '.join(found)}; change that or launch with --multi_gpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     return accelerator
 
@@ -306,11 +330,11 @@ def _restore(
         )
     with torch.no_grad():
         for key, parameter in parameters.items():
-            parameter.copy_(saved[key])
-    optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+            parameter.copy_(sharding.split_like(saved[key], parameter))
+    optimizer.load_state_dict(sharding.split_optimizer(checkpoint.optimizer["optimizer"], list(parameters.values())))
     if ema is not None and "ema" in checkpoint.tensors:
         for shadow, key in zip(ema.shadow_params, parameters, strict=True):
-            shadow.copy_(checkpoint.tensors["ema"][key])
+            shadow.copy_(sharding.split_like(checkpoint.tensors["ema"][key], shadow))
         ema.optimization_step = checkpoint.step
 
 

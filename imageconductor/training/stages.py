@@ -8,8 +8,8 @@
 | 3 object LoRA | object LoRA | camera (frozen) + object, Eq. 2 | Eq. 3 + lambda * Eq. 4 |
 | style LoRA | LoRA of the UNet's spatial attention | no motion ControlNet | denoising |
 
-Foundation stands in for the pretrained SD-1.5 + AnimateDiff v3 + SparseCtrl when a small model is built from nothing, style
-LoRA for the personalised weights that people make of them (Fig. 5).
+Foundation stands in for the pretrained SD-1.5 + AnimateDiff v3 + SparseCtrl when a small model is built from nothing.
+A style LoRA is what people make of them: personalised weights (Fig. 5).
 """
 
 from __future__ import annotations
@@ -231,18 +231,20 @@ class ObjectStage(Stage):
         # theta_mixed = theta_0 + sg[camera] + object: the camera LoRA acts and does not learn.
         activate(self.motion_controlnet, Adapter.CAMERA, Adapter.OBJECT)
         train_only(self.motion_controlnet, Adapter.OBJECT)
-        camera, obj = (adapter_parameters(self.motion_controlnet, adapter) for adapter in Adapter)
-        self.pairs = [(camera[key], obj[key]) for key in sorted(camera.keys() & obj.keys()) if ".lora_A." in key]
-        if config.orthogonal_linear_only:
-            self.pairs = [(c, o) for c, o in self.pairs if c.dim() == 2]
 
     def loss_terms(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """L_mixed and lambda * L_ortho."""
         terms = super().loss_terms(prediction, target)
         if self.config.orthogonal_weight:
-            loss = orthogonal_loss(self.pairs, self.config.orthogonal_target)
+            loss = orthogonal_loss(self._pairs(), self.config.orthogonal_target)
             terms["orthogonal"] = self.config.orthogonal_weight * loss
         return terms
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """The down projections of both LoRAs, layer by layer; as they are now, since FSDP exchanges parameters."""
+        camera, obj = (adapter_parameters(self.motion_controlnet, adapter) for adapter in Adapter)
+        pairs = [(camera[key], obj[key]) for key in sorted(camera.keys() & obj.keys()) if ".lora_A." in key]
+        return [(c, o) for c, o in pairs if c.dim() == 2 or not self.config.orthogonal_linear_only]
 
     def save(self, folder: Path) -> None:
         """Writes object_lora."""
