@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import sample
+import torch
 from imageconductor.models.lora import Adapter, attached_adapters
+from imageconductor.models.personalise import load_style_lora
 from imageconductor.sampling.job import load_job, prepare
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 
@@ -18,6 +20,18 @@ def test_it_loads_and_makes_a_video():
     frames = pipe(inputs.image, inputs.trajectories, num_inference_steps=1, output_type="pt").frames
     assert frames.shape == (1, 16, 3, 64, 64)
     assert frames.std() > 0.05
+
+
+def test_its_style_lora_fits_it_and_acts():
+    model = Path(load_job(sample.DEFAULT_CONFIG).model)
+    pipe = ImageConductorPipeline.from_pretrained(model)
+    latents = torch.randn(1, pipe.unet.config["in_channels"], 4, 16, 16)
+    text = pipe.text_encoder(torch.zeros(1, 8, dtype=torch.long)).last_hidden_state
+    with torch.no_grad():
+        plain = pipe.unet.encode(latents, torch.tensor([500]), text)
+        load_style_lora(pipe, model / "style_lora" / "pytorch_lora_weights.safetensors", "ink")
+        inked = pipe.unet.encode(latents, torch.tensor([500]), text)
+    assert (plain.mid - inked.mid).abs().mean() > 1e-3
 
 
 def test_it_stays_small():

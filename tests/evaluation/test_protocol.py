@@ -286,10 +286,13 @@ def test_the_command_refuses_before_it_works(tiny_model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "evaluate").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_configs_load(path):
+def test_the_configs_load(path, tmp_path, monkeypatch):
     config = config_file.load(EvaluateConfig, path)
     assert config.table
     assert all(row.model for row in config.table.values())
+    if "sprites" in path.stem:  # What they name is here.
+        monkeypatch.chdir(ROOT)
+        assert all(Evaluation(replace(config, num_scenes=1, device="cpu"), tmp_path).requests.values())
 
 
 def test_configs_that_cannot_be():
