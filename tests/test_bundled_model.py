@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-import sample
 import torch
+
+import sample
 from imageconductor.models.lora import Adapter, attached_adapters
 from imageconductor.models.personalise import load_style_lora
 from imageconductor.sampling.job import load_job, prepare
