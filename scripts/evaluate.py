@@ -36,7 +36,6 @@ def main(argv: list[str] | None = None) -> int:
         write_report(evaluation, record, output)
         print(markdown(record))
         print(output / "report.html")
-    evaluation.state.destroy_process_group()
     return 0
 
 

@@ -96,6 +96,7 @@ class Evaluation:
         for name, row in self.config.table.items():
             self._score(name, row)
         self.state.wait_for_everyone()
+        self.state.destroy_process_group()  # The first process goes on alone, longer than a group would wait.
         return self._record() if self.state.is_main_process else None
 
     def video_path(self, name: str, row: Row, arm: str, request: Request) -> Path:
@@ -124,8 +125,8 @@ class Evaluation:
             for arm in self.config.arms.values():
                 if arm.control in ("camera", "object", "mixed"):
                     ImageConductorPipeline.check_adapters(folder, arm.control)
-            for file in (row.base, *(parse_lora(text)[0] for text in (*row.lora, *row.motion_lora))):
-                if file is not None and not Path(file).is_file():
+            for file in _files(row):
+                if not Path(file).is_file():
                     raise FileNotFoundError(f"row {name}: no file at {file}")
             defaults = ImageConductorPipeline.read_sampling_defaults(folder)
             sizes[name] = ((defaults["width"], defaults["height"]), defaults["num_frames"])
@@ -180,10 +181,7 @@ class Evaluation:
     def _claim(self, name: str, row: Row) -> None:
         """Refuses to go on with videos that were made with other settings."""
         config = self.config
-        weights = {
-            str(path): (path.stat().st_size, path.stat().st_mtime_ns)
-            for path in sorted(model_folder(row.model or "").rglob("*.safetensors"))
-        }
+        weights = {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in _weights(row)}
         keys = (
             "images",
             "motions",
@@ -364,6 +362,18 @@ class Evaluation:
 
     def _progress(self, jobs: list[Any], title: str) -> Any:
         return tqdm(jobs, desc=title, dynamic_ncols=True, disable=not jobs or not self.state.is_main_process)
+
+
+def _weights(row: Row) -> list[Path]:
+    """Files that a row's videos depend on; a style LoRA beside the model only if the row asks for it."""
+    folder = model_folder(row.model or "")
+    parts = [path for path in folder.rglob("*.safetensors") if path.relative_to(folder).parts[0] != "style_lora"]
+    return sorted([*parts, *map(Path, _files(row))])
+
+
+def _files(row: Row) -> list[str]:
+    """Files that a row puts on its model."""
+    return [*([row.base] if row.base else []), *(parse_lora(text)[0] for text in (*row.lora, *row.motion_lora))]
 
 
 def _processes(device: str | None) -> PartialState:

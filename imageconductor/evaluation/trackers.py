@@ -38,14 +38,15 @@ class LucasKanadeTracker:
 
     Args:
         min_side_px: Smaller videos are enlarged to this short side first: the windows then hold enough pixels.
-        window_px: Side of the window after enlargement.
+        window_px: Side of the window after enlargement. On true clips of the sprite world 45 px follow 98 % of the
+            points, 31 px about 92 %, at the same error: smaller windows lose the insides of plain objects.
         max_round_trip_px: A step is trusted if going back ends within this distance, in pixels of the video.
     """
 
     name = "opencv-lucas-kanade"
-    version = cv2.__version__
 
-    def __init__(self, min_side_px: int = 256, window_px: int = 31, max_round_trip_px: float = 0.5):
+    def __init__(self, min_side_px: int = 256, window_px: int = 45, max_round_trip_px: float = 0.5):
+        self.version = f"{cv2.__version__}, window {window_px} px, round trip {max_round_trip_px} px"
         self.min_side_px = min_side_px
         self.window_px = window_px
         self.max_round_trip_px = max_round_trip_px

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -140,6 +141,8 @@ def train(
             for key, value in losses.items():
                 terms[key] = terms.get(key, 0) + value.detach() / config.gradient_accumulation_steps
             _count_corrupt(state, batch, config)
+        if sharded:
+            sharding.check_gradients(list(parameters.values()))
         accelerator.unscale_gradients()
         torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
         optimizer.step()
@@ -208,6 +211,11 @@ def _accelerator(config: LoopConfig) -> Accelerator:
             "torch_compile=true": config.torch_compile,
             "preview_every": config.preview_every > 0,
             "one process": accelerator.num_processes == 1,
+            "fsdp_version other than 2": os.environ.get("FSDP_VERSION") != "2",
+            "fsdp_offload_params": parse_flag_from_env("FSDP_OFFLOAD_PARAMS"),
+            "fsdp_activation_checkpointing (gradient_checkpointing=true does it)": parse_flag_from_env(
+                "FSDP_ACTIVATION_CHECKPOINTING"
+            ),
         }
         if found := [name for name, is_asked in refused.items() if is_asked]:
             raise ValueError(f"FSDP does not go with {', '.join(found)}; change that or launch with --multi_gpu")

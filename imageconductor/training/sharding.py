@@ -31,11 +31,21 @@ def shard(networks: Sequence[nn.Module], device: torch.device) -> None:
     for network in networks:
         if any(parameter.requires_grad for parameter in network.parameters()):
             cast(Any, network).to(memory_format=torch.contiguous_format)  # FSDP takes no channels-last weights.
-            # Gathered once a step, for forward and backward: activations, not these weights, fill the memory then.
+            # One unit, gathered from forward to backward: activations, not these weights, fill the memory then.
             fully_shard(network, mesh=mesh, reshard_after_forward=False)
             if isinstance(network, MotionUNet):
                 for half in ("encode", "decode"):
                     register_fsdp_forward_method(network, half)
+
+
+def check_gradients(parameters: Sequence[Tensor]) -> None:
+    """Makes sure that the backward pass reached what is split.
+
+    Raises:
+        RuntimeError: It did not, as in versions of PyTorch whose FSDP finds no tensors in a dataclass.
+    """
+    if all(parameter.grad is None for parameter in parameters):
+        raise RuntimeError(f"FSDP of PyTorch {torch.__version__} gives no gradients here; 2.13 does")
 
 
 def whole(state: Any, keep: bool) -> Any:
@@ -76,8 +86,10 @@ def split_optimizer(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> d
 
 
 def gather(network: nn.Module) -> None:
-    """Makes a network whole again, for good; all processes must call it."""
+    """Makes a network whole again, to be saved and not to be run; all processes must call it."""
     for module in network.modules():
+        if type(module).__name__.startswith("FSDP"):  # `fully_shard` puts a class of its own before the network's.
+            module.__class__ = type(module).__bases__[1]
         for name, parameter in list(module.named_parameters(recurse=False)):
             if _is_split(parameter):
                 full = cast(Any, parameter).full_tensor().detach()

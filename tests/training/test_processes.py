@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 
@@ -78,6 +80,8 @@ def test_sharding_changes_nothing_and_a_run_may_begin_or_end_with_it(sharded_fir
         run(arguments, **(FSDP if sharded else {}))
     expected, found = weights(two), weights(tmp_path / "run")
     assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in expected.items()}
+    configs = [(folder / "motion_controlnet" / "config.json").read_text() for folder in (tmp_path / "run", two)]
+    assert configs[0] == configs[1]
     # Rounding, which grows at this learning rate; a moment out of place would be a hundred times as much.
     torch.testing.assert_close(torch.tensor(losses(tmp_path / "run")), torch.tensor(losses(two)), atol=5e-5, rtol=5e-5)
 
@@ -93,6 +97,31 @@ def test_the_orthogonal_loss_and_averages_are_sharded_too(tiny_model, tmp_path):
         )
     adapters = [load_file(tmp_path / n / "object_lora" / "adapter_model.safetensors") for n in ("ddp", "fsdp")]
     torch.testing.assert_close(adapters[1], adapters[0], atol=1e-4, rtol=1e-3)
+
+
+def test_a_sharded_unet_in_bf16_with_accumulation_and_averages_can_be_resumed(tiny_model, tmp_path):
+    settings = {"batch_size": 1, "gradient_accumulation_steps": 2, "mixed_precision": "bf16", "ema_decay": 0.9}
+    settings |= {"lora_rank": 2, "log_every": 1, "save_every": 1}
+    for name, runs in (("whole", [(4, {})]), ("parts", [(2, {}), (3, FSDP), (4, FSDP)])):
+        for steps, variables in runs:
+            arguments = command(
+                tiny_model, tmp_path / name, 2, "scripts/train_style_lora.py", max_steps=steps, **settings
+            )
+            run(arguments, **variables)
+    whole, parts = (torch.tensor(losses(tmp_path / name)) for name in ("whole", "parts"))
+    torch.testing.assert_close(parts, whole, atol=2e-3, rtol=2e-3)  # of bf16
+    name = "style_lora/pytorch_lora_weights.safetensors"
+    expected, found = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
+    torch.testing.assert_close(found, expected, atol=5e-3, rtol=5e-2)
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/accelerate").iterdir()), ids=lambda path: path.stem)
+def test_the_launchers_configurations_are_what_they_say(path):
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "train_camera_lora.py"])
+    variables = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+    sharded = {key: variables.get(key) for key in FSDP}
+    assert sharded == (FSDP if path.stem == "fsdp" else dict.fromkeys(FSDP))
+    assert variables["ACCELERATE_MIXED_PRECISION"] == "no"
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes to kill in /proc")
