@@ -23,9 +23,7 @@ from imageconductor.conditioning.trajectories import inside
 from imageconductor.data.sprites import Scene, SpriteSet, SpriteWorldConfig, render, sample_scene
 from imageconductor.evaluation.config import EvaluateConfig, RequestSet
 
-_TRACKER_REACH_PX = (
-    4  # of the sprite world: as far from a sprite, its motion does not reach Lucas-Kanade (leak 0.00 px)
-)
+_TRACKER_REACH_PX = 4  # of the sprite world: this far from a sprite, true clips leak 0.00 px
 _OBJECT_SHARE = 0.2  # of the shorter side: how far from an object's path the background is taken to begin
 _NONE = np.zeros((0, 2))
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp")
