@@ -44,5 +44,5 @@ $(CORE): pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(DEV): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[curate,metrics,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[curate,metrics,deepspeed,dev]'
 	@touch $(CORE) $@

@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--domain-adapter-scale", type=float, metavar="X", help="of AnimateDiff's domain adapter")
     how.add_argument("--camera-free-scale", type=float, metavar="X", help="lambda_trajs of Eq. 5, > 1 pins the camera")
     how.add_argument("--guidance-scale", type=float, metavar="X", help="classifier-free guidance, 1 = off")
+    how.add_argument("--trajectory-guidance-scale", type=float, metavar="X", help="> 1 follows the tracks more closely")
     how.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     how.add_argument("--seed", type=int, nargs="+", metavar="N", help="one video each")
     how.add_argument("--num-videos", type=int, metavar="N", help="more videos, with seeds that count up")

@@ -45,7 +45,13 @@ class SpriteRecipe:
     foundation: list[str] = field(default_factory=list)  # YAML files of the foundation's phases, in order
     stages: list[str] = field(default_factory=list)  # YAML files of stages 1-3, in order
     sampling: dict[str, Any] = field(  # what the finished model does unasked
-        default_factory=lambda: {"fps": 8, "guidance_scale": 2.0, "negative_prompt": "", "num_inference_steps": 25}
+        default_factory=lambda: {
+            "fps": 8,
+            "guidance_scale": 1.0,
+            "trajectory_guidance_scale": 2.0,
+            "negative_prompt": "",
+            "num_inference_steps": 25,
+        }
     )
     seed: int = 0
 

@@ -1,4 +1,4 @@
-"""Classifier-free and camera-free guidance as the linear combinations they are."""
+"""Guidance by text, camera and trajectories, as the linear combinations they are."""
 
 from torch import Tensor
 
@@ -37,3 +37,20 @@ def camera_free_guidance(
     Source: Image Conductor, section 2.5. docs/decisions.md says what lambda_trajs = 1 means.
     """
     return classifier_free_guidance(eps_null, eps_base, text) + camera_free * (eps_object - eps_base)
+
+
+def trajectory_guidance(guided: Tensor, eps_drawn: Tensor, eps_undrawn: Tensor, trajectories: float) -> Tensor:
+    """Prediction that follows the trajectories more closely than the model alone.
+
+    Args:
+        guided: (B, C, T, h, w), prediction under the guidance above.
+        eps_drawn: Likewise for the prompt with the trajectories, under the control's adapters.
+        eps_undrawn: For the prompt with the motion ControlNet left out.
+        trajectories: Scale, 1 = off.
+
+    Returns:
+        (B, C, T, h, w), guided + (trajectories - 1) (eps_drawn - eps_undrawn).
+
+    Source: docs/decisions.md, 27; beyond the paper and the release.
+    """
+    return guided + (trajectories - 1) * (eps_drawn - eps_undrawn)

@@ -61,6 +61,7 @@ class EvaluateConfig:
     seed: int = 0  # of the initial noise; request i takes seed + i
     num_inference_steps: int | None = None  # null = the model's default, here and below
     guidance_scale: float | None = None
+    trajectory_guidance_scale: float | None = None
     batch_size: int = 4
     dtype: Literal["float32", "float16", "bfloat16"] | None = None  # null = float16 on a GPU
     device: str | None = None

@@ -193,8 +193,9 @@ class Evaluation:
             "num_inference_steps",
             "dtype",
         )
-        settings = {key: getattr(config, key) for key in (*keys, "guidance_scale")}
+        settings = {key: getattr(config, key) for key in (*keys, "guidance_scale", "trajectory_guidance_scale")}
         settings |= {"size": self.size, "num_frames": self.num_frames, "row": asdict(row), "weights": weights}
+        settings |= {"sampling_defaults": ImageConductorPipeline.read_sampling_defaults(model_folder(row.model or ""))}
         if config.motions == "presets":  # Seeds count the requests.
             settings |= {"presets": [config.camera_presets, config.object_presets]}
             settings |= {"keys": [r.key for r in next(iter(self.requests.values()))] if config.images else None}
@@ -254,6 +255,7 @@ class Evaluation:
             control=arm.control if controlled else None,
             camera_free_scale=arm.camera_free_scale,
             guidance_scale=self.config.guidance_scale,
+            trajectory_guidance_scale=self.config.trajectory_guidance_scale,
             num_inference_steps=self.config.num_inference_steps,
             num_frames=self.num_frames,
             width=width,

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from imageconductor.diffusion.guidance import camera_free_guidance, classifier_free_guidance
+from imageconductor.diffusion.guidance import camera_free_guidance, classifier_free_guidance, trajectory_guidance
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet, Residuals
 from imageconductor.models.lora import Adapter, active
 from imageconductor.models.motion_unet import MotionUNet
@@ -59,7 +59,11 @@ class Branch:
 
 
 def plan(
-    control: Control, guidance_scale: float, camera_free_scale: float | None = None, has_trajectories: bool = True
+    control: Control,
+    guidance_scale: float,
+    camera_free_scale: float | None = None,
+    trajectory_guidance_scale: float = 1.0,
+    has_trajectories: bool = True,
 ) -> tuple[Branch, ...]:
     """Branches of one guided step; one whose coefficient is zero is not among them.
 
@@ -68,6 +72,7 @@ def plan(
         guidance_scale: lambda_cfg, 1 = off.
         camera_free_scale: lambda_trajs of Eq. 5; None = classifier-free guidance under the control's adapter, as the
             release does.
+        trajectory_guidance_scale: Away from what the model does without the trajectories, 1 = off.
         has_trajectories: False = plain image-to-video, without the motion ControlNet.
 
     Raises:
@@ -78,16 +83,19 @@ def plan(
             f"camera_free_scale removes camera motion, so it goes with control 'object', not {control.value!r}"
         )
     adapters = ADAPTERS[control] if has_trajectories else None
+    evaluations: list[tuple[Text, tuple[Adapter, ...] | None]] = [("null", adapters), ("prompt", adapters)]
+    if has_trajectories:
+        evaluations += [("null", ()), ("prompt", ()), ("prompt", None)]
     # Guidance is linear, so its value at the unit vectors is the weight of each evaluation.
-    if camera_free_scale is None or adapters is None:
-        evaluations: list[tuple[Text, tuple[Adapter, ...] | None]] = [("null", adapters), ("prompt", adapters)]
-        weights = [float(classifier_free_guidance(a, b, guidance_scale)) for a, b in torch.eye(2).double()]
-    else:
-        evaluations = [("null", ()), ("prompt", ()), ("prompt", adapters)]
-        weights = [
-            float(camera_free_guidance(a, b, c, guidance_scale, camera_free_scale)) for a, b, c in torch.eye(3).double()
-        ]
-    return tuple(Branch(*e, weight) for e, weight in zip(evaluations, weights, strict=True) if abs(weight) > 1e-12)
+    null, prompt, *others = torch.eye(len(evaluations)).double()
+    weights = classifier_free_guidance(null, prompt, guidance_scale)
+    if others:
+        base_null, base, undrawn = others
+        if camera_free_scale is not None:
+            weights = camera_free_guidance(base_null, base, prompt, guidance_scale, camera_free_scale)
+        weights = trajectory_guidance(weights, prompt, undrawn, trajectory_guidance_scale)
+    pairs = zip(evaluations, weights.tolist(), strict=True)
+    return tuple(Branch(*evaluation, weight) for evaluation, weight in pairs if abs(weight) > 1e-12)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class SampleJob:
     control: Literal["camera", "object", "mixed", "base"] | None = None  # None = what suits the preset, else object
     camera_free_scale: float | None = None  # lambda_trajs of Eq. 5; None = off
     guidance_scale: float | None = None  # lambda_cfg
+    trajectory_guidance_scale: float | None = None  # away from the video without the trajectories; 1 = off
     steps: int | None = None
     seed: list[int] = field(default_factory=lambda: [0])
     num_videos: int | None = None  # further seeds count up from the last one
@@ -234,6 +235,7 @@ def generate(inputs: Inputs, output: Path) -> list[Path]:
             control=job.control,
             camera_free_scale=job.camera_free_scale,
             guidance_scale=job.guidance_scale,
+            trajectory_guidance_scale=job.trajectory_guidance_scale,
             num_inference_steps=job.steps,
             num_frames=job.num_frames,
             height=job.height,

@@ -59,6 +59,7 @@ class SamplingDefaults:
     fps: int = 8
     num_inference_steps: int = 25
     guidance_scale: float = 8.5  # paper C.1; the release's YAML says 7.5
+    trajectory_guidance_scale: float = 1.0  # off, as in the paper and the release
     negative_prompt: str = "worst quality, low quality, letterboxed"
     control: str = "object"
 
@@ -255,6 +256,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         control: Control | str | None = None,
         camera_free_scale: float | None = None,
         guidance_scale: float | None = None,
+        trajectory_guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
         num_frames: int | None = None,
         height: int | None = None,
@@ -282,6 +284,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             control: "camera", "object", "mixed" (both LoRAs) or "base" (none).
             camera_free_scale: lambda_trajs of Eq. 5, with control "object"; None = plain classifier-free guidance.
             guidance_scale: lambda_cfg, 1 = off.
+            trajectory_guidance_scale: Above 1 it extrapolates away from the video without the trajectories.
             num_inference_steps: Denoising steps.
             num_frames: T.
             height: Pixels, a multiple of the autoencoder's factor.
@@ -304,12 +307,14 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         num_frames = num_frames or defaults.num_frames
         steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        if trajectory_guidance_scale is None:
+            trajectory_guidance_scale = defaults.trajectory_guidance_scale
         negative_prompt = defaults.negative_prompt if negative_prompt is None else negative_prompt
         control = _control(defaults.control if control is None else control)
         images, drawn = _as_list(image), [] if trajectories is None else _as_list(trajectories)
         prompts, negatives = _as_list(prompt), _as_list(negative_prompt)
         self._check(width, height, num_frames, steps, num_videos_per_prompt, output_type)
-        branches = plan(control, scale, camera_free_scale, has_trajectories=bool(drawn))
+        branches = plan(control, scale, camera_free_scale, trajectory_guidance_scale, has_trajectories=bool(drawn))
         if drawn:
             self._check_trajectories(drawn, num_frames, control)
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState
-from accelerate.utils import parse_flag_from_env
+from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -27,6 +24,7 @@ from imageconductor.models.motion_module import Float32Attention
 from imageconductor.models.networks import Networks
 from imageconductor.training import checkpointing, sharding
 from imageconductor.training.config import LoopConfig
+from imageconductor.training.engines import engine_of
 from imageconductor.training.record import RunRecord
 from imageconductor.training.stages import Stage
 
@@ -74,20 +72,18 @@ def train(
         CorruptClipError: More clips than `config.max_corrupt_share` cannot be read.
         ValueError: The run folder belongs to another stage, or the launcher asks for what is not supported.
     """
-    accelerator = _accelerator(config)
+    engine = engine_of(config)
+    accelerator = engine.accelerator
     output, device = Path(config.output), accelerator.device
     _place(stage, config, device)
-    sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
-    if sharded:
-        sharding.shard(list(stage.children()), device)
-    parameters = stage.trainable()
+    parameters = engine.take(stage)
     optimizer = _optimizer(parameters, config, device)
     ema = None if config.ema_decay is None else _average(parameters, config.ema_decay)
 
     state = TrainState()
     checkpoint = checkpointing.latest(output)
     if checkpoint:
-        _restore(checkpoint, parameters, optimizer, ema)
+        _restore(checkpoint, parameters, ema)
         state.step = checkpoint.step
         logger.info("continuing %s at step %d", output, state.step)
     lr_scheduler = get_scheduler(
@@ -96,14 +92,8 @@ def train(
         num_warmup_steps=config.warmup_steps,
         num_training_steps=config.max_steps,
     )
+    denoise = engine.prepare(stage, optimizer, checkpoint.optimizer if checkpoint else None)
     _set_step(lr_scheduler, state.step)
-    if sharded:
-        denoise, optimizer = stage, accelerator.prepare_optimizer(optimizer)
-    else:
-        denoise, optimizer = accelerator.prepare(stage, optimizer)
-    scaler: Any = accelerator.scaler  # of fp16 losses
-    if checkpoint and scaler and "scaler" in checkpoint.optimizer:
-        scaler.load_state_dict(checkpoint.optimizer["scaler"])
     noise_scheduler = stage.networks.scheduler
     record = RunRecord(output, config, state.step) if accelerator.is_main_process else None
 
@@ -130,24 +120,18 @@ def train(
             target = eps
             if noise_scheduler.config["prediction_type"] == "v_prediction":
                 target = noise_scheduler.get_velocity(x_0, eps, t)
-            waits = micro + 1 < config.gradient_accumulation_steps and not sharded
-            with accelerator.no_sync(denoise) if waits else nullcontext():
+            with engine.micro_step(is_last=micro + 1 == config.gradient_accumulation_steps):
                 with accelerator.autocast():
                     prediction = denoise(x_t, t, condition)  # eps_theta(x_t, t, c)
                 losses = stage.loss_terms(prediction.float(), target)  # Eq. 1 | Eq. 3 + lambda * Eq. 4
                 total = torch.stack(list(losses.values())).sum() / config.gradient_accumulation_steps
                 _check_finite(total, state.step, accelerator.process_index, batch["key"])
-                accelerator.backward(total)
+                engine.backward(total)
             for key, value in losses.items():
                 terms[key] = terms.get(key, 0) + value.detach() / config.gradient_accumulation_steps
             _count_corrupt(state, batch, config)
-        if sharded:
-            sharding.check_gradients(list(parameters.values()))
-        accelerator.unscale_gradients()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
-        optimizer.step()
+        engine.step()
         lr_scheduler.step()
-        optimizer.zero_grad()
         state.step += 1
         if ema is not None:
             ema.step(parameters.values())
@@ -170,11 +154,9 @@ def train(
                 record.log(state.step, {**state.losses, **measured})
                 shown = {key: f"{value:.4f}" for key, value in state.losses.items()}
                 bar.set_postfix(shown | {"clips/s": f"{clips / seconds:.2f}"})
-        if (accelerator.is_main_process or sharded) and (last or state.step % config.save_every == 0):
-            groups = {"parameters": parameters, **({} if ema is None else {"ema": _named(ema, parameters)})}
-            states = {"optimizer": optimizer.state_dict(), **({"scaler": scaler.state_dict()} if scaler else {})}
-            if sharded:
-                groups, states = sharding.whole((groups, states), keep=accelerator.is_main_process)
+        if (accelerator.is_main_process or engine.saves_together) and (last or state.step % config.save_every == 0):
+            averages = {} if ema is None else {"ema": _named(ema, parameters)}
+            groups, states = engine.whole({"parameters": parameters, **averages})
             if accelerator.is_main_process:
                 checkpointing.save(output, state.step, groups, states, config.keep_checkpoints)
         if accelerator.is_main_process and preview and config.preview_every and state.step % config.preview_every == 0:
@@ -184,8 +166,7 @@ def train(
 
     if ema is not None:
         ema.copy_to(parameters.values())
-    if sharded:
-        sharding.gather(stage)
+    engine.gather(stage)
     if record is not None:
         checkpointing.save_result(output, stage.save)
         record.close()
@@ -194,33 +175,6 @@ def train(
         _PROCESS_GROUPS.append(torch.distributed.group.WORLD)
     accelerator.end_training()
     return state
-
-
-def _accelerator(config: LoopConfig) -> Accelerator:
-    AcceleratorState._reset_state()  # A stage may want another precision than the one trained before it.
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"{accelerator.distributed_type.value} is not supported; to share out gradients and optimiser state, "
-            "launch with --config_file configs/accelerate/fsdp.yaml"
-        )
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        refused = {
-            "mixed_precision=fp16": config.mixed_precision == "fp16",
-            "optimizer=adamw_8bit": config.optimizer == "adamw_8bit",
-            "torch_compile=true": config.torch_compile,
-            "preview_every": config.preview_every > 0,
-            "one process": accelerator.num_processes == 1,
-            "fsdp_version other than 2": os.environ.get("FSDP_VERSION") != "2",
-            "fsdp_offload_params": parse_flag_from_env("FSDP_OFFLOAD_PARAMS"),
-            "fsdp_activation_checkpointing (gradient_checkpointing=true does it)": parse_flag_from_env(
-                "FSDP_ACTIVATION_CHECKPOINTING"
-            ),
-        }
-        if found := [name for name, is_asked in refused.items() if is_asked]:
-            raise ValueError(f"FSDP does not go with {', '.join(found)}; change that or launch with --multi_gpu")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    return accelerator
 
 
 def _place(stage: Stage, config: LoopConfig, device: torch.device) -> None:
@@ -326,7 +280,6 @@ def _named(ema: EMAModel, parameters: dict[str, torch.nn.Parameter]) -> dict[str
 def _restore(
     checkpoint: checkpointing.Checkpoint,
     parameters: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
     ema: EMAModel | None,
 ) -> None:
     saved = checkpoint.tensors["parameters"]
@@ -339,7 +292,6 @@ def _restore(
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(sharding.split_like(saved[key], parameter))
-    optimizer.load_state_dict(sharding.split_optimizer(checkpoint.optimizer["optimizer"], list(parameters.values())))
     if ema is not None and "ema" in checkpoint.tensors:
         for shadow, key in zip(ema.shadow_params, parameters, strict=True):
             shadow.copy_(sharding.split_like(checkpoint.tensors["ema"][key], shadow))

@@ -70,6 +70,46 @@ def test_plan_is_equation_5(text, camera_free):
     torch.testing.assert_close(total, camera_free_guidance(null, base, obj, text, camera_free))
 
 
+@pytest.mark.parametrize("control", Control)
+@pytest.mark.parametrize("camera_free", [None, 1.5])
+def test_plan_is_trajectory_guidance(control, camera_free):
+    """guided + (s - 1) (eps with the trajectories - eps without), for the prompt."""
+    if camera_free is not None and control is not Control.OBJECT:
+        return
+    adapters = ADAPTERS[control]
+    total = {(b.text, b.adapters): b.weight for b in plan(control, 4.0, camera_free, 2.5)}
+    before = {(b.text, b.adapters): b.weight for b in plan(control, 4.0, camera_free)}
+    assert total.pop(("prompt", None)) == pytest.approx(-1.5)
+    assert total.pop(("prompt", adapters)) == pytest.approx(before.pop(("prompt", adapters)) + 1.5)
+    assert total == pytest.approx(before)
+
+
+def test_trajectory_guidance_costs_a_decoder_pass(networks, monkeypatch):
+    """The branch without trajectories is the UNet alone with the image ControlNet, and shares the encoder with the others."""
+    unet, image, motion = networks
+    x = inputs()
+    conditions = Conditions({"null": x["text"][:1], "prompt": x["text"][1:]}, x["condition"], x["mask"], x["flow"])
+    with torch.no_grad():
+        guided = guided_prediction(
+            *networks, plan(Control.CAMERA, 1.0, None, 3.0), conditions, x["loop_latents"], x["timestep"]
+        )
+        drawn = guided_prediction(*networks, plan(Control.CAMERA, 1.0), conditions, x["loop_latents"], x["timestep"])
+        features = unet.encode(x["loop_latents"], x["timestep"], x["text"][1:])
+        undrawn = unet.decode(features, image(x["timestep"], x["text"][1:], x["condition"], x["mask"]))
+        assert relative_error(guided, 3 * drawn - 2 * undrawn) < 1e-5
+        passes = []
+        encode = unet.encode
+        monkeypatch.setattr(unet, "encode", lambda *args: passes.append(len(args[0])) or encode(*args))
+        guided_prediction(*networks, plan(Control.CAMERA, 1.0, None, 3.0), conditions, x["loop_latents"], x["timestep"])
+    assert passes == [1]
+
+
+def test_without_trajectories_there_is_nothing_to_guide_by():
+    assert plan(Control.OBJECT, 4.0, 1.5, 3.0, has_trajectories=False) == plan(
+        Control.OBJECT, 4.0, has_trajectories=False
+    )
+
+
 def test_branches_without_weight_are_not_run():
     assert [b.text for b in plan(Control.CAMERA, 1.0)] == ["prompt"]
     assert len(plan(Control.OBJECT, 8.5, 1.5)) == 3
@@ -106,7 +146,7 @@ def test_work_is_shared(networks, monkeypatch):
     noise = torch.randn(3, *x["loop_latents"].shape[1:], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         together = guided_prediction(*networks, plan(Control.OBJECT, 7.5, 1.4), conditions, noise, x["timestep"])
-        assert calls == {"encode": [6], "decode": [3, 3, 3], "image": [2], "motion": [2, 1]}
+        assert calls == {"encode": [6], "decode": [3, 3, 3], "image": [2], "motion": [1, 2]}
         for row in range(3):
             alone = guided_prediction(
                 *networks, plan(Control.OBJECT, 7.5, 1.4), conditions, noise[row : row + 1], x["timestep"]

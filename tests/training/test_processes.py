@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 
@@ -70,14 +71,23 @@ def test_two_processes_are_one_with_twice_the_batch(two, tiny_model, tmp_path):
     torch.testing.assert_close(torch.tensor(losses(two)), torch.tensor(losses(tmp_path / "one")), atol=1e-5, rtol=1e-5)
 
 
-FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what accelerate makes of configs/accelerate/fsdp.yaml
+# What accelerate makes of configs/accelerate/fsdp.yaml and deepspeed.yaml.
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+ENGINES = [
+    pytest.param(FSDP, id="fsdp"),
+    pytest.param(
+        ZERO, id="deepspeed", marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
+    ),
+]
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("sharded_first", [True, False])
-def test_sharding_changes_nothing_and_a_run_may_begin_or_end_with_it(sharded_first, two, tiny_model, tmp_path):
+def test_sharding_changes_nothing_and_a_run_may_begin_or_end_with_it(engine, sharded_first, two, tiny_model, tmp_path):
     for steps, sharded in ((STEPS // 2, sharded_first), (STEPS, not sharded_first)):
         arguments = command(tiny_model, tmp_path / "run", 2, batch_size=1, max_steps=steps, save_every=1, log_every=1)
-        run(arguments, **(FSDP if sharded else {}))
+        run(arguments, **(engine if sharded else {}))
     expected, found = weights(two), weights(tmp_path / "run")
     assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in expected.items()}
     configs = [(folder / "motion_controlnet" / "config.json").read_text() for folder in (tmp_path / "run", two)]
@@ -99,10 +109,11 @@ def test_the_orthogonal_loss_and_averages_are_sharded_too(tiny_model, tmp_path):
     torch.testing.assert_close(adapters[1], adapters[0], atol=1e-4, rtol=1e-3)
 
 
-def test_a_sharded_unet_in_bf16_with_accumulation_and_averages_can_be_resumed(tiny_model, tmp_path):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_sharded_unet_in_bf16_with_accumulation_and_averages_can_be_resumed(engine, tiny_model, tmp_path):
     settings = {"batch_size": 1, "gradient_accumulation_steps": 2, "mixed_precision": "bf16", "ema_decay": 0.9}
     settings |= {"lora_rank": 2, "log_every": 1, "save_every": 1}
-    for name, runs in (("whole", [(4, {})]), ("parts", [(2, {}), (3, FSDP), (4, FSDP)])):
+    for name, runs in (("whole", [(4, {})]), ("parts", [(2, {}), (3, engine), (4, engine)])):
         for steps, variables in runs:
             arguments = command(
                 tiny_model, tmp_path / name, 2, "scripts/train_style_lora.py", max_steps=steps, **settings
@@ -118,9 +129,11 @@ def test_a_sharded_unet_in_bf16_with_accumulation_and_averages_can_be_resumed(ti
 @pytest.mark.parametrize("path", sorted(Path("configs/accelerate").iterdir()), ids=lambda path: path.stem)
 def test_the_launchers_configurations_are_what_they_say(path):
     arguments = launch_command_parser().parse_args(["--config_file", str(path), "train_camera_lora.py"])
-    variables = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
-    sharded = {key: variables.get(key) for key in FSDP}
-    assert sharded == (FSDP if path.stem == "fsdp" else dict.fromkeys(FSDP))
+    arguments = _validate_launch_command(arguments)[0]
+    arguments.deepspeed_fields_from_accelerate_config = ""  # The launcher sets it; it concerns accelerate's own plugin.
+    variables = prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
+    expected = {"fsdp": FSDP, "deepspeed": ZERO}.get(path.stem, {})
+    assert {key: variables[key] for key in (*FSDP, *ZERO) if key in variables} == expected
     assert variables["ACCELERATE_MIXED_PRECISION"] == "no"
 
 
