@@ -42,6 +42,8 @@ class SpriteRecipe:
     world: SpriteWorldConfig = field(default_factory=SpriteWorldConfig)
     model: SmallModelConfig = field(default_factory=SmallModelConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    # Further steps of its decoder, which may come at any time, also after `start`; 0 steps = none.
+    decoder: AutoencoderConfig = field(default_factory=lambda: AutoencoderConfig(decoder_only=True, max_steps=0))
     foundation: list[str] = field(default_factory=list)  # YAML files of the foundation's phases, in order
     stages: list[str] = field(default_factory=list)  # YAML files of stages 1-3, in order
     sampling: dict[str, Any] = field(  # what the finished model does unasked
@@ -65,9 +67,15 @@ def main() -> None:
 
     if not (model / "scheduler").is_dir():
         save_parts(starting_networks(recipe), model, PARTS)
-    train_vae(recipe, args.budget, runs, model)
+    if recipe.start is None:
+        train_vae(recipe, recipe.autoencoder, args.budget, runs / "autoencoder", model)
+    if recipe.decoder.max_steps:
+        train_vae(recipe, recipe.decoder, args.budget, runs / "decoder", model)
     train_foundation(recipe, args.budget, runs, model)
     sources = {part: model / part for part in PARTS}
+    if recipe.start is not None:  # A stage that is not repeated leaves its LoRA as it was.
+        adapters = (f"{name}_lora" for name in ("camera", "object", "style"))
+        sources |= {name: Path(recipe.start) / name for name in adapters if (Path(recipe.start) / name).is_dir()}
     for path in recipe.stages:
         stage, config = stage_of(path, recipe, args.budget, runs, model)
         if stage == StageName.OBJECT_LORA:
@@ -102,15 +110,15 @@ def save_parts(networks: Networks, folder: Path, parts: tuple[str, ...]) -> None
         getattr(networks, part).save_pretrained(folder / part)
 
 
-def train_vae(recipe: SpriteRecipe, budget: float, runs: Path, model: Path) -> None:
-    """Trains the autoencoder unless its result is there."""
-    config = replace(recipe.autoencoder, max_steps=scaled(recipe.autoencoder.max_steps, budget))
-    done = runs / "autoencoder" / "done"
-    if done.exists() or recipe.start is not None:
+def train_vae(recipe: SpriteRecipe, config: AutoencoderConfig, budget: float, runs: Path, model: Path) -> None:
+    """Trains the autoencoder, or its decoder, unless the result is there."""
+    config = replace(config, max_steps=scaled(config.max_steps, budget))
+    done = runs / "done"
+    if done.exists():
         return
     networks = Networks.load(model)
     data = Batches(SpriteSamples(recipe.world, list(SpriteSet)), config.batch_size // config.frames_per_clip)
-    train_autoencoder(networks.vae, data, config, runs / "autoencoder")
+    train_autoencoder(networks.vae, data, config, runs)
     networks.vae.save_pretrained(model / "vae")
     done.touch()
 

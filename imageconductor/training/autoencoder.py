@@ -21,6 +21,7 @@ from imageconductor.training import checkpointing
 class AutoencoderConfig:
     """How an autoencoder is trained."""
 
+    decoder_only: bool = False  # latents stay what they are, and so does all that was trained on them
     max_steps: int = 1800
     batch_size: int = 16  # crops
     frames_per_clip: int = 1  # other clips teach more than other frames of the same
@@ -40,14 +41,15 @@ def train_autoencoder(vae: Any, data: Dataset[dict[str, Any]], config: Autoencod
     """Trains `vae` in place, continuing what `runs` holds, and sets its `scaling_factor` to 1 / std of the latents.
 
     Args:
-        vae: AutoencoderKL; its parameters are trained.
+        vae: AutoencoderKL; its parameters are trained, or those of its decoder, with the factor as it was.
         data: Item i is batch i: pixel_values (B, 3, T, H, W) in [-1, 1].
         config: How.
         runs: Folder of the checkpoints.
     """
     device = PartialState().device
-    vae.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
-    parameters = dict(vae.named_parameters())
+    vae.to(device, memory_format=torch.channels_last).train().requires_grad_(not config.decoder_only)
+    vae.decoder.requires_grad_(True)
+    parameters = {name: parameter for name, parameter in vae.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     start = 0
     if checkpoint := checkpointing.latest(runs):
@@ -87,6 +89,8 @@ def train_autoencoder(vae: Any, data: Dataset[dict[str, Any]], config: Autoencod
             checkpointing.save(runs, step + 1, {"parameters": vae.state_dict()}, optimizer.state_dict(), keep=1)
 
     vae.eval().requires_grad_(False)
+    if config.decoder_only:
+        return
     with torch.no_grad():
         clips = torch.cat([data[config.max_steps + i]["pixel_values"] for i in range(8)])
         latents = vae.encode(clips.transpose(1, 2).flatten(0, 1).to(device)).latent_dist.mean

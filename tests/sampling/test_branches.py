@@ -85,8 +85,8 @@ def test_plan_is_trajectory_guidance(control, camera_free):
 
 
 def test_trajectory_guidance_costs_a_decoder_pass(networks, monkeypatch):
-    """The branch without trajectories is the UNet alone with the image ControlNet, and shares the encoder with the others."""
-    unet, image, motion = networks
+    """The branch without trajectories has the image ControlNet alone, and shares the encoder with the others."""
+    unet, image, _ = networks
     x = inputs()
     conditions = Conditions({"null": x["text"][:1], "prompt": x["text"][1:]}, x["condition"], x["mask"], x["flow"])
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """The pipeline as a diffusers user meets it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -45,6 +46,24 @@ def test_a_saved_model_gives_the_same_video(pipe, image, tmp_path):
     assert attached_adapters(again.motion_controlnet) == set(Adapter)
     for control in ("camera", "object", "mixed", "base"):
         assert np.array_equal(run(pipe, image, track, control=control), run(again, image, track, control=control))
+
+
+def test_trajectory_guidance_is_off_unless_the_model_says_otherwise(tiny_model, pipe, image, tmp_path):
+    track = camera_preset("pan-left", SIZE, FRAMES)
+    plain = run(pipe, image, track, control="camera")
+    assert np.array_equal(run(pipe, image, track, control="camera", trajectory_guidance_scale=1.0), plain)
+    guided = run(pipe, image, track, control="camera", trajectory_guidance_scale=2.0)
+    assert np.abs(guided - plain).max() > 1e-3
+    assert np.array_equal(run(pipe, image, trajectory_guidance_scale=2.0), run(pipe, image)), "no trajectories"
+
+    shutil.copytree(tiny_model, tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"
+    values = json.loads(index.read_text())
+    values["sampling_defaults"]["trajectory_guidance_scale"] = 2.0
+    index.write_text(json.dumps(values))
+    other = ImageConductorPipeline.from_pretrained(tmp_path / "model")
+    other.set_progress_bar_config(disable=True)
+    assert np.array_equal(run(other, image, track, control="camera"), guided)
 
 
 def test_compiled_networks_make_the_same_video(tiny_model, image):
