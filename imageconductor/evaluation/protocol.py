@@ -203,7 +203,8 @@ class Evaluation:
         new: dict[str, Any] = json.loads(json.dumps(settings, default=str))
         record = self.output / "videos" / name / "made_with.json"
         old = json.loads(record.read_text()) if record.exists() else {}
-        if changed := [key for key in new if key in old and old[key] != new[key]]:
+        asked = {key for key in new if key in old or not key.startswith("arm ")}  # An arm may be added later.
+        if old and (changed := sorted(key for key in asked if key not in old or old[key] != new[key])):
             raise ValueError(
                 f"{record.parent} was made with other settings ({', '.join(changed)}); name another --output"
             )

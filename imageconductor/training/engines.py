@@ -22,6 +22,7 @@ from imageconductor.training import sharding
 from imageconductor.training.config import LoopConfig
 from imageconductor.training.stages import Stage
 
+_BUCKET = 50_000_000  # gradients that DeepSpeed exchanges at a time; it sets their memory aside, whatever learns
 Groups = dict[str, Mapping[str, Tensor]]
 
 
@@ -66,6 +67,8 @@ class Replicated:
         if saved is not None:
             parameters = list(self.parameters.values())
             optimizer.load_state_dict(sharding.split_optimizer(saved["optimizer"], parameters))
+            for group in optimizer.param_groups:  # The run's settings are the config's, not the checkpoint's.
+                group["weight_decay"] = self.config.weight_decay
         self.module, self.optimizer = self._prepared(stage, optimizer)
         if self._scaler is not None and "scaler" in (saved or {}):
             self._scaler.load_state_dict((saved or {})["scaler"])
@@ -176,11 +179,12 @@ class DeepSpeed(Replicated):
         self, stage: Stage, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any] | None = None
     ) -> nn.Module:
         """As `Replicated.prepare`."""
+        count = sum(parameter.numel() for parameter in self.parameters.values())
         settings = {
             "train_micro_batch_size_per_gpu": self.config.batch_size,
             "gradient_accumulation_steps": self.config.gradient_accumulation_steps,
             "gradient_clipping": self.config.max_grad_norm,
-            "zero_optimization": {"stage": self.zero_stage},
+            "zero_optimization": {"stage": self.zero_stage, "reduce_bucket_size": min(_BUCKET, count)},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": sys.maxsize,  # The loop has a bar of its own.
         }
@@ -197,6 +201,8 @@ class DeepSpeed(Replicated):
         """As `Replicated.backward`. Weights change after the last micro-step."""
         self.engine.backward(loss, scale_wrt_gas=False)
         self.engine.step()
+        if self.zero.overflow:  # It would pass over the step and say nothing.
+            raise FloatingPointError("the gradients are not finite")
 
     def step(self) -> None:
         """Has been done by then."""
@@ -205,12 +211,11 @@ class DeepSpeed(Replicated):
         """As `Replicated.whole`."""
         get: Any = self.deepspeed.utils.safe_get_full_optimizer_state
         (share,) = self.optimizer.state.values()
-        state = {
-            number: {
-                key: get(parameter, key).cpu() if value.ndim else value.cpu().clone() for key, value in share.items()
-            }
-            for number, parameter in enumerate(self.parameters.values())
-        }
+        state: dict[int, dict[str, Tensor]] = {}
+        for number, parameter in enumerate(self.parameters.values()):
+            whole = {key: get(parameter, key) if value.ndim else value.clone() for key, value in share.items()}
+            if self.accelerator.is_main_process:
+                state[number] = {key: value.cpu() for key, value in whole.items()}
         (group,) = self.optimizer.param_groups
         return groups, {"optimizer": {"state": state, "param_groups": [{**group, "params": list(state)}]}}
 

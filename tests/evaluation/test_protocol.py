@@ -227,6 +227,12 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(tiny_model, tmp_path, mon
     for arm, found in both["again"]["arms"].items():
         assert found == {key: value for key, value in both["tiny"]["arms"][arm].items() if key != "seconds"}
 
+    record = tmp_path / "cut" / "videos" / "tiny" / "made_with.json"
+    older = {key: value for key, value in json.loads(record.read_text()).items() if key != "sampling_defaults"}
+    record.write_text(json.dumps(older))
+    with pytest.raises(ValueError, match=r"made with other settings \(sampling_defaults\)"):
+        Evaluation(tiny(tiny_model), tmp_path / "cut").run()
+
 
 def test_two_processes_measure_what_one_does(tiny_model, tmp_path):
     config = tmp_path / "run.yaml"

@@ -147,6 +147,16 @@ def test_two_and_two_steps_are_four(settings, tmp_path, extra):
         assert rates.setdefault(record["step"], record["learning_rate"]) == record["learning_rate"]
 
 
+def test_a_continued_run_learns_at_the_rate_that_it_is_given(settings):
+    first, data = build(StageName.CAMERA_LORA, settings)
+    train(first, data, settings)
+    still = replace(settings, max_steps=3, learning_rate=1e-30)
+    second, data = build(StageName.CAMERA_LORA, still)
+    train(second, data, still)
+    for key, value in first.trainable().items():
+        assert torch.equal(value, second.trainable()[key]), key
+
+
 def losses(folder):
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [line["denoising"] for line in lines]
