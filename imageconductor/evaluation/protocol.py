@@ -134,7 +134,11 @@ class Evaluation:
             raise ValueError(f"the models make videos of different shapes, {sizes}: set size and num_frames")
         size, num_frames = next(iter(sizes.values()), ((384, 256), 16))
         width, height = self.config.size or size
-        return (width, height), self.config.num_frames or num_frames
+        num_frames = self.config.num_frames or num_frames
+        for name in sizes:
+            folder = model_folder(self.config.table[name].model or "")
+            ImageConductorPipeline.check_shape(folder, (width, height), num_frames)
+        return (width, height), num_frames
 
     def _check_videos(self, name: str, row: Row) -> None:
         expected = [

@@ -162,6 +162,7 @@ def prepare(job: SampleJob) -> Inputs:
         raise FileNotFoundError(f"{job.model} has no domain adapter; assemble it with domain_adapter=FILE")
     if trajectories.num_tracks:
         ImageConductorPipeline.check_adapters(job.model, cast(str, job.control))
+    ImageConductorPipeline.check_shape(job.model, size, num_frames)
     return Inputs(replace(job, seed=job.seeds, num_videos=None), cover_crop(image, size), trajectories)
 
 

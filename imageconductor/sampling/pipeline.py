@@ -194,6 +194,15 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
                     f"control {Control(control).value!r} needs the {adapter.value} LoRA, and {path} has none"
                 )
 
+    @staticmethod
+    def check_shape(folder: str | Path, size: tuple[int, int], num_frames: int) -> None:
+        """Raises ValueError if a model folder cannot make videos of (W, H) pixels and T frames; loads no weight."""
+        try:
+            vae, unet = (json.loads((Path(folder) / part / "config.json").read_text()) for part in ("vae", "unet"))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{folder} is not whole, there is no {error.filename}") from None
+        _check_shape(size, num_frames, 2 ** (len(vae["block_out_channels"]) - 1), unet["motion_max_seq_length"])
+
     def compile(self, **kwargs: Any) -> None:
         """Compiles the networks: the first call takes minutes longer, and so does one of another size or adapter.
 
@@ -375,12 +384,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         return torch.cat(flows).to(dtype).expand(count, -1, -1, -1, -1)
 
     def _check(self, width: int, height: int, num_frames: int, steps: int, videos: int, output_type: str) -> None:
-        factor = self.pixels_per_cell
-        if width % factor or height % factor or min(width, height) < factor:
-            raise ValueError(f"width and height must be multiples of {factor}, got {width} x {height}")
-        longest = self.unet.config["motion_max_seq_length"]
-        if not 1 <= num_frames <= longest:
-            raise ValueError(f"num_frames must be 1..{longest} for these motion modules, got {num_frames}")
+        _check_shape((width, height), num_frames, self.pixels_per_cell, self.unet.config["motion_max_seq_length"])
         if steps < 1 or videos < 1:
             raise ValueError(f"num_inference_steps and num_videos_per_prompt must be at least 1, got {steps}, {videos}")
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -413,6 +417,14 @@ def model_folder(name: str | Path) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"no model folder at {name}, and the hub did not give one: {reason}") from error
+
+
+def _check_shape(size: tuple[int, int], num_frames: int, factor: int, longest: int) -> None:
+    width, height = size
+    if width % factor or height % factor or min(size) < factor:
+        raise ValueError(f"width and height must be multiples of {factor}, got {width} x {height}")
+    if not 1 <= num_frames <= longest:
+        raise ValueError(f"num_frames must be 1..{longest} for these motion modules, got {num_frames}")
 
 
 def _control(value: Control | str) -> Control:

@@ -27,7 +27,8 @@ class LoopConfig:
     max_steps: int = 1000  # optimiser steps
     batch_size: int = 4  # clips per process and micro-step
     gradient_accumulation_steps: int = 1
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"  # 8 bits: the extra `lowmem`, CUDA only
+    # adamw_8bit: the extra `lowmem`, CUDA only. muon: Muon for matrices, AdamW for the rest; PyTorch 2.9 or newer.
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
     learning_rate: float = 1e-4  # paper C.1
     lr_schedule: str = "constant_with_warmup"  # diffusers' names: constant, linear, cosine, ...
     warmup_steps: int = 0

@@ -65,7 +65,7 @@ class Replicated:
             saved: States of optimiser and loss scaler from a checkpoint.
         """
         if saved is not None:
-            parameters = list(self.parameters.values())
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             optimizer.load_state_dict(sharding.split_optimizer(saved["optimizer"], parameters))
             for group in optimizer.param_groups:  # The run's settings are the config's, not the checkpoint's.
                 group["weight_decay"] = self.config.weight_decay
@@ -253,7 +253,7 @@ def engine_of(config: LoopConfig) -> Replicated:
 def _unsupported(config: LoopConfig, accelerator: Accelerator) -> dict[str, bool]:
     return {
         "mixed_precision=fp16": config.mixed_precision == "fp16",
-        "optimizer=adamw_8bit": config.optimizer == "adamw_8bit",
+        f"optimizer={config.optimizer}": config.optimizer != "adamw",
         "torch_compile=true": config.torch_compile,
         "one process": accelerator.num_processes == 1,
     }

@@ -25,6 +25,7 @@ from imageconductor.models.networks import Networks
 from imageconductor.training import checkpointing, sharding
 from imageconductor.training.config import LoopConfig
 from imageconductor.training.engines import engine_of
+from imageconductor.training.optimizers import optimizer_of
 from imageconductor.training.record import RunRecord
 from imageconductor.training.stages import Stage
 
@@ -77,7 +78,7 @@ def train(
     output, device = Path(config.output), accelerator.device
     _place(stage, config, device)
     parameters = engine.take(stage)
-    optimizer = _optimizer(parameters, config, device)
+    optimizer = optimizer_of(parameters, config, device)
     ema = None if config.ema_decay is None else _average(parameters, config.ema_decay)
 
     state = TrainState()
@@ -192,21 +193,6 @@ def _place(stage: Stage, config: LoopConfig, device: torch.device) -> None:
     if config.torch_compile:
         torch.compiler.reset()  # A stage before this one with other shapes would make every size a dynamic one.
         stage.compile()  # In place, which leaves the parameters' names alone.
-
-
-def _optimizer(
-    parameters: dict[str, torch.nn.Parameter], config: LoopConfig, device: torch.device
-) -> torch.optim.Optimizer:
-    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters.values(), **settings, fused=True)
-    if device.type != "cuda":
-        raise ValueError(f"optimizer=adamw_8bit needs a CUDA device, this is {device.type}; use optimizer=adamw")
-    try:
-        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError("optimizer=adamw_8bit needs bitsandbytes: pip install 'imageconductor[lowmem]'") from error
-    return AdamW8bit(parameters.values(), **settings)
 
 
 def _batches(

@@ -19,6 +19,7 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true"}
         (ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, {}, "DeepSpeed.*offloading"),
         (ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "zero.json"}, {}, "DeepSpeed.*deepspeed_config_file"),
         (ZERO, {"optimizer": "adamw_8bit"}, "DeepSpeed.*optimizer=adamw_8bit"),
+        (FSDP, {"optimizer": "muon"}, "FSDP.*optimizer=muon"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_anything_is_trained(variables, settings, refused, monkeypatch):

@@ -32,6 +32,7 @@ LEARNS = {
     StageName.OBJECT_LORA: (".object.",),
     StageName.STYLE_LORA: (".lora_",),
 }
+NEEDS_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs PyTorch 2.9")
 
 
 @pytest.fixture
@@ -127,7 +128,15 @@ def test_the_camera_lora_acts_in_stage_three_and_does_not_learn(settings):
     assert terms["denoising"] == 0
 
 
-@pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9}, {"gradient_accumulation_steps": 2, "lr_schedule": "cosine"}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"ema_decay": 0.9},
+        {"gradient_accumulation_steps": 2, "lr_schedule": "cosine"},
+        pytest.param({"optimizer": "muon", "weight_decay": 0.1}, marks=NEEDS_MUON),
+    ],
+)
 def test_two_and_two_steps_are_four(settings, tmp_path, extra):
     config = replace(settings, max_steps=4, warmup_steps=2, trajectories="sparse", **extra)
     whole, data = build(StageName.MOTION_CONTROLNET, config)
