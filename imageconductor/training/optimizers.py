@@ -39,7 +39,7 @@ def optimizer_of(
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """PyTorch's Muon for the matrices, its AdamW for convolutions, norms, biases and embeddings, as one optimiser.
+    """PyTorch's Muon for the matrices, its AdamW for convolutions, norms, biases and embeddings (time's too), as one.
 
     Muon's steps are scaled to the size of AdamW's, so one learning rate serves both.
 
