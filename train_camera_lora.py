@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from imageconductor.training.command import main
-from imageconductor.training.config import StageName
+from imageconductor.training.train_config import StageName
 
 
 def previews(*arguments: Any) -> Any:

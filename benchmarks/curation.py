@@ -19,10 +19,10 @@ import av
 import cv2
 import numpy as np
 
-from imageconductor.curation.config import CurateConfig
+from imageconductor.curation.curate_config import CurateConfig
+from imageconductor.curation.cuts import find_scenes
 from imageconductor.curation.footage import Limits, decode_mp4, frames
-from imageconductor.curation.motion import motion_scores
-from imageconductor.curation.scenes import find_scenes
+from imageconductor.curation.motion_score import motion_scores
 from imageconductor.curation.sources import VIDEOS, Source
 from imageconductor.curation.steps import CUT_SIDE_PX, annotate, scan
 

@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from imageconductor.models.adapters import Adapter, add_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
-from imageconductor.models.lora import Adapter, add_adapter
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
 from imageconductor.sampling.branches import Conditions, Control, guided_prediction, plan
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from imageconductor.models.adapters import Adapter, activate, add_adapter, train_only
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
-from imageconductor.models.lora import Adapter, activate, add_adapter, train_only
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
 from imageconductor.training.stages import Condition, Stage
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from imageconductor import config as config_file
-from imageconductor.evaluation.config import Arm, EvaluateConfig, Row
-from imageconductor.evaluation.files import write_text
-from imageconductor.training.config import StageName, TrainConfig
+from imageconductor.evaluation.evaluate_config import Arm, EvaluateConfig, Row
+from imageconductor.evaluation.video_files import write_text
+from imageconductor.training.train_config import StageName, TrainConfig
 
 _METRICS = {"camera": ("error", "coverage"), "object": ("error", "leak", "coverage")}  # of an arm, by what it is asked
 
@@ -142,7 +142,7 @@ def fresh_motion_controlnet(config: AblationConfig) -> str:
 
 def trained_model(config: AblationConfig, name: str, plan: Mapping[str, TrainConfig], fresh: str | None) -> Path:
     """Trains what is missing of a variant and puts it together as a model folder."""
-    from imageconductor.models.assembly import AssemblyConfig, assemble
+    from imageconductor.checkpoints.assembly import AssemblyConfig, assemble
     from imageconductor.sampling.pipeline import ImageConductorPipeline
     from imageconductor.training.run import run_stage
 

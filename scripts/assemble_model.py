@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def assembled(path: Path, overrides: list[str]) -> Any:
     """Checks and loads every part; returns what writes the folder."""
-    from imageconductor.models.assembly import AssemblyConfig, assemble
+    from imageconductor.checkpoints.assembly import AssemblyConfig, assemble
 
     parts = assemble(config_file.load(AssemblyConfig, path, overrides))
     for name, source in json.loads(parts.provenance["sources.json"])["sources"].items():
@@ -91,8 +91,8 @@ def export(model: Path, form: str) -> Any:
     import torch
     from safetensors.torch import save_file
 
-    from imageconductor.models.checkpoints import to_published
-    from imageconductor.models.lora import Adapter, attached_adapters
+    from imageconductor.checkpoints.published import to_published
+    from imageconductor.models.adapters import Adapter, attached_adapters
 
     pipe = load(model)
     adapters = [adapter for adapter in Adapter if adapter in attached_adapters(pipe.motion_controlnet)]

@@ -13,7 +13,7 @@ import logging
 import sys
 
 from imageconductor import config as config_file
-from imageconductor.curation.config import CurateConfig
+from imageconductor.curation.curate_config import CurateConfig
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     config, _ = config_file.command_line(CurateConfig, __doc__ or "", argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        from imageconductor.curation.pipeline import curate
+        from imageconductor.curation.curate import curate
 
         counts = curate(config)
     except ModuleNotFoundError as error:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from imageconductor import config as config_file
-from imageconductor.evaluation.config import EvaluateConfig
+from imageconductor.evaluation.evaluate_config import EvaluateConfig
 
 
 def main(argv: list[str] | None = None) -> int:

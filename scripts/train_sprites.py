@@ -15,8 +15,8 @@ from imageconductor import config as config_file
 from imageconductor.conditioning.flow_map import FlowMapConvention
 from imageconductor.data.batches import Batches, SpriteSamples
 from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig, caption_words, captions
+from imageconductor.models.adapters import Adapter, load_adapter
 from imageconductor.models.controlnets import MotionControlNet
-from imageconductor.models.lora import Adapter, load_adapter
 from imageconductor.models.networks import (
     Networks,
     SmallModelConfig,
@@ -24,8 +24,8 @@ from imageconductor.models.networks import (
     build_small_model,
 )
 from imageconductor.training.autoencoder import AutoencoderConfig, train_autoencoder
-from imageconductor.training.config import StageName, TrainConfig
 from imageconductor.training.run import run_stage
+from imageconductor.training.train_config import StageName, TrainConfig
 
 PARTS = ("vae", "text_encoder", "tokenizer", "unet", "image_controlnet", "motion_controlnet", "scheduler")
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import settings
 
 from imageconductor.data.sprites import SpriteWorldConfig, caption_words
-from imageconductor.models.lora import Adapter, adapter_parameters, add_adapter
+from imageconductor.models.adapters import Adapter, adapter_parameters, add_adapter
 from imageconductor.models.networks import Networks, SmallModelConfig, build_small_model
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 

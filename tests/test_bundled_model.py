@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 import sample
-from imageconductor.models.lora import Adapter, attached_adapters
-from imageconductor.models.personalise import load_style_lora
+from imageconductor.checkpoints.personalise import load_style_lora
+from imageconductor.models.adapters import Adapter, attached_adapters
 from imageconductor.sampling.job import load_job, prepare
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 

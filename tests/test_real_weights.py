@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from imageconductor.conditioning import camera_preset
-from imageconductor.models.lora import Adapter, attached_adapters
+from imageconductor.models.adapters import Adapter, attached_adapters
 from imageconductor.models.networks import Networks
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 

@@ -17,8 +17,8 @@ import torch
 from scipy.interpolate import PchipInterpolator  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 
-from imageconductor.conditioning.drawing import Track, checked_size, checked_tracks, read_drawing, write_drawing
 from imageconductor.conditioning.first_frame import cover_scale
+from imageconductor.conditioning.trajectory_json import Track, checked_size, checked_tracks, read_drawing, write_drawing
 
 MAX_TRACKS = 256
 """Tracks of one clip record; more than that in a drawing is a mistake."""

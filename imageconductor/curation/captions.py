@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from imageconductor.curation.config import CurateConfig
+from imageconductor.curation.curate_config import CurateConfig
 
 _MAX_WORDS = 30
 

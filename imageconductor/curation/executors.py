@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from pebble import ProcessExpired, ProcessPool
 
-from imageconductor.curation.config import CurateConfig
+from imageconductor.curation.curate_config import CurateConfig
 
 OUTCOMES = ("accepted", "rejected", "failed", "done")
 Tick = Callable[[str], None]

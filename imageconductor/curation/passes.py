@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from imageconductor.curation.captions import blip2
-from imageconductor.curation.config import CurateConfig
+from imageconductor.curation.curate_config import CurateConfig
 from imageconductor.curation.executors import Failure, Tick, Workers
-from imageconductor.curation.motion import raft
-from imageconductor.curation.run import Run, whole
+from imageconductor.curation.motion_score import raft
+from imageconductor.curation.run_folder import Run, whole
 from imageconductor.curation.steps import Row, annotate, scan, score, tracker_of
 
 _STILL, _SLOW = "still", "moves least"

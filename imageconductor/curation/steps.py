@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imageconductor.curation.captions import describe
-from imageconductor.curation.config import CurateConfig
+from imageconductor.curation.curate_config import CurateConfig
+from imageconductor.curation.cuts import choose_frames, find_scenes, longest
 from imageconductor.curation.footage import (
     Limits,
     Rejected,
@@ -27,10 +28,9 @@ from imageconductor.curation.footage import (
     frames,
     frames_at,
 )
-from imageconductor.curation.motion import motion_scores
-from imageconductor.curation.scenes import choose_frames, find_scenes, longest
+from imageconductor.curation.motion_score import motion_scores
 from imageconductor.curation.sources import Source
-from imageconductor.evaluation.trackers import CoTracker, LucasKanadeTracker, Tracker
+from imageconductor.data.trackers import CoTracker, LucasKanadeTracker, Tracker
 
 CUT_SIDE_PX = 96
 

@@ -27,10 +27,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm.auto import tqdm
 
+from imageconductor.checkpoints.personalise import personalise
+from imageconductor.data.trackers import CoTracker, LucasKanadeTracker, Tracker
 from imageconductor.evaluation import motion
 from imageconductor.evaluation.appearance import ClipScorer, ssim
-from imageconductor.evaluation.config import Arm, EvaluateConfig, RequestSet, Row
-from imageconductor.evaluation.files import (
+from imageconductor.evaluation.evaluate_config import Arm, EvaluateConfig, RequestSet, Row
+from imageconductor.evaluation.frechet import frechet_distance
+from imageconductor.evaluation.requests import Request, build_requests, reference_clips
+from imageconductor.evaluation.scores import figures, measure, named_figures, plain, px_at_384x256
+from imageconductor.evaluation.video_files import (
     read_reference,
     read_video,
     remove_partial,
@@ -38,11 +43,6 @@ from imageconductor.evaluation.files import (
     write_text,
     write_video,
 )
-from imageconductor.evaluation.frechet import frechet_distance
-from imageconductor.evaluation.requests import Request, build_requests, reference_clips
-from imageconductor.evaluation.scores import figures, measure, named_figures, plain, px_at_384x256
-from imageconductor.evaluation.trackers import CoTracker, LucasKanadeTracker, Tracker
-from imageconductor.models.personalise import personalise
 from imageconductor.sampling.job import parse_lora
 from imageconductor.sampling.pipeline import ImageConductorPipeline, model_folder
 from imageconductor.sampling.video import to_uint8, watchable

@@ -11,9 +11,9 @@ import numpy as np
 from jinja2 import Environment
 from numpy.typing import NDArray
 
-from imageconductor.evaluation.files import write_text, write_video
 from imageconductor.evaluation.protocol import Evaluation
 from imageconductor.evaluation.requests import Request
+from imageconductor.evaluation.video_files import write_text, write_video
 from imageconductor.sampling.video import contact_sheet, draw_trajectories, watchable
 
 PAPER_TABLE_1 = {

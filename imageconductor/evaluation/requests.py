@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from imageconductor.conditioning import Trajectories, camera_preset, cover_crop, load_image, object_preset
 from imageconductor.conditioning.trajectories import inside
 from imageconductor.data.sprites import Scene, SpriteSet, SpriteWorldConfig, render, sample_scene
-from imageconductor.evaluation.config import EvaluateConfig, RequestSet
+from imageconductor.evaluation.evaluate_config import EvaluateConfig, RequestSet
 
 _TRACKER_REACH_PX = 4  # of the sprite world: this far from a sprite, true clips leak 0.00 px
 _OBJECT_SHARE = 0.2  # of the shorter side: how far from an object's path the background is taken to begin

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from imageconductor.data.trackers import Tracker
 from imageconductor.evaluation import motion
 from imageconductor.evaluation.appearance import ClipScorer, ssim
 from imageconductor.evaluation.requests import Request
-from imageconductor.evaluation.trackers import Tracker
 
 _PAPER_DIAGONAL_PX = math.hypot(384, 256)
 _NOT_FIGURES = ("key", "tracked", "followed", "made_with")

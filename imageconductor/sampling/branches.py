@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from imageconductor.diffusion.guidance import camera_free_guidance, classifier_free_guidance, trajectory_guidance
+from imageconductor.models.adapters import Adapter, active
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet, Residuals
-from imageconductor.models.lora import Adapter, active
 from imageconductor.models.motion_unet import MotionUNet
 
 Text = Literal["null", "prompt"]

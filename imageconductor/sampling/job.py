@@ -120,8 +120,8 @@ def prepare(job: SampleJob) -> Inputs:
     Raises:
         ValueError, FileNotFoundError: In one line, what is wrong and where.
     """
+    from imageconductor.checkpoints.domain_adapter import DomainAdapter
     from imageconductor.conditioning import Trajectories, camera_preset, cover_crop, load_image, object_preset
-    from imageconductor.models.domain_adapter import DomainAdapter
     from imageconductor.sampling.pipeline import ImageConductorPipeline, model_folder
 
     if job.image is None:
@@ -192,7 +192,7 @@ def generate(inputs: Inputs, output: Path) -> list[Path]:
     """
     import torch
 
-    from imageconductor.models.personalise import personalise
+    from imageconductor.checkpoints.personalise import personalise
     from imageconductor.sampling.pipeline import ImageConductorPipeline
     from imageconductor.sampling.video import draw_trajectories, to_uint8, watchable, write_mp4
 

@@ -21,10 +21,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from imageconductor.checkpoints.domain_adapter import DomainAdapter
+from imageconductor.checkpoints.model_card import model_card, read_provenance, write_provenance
 from imageconductor.conditioning import Trajectories, encode_first_frame, first_frame_condition, flow_map_of, to_pixels
-from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
-from imageconductor.models.domain_adapter import DomainAdapter
-from imageconductor.models.lora import (
+from imageconductor.models.adapters import (
     WEIGHTS_NAME,
     Adapter,
     adapter_parameters,
@@ -32,8 +32,8 @@ from imageconductor.models.lora import (
     load_adapter,
     save_adapter,
 )
+from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
 from imageconductor.models.motion_unet import MotionUNet
-from imageconductor.models.provenance import model_card, read_provenance, write_provenance
 from imageconductor.sampling.branches import ADAPTERS, Conditions, Control, Text, guided_prediction, plan
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from imageconductor.conditioning import Trajectories
-from imageconductor.data.tracks import sample_sparse
+from imageconductor.data.sparse_tracks import sample_sparse
 from imageconductor.models.networks import Networks
 from imageconductor.sampling.pipeline import ImageConductorOutput, ImageConductorPipeline
 from imageconductor.sampling.video import contact_sheet, draw_trajectories, to_uint8, watchable, write_mp4

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from imageconductor import config as config_file
-from imageconductor.training.config import StageName, TrainConfig
+from imageconductor.training.train_config import StageName, TrainConfig
 
 if TYPE_CHECKING:
     from imageconductor.training.run import PreviewOf

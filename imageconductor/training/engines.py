@@ -19,8 +19,8 @@ from accelerate.utils import parse_flag_from_env, patch_environment
 from torch import Tensor, nn
 
 from imageconductor.training import sharding
-from imageconductor.training.config import LoopConfig
 from imageconductor.training.stages import Stage
+from imageconductor.training.train_config import LoopConfig
 
 _BUCKET = 50_000_000  # gradients that DeepSpeed exchanges at a time; it sets their memory aside, whatever learns
 Groups = dict[str, Mapping[str, Tensor]]

@@ -23,11 +23,11 @@ from imageconductor.data.clips import CorruptClipError
 from imageconductor.models.motion_module import Float32Attention
 from imageconductor.models.networks import Networks
 from imageconductor.training import checkpointing, sharding
-from imageconductor.training.config import LoopConfig
 from imageconductor.training.engines import engine_of
 from imageconductor.training.optimizers import optimizer_of
 from imageconductor.training.record import RunRecord
 from imageconductor.training.stages import Stage
+from imageconductor.training.train_config import LoopConfig
 
 logger = logging.getLogger(__name__)
 

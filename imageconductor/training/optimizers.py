@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from imageconductor.training.config import LoopConfig
+from imageconductor.training.train_config import LoopConfig
 
 
 def optimizer_of(

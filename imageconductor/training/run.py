@@ -13,9 +13,9 @@ from imageconductor.data.batches import Batches, Samples, SpriteSamples
 from imageconductor.data.clips import ClipSamples
 from imageconductor.models.controlnets import MotionControlNet
 from imageconductor.models.networks import Networks
-from imageconductor.training.config import StageName, TrainConfig
 from imageconductor.training.loop import Preview, TrainState, train
 from imageconductor.training.stages import STAGES
+from imageconductor.training.train_config import StageName, TrainConfig
 
 PreviewOf = Callable[[Sequence[dict[str, Any]], "str | None", Path, dict[str, Any]], Preview]
 """Makes the previews of a run from held-out samples, the control that the stage learns, a folder, and its settings."""

@@ -28,10 +28,9 @@ from torch import Tensor, nn
 
 from imageconductor.conditioning.first_frame import first_frame_condition
 from imageconductor.conditioning.flow_map import flow_map
-from imageconductor.data.tracks import sample_sparse
+from imageconductor.data.sparse_tracks import sample_sparse
 from imageconductor.diffusion.losses import denoising_loss, orthogonal_loss
-from imageconductor.models.controlnets import Residuals
-from imageconductor.models.lora import (
+from imageconductor.models.adapters import (
     Adapter,
     activate,
     adapter_parameters,
@@ -41,8 +40,9 @@ from imageconductor.models.lora import (
     save_adapter,
     train_only,
 )
+from imageconductor.models.controlnets import Residuals
 from imageconductor.models.networks import Networks
-from imageconductor.training.config import StageName, TrainConfig
+from imageconductor.training.train_config import StageName, TrainConfig
 
 _STYLE = "style"
 _SPATIAL_ATTENTION = re.compile(r"\.attentions\..*\.(to_q|to_k|to_v|to_out\.0)$")

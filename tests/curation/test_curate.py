@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from imageconductor import config as config_file
-from imageconductor.curation.config import CurateConfig
-from imageconductor.training.config import StageName, TrainConfig
+from imageconductor.curation.curate_config import CurateConfig
 from imageconductor.training.run import run_stage
+from imageconductor.training.train_config import StageName, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 SPEED = 2.0  # 192x128 footage is enlarged to 384x256

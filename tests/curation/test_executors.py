@@ -26,12 +26,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from imageconductor.curation import motion
+from imageconductor.curation import motion_score
 from imageconductor.curation.captions import describe
-from imageconductor.curation.config import CurateConfig
+from imageconductor.curation.curate_config import CurateConfig
 from imageconductor.curation.executors import Workers
-from imageconductor.curation.motion import least_moving, motion_scores
-from imageconductor.evaluation.trackers import CoTracker
+from imageconductor.curation.motion_score import least_moving, motion_scores
+from imageconductor.data.trackers import CoTracker
 
 
 def test_a_clip_that_hangs_or_dies_is_told_and_the_next_one_is_done():
@@ -152,11 +152,11 @@ def test_raft_is_called_on_adjacent_frames(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
     monkeypatch.setitem(sys.modules, "torchvision.models", ModuleType("torchvision.models"))
     monkeypatch.setitem(sys.modules, "torchvision.models.optical_flow", module)
-    motion.raft.cache_clear()
+    motion_score.raft.cache_clear()
     config = CurateConfig("", "", flow="raft", raft_weights=str(tmp_path / "raft.pth"), device="cpu")
     clip = footage.pan(0, 20, (1, 0))
     scores = motion_scores([clip, 0 * clip, clip[:6]], config)
-    motion.raft.cache_clear()
+    motion_score.raft.cache_clear()
     assert scores == pytest.approx([size * np.sqrt(192 * 128) for size in (5, 10, 5)])
     assert calls == [8, 8, 8, 8, 8, 3], "pairs of all clips, eight at a time"
 

@@ -11,9 +11,9 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from imageconductor.curation.config import CurateConfig
+from imageconductor.curation.curate_config import CurateConfig
+from imageconductor.curation.cuts import choose_frames
 from imageconductor.curation.footage import Limits, Rejected, decode_mp4, encode_mp4, frames, frames_at
-from imageconductor.curation.scenes import choose_frames
 from imageconductor.curation.sources import Source, find_sources
 from imageconductor.curation.steps import grid_points, scan
 

@@ -13,8 +13,8 @@ from imageconductor.data.batches import Batches, sample_frames
 from imageconductor.data.clips import ClipSamples, CorruptClipError, ShuffledOrder, find_clips
 from imageconductor.data.sprites import SpriteDataset, SpriteSet, SpriteWorldConfig
 from imageconductor.models.networks import Networks
-from imageconductor.training.config import StageName, TrainConfig
 from imageconductor.training.stages import STAGES
+from imageconductor.training.train_config import StageName, TrainConfig
 from scripts import cache_latents
 
 SIZE = (32, 32)

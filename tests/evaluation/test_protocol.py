@@ -15,13 +15,13 @@ from PIL import Image
 
 from imageconductor import config as config_file
 from imageconductor.conditioning import Trajectories, camera_preset
-from imageconductor.evaluation.config import Arm, EvaluateConfig, Row
-from imageconductor.evaluation.files import read_video
+from imageconductor.data.trackers import LucasKanadeTracker
+from imageconductor.evaluation.evaluate_config import Arm, EvaluateConfig, Row
 from imageconductor.evaluation.protocol import Evaluation
 from imageconductor.evaluation.report import latex, markdown
 from imageconductor.evaluation.requests import build_requests
 from imageconductor.evaluation.scores import measure
-from imageconductor.evaluation.trackers import LucasKanadeTracker
+from imageconductor.evaluation.video_files import read_video
 from imageconductor.sampling.video import watchable, write_mp4
 from scripts.evaluate import main
 

@@ -10,10 +10,10 @@ from parity import FOLDER
 from test_personalise import ldm_unet_key, ldm_vae_key
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from imageconductor.models import assembly, personalise
-from imageconductor.models.checkpoints import load_published
+from imageconductor.checkpoints import assembly, personalise
+from imageconductor.checkpoints.published import load_published
+from imageconductor.models.adapters import Adapter, adapter_parameters, add_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
-from imageconductor.models.lora import Adapter, adapter_parameters, add_adapter
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
 from imageconductor.models.weights import unwrap
 
@@ -83,7 +83,7 @@ def test_animatediffs_files_have_their_places(published, stable_diffusion, tmp_p
     monkeypatch.setattr(assembly, "_read", lambda path: unwrap(files[path.name]))
     monkeypatch.setattr(assembly, "_source", lambda _, keys: keys)
     monkeypatch.setattr(assembly, "locate", lambda name: tmp_path / name)
-    monkeypatch.setattr("imageconductor.models.domain_adapter.read_checkpoint", lambda path: files[path.name])
+    monkeypatch.setattr("imageconductor.checkpoints.domain_adapter.read_checkpoint", lambda path: files[path.name])
     recipe = assembly.AssemblyConfig(
         "animatediff", str(tmp_path), image_controlnet="sparsectrl.ckpt", motion_module="mm.ckpt"
     )

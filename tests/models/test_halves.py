@@ -7,8 +7,8 @@ from diffusers import UNetMotionModel
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 
 from imageconductor.conditioning import FlowMapConvention
+from imageconductor.models.adapters import Adapter, activate, add_adapter, merge, unmerge
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
-from imageconductor.models.lora import Adapter, activate, add_adapter, merge, unmerge
 from imageconductor.models.motion_module import MotionModule
 from imageconductor.models.motion_unet import MotionUNet
 

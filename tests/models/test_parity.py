@@ -7,8 +7,8 @@ import pytest
 import torch
 from parity import REFERENCE, TOLERANCE, expected, inputs, model_config, relative_error, weights
 
-from imageconductor.models.checkpoints import load_published
-from imageconductor.models.lora import Adapter, active, merge, unmerge
+from imageconductor.checkpoints.published import load_published
+from imageconductor.models.adapters import Adapter, active, merge, unmerge
 from imageconductor.models.weights import copy_weights
 
 ADAPTERS = {

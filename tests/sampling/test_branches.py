@@ -5,9 +5,9 @@ import torch
 from diffusers import DDIMScheduler
 from parity import REFERENCE, TOLERANCE, expected, inputs, model_config, relative_error, weights
 
+from imageconductor.checkpoints.published import load_published
 from imageconductor.diffusion.guidance import camera_free_guidance, classifier_free_guidance
-from imageconductor.models.checkpoints import load_published
-from imageconductor.models.lora import Adapter
+from imageconductor.models.adapters import Adapter
 from imageconductor.sampling.branches import ADAPTERS, Conditions, Control, guided_prediction, plan
 
 

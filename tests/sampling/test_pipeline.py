@@ -10,7 +10,7 @@ from accelerate import cpu_offload_with_hook
 from PIL import Image
 
 from imageconductor.conditioning import Trajectories, camera_preset, object_preset
-from imageconductor.models.lora import Adapter, attached_adapters
+from imageconductor.models.adapters import Adapter, attached_adapters
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 
 SIZE, FRAMES = (32, 32), 4

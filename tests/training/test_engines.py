@@ -2,8 +2,8 @@
 
 import pytest
 
-from imageconductor.training.config import LoopConfig
 from imageconductor.training.engines import Replicated, engine_of
+from imageconductor.training.train_config import LoopConfig
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true"}

@@ -11,19 +11,19 @@ from conftest import TINY_WORLD
 from safetensors.torch import load_file
 
 from imageconductor import config as config_file
+from imageconductor.checkpoints.personalise import load_style_lora
 from imageconductor.data.batches import Batches
 from imageconductor.data.clips import CorruptClipError
-from imageconductor.models.lora import Adapter, active, adapter_parameters
+from imageconductor.models.adapters import Adapter, active, adapter_parameters
 from imageconductor.models.networks import Networks
-from imageconductor.models.personalise import load_style_lora
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 from imageconductor.sampling.preview import VideoPreview
 from imageconductor.training import checkpointing
 from imageconductor.training.command import main
-from imageconductor.training.config import StageName, TrainConfig
 from imageconductor.training.loop import train
 from imageconductor.training.run import run_stage, samples
 from imageconductor.training.stages import STAGES
+from imageconductor.training.train_config import StageName, TrainConfig
 
 LEARNS = {
     StageName.FOUNDATION: ("text_encoder.", "unet.", "image_controlnet."),

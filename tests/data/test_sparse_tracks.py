@@ -2,7 +2,7 @@
 
 import torch
 
-from imageconductor.data.tracks import motion_intensity, sample_sparse
+from imageconductor.data.sparse_tracks import motion_intensity, sample_sparse
 
 
 def tracks(*lengths):

@@ -17,14 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from imageconductor.checkpoints.domain_adapter import DomainAdapter
+from imageconductor.checkpoints.personalise import personalise
+from imageconductor.checkpoints.published import from_published, load_published, to_published
 from imageconductor.conditioning import camera_preset
 from imageconductor.data.sprites import caption_words
-from imageconductor.models.checkpoints import from_published, load_published, to_published
+from imageconductor.models.adapters import Adapter, adapter_parameters, add_adapter, save_adapter
 from imageconductor.models.controlnets import MotionControlNet
-from imageconductor.models.domain_adapter import DomainAdapter
-from imageconductor.models.lora import Adapter, adapter_parameters, add_adapter, save_adapter
 from imageconductor.models.networks import Networks, build_tokenizer
-from imageconductor.models.personalise import personalise
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 from scripts import assemble_model
 

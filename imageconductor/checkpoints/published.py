@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from imageconductor.models.adapters import Adapter, activate, adapter_parameters, attach_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
-from imageconductor.models.lora import Adapter, activate, adapter_parameters, attach_adapter
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
 from imageconductor.models.weights import copy_weights, unwrap
 

@@ -9,7 +9,7 @@ from conftest import tiny_pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from imageconductor.models.personalise import load_base, load_motion_lora, load_style_lora
+from imageconductor.checkpoints.personalise import load_base, load_motion_lora, load_style_lora
 from imageconductor.sampling.job import SampleJob, parse_lora
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 

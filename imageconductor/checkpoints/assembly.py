@@ -23,13 +23,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from imageconductor.models.checkpoints import load_published, rename_motion_modules
+from imageconductor.checkpoints.domain_adapter import DomainAdapter
+from imageconductor.checkpoints.model_card import read_provenance
+from imageconductor.checkpoints.published import load_published, rename_motion_modules
+from imageconductor.models.adapters import WEIGHTS_NAME, Adapter, adapter_parameters, load_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
-from imageconductor.models.domain_adapter import DomainAdapter
-from imageconductor.models.lora import WEIGHTS_NAME, Adapter, adapter_parameters, load_adapter
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
 from imageconductor.models.networks import Networks
-from imageconductor.models.provenance import read_provenance
 from imageconductor.models.weights import copy_weights, read_checkpoint
 
 _WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from imageconductor.curation.config import CurateConfig
+from imageconductor.curation.curate_config import CurateConfig
 from imageconductor.curation.footage import Picture, Rejected
 
 _MIN_SCENE_FRAMES = 2

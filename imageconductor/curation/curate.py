@@ -33,11 +33,11 @@ from tqdm.auto import tqdm
 
 from imageconductor import config as config_file
 from imageconductor.curation import executors
-from imageconductor.curation.config import RUNNING, CurateConfig
+from imageconductor.curation.curate_config import RUNNING, CurateConfig
 from imageconductor.curation.executors import Failure, Workers
-from imageconductor.curation.motion import least_moving
+from imageconductor.curation.motion_score import least_moving
 from imageconductor.curation.passes import Annotate, Scan, Score
-from imageconductor.curation.run import Run, whole
+from imageconductor.curation.run_folder import Run, whole
 from imageconductor.curation.sources import Source, find_sources
 
 logger = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def _threshold(run: Run) -> tuple[float, str] | None:
 
 def _finish(run: Run) -> None:
     """The report, then the index, which says that all is there."""
-    from imageconductor.curation.report import write_report
+    from imageconductor.curation.curation_report import write_report
 
     table = run.output / ".index.parquet.tmp"
     waiting: list[dict[str, Any]] = []

@@ -20,8 +20,8 @@ from diffusers.loaders.single_file_utils import (
 )
 from torch import Tensor
 
-from imageconductor.models.checkpoints import rename_motion_modules
-from imageconductor.models.domain_adapter import DomainAdapter
+from imageconductor.checkpoints.domain_adapter import DomainAdapter
+from imageconductor.checkpoints.published import rename_motion_modules
 from imageconductor.models.weights import copy_weights, read_checkpoint
 
 _LDM_PARTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.")

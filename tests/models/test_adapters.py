@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_networks
 from safetensors.torch import load_file, save_file
 
-from imageconductor.models.lora import (
+from imageconductor.models.adapters import (
     WEIGHTS_NAME,
     Adapter,
     activate,

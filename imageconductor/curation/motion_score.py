@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from imageconductor.curation.config import CurateConfig
+from imageconductor.curation.curate_config import CurateConfig
 
 
 def motion_scores(clips: Sequence[NDArray[np.uint8]], config: CurateConfig) -> list[float]:

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from imageconductor.curation.footage import decode_mp4
 from imageconductor.curation.steps import grid_points
-from imageconductor.evaluation.trackers import LucasKanadeTracker
+from imageconductor.data.trackers import LucasKanadeTracker
 
 pc: Any = pyarrow.compute  # Its functions are made at run time.
 
 if TYPE_CHECKING:
-    from imageconductor.curation.run import Run
+    from imageconductor.curation.run_folder import Run
 
 _SHOWN = 12  # clips of each kind
 _FRAMES = 4  # of each clip

@@ -1,0 +1,100 @@
+"""Files and folders that appear whole: written under another name beside their place, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+_PARTIAL = ".partial"
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A path to write to; what is written there replaces `path` when the block ends, and is deleted if it raises.
+
+    The suffix stays, since it tells libraries the format. A block that deletes what it wrote leaves no file at `path`.
+    The folder is made if it is not there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.uname().nodename}.{os.getpid()}{_PARTIAL}{path.suffix}")
+    try:
+        yield temporary
+        if temporary.exists():
+            _flush(temporary)
+            temporary.replace(path)
+        else:
+            path.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that appears at `path` when the block ends."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        yield file
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file."""
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """An empty folder of the same name to fill, which stands at `path` when the block ends, or is deleted if it raises.
+
+    Args:
+        path: New, or an empty folder.
+        replace: Whether a folder that is there gives way, at the moment when the new one is complete.
+
+    Raises:
+        FileExistsError: Something lies at `path`. If it has appeared meanwhile, what was written stays where the message
+            says.
+    """
+    _check_free(path, replace)
+    root = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}{_PARTIAL}")
+    temporary, old = root / path.name, root / f"{path.name}.old"
+    shutil.rmtree(root, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(root, ignore_errors=True)
+        raise
+    try:
+        _check_free(path, replace)
+    except FileExistsError as error:
+        raise FileExistsError(f"{error}; the new one is in {temporary}") from None
+    if path.exists():
+        path.rename(old)
+    temporary.rename(path)
+    shutil.rmtree(root, ignore_errors=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Deletes what killed processes left half-written below a folder; nothing may be writing there."""
+    for path in sorted(folder.rglob(f".*{_PARTIAL}*")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _check_free(path: Path, replace: bool) -> None:
+    if path.exists() and (not path.is_dir() or (not replace and any(path.iterdir()))):
+        raise FileExistsError(f"{path} exists and is not an empty folder")
+
+
+def _flush(path: Path) -> None:
+    """The rename must not reach the disk before the content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
