@@ -54,8 +54,8 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         replace: Whether a folder that is there gives way, at the moment when the new one is complete.
 
     Raises:
-        FileExistsError: Something lies at `path`. If it has appeared meanwhile, what was written stays where the message
-            says.
+        FileExistsError: Something lies at `path`. If it appeared meanwhile, what was written is kept, and the message
+            says where.
     """
     _check_free(path, replace)
     root = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}{_PARTIAL}")
