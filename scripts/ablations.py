@@ -135,7 +135,7 @@ def fresh_motion_controlnet(config: AblationConfig) -> str:
     if not (folder / "config.json").exists():
         networks = Networks.load(config.model)
         convention = asdict(networks.motion_controlnet.flow_convention)
-        network = MotionControlNet.from_unet(networks.unet, networks.pixels_per_cell, flow_map=convention)
+        network = MotionControlNet.from_unet(networks.unet, networks.vae_scale_factor, flow_map=convention)
         network.save_pretrained(folder)
     return str(folder)
 

@@ -69,7 +69,7 @@ def cache(config: CacheConfig) -> None:
 
     records = [record for shard in find_clips(config.data) for record in shard]
     networks = Networks.load(config.model)
-    factor = networks.pixels_per_cell
+    factor = networks.vae_scale_factor
     if config.size[0] % factor or config.size[1] % factor:
         raise ValueError(f"size must be in multiples of {factor} for this model, got {config.size}")
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -107,10 +107,10 @@ def _encoded(record: Any, networks: Any, config: CacheConfig, device: str) -> di
     import numpy as np
     import torch
 
-    from imageconductor.data.clips import Video, fitted
+    from imageconductor.data.clips import Video, fit_to_size
 
     info, video = record.info(), Video(record)
-    pixels, tracks = fitted(video.frames(range(len(video))), record.tracks(video.size), config.size)
+    pixels, tracks = fit_to_size(video.frames(range(len(video))), record.tracks(video.size), config.size)
     if tracks.num_frames != len(video):
         raise ValueError(f"{len(video)} frames but tracks over {tracks.num_frames}")
     with torch.no_grad():

@@ -136,7 +136,7 @@ def train_foundation(recipe: SpriteRecipe, budget: float, runs: Path, model: Pat
         for part in ("unet", "image_controlnet", "text_encoder", "motion_controlnet"):
             if (Path(config.output) / part).is_dir():
                 shutil.copytree(Path(config.output) / part, model / part, dirs_exist_ok=True)
-        if not config.steered:  # From then on it learns itself.
+        if not config.train_motion_controlnet:  # From then on it learns itself.
             start_motion_controlnet(recipe, model)
         finished.touch()
     done.touch()
@@ -149,7 +149,7 @@ def start_motion_controlnet(recipe: SpriteRecipe, model: Path) -> None:
 
 def new_motion_controlnet(recipe: SpriteRecipe, networks: Networks) -> MotionControlNet:
     """A motion ControlNet that starts from the UNet, as ControlNets do."""
-    return MotionControlNet.from_unet(networks.unet, networks.pixels_per_cell, flow_map=dict(recipe.model.flow_map))
+    return MotionControlNet.from_unet(networks.unet, networks.vae_scale_factor, flow_map=dict(recipe.model.flow_map))
 
 
 def stage_of(path: str, recipe: SpriteRecipe, budget: float, runs: Path, model: Path) -> tuple[StageName, TrainConfig]:

@@ -7,7 +7,7 @@ from imageconductor.conditioning.first_frame import (
     load_image,
     to_pixels,
 )
-from imageconductor.conditioning.flow_map import FlowMapConvention, flow_map, flow_map_of
+from imageconductor.conditioning.flow_map import FlowMapConvention, build_flow_map, flow_map
 from imageconductor.conditioning.presets import (
     CAMERA_PRESETS,
     OBJECT_PRESETS,
@@ -23,12 +23,12 @@ __all__ = [
     "PRESET_HELP",
     "FlowMapConvention",
     "Trajectories",
+    "build_flow_map",
     "camera_preset",
     "cover_crop",
     "encode_first_frame",
     "first_frame_condition",
     "flow_map",
-    "flow_map_of",
     "load_image",
     "object_preset",
     "to_pixels",

@@ -95,7 +95,7 @@ def flow_map(
     return out
 
 
-def flow_map_of(
+def build_flow_map(
     trajectories: Trajectories, convention: FlowMapConvention, device: torch.device | str | None = None
 ) -> Tensor:
     """Flow map of one clip's trajectories on `device` (default: theirs): (1, 2, T, H, W) float32."""

@@ -214,7 +214,7 @@ class Trajectories:
         )
 
     def to(self, device: torch.device | str) -> "Trajectories":
-        """The same on `device`, which must have float64; `flow_map_of` serves those that do not."""
+        """The same on `device`, which must have float64; `build_flow_map` serves those that do not."""
         return dataclasses.replace(
             self, points=self.points.to(device), visible=self.visible.to(device), still=self.still.to(device)
         )

@@ -173,7 +173,7 @@ def _threshold(run: Run) -> tuple[float, str] | None:
             scores.append(np.array(list(kept.values()), np.float64))
             keys.append(np.array(list(kept), "S16"))
         with whole(run.threshold) as file:
-            lowest = least_moving(np.concatenate(scores), np.concatenate(keys), run.config.drop_share)
+            lowest = least_moving(np.concatenate(scores), np.concatenate(keys), run.config.drop_fraction)
             file.write(json.dumps(lowest).encode())
     found = json.loads(run.threshold.read_text())
     return None if found is None else (found[0], found[1])

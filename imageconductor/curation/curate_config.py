@@ -30,7 +30,7 @@ class CurateConfig:
     flow: Literal["dis", "raft"] = "dis"  # raft: needs torchvision and `raft_weights`
     raft_weights: str | None = None  # torchvision's raft_large state dict
     raft_batch: int = 8  # pairs of frames that RAFT takes at a time, of one clip or several
-    drop_share: float = 0.25  # of the data set, the clips that move least; section 2.2
+    drop_fraction: float = 0.25  # of the data set, the clips that move least; section 2.2
     min_motion: float = 10.0  # a lower motion score is a still picture (10 = 0.03 px a frame at 384x256)
     # Tracks
     tracker: Literal["lucas_kanade", "cotracker"] = "lucas_kanade"
@@ -69,7 +69,7 @@ class CurateConfig:
             raise ValueError(f"num_frames must be at least 2, got {self.num_frames}")
         if min(self.size) < 16 or any(side % 2 for side in self.size):
             raise ValueError(f"size must be two even numbers from 16 on, got {self.size}")
-        for name in ("drop_share", "min_tracked"):
+        for name in ("drop_fraction", "min_tracked"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         for name in ("workers", "gpus_per_worker", "min_motion"):

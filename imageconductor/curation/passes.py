@@ -15,7 +15,7 @@ from imageconductor.curation.curate_config import CurateConfig
 from imageconductor.curation.executors import Failure, Tick, Workers
 from imageconductor.curation.motion_score import raft
 from imageconductor.curation.run_folder import Run, whole
-from imageconductor.curation.steps import Row, annotate, scan, score, tracker_of
+from imageconductor.curation.steps import Row, annotate, build_tracker, scan, score
 
 _STILL, _SLOW = "still", "moves least"
 
@@ -120,7 +120,7 @@ class Annotate(_Pass):
     def prepare(self) -> None:
         """See `Chunks`."""
         config = self.config
-        tracker_of(config.tracker, config.cotracker, config.cotracker_model, config.device)
+        build_tracker(config.tracker, config.cotracker, config.cotracker_model, config.device)
         if config.captioner == "blip2":
             blip2(config.blip2, config.device)
 

@@ -161,7 +161,7 @@ def annotate(clips: Sequence[tuple[Row, bytes]], config: CurateConfig) -> list[t
         For each its row, and the clip record's files by their endings (docs/data.md), None if it cannot be tracked.
     """
     pictures = [decode_mp4(mp4) for _, mp4 in clips]
-    tracker = tracker_of(config.tracker, config.cotracker, config.cotracker_model, config.device)
+    tracker = build_tracker(config.tracker, config.cotracker, config.cotracker_model, config.device)
     grid = grid_points(config.size, config.grid)
     if isinstance(tracker, CoTracker):
         tracks = tracker.track_together(pictures, grid)
@@ -209,7 +209,7 @@ def grid_points(size: tuple[int, int], side: int) -> NDArray[np.float64]:
 
 
 @lru_cache(maxsize=1)
-def tracker_of(kind: str, repository: str, model: str, device: str | None) -> Tracker:
+def build_tracker(kind: str, repository: str, model: str, device: str | None) -> Tracker:
     """The tracker that the settings name, loaded once a process."""
     return LucasKanadeTracker() if kind == "lucas_kanade" else CoTracker(repository, model, device)
 

@@ -252,7 +252,7 @@ class ClipSamples:
         video = Video(record)
         tracks = record.tracks(video.size)
         chosen = self._frames(len(video), tracks.num_frames, random)
-        pixels, tracks = fitted(video.frames(chosen), _at(tracks, chosen), self.size)
+        pixels, tracks = fit_to_size(video.frames(chosen), _at(tracks, chosen), self.size)
         if random.random() < self.horizontal_flip and not _SIDES.search(caption):
             pixels, tracks = pixels.flip(-1), tracks.flip_horizontal()
         return {"pixel_values": pixels, **_fields(tracks), "caption": caption}
@@ -311,7 +311,7 @@ class Video:
         return self._reader.get_batch(list(numbers)).asnumpy()
 
 
-def fitted(frames: NDArray[np.uint8], tracks: Trajectories, size: tuple[int, int]) -> tuple[Tensor, Trajectories]:
+def fit_to_size(frames: NDArray[np.uint8], tracks: Trajectories, size: tuple[int, int]) -> tuple[Tensor, Trajectories]:
     """(3, T, H, W) in [-1, 1] and tracks, from frames (T, H, W, 3), both resized and cropped to `size` (W, H)."""
     if tracks.size != size:
         frames = np.stack([np.asarray(cover_crop(Image.fromarray(frame), size)) for frame in frames])

@@ -3,29 +3,29 @@
 from torch import Tensor
 
 
-def classifier_free_guidance(eps_null: Tensor, eps_text: Tensor, text: float) -> Tensor:
+def classifier_free_guidance(eps_uncond: Tensor, eps_text: Tensor, text: float) -> Tensor:
     """Prediction that follows the text more closely than the model alone.
 
     Args:
-        eps_null: (B, C, T, h, w), prediction for the negative prompt.
+        eps_uncond: (B, C, T, h, w), prediction for the negative prompt.
         eps_text: Likewise for the prompt.
         text: lambda_cfg, 1 = off.
 
     Returns:
-        (B, C, T, h, w), eps_null + lambda_cfg (eps_text - eps_null).
+        (B, C, T, h, w), eps_uncond + lambda_cfg (eps_text - eps_uncond).
 
     Source: Ho & Salimans 2022.
     """
-    return eps_null + text * (eps_text - eps_null)
+    return eps_uncond + text * (eps_text - eps_uncond)
 
 
 def camera_free_guidance(
-    eps_null: Tensor, eps_base: Tensor, eps_object: Tensor, text: float, camera_free: float
+    eps_uncond: Tensor, eps_base: Tensor, eps_object: Tensor, text: float, camera_free: float
 ) -> Tensor:
     """Prediction that follows the text and the object trajectories but not the camera.
 
     Args:
-        eps_null: (B, C, T, h, w), prediction for the negative prompt by theta_0, the motion ControlNet without LoRA.
+        eps_uncond: (B, C, T, h, w), prediction for the negative prompt by theta_0, the motion ControlNet without LoRA.
         eps_base: For the prompt by theta_0.
         eps_object: For the prompt by theta_trajs, the motion ControlNet under the object LoRA.
         text: lambda_cfg, 1 = off.
@@ -36,7 +36,7 @@ def camera_free_guidance(
 
     Source: Image Conductor, section 2.5. docs/decisions.md says what lambda_trajs = 1 means.
     """
-    return classifier_free_guidance(eps_null, eps_base, text) + camera_free * (eps_object - eps_base)
+    return classifier_free_guidance(eps_uncond, eps_base, text) + camera_free * (eps_object - eps_base)
 
 
 def trajectory_guidance(guided: Tensor, eps_drawn: Tensor, eps_undrawn: Tensor, trajectories: float) -> Tensor:

@@ -45,7 +45,7 @@ from imageconductor.evaluation.video_files import (
 )
 from imageconductor.sampling.job import parse_lora
 from imageconductor.sampling.pipeline import ImageConductorPipeline, model_folder
-from imageconductor.sampling.video import to_uint8, watchable
+from imageconductor.sampling.video import to_uint8, upscale_for_viewing
 
 
 class Evaluation:
@@ -232,7 +232,7 @@ class Evaluation:
                 asked = {"prompt": request.prompt, "seed": request.seed, **asdict(arm), "seconds": round(seconds, 3)}
                 asked["batch"] = len(batch)
                 write_text(path.with_suffix(".json"), json.dumps(asked, indent=1))
-                write_video(path, watchable(video)[0])
+                write_video(path, upscale_for_viewing(video)[0])
 
     def _missing(self, name: str, row: Row) -> Iterator[tuple[str, Arm, list[Request]]]:
         for arm_name, arm in self.config.arms.items():

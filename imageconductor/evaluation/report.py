@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from imageconductor.evaluation.protocol import Evaluation
 from imageconductor.evaluation.requests import Request
 from imageconductor.evaluation.video_files import write_text, write_video
-from imageconductor.sampling.video import contact_sheet, draw_trajectories, watchable
+from imageconductor.sampling.video import contact_sheet, draw_trajectories, upscale_for_viewing
 
 PAPER_TABLE_1 = {
     "DragNUWA, as the paper has it": {"fid": 237.26, "fvd": 1283.85, "cam_mc": 48.72, "obj_mc": 51.24},
@@ -181,7 +181,7 @@ def _compared(evaluation: Evaluation, kind: str, requests: list[Request]) -> lis
 
 
 def _drawn(request: Request, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    large, factor = watchable(frames)
+    large, factor = upscale_for_viewing(frames)
     return draw_trajectories(large, request.trajectories, factor)
 
 

@@ -166,9 +166,9 @@ class MotionControlNet(SparseControlNet):
     __init__.__signature__ = signature_with(SparseControlNet.__init__, flow_map=None)  # type: ignore
 
     @classmethod
-    def from_unet(cls, unet: Any, pixels_per_cell: int = 8, **overrides: Any) -> MotionControlNet:
-        """A motion ControlNet that starts from the UNet; a latent cell is `pixels_per_cell` pixels wide."""
-        settings = {"conditioning_channels": 2 * pixels_per_cell**2, "concat_conditioning_mask": False}
+    def from_unet(cls, unet: Any, vae_scale_factor: int = 8, **overrides: Any) -> MotionControlNet:
+        """A motion ControlNet that starts from the UNet; a latent cell is `vae_scale_factor` pixels wide."""
+        settings = {"conditioning_channels": 2 * vae_scale_factor**2, "concat_conditioning_mask": False}
         net = super().from_unet(unet, **{**settings, **overrides})
         # Zero output convolutions make it neutral. A zero embedding besides, as ControlNet has it, would only keep the
         # flow map from everything behind it until those have grown (docs/decisions.md).

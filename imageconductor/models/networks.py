@@ -59,7 +59,7 @@ class Networks:
             network.eval().requires_grad_(False)
 
     @property
-    def pixels_per_cell(self) -> int:
+    def vae_scale_factor(self) -> int:
         """Pixels along one side of a latent cell."""
         return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
 
@@ -164,9 +164,9 @@ def build_small_model(config: SmallModelConfig, captions: Iterable[str], seed: i
             norm_num_groups=config.norm_num_groups,
             use_motion_mid_block=False,
         )
-        pixels_per_cell = 2 ** (len(config.autoencoder_channels) - 1)
+        vae_scale_factor = 2 ** (len(config.autoencoder_channels) - 1)
         image_controlnet = ImageControlNet.from_unet(unet, conditioning_channels=config.latent_channels)
-        motion_controlnet = MotionControlNet.from_unet(unet, pixels_per_cell, flow_map=dict(config.flow_map))
+        motion_controlnet = MotionControlNet.from_unet(unet, vae_scale_factor, flow_map=dict(config.flow_map))
     zero_snr = config.prediction_type == "v_prediction"
     scheduler = DDIMScheduler(
         beta_start=0.00085,

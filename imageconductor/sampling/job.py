@@ -194,7 +194,7 @@ def generate(inputs: Inputs, output: Path) -> list[Path]:
 
     from imageconductor.checkpoints.personalise import personalise
     from imageconductor.sampling.pipeline import ImageConductorPipeline
-    from imageconductor.sampling.video import draw_trajectories, to_uint8, watchable, write_mp4
+    from imageconductor.sampling.video import draw_trajectories, to_uint8, upscale_for_viewing, write_mp4
 
     job, trajectories = inputs.job, inputs.trajectories
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
@@ -248,7 +248,7 @@ def generate(inputs: Inputs, output: Path) -> list[Path]:
         )
         fps: Any = job.fps
         for seed, video in zip(job.seed, result.frames, strict=True):
-            large, factor = watchable(to_uint8(video))
+            large, factor = upscale_for_viewing(to_uint8(video))
             write_mp4(temporary / f"video-{seed}.mp4", large, fps)
             write_mp4(temporary / f"overlay-{seed}.mp4", draw_trajectories(large, trajectories, factor), fps)
         if output.exists():

@@ -23,7 +23,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from imageconductor.checkpoints.domain_adapter import DomainAdapter
 from imageconductor.checkpoints.model_card import model_card, read_provenance, write_provenance
-from imageconductor.conditioning import Trajectories, encode_first_frame, first_frame_condition, flow_map_of, to_pixels
+from imageconductor.conditioning import (
+    Trajectories,
+    build_flow_map,
+    encode_first_frame,
+    first_frame_condition,
+    to_pixels,
+)
 from imageconductor.models.adapters import (
     WEIGHTS_NAME,
     Adapter,
@@ -103,7 +109,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             scheduler=scheduler,
         )
         self.register_to_config(sampling_defaults=asdict(SamplingDefaults(**(sampling_defaults or {}))))
-        self.pixels_per_cell = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        self.vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
         self.domain_adapter: DomainAdapter | None = None
         self.provenance: dict[str, str] = {}  # texts that say where the weights come from, by file name
 
@@ -344,8 +350,8 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             count * num_videos_per_prompt,
             self.unet.config["in_channels"],
             num_frames,
-            height // self.pixels_per_cell,
-            width // self.pixels_per_cell,
+            height // self.vae_scale_factor,
+            width // self.vae_scale_factor,
         )
         if latents is None:
             latents = self.prepare_latents(shape, generator, device)
@@ -380,11 +386,11 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         _check_count("trajectories", drawn, count)
         convention = self.motion_controlnet.flow_convention
         device, dtype = self._execution_device, self.motion_controlnet.dtype
-        flows = [flow_map_of(one.cover_crop(size), convention, device) for one in drawn]
+        flows = [build_flow_map(one.cover_crop(size), convention, device) for one in drawn]
         return torch.cat(flows).to(dtype).expand(count, -1, -1, -1, -1)
 
     def _check(self, width: int, height: int, num_frames: int, steps: int, videos: int, output_type: str) -> None:
-        _check_shape((width, height), num_frames, self.pixels_per_cell, self.unet.config["motion_max_seq_length"])
+        _check_shape((width, height), num_frames, self.vae_scale_factor, self.unet.config["motion_max_seq_length"])
         if steps < 1 or videos < 1:
             raise ValueError(f"num_inference_steps and num_videos_per_prompt must be at least 1, got {steps}, {videos}")
         if output_type not in ("pil", "np", "pt", "latent"):

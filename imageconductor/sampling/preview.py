@@ -14,7 +14,7 @@ from imageconductor.conditioning import Trajectories
 from imageconductor.data.sparse_tracks import sample_sparse
 from imageconductor.models.networks import Networks
 from imageconductor.sampling.pipeline import ImageConductorOutput, ImageConductorPipeline
-from imageconductor.sampling.video import contact_sheet, draw_trajectories, to_uint8, watchable, write_mp4
+from imageconductor.sampling.video import contact_sheet, draw_trajectories, to_uint8, upscale_for_viewing, write_mp4
 
 _FPS = 8
 
@@ -64,7 +64,7 @@ class VideoPreview:
             )
             video = cast(ImageConductorOutput, output).frames[0]
             for name, frames in (("clip", truth), ("made", video)):
-                large, factor = watchable(to_uint8(frames))
+                large, factor = upscale_for_viewing(to_uint8(frames))
                 if self.control is not None:
                     large = draw_trajectories(large, drawn, factor)
                 rows.append((f"{name}: {clip['caption']}"[:110], large))

@@ -23,7 +23,7 @@ def to_uint8(frames: NDArray[np.floating]) -> Frames:
     return np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8)
 
 
-def watchable(frames: Frames) -> tuple[Frames, int]:
+def upscale_for_viewing(frames: Frames) -> tuple[Frames, int]:
     """Frames enlarged by a whole factor until the shorter side is 256 pixels, and that factor."""
     height, width = frames.shape[1:3]
     factor = max(1, -(-_WATCHABLE_PX // min(height, width)))
@@ -77,7 +77,7 @@ def contact_sheet(path: Path, rows: Sequence[tuple[str, Frames]], columns: int =
     """A PNG with one row a video: its name, then `columns` frames from first to last."""
     strips = []
     for name, frames in rows:
-        large, _ = watchable(frames)
+        large, _ = upscale_for_viewing(frames)
         chosen = large[np.linspace(0, len(large) - 1, min(columns, len(large))).round().astype(int)]
         strip = np.concatenate([np.pad(f, ((2, 2), (2, 2), (0, 0)), constant_values=255) for f in chosen], axis=1)
         title = np.full((24, strip.shape[1], 3), 255, np.uint8)

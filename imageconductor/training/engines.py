@@ -232,7 +232,7 @@ class DeepSpeed(Replicated):
                     self.deepspeed.utils.safe_set_full_optimizer_state(parameter, whole, key)
 
 
-def engine_of(config: LoopConfig) -> Replicated:
+def build_engine(config: LoopConfig) -> Replicated:
     """The engine that the launcher asks for, with an accelerator in the run's precision.
 
     Raises:

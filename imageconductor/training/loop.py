@@ -23,8 +23,8 @@ from imageconductor.data.clips import CorruptClipError
 from imageconductor.models.motion_module import Float32Attention
 from imageconductor.models.networks import Networks
 from imageconductor.training import checkpointing, sharding
-from imageconductor.training.engines import engine_of
-from imageconductor.training.optimizers import optimizer_of
+from imageconductor.training.engines import build_engine
+from imageconductor.training.optimizers import build_optimizer
 from imageconductor.training.record import RunRecord
 from imageconductor.training.stages import Stage
 from imageconductor.training.train_config import LoopConfig
@@ -70,15 +70,15 @@ def train(
 
     Raises:
         FloatingPointError: A loss is not finite; names step, process and clips.
-        CorruptClipError: More clips than `config.max_corrupt_share` cannot be read.
+        CorruptClipError: More clips than `config.max_corrupt_fraction` cannot be read.
         ValueError: The run folder belongs to another stage, or the launcher asks for what is not supported.
     """
-    engine = engine_of(config)
+    engine = build_engine(config)
     accelerator = engine.accelerator
     output, device = Path(config.output), accelerator.device
     _place(stage, config, device)
     parameters = engine.take(stage)
-    optimizer = optimizer_of(parameters, config, device)
+    optimizer = build_optimizer(parameters, config, device)
     ema = None if config.ema_decay is None else _average(parameters, config.ema_decay)
 
     state = TrainState()
@@ -233,10 +233,10 @@ def _count_corrupt(state: TrainState, batch: dict[str, Any], config: LoopConfig)
     state.corrupt += len(skipped)
     for reason in skipped:
         logger.warning("skipped a clip: %s", reason)
-    if skipped and state.corrupt > config.max_corrupt_share * max(state.clips, _CLIPS_BEFORE_JUDGING):
+    if skipped and state.corrupt > config.max_corrupt_fraction * max(state.clips, _CLIPS_BEFORE_JUDGING):
         raise CorruptClipError(
-            f"{state.corrupt} of {state.clips} clips cannot be read, more than max_corrupt_share="
-            f"{config.max_corrupt_share}; the last: {skipped[-1]}"
+            f"{state.corrupt} of {state.clips} clips cannot be read, more than max_corrupt_fraction="
+            f"{config.max_corrupt_fraction}; the last: {skipped[-1]}"
         )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from imageconductor.training.train_config import LoopConfig
 
 
-def optimizer_of(
+def build_optimizer(
     parameters: Mapping[str, nn.Parameter], config: LoopConfig, device: torch.device
 ) -> torch.optim.Optimizer:
     """The run's optimiser.

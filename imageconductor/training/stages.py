@@ -159,7 +159,7 @@ class FoundationStage(Stage):
         for network in (self.text_encoder, self.unet, self.image_controlnet):
             network.requires_grad_(True)
         self.image_controlnet.conv_in.weight.requires_grad_(False)
-        if config.steered:
+        if config.train_motion_controlnet:
             train_only(self.motion_controlnet, None)
 
     def _text(self, batch: dict[str, Any], dropped: Sequence[bool]) -> Tensor:
@@ -167,7 +167,7 @@ class FoundationStage(Stage):
         return self.networks.tokenize(captions).to(self.unet.device)
 
     def _flow(self, batch: dict[str, Any], size: tuple[int, int], generators: Sequence[torch.Generator]) -> Tensor:
-        if not self.config.steered:
+        if not self.config.train_motion_controlnet:
             return torch.zeros(())
         flow = super()._flow(batch, size, generators)
         kept = [float(torch.rand((), generator=g) >= self.config.motion_dropout) for g in generators]
@@ -177,7 +177,7 @@ class FoundationStage(Stage):
         """As `Stage.forward`; the motion ControlNet is there for clips with trajectories, if it learns along."""
         text = self.text_encoder(condition.text).last_hidden_state
         residuals = self.image_controlnet(t, text, condition.first_frame, condition.mask)
-        if self.config.steered:
+        if self.config.train_motion_controlnet:
             motion = self.motion_controlnet(t, text, condition.flow)
             given = condition.flow.flatten(1).any(1).repeat_interleave(x_t.shape[2]).to(x_t.dtype).view(-1, 1, 1, 1)
             residuals = residuals + Residuals(tuple(given * x for x in motion.down), given * motion.mid)
@@ -185,7 +185,7 @@ class FoundationStage(Stage):
 
     def save(self, folder: Path) -> None:
         """Writes unet, image_controlnet and text_encoder, and motion_controlnet if it learned along."""
-        if self.config.steered:
+        if self.config.train_motion_controlnet:
             self.motion_controlnet.save_pretrained(folder / "motion_controlnet")
         self.unet.save_pretrained(folder / "unet")
         self.image_controlnet.save_pretrained(folder / "image_controlnet")

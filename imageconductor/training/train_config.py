@@ -48,7 +48,7 @@ class LoopConfig:
     log_every: int = 10
     preview_every: int = 0  # steps between preview videos (docs/training.md); 0 = none
     num_workers: int = 0  # processes that prepare batches
-    max_corrupt_share: float = 0.01  # of the clips read; more of them stop the run
+    max_corrupt_fraction: float = 0.01  # of the clips read; more of them stop the run
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_every", "log_every"):
@@ -59,8 +59,8 @@ class LoopConfig:
         for name in ("preview_every", "num_workers", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.max_corrupt_share <= 1:
-            raise ValueError(f"max_corrupt_share must lie in [0, 1], got {self.max_corrupt_share}")
+        if not 0 <= self.max_corrupt_fraction <= 1:
+            raise ValueError(f"max_corrupt_fraction must lie in [0, 1], got {self.max_corrupt_fraction}")
         for name in ("learning_rate", "timestep_shift"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -89,7 +89,9 @@ class TrainConfig(LoopConfig):
     max_tracks: int = 8  # upper limit of n, section 2.2
     text_dropout: float = 0.1  # for classifier-free guidance
     image_dropout: float = 0.0
-    steered: bool = False  # foundation: a motion ControlNet learns along, so that the UNet can be steered
+    train_motion_controlnet: bool = (
+        False  # foundation: a motion ControlNet learns along, so that the UNet can be steered
+    )
     motion_dropout: float = 0.25  # of that ControlNet, per clip
     lora_rank: int = 64  # = alpha, as the release
     lora_targets: Literal["all", "linear"] = "all"  # the release adapts convolutions too, the paper says linear

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from imageconductor.conditioning import FlowMapConvention, Trajectories, flow_map, flow_map_of
+from imageconductor.conditioning import FlowMapConvention, Trajectories, build_flow_map, flow_map
 
 DATA = Path(__file__).parents[1] / "data/flow"
 GOLDEN = json.loads((DATA / "flow_cases.json").read_text())
@@ -43,7 +43,7 @@ def test_published_flow_maps(case):
     stride, size = GOLDEN["stride"], (GOLDEN["W"], GOLDEN["H"])
     drawn = Trajectories.from_tracks(GOLDEN["cases"][case]["tracks"], size, GOLDEN["L"])
     expected = load_file(DATA / "flow_expected.safetensors")[case]
-    ours = flow_map_of(drawn, RELEASE)[0, :, :, ::stride, ::stride]
+    ours = build_flow_map(drawn, RELEASE)[0, :, :, ::stride, ::stride]
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -68,7 +68,7 @@ def test_the_separable_filter_equals_the_slow_one(size, kernel_size, normalisati
 
 
 def test_no_track_gives_zeros():
-    assert flow_map_of(Trajectories.empty((20, 10), 4), RELEASE).equal(torch.zeros(1, 2, 4, 10, 20))
+    assert build_flow_map(Trajectories.empty((20, 10), 4), RELEASE).equal(torch.zeros(1, 2, 4, 10, 20))
 
 
 def test_shift_the_track_and_the_field_shifts():
@@ -85,7 +85,7 @@ def test_resize_then_draw_equals_draw_then_rescale():
     points = torch.tensor([[[9.0, 8.0], [13.0, 20.0], [29.0, 12.0], [30.0, 21.0]]])
     tracks = Trajectories(points, torch.ones(1, 4, dtype=torch.bool), (40, 30))
     threefold = FlowMapConvention(kernel_size=39, sigma_px=6.0, normalisation="peak")
-    small, large = flow_map_of(tracks, SMALL), flow_map_of(tracks.resize((120, 90)), threefold)
+    small, large = build_flow_map(tracks, SMALL), build_flow_map(tracks.resize((120, 90)), threefold)
     # Pixel j of the small map and pixel 3 j + 1 of the large one have the same centre.
     torch.testing.assert_close(large[..., 1::3, 1::3], 3 * small)
 
@@ -93,23 +93,23 @@ def test_resize_then_draw_equals_draw_then_rescale():
 def test_flip_then_draw_equals_draw_then_flip():
     points = torch.tensor([[[9.0, 8.0], [13.0, 20.0], [29.0, 12.0]]])
     tracks = Trajectories(points, torch.ones(1, 3, dtype=torch.bool), (40, 30))
-    flipped = flow_map_of(tracks, SMALL).flip(-1) * torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1, 1)
-    torch.testing.assert_close(flow_map_of(tracks.flip_horizontal(), SMALL), flipped)
+    flipped = build_flow_map(tracks, SMALL).flip(-1) * torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1, 1)
+    torch.testing.assert_close(build_flow_map(tracks.flip_horizontal(), SMALL), flipped)
 
 
 def test_the_later_track_wins_on_a_shared_pixel_unless_it_is_not_written():
     tracks = Trajectories.from_tracks([[[5.2, 5], [9, 5]], [[5.9, 5], [5.9, 9]]], (16, 16), 2)
-    both = flow_map_of(tracks, SMALL)
-    assert torch.equal(both, flow_map_of(tracks.select([1]), SMALL))
+    both = build_flow_map(tracks, SMALL)
+    assert torch.equal(both, build_flow_map(tracks.select([1]), SMALL))
     hidden = Trajectories(tracks.points, torch.tensor([[True, True], [True, False]]), tracks.size)
-    assert torch.equal(flow_map_of(hidden, SMALL), flow_map_of(tracks.select([0]), SMALL))
+    assert torch.equal(build_flow_map(hidden, SMALL), build_flow_map(tracks.select([0]), SMALL))
 
 
 def test_still_points_drift_as_released_or_not_at_all():
     border = Trajectories.from_tracks([[[15.9, 15.9]]], (16, 16), 5)
-    drawn = flow_map_of(border, SMALL)[0, :, :, 15, 15]
+    drawn = build_flow_map(border, SMALL)[0, :, :, 15, 15]
     torch.testing.assert_close(drawn, torch.tensor([0.0, 0.25, 0.25, 0.25, 0.25]).expand(2, 5))
-    assert not flow_map_of(border, FlowMapConvention(still_drift_px=0)).any()
+    assert not build_flow_map(border, FlowMapConvention(still_drift_px=0)).any()
 
 
 def test_hidden_points_may_be_nan():
@@ -121,7 +121,7 @@ def test_hidden_points_may_be_nan():
 
 def test_accumulated_values_count_from_the_first_frame():
     drawn = Trajectories.from_tracks([[[2, 3], [12, 3]]], (16, 16), 6)
-    values = flow_map_of(drawn, FlowMapConvention(normalisation="peak", kernel_size=1, accumulate=True))
+    values = build_flow_map(drawn, FlowMapConvention(normalisation="peak", kernel_size=1, accumulate=True))
     assert [values[0, 0, i + 1, 3, 2 + 2 * i].item() for i in range(5)] == [2, 4, 6, 8, 10]
 
 
@@ -164,4 +164,4 @@ def test_shapes_are_checked():
 @pytest.mark.gpu
 def test_cuda_draws_the_same_map():
     drawn = Trajectories.from_tracks(GOLDEN["cases"]["multi_mixed"]["tracks"], (384, 256), 16)
-    torch.testing.assert_close(flow_map_of(drawn, RELEASE, "cuda").cpu(), flow_map_of(drawn, RELEASE))
+    torch.testing.assert_close(build_flow_map(drawn, RELEASE, "cuda").cpu(), build_flow_map(drawn, RELEASE))

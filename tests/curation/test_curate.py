@@ -184,7 +184,7 @@ def test_the_stages_train_on_the_shards(stage, curated, tiny_model, tmp_path):
         max_steps=2,
         batch_size=2,
         lora_rank=2,
-        max_corrupt_share=0.0,
+        max_corrupt_fraction=0.0,
         output=str(tmp_path / "run"),
     )
     run_stage(StageName(stage), config)
@@ -242,7 +242,7 @@ def test_batches_and_actors_change_nothing(ray, tmp_path):
     (tmp_path / "videos").mkdir()
     for seed in range(4):
         footage.write(tmp_path / "videos" / f"{seed}.mp4", footage.pan(seed, 40, (1 + seed, 0)))
-    network = ["tracker=cotracker", f"cotracker={tmp_path / 'clone'}", "device=cpu", "drop_share=0", "workers=1"]
+    network = ["tracker=cotracker", f"cotracker={tmp_path / 'clone'}", "device=cpu", "drop_fraction=0", "workers=1"]
     network += ["min_tracked=0"]
     ways = (["batch_size=1"], ["batch_size=3"], ["batch_size=3", "executor=ray"])
     for number, way in enumerate(ways):
@@ -326,7 +326,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys):
         assert said in error
         assert not output.exists()
     for arguments, said in (
-        (["drop_share=1"], "drop_share must lie in [0, 1), got 1"),
+        (["drop_fraction=1"], "drop_fraction must lie in [0, 1), got 1"),
         (["flow=raft"], "flow=raft needs raft_weights=FILE"),
         (["trakcer=x"], "did you mean 'tracker'?"),
     ):

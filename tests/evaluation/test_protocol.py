@@ -22,7 +22,7 @@ from imageconductor.evaluation.report import latex, markdown
 from imageconductor.evaluation.requests import build_requests
 from imageconductor.evaluation.scores import measure
 from imageconductor.evaluation.video_files import read_video
-from imageconductor.sampling.video import watchable, write_mp4
+from imageconductor.sampling.video import upscale_for_viewing, write_mp4
 from scripts.evaluate import main
 
 SIZE, FRAMES = (64, 64), 16
@@ -35,7 +35,7 @@ def made_elsewhere(folder: Path, config: EvaluateConfig, change=lambda request: 
         for request in build_requests(config, asked.requests, SIZE, FRAMES):
             path = folder / arm / f"{request.key}.mp4"
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_mp4(path, watchable(change(request))[0], 8)
+            write_mp4(path, upscale_for_viewing(change(request))[0], 8)
     return folder
 
 
@@ -124,7 +124,7 @@ def test_missing_mixed_up_and_cut_videos_are_errors(exact, tmp_path, capsys):
 def test_a_larger_video_is_brought_to_the_size_asked_for(tmp_path):
     request = build_requests(scenes(tmp_path), "camera", SIZE, FRAMES)[0]
     assert request.truth is not None
-    write_mp4(tmp_path / "large.mp4", watchable(request.truth)[0], 8)
+    write_mp4(tmp_path / "large.mp4", upscale_for_viewing(request.truth)[0], 8)
     back = read_video(tmp_path / "large.mp4", SIZE, FRAMES)
     assert np.abs(back.astype(float) - request.truth).mean() < 3
 

@@ -76,7 +76,7 @@ def test_a_motion_module_normalises_each_frame_alone(networks):
 def test_a_fresh_controlnet_adds_nothing(networks):
     unet = networks.unet
     x, text = clip()
-    motion = MotionControlNet.from_unet(unet, pixels_per_cell=2)
+    motion = MotionControlNet.from_unet(unet, vae_scale_factor=2)
     residuals = motion(torch.tensor(5), text, torch.randn(2, 2, T, 16, 16))
     assert not any(value.any() for value in (*residuals.down, residuals.mid))
     features = unet.encode(x, 5, text)

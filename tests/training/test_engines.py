@@ -2,7 +2,7 @@
 
 import pytest
 
-from imageconductor.training.engines import Replicated, engine_of
+from imageconductor.training.engines import Replicated, build_engine
 from imageconductor.training.train_config import LoopConfig
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -26,8 +26,8 @@ def test_what_does_not_go_together_is_refused_before_anything_is_trained(variabl
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=refused):
-        engine_of(LoopConfig(output="runs/none", **settings))
+        build_engine(LoopConfig(output="runs/none", **settings))
 
 
 def test_without_a_launcher_everything_is_in_one_process():
-    assert type(engine_of(LoopConfig(output="runs/none"))) is Replicated
+    assert type(build_engine(LoopConfig(output="runs/none"))) is Replicated

@@ -92,13 +92,13 @@ def test_a_style_lora_is_a_file_that_a_pipeline_takes(settings):
 
 
 def test_a_steered_foundation_learns_with_a_motion_controlnet_that_is_sometimes_absent(settings):
-    config = replace(settings, steered=True, motion_dropout=0.0, batch_size=2)
+    config = replace(settings, train_motion_controlnet=True, motion_dropout=0.0, batch_size=2)
     stage, data = build(StageName.FOUNDATION, config)
     before = snapshot(stage)
     x_0, condition = stage.encode(data[0], [torch.Generator().manual_seed(i) for i in range(2)])
     t = torch.tensor([500, 500])
     half = replace(condition, flow=condition.flow * torch.tensor([1.0, 0.0]).view(2, 1, 1, 1, 1))
-    plain, _ = build(StageName.FOUNDATION, replace(config, steered=False))
+    plain, _ = build(StageName.FOUNDATION, replace(config, train_motion_controlnet=False))
     steered, without = stage(x_0, t, half), plain(x_0, t, condition)
     assert (steered[0] - without[0]).abs().max() > 1e-4
     torch.testing.assert_close(steered[1], without[1])
@@ -277,8 +277,8 @@ def test_corrupt_clips_are_counted_and_too_many_stop_the_run(settings, caplog):
     lines = [json.loads(line) for line in (Path(settings.output) / "metrics.jsonl").read_text().splitlines()]
     assert [line["corrupt_clips"] for line in lines] == [1, 1]
     assert "skipped a clip: bad: ends inside a file" in caplog.text
-    strict = replace(settings, max_corrupt_share=0.0, output=settings.output + "-strict")
-    with pytest.raises(CorruptClipError, match=r"1 of 1 clips cannot be read, more than max_corrupt_share=0\.0"):
+    strict = replace(settings, max_corrupt_fraction=0.0, output=settings.output + "-strict")
+    with pytest.raises(CorruptClipError, match=r"1 of 1 clips cannot be read, more than max_corrupt_fraction=0\.0"):
         train(*build(StageName.CAMERA_LORA, strict)[:1], Damaged(data), strict)
 
 
