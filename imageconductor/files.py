@@ -59,7 +59,7 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """
     _check_free(path, replace)
     root = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}{_PARTIAL}")
-    temporary, old = root / path.name, root / f"{path.name}.old"
+    temporary = root / path.name
     shutil.rmtree(root, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -71,10 +71,17 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         _check_free(path, replace)
     except FileExistsError as error:
         raise FileExistsError(f"{error}; the new one is in {temporary}") from None
+    replace_folder(temporary, path)
+    shutil.rmtree(root, ignore_errors=True)
+
+
+def replace_folder(complete: Path, path: Path) -> None:
+    """Moves a complete folder to `path`, on the same disk; one that is there is deleted afterwards."""
+    old = complete.with_name(f"{complete.name}.old")
     if path.exists():
         path.rename(old)
-    temporary.rename(path)
-    shutil.rmtree(root, ignore_errors=True)
+    complete.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_partial(folder: Path) -> None:

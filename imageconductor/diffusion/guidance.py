@@ -7,8 +7,8 @@ def classifier_free_guidance(eps_uncond: Tensor, eps_text: Tensor, text: float) 
     """Prediction that follows the text more closely than the model alone.
 
     Args:
-        eps_uncond: (B, C, T, h, w), prediction for the negative prompt.
-        eps_text: Likewise for the prompt.
+        eps_uncond: (B, C, T, h, w), unconditional prediction, or the one for a negative prompt.
+        eps_text: (B, C, T, h, w), prediction for the prompt.
         text: lambda_cfg, 1 = off.
 
     Returns:
@@ -24,17 +24,21 @@ def camera_free_guidance(
 ) -> Tensor:
     """Prediction that follows the text and the object trajectories but not the camera.
 
+    The sampler does not call it on predictions but on unit vectors, one for each evaluation of the model: the result is
+    the weight of each, and evaluations whose weight is zero are left out (`sampling.branches.plan`).
+
     Args:
         eps_uncond: (B, C, T, h, w), prediction for the negative prompt by theta_0, the motion ControlNet without LoRA.
-        eps_base: For the prompt by theta_0.
-        eps_object: For the prompt by theta_trajs, the motion ControlNet under the object LoRA.
+        eps_base: (B, C, T, h, w), prediction for the prompt by theta_0.
+        eps_object: (B, C, T, h, w), prediction for the prompt by theta_trajs, the motion ControlNet under the object
+            LoRA.
         text: lambda_cfg, 1 = off.
         camera_free: lambda_trajs. 0 leaves classifier-free guidance of theta_0.
 
     Returns:
         (B, C, T, h, w), Eq. 5.
 
-    Source: Image Conductor, section 2.5. docs/decisions.md says what lambda_trajs = 1 means.
+    Source: Image Conductor, section 2.5. docs/decisions.md, 6 says what lambda_trajs = 1 means.
     """
     return classifier_free_guidance(eps_uncond, eps_base, text) + camera_free * (eps_object - eps_base)
 
@@ -44,8 +48,8 @@ def trajectory_guidance(guided: Tensor, eps_drawn: Tensor, eps_undrawn: Tensor, 
 
     Args:
         guided: (B, C, T, h, w), prediction under the guidance above.
-        eps_drawn: Likewise for the prompt with the trajectories, under the control's adapters.
-        eps_undrawn: For the prompt with the motion ControlNet left out.
+        eps_drawn: (B, C, T, h, w), prediction for the prompt with the trajectories, under the control's adapters.
+        eps_undrawn: (B, C, T, h, w), prediction for the prompt with the motion ControlNet left out.
         trajectories: Scale, 1 = off.
 
     Returns:

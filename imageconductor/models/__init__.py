@@ -1,1 +1,1 @@
-"""The networks: UNet, image ControlNet, motion ControlNet and its two LoRAs."""
+"""What computes: denoiser, UNet, ControlNets, motion modules, LoRAs."""

@@ -1,17 +1,19 @@
-"""The camera and the object LoRA of the motion ControlNet, through peft.
+"""LoRAs of any network, by name, through peft.
 
-Eq. 2 calls them Delta theta_cam and Delta theta_obj; which of them is active is state of the network, which of them
-learns is `requires_grad`, and the two are kept apart: activating an adapter never makes it trainable.
+Which adapters are active is state of the network, which of them learns is `requires_grad`, and the two are kept apart:
+activating an adapter never makes it trainable. Files are peft's (one folder an adapter) or diffusers' (one file for the
+UNet, which `load_lora_weights` takes).
 """
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -19,158 +21,231 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from imageconductor.files import atomic_path
 from imageconductor.models.weights import copy_weights
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # peft's own files carry it, so `PeftModel.from_pretrained` reads ours.
+DIFFUSERS_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+_PEFT_PREFIX = "base_model.model."  # peft's own files carry it, so `PeftModel.from_pretrained` reads ours.
 
 
 class Adapter(str, Enum):
-    """The two LoRAs, by the names they have in files and in peft."""
+    """Image Conductor's two LoRAs of the motion ControlNet: Delta theta_cam and Delta theta_obj of Eq. 2."""
 
     CAMERA = "camera"
     OBJECT = "object"
 
 
-def lora_targets(model: nn.Module, kinds: Literal["all", "linear"] = "all") -> list[str]:
-    """Names of the layers that carry a LoRA: every Linear, and for "all" every Conv2d but `conv_in`.
+TargetSet = Literal["all", "linear", "spatial", "temporal"]
+_SPATIAL = re.compile(r"\.attentions\..*\.(to_q|to_k|to_v|to_out\.0)$")
+_CHOOSE: dict[TargetSet, Callable[[str, nn.Module], bool]] = {
+    "all": lambda _, layer: isinstance(layer, (nn.Linear, nn.Conv2d)),
+    "linear": lambda _, layer: isinstance(layer, nn.Linear),
+    "spatial": lambda name, layer: isinstance(layer, nn.Linear) and _SPATIAL.search(name) is not None,
+    "temporal": lambda name, layer: isinstance(layer, nn.Linear) and ".motion_modules." in name,
+}
 
-    The paper says linear layers, the published weights hold both. `conv_in` reads a zero sample, so a LoRA on it could
-    neither act nor learn.
+
+def lora_targets(network: nn.Module, target_set: TargetSet = "all") -> list[str]:
+    """Names of the layers that carry a LoRA, in the network's order.
+
+    | set | layers |
+    |---|---|
+    | all | every Linear and Conv2d, as in the published weights |
+    | linear | every Linear, as the paper says |
+    | spatial | query, key, value and output projections of the spatial transformers, as community style LoRAs |
+    | temporal | every Linear of the motion modules |
+
+    `conv_in` is left out: a ControlNet's reads a zero sample, so a LoRA on it could neither act nor learn.
     """
-    types = (nn.Linear, nn.Conv2d) if kinds == "all" else (nn.Linear,)
-    return [
-        name.removesuffix(".base_layer")
-        for name, module in model.named_modules()
-        if isinstance(module, types) and ".lora_" not in name and name.removesuffix(".base_layer") != "conv_in"
-    ]
+    chosen = _CHOOSE[target_set]
+    return [name for name, layer in _plain_layers(network) if name != "conv_in" and chosen(name, layer)]
 
 
 def add_adapter(
-    model: nn.Module, adapter: Adapter | str, *, rank: int = 64, alpha: int | None = None, targets: Sequence[str] = ()
+    network: nn.Module,
+    name: str,
+    *,
+    rank: int = 64,
+    alpha: int | None = None,
+    targets: Sequence[str] = (),
+    seed: int | None = None,
 ) -> None:
-    """Attaches a fresh adapter, which leaves the output unchanged: A is gaussian, B is zero.
+    """Attaches a fresh adapter, which leaves the output unchanged: A is Gaussian, B is zero. No adapter is active then.
 
     Args:
-        model: The motion ControlNet.
-        adapter: Its name.
+        network: Any network.
+        name: Of the adapter.
         rank: r. Paper and release: 64.
         alpha: LoRA scale is alpha / rank; None = rank.
-        targets: Names of layers; empty = `lora_targets(model)`.
+        targets: Names of layers; empty = `lora_targets(network)`.
+        seed: Of A; None draws it from PyTorch's global generator.
 
     Raises:
-        ValueError: The adapter exists, or a target names no Linear or Conv2d of the model.
+        ValueError: The adapter exists, or a target names no Linear or Conv2d of the network.
     """
-    adapter = Adapter(adapter)
-    if adapter in attached_adapters(model):
-        raise ValueError(f"the {adapter.value} LoRA is attached already")
-    known = {*lora_targets(model), "conv_in"}
-    names = list(targets) or lora_targets(model)
-    if unknown := sorted(set(names) - known):
+    name = _plain_name(name)
+    if name in attached_adapters(network):
+        raise ValueError(f"the {name} LoRA is attached already")
+    known = {layer for layer, _ in _plain_layers(network)}
+    targets = list(targets) or lora_targets(network)
+    if unknown := sorted(set(targets) - known):
         raise ValueError(f"LoRA targets that match no layer: {', '.join(unknown[:5])} ({len(unknown)} in all)")
-    flags = {id(p): p.requires_grad for p in model.parameters()}
-    config = LoraConfig(
-        r=rank, lora_alpha=rank if alpha is None else alpha, init_lora_weights="gaussian", target_modules=names
-    )  # type: ignore[call-arg]
-    with warnings.catch_warnings():  # peft wonders at a second adapter; two are what we want.
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        inject_adapter_in_model(config, model, adapter_name=adapter.value)
-    for parameter in model.parameters():
+    flags = {id(p): p.requires_grad for p in network.parameters()}
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": rank if alpha is None else alpha, "target_modules": targets}
+    config = LoraConfig(**settings, init_lora_weights="gaussian")
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[], enabled=seed is not None):
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+        if seed is not None:
+            torch.manual_seed(seed)
+        inject_adapter_in_model(config, network, adapter_name=name)
+    for parameter in network.parameters():
         parameter.requires_grad_(flags.get(id(parameter), False))
-    model.lora_configs = {**getattr(model, "lora_configs", {}), adapter.value: config}  # type: ignore[assignment]
-    activate(model)
+    network.lora_configs = {**getattr(network, "lora_configs", {}), name: config}  # type: ignore[assignment]
+    activate(network)
 
 
-def attached_adapters(model: nn.Module) -> set[Adapter]:
-    """Adapters that the model carries."""
-    return {Adapter(name) for layer in _lora_layers(model) for name in layer.lora_A}  # type: ignore[union-attr]
+def attached_adapters(network: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that the network carries, in the order in which they were attached."""
+    return tuple(dict.fromkeys(name for layer in _lora_layers(network) for name in layer.lora_A))  # type: ignore[union-attr]
 
 
-def activate(model: nn.Module, *adapters: Adapter | str) -> None:
-    """Makes exactly these adapters act; none = the motion ControlNet as stage 1 left it.
+def activate(network: nn.Module, *names: str) -> None:
+    """Makes exactly these adapters act.
 
     Raises:
         ValueError: An adapter is not attached.
     """
-    names = [Adapter(adapter).value for adapter in adapters]
-    if missing := {Adapter(name) for name in names} - attached_adapters(model):
-        raise ValueError(f"the model has no {' and no '.join(sorted(a.value for a in missing))} LoRA")
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    for layer in _lora_layers(model):
-        layer.enable_adapters(bool(names))
-        if names:
-            layer.set_adapter(names)
+    chosen = [_plain_name(name) for name in names]
+    if missing := sorted(set(chosen) - set(attached_adapters(network))):
+        raise ValueError(f"the model has no {' and no '.join(missing)} LoRA")
+    flags = [(p, p.requires_grad) for p in network.parameters()]
+    for layer in _lora_layers(network):
+        layer.enable_adapters(bool(chosen))
+        if chosen:
+            layer.set_adapter(chosen)
     for parameter, flag in flags:  # peft ties "active" to "trainable".
         parameter.requires_grad_(flag)
 
 
 @contextmanager
-def active(model: nn.Module, *adapters: Adapter | str) -> Iterator[None]:
+def active(network: nn.Module, *names: str) -> Iterator[None]:
     """Inside the block exactly these adapters act; afterwards those that did before."""
-    before = active_adapters(model)
-    activate(model, *adapters)
+    before = active_adapters(network)
+    activate(network, *names)
     try:
         yield
     finally:
-        activate(model, *before)
+        activate(network, *before)
 
 
-def active_adapters(model: nn.Module) -> tuple[Adapter, ...]:
-    """Adapters that act at present."""
-    for layer in _lora_layers(model):
-        return () if layer.disable_adapters else tuple(Adapter(name) for name in layer.active_adapters)
+def active_adapters(network: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that act at present."""
+    for layer in _lora_layers(network):
+        return () if layer.disable_adapters else tuple(layer.active_adapters)
     return ()
 
 
-def adapter_parameters(model: nn.Module, adapter: Adapter | str) -> dict[str, nn.Parameter]:
+def merge(network: nn.Module, *names: str) -> None:
+    """Folds adapters into the base weights; `unmerge` takes them out again, up to rounding."""
+    activate(network, *names)
+    for layer in _lora_layers(network):
+        layer.merge(adapter_names=[_plain_name(name) for name in names])
+
+
+def unmerge(network: nn.Module) -> None:
+    """Takes merged adapters out of the base weights, up to rounding."""
+    for layer in _lora_layers(network):
+        if layer.merged:
+            layer.unmerge()
+
+
+@contextmanager
+def merge_temporarily(network: nn.Module, *names: str) -> Iterator[None]:
+    """Inside the block these adapters act from copies of the weights that hold them; afterwards all is as it was.
+
+    The products of the LoRA are then paid for once, not at each evaluation. The network's own weights are put back, so
+    nothing is rounded; the copies take as much memory as the adapted layers.
+    """
+    before = active_adapters(network)
+    layers = list(_lora_layers(network))
+    weights = [cast(nn.Parameter, layer.get_base_layer().weight) for layer in layers]
+    own = [weight.data for weight in weights]
+    try:
+        for weight in weights:
+            weight.data = weight.data.clone()
+        merge(network, *names)
+        yield
+    finally:
+        for layer, weight, data in zip(layers, weights, own, strict=True):
+            weight.data = data
+            layer.merged_adapters.clear()
+        activate(network, *before)
+
+
+def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Parameters of one adapter by name; the name of the adapter is taken out, as in peft's files."""
-    marks = tuple(f".lora_{side}.{Adapter(adapter).value}." for side in "AB")
+    marks = tuple(f".lora_{side}.{_plain_name(name)}." for side in "AB")
     return {
-        name.replace(mark, mark[: mark.index(".", 1) + 1]): parameter
-        for name, parameter in model.named_parameters()
+        key.replace(mark, mark[: mark.index(".", 1) + 1]): parameter
+        for key, parameter in network.named_parameters()
         for mark in marks
-        if mark in name
+        if mark in key
     }
 
 
-def save_adapter(
-    model: nn.Module, adapter: Adapter | str, folder: str | Path, dtype: torch.dtype | None = None
-) -> None:
-    """Writes `adapter_model.safetensors` and `adapter_config.json`, each under a temporary name first."""
-    adapter, folder = Adapter(adapter), Path(folder)
-    parameters = adapter_parameters(model, adapter)
+def freeze_all_but_adapter(network: nn.Module, name: str) -> None:
+    """Lets one adapter learn and nothing else.
+
+    Raises:
+        ValueError: It is not attached.
+    """
+    parameters = adapter_parameters(network, name)
     if not parameters:
-        raise ValueError(f"the model has no {adapter.value} LoRA to save")
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {_PREFIX + key: p.detach().to("cpu", dtype).contiguous() for key, p in parameters.items()}
-    save_file(tensors, folder / f".{WEIGHTS_NAME}", metadata={"format": "pt"})
-    (folder / f".{WEIGHTS_NAME}").replace(folder / WEIGHTS_NAME)
-    model.lora_configs[adapter.value].save_pretrained(str(folder))  # type: ignore[index, union-attr]
+        raise ValueError(f"the model has no {_plain_name(name)} LoRA to train")
+    network.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
 
 
-def load_adapter(model: nn.Module, adapter: Adapter | str, folder: str | Path) -> None:
+def save_adapter(network: nn.Module, name: str, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Writes `adapter_model.safetensors` and `adapter_config.json`, as peft reads them."""
+    name, folder = _plain_name(name), Path(folder)
+    tensors = _tensors_to_save(network, name, _PEFT_PREFIX, dtype)
+    with atomic_path(folder / WEIGHTS_NAME) as path:
+        save_file(tensors, path, metadata={"format": "pt"})
+    network.lora_configs[name].save_pretrained(str(folder))  # type: ignore[index, union-attr]
+
+
+def save_for_diffusers(network: nn.Module, name: str, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Writes a UNet's LoRA (alpha = rank) as the file that `load_lora_weights` and `sample.py --lora` take."""
+    with atomic_path(Path(folder) / DIFFUSERS_WEIGHTS_NAME) as path:
+        save_file(_tensors_to_save(network, name, "unet.", dtype), path, metadata={"format": "pt"})
+
+
+def load_adapter(network: nn.Module, name: str, folder: str | Path) -> None:
     """Attaches an adapter from a folder that `save_adapter` or peft wrote.
 
     Raises:
         FileNotFoundError: The folder holds no adapter.
-        ValueError: Its tensors do not fit the model; every misfit is named.
+        ValueError: Its tensors do not fit the network; every misfit is named.
     """
-    adapter, folder = Adapter(adapter), Path(folder)
+    name, folder = _plain_name(name), Path(folder)
     if not (folder / WEIGHTS_NAME).is_file():
-        raise FileNotFoundError(f"no {adapter.value} LoRA in {folder} ({WEIGHTS_NAME} is missing)")
+        raise FileNotFoundError(f"no {name} LoRA in {folder} ({WEIGHTS_NAME} is missing)")
     config = LoraConfig.from_pretrained(str(folder))
-    state = {key.removeprefix(_PREFIX): value for key, value in load_file(folder / WEIGHTS_NAME).items()}
-    attach_adapter(model, adapter, state, alpha=config.lora_alpha, source=str(folder))  # type: ignore[attr-defined]
+    state = {key.removeprefix(_PEFT_PREFIX): value for key, value in load_file(folder / WEIGHTS_NAME).items()}
+    attach_adapter(network, name, state, alpha=config.lora_alpha, source=str(folder))  # type: ignore[attr-defined]
 
 
 def attach_adapter(
-    model: nn.Module, adapter: Adapter | str, state: dict[str, Tensor], *, alpha: int | None = None, source: str = ""
+    network: nn.Module, name: str, state: dict[str, Tensor], *, alpha: int | None = None, source: str = ""
 ) -> None:
     """Attaches an adapter with given weights; rank and targets are read from them.
 
     Args:
-        model: The motion ControlNet.
-        adapter: Its name.
+        network: Any network.
+        name: Of the adapter.
         state: `LAYER.lora_A.weight` and `LAYER.lora_B.weight` -> tensor.
         alpha: None = rank.
         source: Named in errors.
@@ -178,41 +253,38 @@ def attach_adapter(
     Raises:
         ValueError: Ranks differ, or tensors are missing, left over or mis-shaped.
     """
+    name = _plain_name(name)
     layers = sorted({key.partition(".lora_")[0] for key in state})
     ranks = {value.shape[0] for key, value in state.items() if ".lora_A." in key}
     if len(ranks) != 1:
-        raise ValueError(f"{source or adapter}: expected one LoRA rank, found {sorted(ranks)}")
-    add_adapter(model, adapter, rank=ranks.pop(), alpha=alpha, targets=layers)
-    copy_weights(adapter_parameters(model, adapter), state, source or f"{Adapter(adapter).value} LoRA")
+        raise ValueError(f"{source or name}: expected one LoRA rank, found {sorted(ranks)}")
+    add_adapter(network, name, rank=ranks.pop(), alpha=alpha, targets=layers)
+    copy_weights(adapter_parameters(network, name), state, source or f"{name} LoRA")
 
 
-def merge(model: nn.Module, *adapters: Adapter | str) -> None:
-    """Folds adapters into the base weights, so that a single mode runs without their cost; `unmerge` takes it back."""
-    activate(model, *adapters)
-    for layer in _lora_layers(model):
-        layer.merge(adapter_names=[Adapter(adapter).value for adapter in adapters])
+def describe_adapters(names: Collection[str]) -> str:
+    """Names for a message: "camera and object LoRA"."""
+    return f"{' and '.join(sorted(_plain_name(name) for name in names))} LoRA"
 
 
-def unmerge(model: nn.Module) -> None:
-    """Takes merged adapters out of the base weights (up to rounding)."""
-    for layer in _lora_layers(model):
-        if layer.merged:
-            layer.unmerge()
+def _tensors_to_save(network: nn.Module, name: str, prefix: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    parameters = adapter_parameters(network, name)
+    if not parameters:
+        raise ValueError(f"the model has no {_plain_name(name)} LoRA to save")
+    return {prefix + key: value.detach().to("cpu", dtype).contiguous() for key, value in parameters.items()}
 
 
-def train_only(model: nn.Module, adapter: Adapter | str | None) -> list[nn.Parameter]:
-    """Freezes everything but one adapter, or for None everything but the base without `conv_in`; gives the rest."""
-    model.requires_grad_(False)
-    if adapter is not None:
-        trained = list(adapter_parameters(model, adapter).values())
-    else:
-        trained = [p for name, p in model.named_parameters() if ".lora_" not in name and name != "conv_in.weight"]
-    if not trained:
-        raise ValueError(f"the model has no {adapter} LoRA to train")
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    return trained
+def _plain_name(name: str) -> str:
+    """The name as text, also of an enum's member, which prints otherwise."""
+    return name.value if isinstance(name, Enum) else name
 
 
-def _lora_layers(model: nn.Module) -> Iterator[BaseTunerLayer]:
-    return (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+def _plain_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Linear and convolution layers under the names that they have without LoRAs."""
+    for name, module in network.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in name:
+            yield name.removesuffix(".base_layer"), module
+
+
+def _lora_layers(network: nn.Module) -> Iterator[BaseTunerLayer]:
+    return (module for module in network.modules() if isinstance(module, BaseTunerLayer))

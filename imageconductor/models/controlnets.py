@@ -101,6 +101,11 @@ class SparseControlNet(SparseControlNetModel):
         net.load_state_dict(shared, strict=False)
         return net
 
+    def unfreeze_(self) -> None:
+        """Lets every weight learn that can: `conv_in` reads a zero sample, so its weight has no gradient."""
+        self.requires_grad_(True)
+        self.conv_in.weight.requires_grad_(False)
+
     def residuals(self, timestep: Tensor | int, encoder_hidden_states: Tensor, condition: Tensor) -> Residuals:
         """Residuals for the UNet.
 
@@ -145,12 +150,12 @@ class ImageControlNet(SparseControlNet):
 
 
 class MotionControlNet(SparseControlNet):
-    """ControlNet for flow maps of trajectories; carries the camera and the object LoRA (`models/lora.py`).
+    """ControlNet for flow maps of trajectories; carries LoRAs (`models/adapters.py`), the camera's and the object's.
 
     Args:
-        args: As diffusers' `SparseControlNetModel`, whose `conditioning_channels` are 2 * (pixels per latent cell)^2.
+        args: As diffusers' `SparseControlNetModel`, whose `conditioning_channels` are 2 * (VAE scale factor)^2.
         flow_map: Fields of `FlowMapConvention`, saved with the weights so that they are never fed another convention.
-        kwargs: Likewise.
+        kwargs: As diffusers' `SparseControlNetModel`.
     """
 
     def __init__(self, *args: Any, flow_map: dict[str, Any] | None = None, **kwargs: Any):
@@ -167,7 +172,7 @@ class MotionControlNet(SparseControlNet):
 
     @classmethod
     def from_unet(cls, unet: Any, vae_scale_factor: int = 8, **overrides: Any) -> MotionControlNet:
-        """A motion ControlNet that starts from the UNet; a latent cell is `vae_scale_factor` pixels wide."""
+        """A motion ControlNet that starts from the UNet; a latent pixel is `vae_scale_factor` pixels wide."""
         settings = {"conditioning_channels": 2 * vae_scale_factor**2, "concat_conditioning_mask": False}
         net = super().from_unet(unet, **{**settings, **overrides})
         # Zero output convolutions make it neutral. A zero embedding besides, as ControlNet has it, would only keep the
@@ -198,7 +203,7 @@ class MotionControlNet(SparseControlNet):
         )
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Writes the network without its LoRAs, which have files of their own (`lora.save_adapter`).
+        """Writes the network without its LoRAs, which have files of their own (`adapters.save_adapter`).
 
         Raises:
             ValueError: A LoRA is merged into the weights.

@@ -14,11 +14,13 @@ from imageconductor.models.adapters import (
     adapter_parameters,
     add_adapter,
     attached_adapters,
+    freeze_all_but_adapter,
     load_adapter,
     lora_targets,
     merge,
+    merge_temporarily,
     save_adapter,
-    train_only,
+    save_for_diffusers,
     unmerge,
 )
 
@@ -69,7 +71,8 @@ def test_every_combination_acts_and_the_state_comes_back(network):
 
 def test_activation_leaves_requires_grad_alone(network):
     fill(network, CAMERA, OBJECT)
-    trained = {id(p) for p in train_only(network, OBJECT)}
+    freeze_all_but_adapter(network, OBJECT)
+    trained = {id(p) for p in network.parameters() if p.requires_grad}
     for names in ((CAMERA,), (CAMERA, OBJECT), (), (OBJECT,)):
         activate(network, *names)
         assert {id(p) for p in network.parameters() if p.requires_grad} == trained
@@ -78,7 +81,7 @@ def test_activation_leaves_requires_grad_alone(network):
 
 def test_stage_one_trains_the_base_without_conv_in(network):
     names = {name for name, _ in network.named_parameters()} - {"conv_in.weight"}
-    train_only(network, None)
+    network.unfreeze_()
     assert {name for name, p in network.named_parameters() if p.requires_grad} == names
 
 
@@ -134,7 +137,46 @@ def test_merged_equals_unmerged(network, names):
     torch.testing.assert_close(output(network), base, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("names", [(CAMERA,), (CAMERA, OBJECT)])
+def test_merged_for_a_while_leaves_no_trace(network, names):
+    fill(network, CAMERA, OBJECT)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with active(network, *names):
+        loose = output(network)
+    base = output(network)
+    with pytest.raises(RuntimeError), merge_temporarily(network, *names):  # noqa: PT012
+        assert all(layer.merged for layer in network.modules() if hasattr(layer, "lora_A"))
+        torch.testing.assert_close(output(network), loose, rtol=1e-4, atol=1e-4)
+        with active(network, *names):  # as a step of sampling does
+            torch.testing.assert_close(output(network), loose, rtol=1e-4, atol=1e-4)
+        raise RuntimeError
+    assert active_adapters(network) == ()
+    assert torch.equal(output(network), base)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items()), "not even rounding"
+
+
+def test_adapters_of_any_network_by_any_name(tmp_path):
+    """Nothing counts on the motion ControlNet, on two adapters, or on their names."""
+    unet = tiny_networks().unet
+    spatial, temporal = lora_targets(unet, "spatial"), lora_targets(unet, "temporal")
+    assert not set(spatial) & set(temporal)
+    assert all(".attentions." in name and ".motion_modules." not in name for name in spatial)
+    assert all(".motion_modules." in name for name in temporal)
+    assert {name.rpartition(".")[2] for name in temporal} > {"to_q", "proj_in", "proj"}
+    for name, targets in (("waltz", temporal), ("ink", spatial), ("clip_7", spatial)):
+        add_adapter(unet, name, rank=2, targets=targets, seed=1)
+    assert set(attached_adapters(unet)) == {"waltz", "ink", "clip_7"}
+    first, second = (adapter_parameters(unet, name) for name in ("ink", "clip_7"))
+    assert all(torch.equal(first[key], second[key]) for key in first), "the same seed"
+    freeze_all_but_adapter(unet, "waltz")
+    assert sum(p.requires_grad for p in unet.parameters()) == 2 * len(temporal)
+    save_for_diffusers(unet, "ink", tmp_path, torch.float16)
+    saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert {key.partition(".lora_")[0].removeprefix("unet.") for key in saved} == set(spatial)
+    assert {value.dtype for value in saved.values()} == {torch.float16}
+
+
 def test_absent_adapters_are_told(network):
-    assert attached_adapters(network) == set()
+    assert attached_adapters(network) == ()
     with pytest.raises(ValueError, match="no camera LoRA"):
         activate(network, CAMERA)

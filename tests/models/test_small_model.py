@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY, tiny_networks
 
-from imageconductor.models.networks import add_full_resolution_attention, build_small_model
+from imageconductor.models.small_model import add_full_resolution_attention, build_small_model
 
 
 def test_attention_that_is_added_changes_nothing_until_it_learns():

@@ -1,0 +1,123 @@
+"""eps_theta(x_t, t, c): the UNet and its attachments as one function of a condition.
+
+| depends on | evaluated by |
+|---|---|
+| (x_t, t, text) | `encode`: the UNet's down path and mid block |
+| (t, text, first frame) and (t, text, trajectories, adapters) | `residuals`: the ControlNets, which do not see x_t |
+| both | `decode`: the UNet's up path |
+
+Training calls the whole, sampling the parts, so that branches of the guidance share what they have in common. A new
+attachment is a field of `Condition`, None when absent, and a line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imageconductor.models.adapters import active
+from imageconductor.models.controlnets import ImageControlNet, MotionControlNet, Residuals
+from imageconductor.models.motion_unet import MotionUNet, UNetFeatures
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Everything but x_t and t that the model reads, for B clips.
+
+    Attributes:
+        text: (B, L, D) embedding; (B, L) int64 token ids in a stage whose text encoder learns.
+        first_frame: (B, C, T, h, w) scaled latents, zero but for frame 0.
+        mask: (B, 1, T, h, w), one at frame 0 of clips whose first frame is given.
+        flow: (B, 2, T, H, W) flow map in pixels; None = no trajectories, and the motion ControlNet is left out.
+        has_flow: (B,) bool, clips that have trajectories; None = all, if there is a flow map.
+    """
+
+    text: Tensor
+    first_frame: Tensor
+    mask: Tensor
+    flow: Tensor | None = None
+    has_flow: Tensor | None = None
+
+    @staticmethod
+    def stack(conditions: Sequence[Condition]) -> Condition:
+        """The clips of several conditions, one after the other; the same fields must be given in all."""
+        stacked: dict[str, Any] = {}
+        for field in fields(Condition):
+            values = [getattr(condition, field.name) for condition in conditions]
+            stacked[field.name] = None if values[0] is None else torch.cat(values)
+        return Condition(**stacked)
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """The networks that predict the noise.
+
+    Attributes:
+        unet: AnimateDiff's UNet in two halves.
+        image_controlnet: RGB SparseCtrl, for the first frame.
+        motion_controlnet: For the trajectories.
+    """
+
+    unet: MotionUNet
+    image_controlnet: ImageControlNet
+    motion_controlnet: MotionControlNet
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """eps_theta(x_t, t, c), or v where the scheduler predicts v: (B, C, T, h, w).
+
+        Autograd follows only what learns, and what comes after it: with a frozen UNet its up path, not its down path.
+
+        Args:
+            x_t: (B, C, T, h, w).
+            t: () or (B,) int64.
+            condition: Of B clips.
+        """
+        residuals = self.residuals(t, condition)
+        return self.decode(self.encode(x_t, t, condition.text), residuals)
+
+    def encode(self, x_t: Tensor, t: Tensor, text: Tensor) -> UNetFeatures:
+        """Features of the UNet's first half, which no ControlNet can change."""
+        with _autograd_if_learning(self.unet, text):
+            return self.unet.encode(x_t, t, text)
+
+    def residuals(self, t: Tensor, condition: Condition) -> Residuals:
+        """Sum of what the ControlNets add to the features."""
+        image = self.image_residuals(t, condition)
+        return image if condition.flow is None else image + self.motion_residuals(t, condition)
+
+    def image_residuals(self, t: Tensor, condition: Condition) -> Residuals:
+        """What carries the first frame; depends on (t, text, first frame)."""
+        with _autograd_if_learning(self.image_controlnet, condition.text):
+            return self.image_controlnet(t, condition.text, condition.first_frame, condition.mask)
+
+    def motion_residuals(self, t: Tensor, condition: Condition, adapters: Sequence[str] | None = None) -> Residuals:
+        """What carries the motion; depends on (t, text, trajectories, adapters).
+
+        Args:
+            t: () or (B,) int64.
+            condition: With a flow map.
+            adapters: LoRAs that act; None leaves them as they are.
+        """
+        acting = nullcontext() if adapters is None else active(self.motion_controlnet, *adapters)
+        with acting:
+            residuals = self.motion_controlnet(t, condition.text, condition.flow)
+        if condition.has_flow is None:
+            return residuals
+        num_frames = condition.first_frame.shape[2]
+        has_flow = condition.has_flow.repeat_interleave(num_frames).to(condition.first_frame.dtype).view(-1, 1, 1, 1)
+        return Residuals(tuple(has_flow * x for x in residuals.down), has_flow * residuals.mid)
+
+    def decode(self, features: UNetFeatures, residuals: Residuals) -> Tensor:
+        """Prediction (B, C, T, h, w) of the UNet's second half."""
+        return self.unet.decode(features, residuals)
+
+
+def _autograd_if_learning(network: nn.Module, text: Tensor) -> Any:
+    """Autograd off where nothing learns: a frozen network with a fixed text keeps no activations."""
+    learns = text.requires_grad or any(parameter.requires_grad for parameter in network.parameters())
+    return nullcontext() if learns else torch.no_grad()

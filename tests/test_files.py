@@ -1,0 +1,115 @@
+"""Files and folders appear whole or not at all."""
+
+import os
+
+import pytest
+
+from imageconductor.files import atomic_folder, atomic_path, atomic_write, remove_partial, replace_folder, write_text
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_replaces_the_one_before_when_it_is_complete(tmp_path):
+    path = tmp_path / "deep" / "table.csv"
+    write_text(path, "before ä")
+    with atomic_write(path) as file:
+        file.write(b"after")
+        assert path.read_text(encoding="utf-8") == "before ä"
+    assert path.read_bytes() == b"after"
+    assert names(path.parent) == ["table.csv"]
+
+
+def test_the_suffix_stays_for_libraries_that_look_at_it(tmp_path):
+    with atomic_path(tmp_path / "video.mp4") as temporary:
+        assert temporary.suffix == ".mp4"
+        assert temporary.parent == tmp_path
+        temporary.touch()
+    assert names(tmp_path) == ["video.mp4"]
+
+
+def test_what_raises_leaves_all_as_it_was(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "before")
+    with pytest.raises(RuntimeError), atomic_write(path) as file:  # noqa: PT012
+        file.write(b"half")
+        raise RuntimeError
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "folder") as folder:  # noqa: PT012
+        (folder / "half").touch()
+        raise RuntimeError
+    assert path.read_text() == "before"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_disk_that_is_full_at_the_last_moment_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_text(path, "before")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        write_text(path, "after")
+    assert path.read_text() == "before"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_block_that_deletes_what_it_wrote_leaves_no_file(tmp_path):
+    path = tmp_path / "shard.tar"
+    path.touch()  # of an attempt before
+    with atomic_path(path) as temporary:
+        temporary.touch()
+        temporary.unlink()
+    assert names(tmp_path) == []
+
+
+def test_a_folder_bears_its_name_while_it_is_filled(tmp_path):
+    target = tmp_path / "model"
+    target.mkdir()  # an empty one is as good as none
+    with atomic_folder(target) as folder:
+        assert folder.name == "model"
+        (folder / "weights").touch()
+        assert names(target) == []
+    assert names(target) == ["weights"]
+    assert names(tmp_path) == ["model"]
+
+
+def test_a_folder_that_is_there_gives_way_only_if_it_is_meant_to(tmp_path):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "old").touch()
+    with pytest.raises(FileExistsError, match="model exists"), atomic_folder(target):
+        pytest.fail("it must be refused before the work")
+    with atomic_folder(target, replace=True) as folder:
+        (folder / "new").touch()
+        assert names(target) == ["old"]
+    assert names(target) == ["new"]
+    assert names(tmp_path) == ["model"]
+
+
+def test_what_appears_meanwhile_costs_no_work(tmp_path):
+    target = tmp_path / "videos"
+    with pytest.raises(FileExistsError, match="the new one is in") as caught, atomic_folder(target) as folder:  # noqa: PT012
+        (folder / "video.mp4").touch()
+        target.mkdir()
+        (target / "another").touch()
+    assert names(target) == ["another"]
+    assert names(folder) == ["video.mp4"]
+    assert str(folder) in str(caught.value)
+
+
+def test_a_complete_folder_takes_the_place_of_another(tmp_path):
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    replace_folder(tmp_path / "new", tmp_path / "old")
+    assert names(tmp_path) == ["old"]
+    assert names(tmp_path / "old") == ["new"]
+
+
+def test_what_a_killed_process_left_can_be_swept_away(tmp_path):
+    left = atomic_path(tmp_path / "deep" / "a.npz")
+    left.__enter__().touch()
+    folder = atomic_folder(tmp_path / "deep" / "b")
+    (folder.__enter__() / "x").touch()
+    write_text(tmp_path / "deep" / "kept", "")
+    remove_partial(tmp_path)
+    assert names(tmp_path / "deep") == ["kept"]
