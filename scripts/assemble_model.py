@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from imageconductor import config as config_file
+from imageconductor.files import atomic_folder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,79 +53,63 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--output DIR is missing")
         if output.exists():
             raise ValueError(f"{output} exists; name another --output")
-        write = export(args.model, args.format) if args.export else assembled(args.config, args.overrides)
+        if args.export:
+            export(args.model, args.format, output)
+        else:
+            assemble_folder(args.config, args.overrides, output)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        (temporary / output.name).mkdir(parents=True)
-        write(temporary / output.name)
-        (temporary / output.name).rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     print(output)
     return 0
 
 
-def assembled(path: Path, overrides: list[str]) -> Any:
-    """Checks and loads every part; returns what writes the folder."""
+def assemble_folder(path: Path, overrides: list[str], output: Path) -> None:
+    """Checks and loads every part of a recipe, and writes the model folder."""
     from imageconductor.checkpoints.assembly import AssemblyConfig, assemble
+    from imageconductor.sampling.pipeline import write_model_folder
 
-    parts = assemble(config_file.load(AssemblyConfig, path, overrides))
-    for name, source in json.loads(parts.provenance["sources.json"])["sources"].items():
+    assembly = assemble(config_file.load(AssemblyConfig, path, overrides))
+    for name, source in json.loads(assembly.provenance["sources.json"])["sources"].items():
         print(f"{name}: {source['keys']} tensors from {source['path']}")
-
-    def write(folder: Path) -> None:
-        from imageconductor.sampling.pipeline import ImageConductorPipeline
-
-        pipe = ImageConductorPipeline(**vars(parts.networks), sampling_defaults=parts.sampling)
-        pipe.domain_adapter, pipe.provenance = parts.domain_adapter, parts.provenance
-        pipe.save_pretrained(folder)
-
-    return write
+    write_model_folder(assembly, output)
 
 
-def export(model: Path, form: str) -> Any:
-    """Loads a model folder; returns what writes the three published files and the LoRAs."""
+def export(model: Path, form: str, output: Path) -> None:
+    """Writes the three published files of a model folder, and its LoRAs."""
     import torch
     from safetensors.torch import save_file
 
-    from imageconductor.checkpoints.published import to_published
-    from imageconductor.models.adapters import Adapter, attached_adapters
+    from imageconductor.checkpoints.model_folder import adapter_folder
+    from imageconductor.checkpoints.published import PUBLISHED_ADAPTERS, to_published
+    from imageconductor.models.adapters import WEIGHTS_NAME, attached_adapters
 
     pipe = load(model)
-    adapters = [adapter for adapter in Adapter if adapter in attached_adapters(pipe.motion_controlnet)]
+    attached = attached_adapters(pipe.motion_controlnet)
+    adapters = [name for name in PUBLISHED_ADAPTERS.values() if name in attached]
     states = {
         "unet": to_published(pipe.unet),
         "image_controlnet": to_published(pipe.image_controlnet),
         "flow_controlnet": to_published(pipe.motion_controlnet, adapters),
     }
-
-    def write(folder: Path) -> None:
+    with atomic_folder(output) as folder:
         for name, state in states.items():
             tensors = {key: value.contiguous().clone() for key, value in state.items()}
             if form == "ckpt":
                 torch.save({"state_dict": tensors}, folder / f"{name}.ckpt")
             else:
                 save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
-        for adapter in adapters:
-            source = model / f"{adapter.value}_lora" / "adapter_model.safetensors"
-            shutil.copyfile(source, folder / f"{adapter.value}_lora.safetensors")
-
-    return write
+        for name in adapters:
+            shutil.copyfile(adapter_folder(model, name) / WEIGHTS_NAME, folder / f"{name}_lora.safetensors")
 
 
 def load(model: Path) -> Any:
     """The pipeline of a folder, in the precision of its files."""
-    from safetensors import safe_open
-
+    from imageconductor.checkpoints.model_folder import read_dtype, read_sampling_defaults
     from imageconductor.sampling.pipeline import ImageConductorPipeline
 
-    ImageConductorPipeline.read_sampling_defaults(model)
-    with safe_open(next((model / "unet").glob("*.safetensors")), "pt") as file:
-        dtype = file.get_tensor("conv_in.weight").dtype
-    return ImageConductorPipeline.from_pretrained(model, torch_dtype=dtype)
+    read_sampling_defaults(model)
+    return ImageConductorPipeline.from_pretrained(model, dtype=read_dtype(model))
 
 
 def push(model: Path, repository: str, results: Path | None, private: bool) -> str:

@@ -11,23 +11,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from imageconductor import config as config_file
+from imageconductor.checkpoints.assembly import AssemblyConfig, assemble
+from imageconductor.command_line import parse_command_line
 from imageconductor.conditioning.flow_map import FlowMapConvention
 from imageconductor.data.batches import Batches, SpriteSamples
 from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig, caption_words, captions
-from imageconductor.models.adapters import Adapter, load_adapter
+from imageconductor.files import atomic_folder
 from imageconductor.models.controlnets import MotionControlNet
-from imageconductor.models.networks import (
-    Networks,
-    SmallModelConfig,
-    add_full_resolution_attention,
-    build_small_model,
-)
+from imageconductor.models.networks import Networks
+from imageconductor.models.small_model import SmallModelConfig, add_full_resolution_attention, build_small_model
+from imageconductor.sampling.pipeline import ImageConductorPipeline, write_model_folder
 from imageconductor.training.autoencoder import AutoencoderConfig, train_autoencoder
 from imageconductor.training.run import run_stage
-from imageconductor.training.train_config import StageName, TrainConfig
-
-PARTS = ("vae", "text_encoder", "tokenizer", "unet", "image_controlnet", "motion_controlnet", "scheduler")
+from imageconductor.training.stages.registry import load_config
+from imageconductor.training.train_config import TrainConfig
 
 
 @dataclass
@@ -38,7 +35,7 @@ class SpriteRecipe:
     # Model folder to go on from, its autoencoder kept, its motion ControlNet too if it reads the same flow maps;
     # attention that `model` asks for and it lacks is added. None = random weights.
     start: str | None = None
-    runs: str = "runs/sprites"  # working folder: checkpoints and the float32 parts
+    runs: str = "runs/sprites"  # working folder: checkpoints and the float32 model
     world: SpriteWorldConfig = field(default_factory=SpriteWorldConfig)
     model: SmallModelConfig = field(default_factory=SmallModelConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
@@ -46,7 +43,7 @@ class SpriteRecipe:
     decoder: AutoencoderConfig = field(default_factory=lambda: AutoencoderConfig(decoder_only=True, max_steps=0))
     foundation: list[str] = field(default_factory=list)  # YAML files of the foundation's phases, in order
     stages: list[str] = field(default_factory=list)  # YAML files of stages 1-3, in order
-    sampling: dict[str, Any] = field(  # what the finished model does unasked
+    sampling: dict[str, Any] = field(  # sampling defaults of the finished model
         default_factory=lambda: {
             "fps": 8,
             "guidance_scale": 1.0,
@@ -62,29 +59,35 @@ def main() -> None:
     """Parses the command and builds the model."""
     extra = argparse.ArgumentParser(add_help=False)
     extra.add_argument("--budget", type=float, default=1.0, help="scales the steps of every part, e.g. 0.01 to try it")
-    recipe, args = config_file.command_line(SpriteRecipe, __doc__ or "", parents=[extra])
+    recipe, args = parse_command_line(SpriteRecipe, __doc__ or "", parents=[extra])
     runs, model = Path(recipe.runs), Path(recipe.runs) / "model"
 
-    if not (model / "scheduler").is_dir():
-        save_parts(starting_networks(recipe), model, PARTS)
+    if not model.is_dir():
+        networks = starting_networks(recipe)
+        with atomic_folder(model) as folder:
+            ImageConductorPipeline(**vars(networks), sampling_defaults=defaults(recipe)).save_pretrained(folder)
     if recipe.start is None:
         train_vae(recipe, recipe.autoencoder, args.budget, runs / "autoencoder", model)
     if recipe.decoder.max_steps:
         train_vae(recipe, recipe.decoder, args.budget, runs / "decoder", model)
     train_foundation(recipe, args.budget, runs, model)
-    sources = {part: model / part for part in PARTS}
+    made = {"motion_controlnet": model / "motion_controlnet"}
     if recipe.start is not None:  # A stage that is not repeated leaves its LoRA as it was.
         adapters = (f"{name}_lora" for name in ("camera", "object", "style"))
-        sources |= {name: Path(recipe.start) / name for name in adapters if (Path(recipe.start) / name).is_dir()}
+        made |= {name: Path(recipe.start) / name for name in adapters if (Path(recipe.start) / name).is_dir()}
     for path in recipe.stages:
-        stage, config = stage_of(path, recipe, args.budget, runs, model)
-        if stage == StageName.OBJECT_LORA:
-            config = replace(config, camera_lora=str(sources["camera_lora"]))
-        if "motion_controlnet" in sources and stage != StageName.FOUNDATION:
-            config = replace(config, motion_controlnet=str(sources["motion_controlnet"]))
-        run_stage(stage, config)
-        sources[stage.value] = Path(config.output) / stage.value
-    assemble(recipe, runs, sources)
+        config = stage_config(path, recipe, args.budget, runs, model)
+        wanted = [key for key in ("motion_controlnet", "camera_lora") if hasattr(config, key) and key in made]
+        inputs = {key: str(made[key]) for key in wanted}
+        run_stage(replace(config, **inputs))
+        made[config.stage] = Path(config.output) / config.stage
+    finish(recipe, runs, model, made)
+
+
+def defaults(recipe: SpriteRecipe) -> dict[str, Any]:
+    """Sampling defaults of the finished model."""
+    width, height = recipe.world.size
+    return {"width": width, "height": height, "num_frames": recipe.world.num_frames, **recipe.sampling}
 
 
 def starting_networks(recipe: SpriteRecipe) -> Networks:
@@ -104,15 +107,9 @@ def vocabulary(recipe: SpriteRecipe) -> list[str]:
     return [*captions(recipe.world, 200), " ".join(caption_words()) + " ,"]
 
 
-def save_parts(networks: Networks, folder: Path, parts: tuple[str, ...]) -> None:
-    """Writes parts as float32 folders."""
-    for part in parts:
-        getattr(networks, part).save_pretrained(folder / part)
-
-
 def train_vae(recipe: SpriteRecipe, config: AutoencoderConfig, budget: float, runs: Path, model: Path) -> None:
     """Trains the autoencoder, or its decoder, unless the result is there."""
-    config = replace(config, max_steps=scaled(config.max_steps, budget))
+    config = replace(config, max_steps=scale_steps(config.max_steps, budget))
     done = runs / "done"
     if done.exists():
         return
@@ -129,22 +126,17 @@ def train_foundation(recipe: SpriteRecipe, budget: float, runs: Path, model: Pat
     if done.exists():
         return
     for path in recipe.foundation:
-        stage, config = stage_of(path, recipe, budget, runs, model)
+        config = stage_config(path, recipe, budget, runs, model)
         if (finished := Path(config.output) / "done").exists():
             continue
-        run_stage(stage, config)
+        run_stage(config)
         for part in ("unet", "image_controlnet", "text_encoder", "motion_controlnet"):
             if (Path(config.output) / part).is_dir():
                 shutil.copytree(Path(config.output) / part, model / part, dirs_exist_ok=True)
-        if not config.train_motion_controlnet:  # From then on it learns itself.
-            start_motion_controlnet(recipe, model)
+        if not (Path(config.output) / "motion_controlnet").is_dir():  # A phase that trains it goes on from its own.
+            new_motion_controlnet(recipe, Networks.load(model)).save_pretrained(model / "motion_controlnet")
         finished.touch()
     done.touch()
-
-
-def start_motion_controlnet(recipe: SpriteRecipe, model: Path) -> None:
-    """Puts a motion ControlNet that starts from the folder's UNet into it."""
-    new_motion_controlnet(recipe, Networks.load(model)).save_pretrained(model / "motion_controlnet")
 
 
 def new_motion_controlnet(recipe: SpriteRecipe, networks: Networks) -> MotionControlNet:
@@ -152,12 +144,11 @@ def new_motion_controlnet(recipe: SpriteRecipe, networks: Networks) -> MotionCon
     return MotionControlNet.from_unet(networks.unet, networks.vae_scale_factor, flow_map=dict(recipe.model.flow_map))
 
 
-def stage_of(path: str, recipe: SpriteRecipe, budget: float, runs: Path, model: Path) -> tuple[StageName, TrainConfig]:
+def stage_config(path: str, recipe: SpriteRecipe, budget: float, runs: Path, model: Path) -> TrainConfig:
     """A stage's own YAML, with this recipe's folders, world and budget."""
-    config = config_file.load(TrainConfig, Path(path))
-    name = next(stage for stage in StageName if Path(path).stem.startswith(stage.value))
-    steps = scaled(config.max_steps, budget)
-    return name, replace(
+    config = load_config(Path(path))
+    steps = scale_steps(config.max_steps, budget)
+    return replace(
         config,
         model=str(model),
         output=str(runs / Path(path).stem),
@@ -167,40 +158,22 @@ def stage_of(path: str, recipe: SpriteRecipe, budget: float, runs: Path, model: 
     )
 
 
-def scaled(steps: int, budget: float) -> int:
+def scale_steps(steps: int, budget: float) -> int:
     """Steps under a budget, at least two."""
     return max(2, round(steps * budget))
 
 
-def assemble(recipe: SpriteRecipe, runs: Path, sources: dict[str, Path]) -> None:
-    """Puts the parts together as a model folder in fp16, under another name until it is whole."""
-    from imageconductor.sampling.pipeline import ImageConductorPipeline
-
-    networks = Networks.load(sources["unet"].parent)
-    networks.motion_controlnet = MotionControlNet.from_pretrained(sources["motion_controlnet"])
-    for adapter in Adapter:
-        load_adapter(networks.motion_controlnet, adapter, sources[f"{adapter.value}_lora"])
-    for part in ("vae", "text_encoder", "unet", "image_controlnet", "motion_controlnet"):
-        getattr(networks, part).half()
-    width, height = recipe.world.size
-    defaults = {"width": width, "height": height, "num_frames": recipe.world.num_frames, **recipe.sampling}
-    pipe = ImageConductorPipeline(**vars(networks), sampling_defaults=defaults)
+def finish(recipe: SpriteRecipe, runs: Path, model: Path, made: dict[str, Path]) -> None:
+    """Puts the parts together as a model folder in fp16, which replaces an older one when it is complete."""
+    parts: dict[str, Any] = {name: str(folder) for name, folder in made.items()}
+    assembly = assemble(AssemblyConfig(recipe="trained", model=str(model), sampling=recipe.sampling, **parts))
     before = sorted((Path(recipe.start) / "training").glob("*.yaml")) if recipe.start is not None else []
     configs = [runs / Path(path).stem / "config.yaml" for path in [*recipe.foundation, *recipe.stages]]
-    pipe.provenance = {f"training/{path.name}": path.read_text() for path in before}
-    pipe.provenance |= {f"training/{path.parent.name}.yaml": path.read_text() for path in configs}
-
+    provenance = {f"training/{path.name}": path.read_text() for path in before}
+    provenance |= {f"training/{path.parent.name}.yaml": path.read_text() for path in configs}
+    assembly.provenance = provenance
     output = Path(recipe.output)
-    temporary, old = output.with_name(f".{output.name}.new"), output.with_name(f".{output.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    pipe.save_pretrained(temporary / output.name)  # The card bears the folder's name.
-    if "style_lora" in sources:
-        shutil.copytree(sources["style_lora"], temporary / output.name / "style_lora")
-    if output.exists():
-        output.rename(old)
-    (temporary / output.name).rename(output)
-    shutil.rmtree(temporary)
-    shutil.rmtree(old, ignore_errors=True)
+    write_model_folder(assembly, output, replace=True)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"{output} ({size / 1e6:.1f} MB)")
 

@@ -25,8 +25,15 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from imageconductor.checkpoints.domain_adapter import DomainAdapter
 from imageconductor.checkpoints.model_card import read_provenance
+from imageconductor.checkpoints.model_folder import (
+    adapter_folder,
+    adapter_names,
+    locate,
+    locate_model,
+    read_sampling_defaults,
+)
 from imageconductor.checkpoints.published import load_published, rename_motion_modules
-from imageconductor.models.adapters import WEIGHTS_NAME, Adapter, adapter_parameters, load_adapter
+from imageconductor.models.adapters import Adapter, adapter_parameters, load_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
 from imageconductor.models.networks import Networks
@@ -48,13 +55,14 @@ class AssemblyConfig:
     model: str | None = None  # trained: the folder that training began from
     camera_lora: str | None = None  # trained: stage 2's folder
     object_lora: str | None = None  # trained: stage 3's folder
+    style_lora: str | None = None  # folder of a style LoRA that the model folder carries along
     motion_module: str | None = None  # animatediff: v3_sd15_mm.ckpt, or diffusers' folder
     # v3_sd15_adapter.ckpt, kept beside the UNet so that its scale can still be chosen; null = without
     domain_adapter: str | None = None
     domain_adapter_scale: float = 1.0  # with which it is merged; 0 where the UNet holds it already
     motion_num_attention_heads: int = 8
     dtype: Literal["float16", "float32"] = "float16"  # of the folder
-    sampling: dict[str, Any] = field(default_factory=dict)  # what the model does unasked; else the paper's settings
+    sampling: dict[str, Any] = field(default_factory=dict)  # defaults of sampling that differ from the paper's
     licences: dict[str, str] = field(default_factory=dict)  # of each part, for the model card
 
     def __post_init__(self) -> None:
@@ -82,15 +90,17 @@ class Assembly:
 
     Attributes:
         networks: In `dtype` and without gradients, LoRAs attached.
-        sampling: What the model does unasked.
+        sampling: Defaults of sampling, fields of `SamplingDefaults`.
         domain_adapter: If there is one.
         provenance: Texts for the folder, by file name.
+        style_lora: Folder of a style LoRA to carry along.
     """
 
     networks: Networks
     sampling: dict[str, Any]
     domain_adapter: DomainAdapter | None
     provenance: dict[str, str]
+    style_lora: Path | None = None
 
 
 def assemble(config: AssemblyConfig) -> Assembly:
@@ -104,9 +114,9 @@ def assemble(config: AssemblyConfig) -> Assembly:
         networks, sources, assembly = _trained(config)
     else:
         networks, sources, assembly = _downloaded(config)
-    for part in ("vae", "text_encoder", "unet", "image_controlnet", "motion_controlnet"):
-        getattr(networks, part).to(getattr(torch, config.dtype))
+    networks.to(getattr(torch, config.dtype))
     networks.freeze()
+    assembly.style_lora = None if config.style_lora is None else locate(config.style_lora)
     record = {"recipe": asdict(config), "sources": {name: asdict(source) for name, source in sources.items()}}
     assembly.provenance["sources.json"] = json.dumps(record, indent=1)
     return assembly
@@ -126,7 +136,7 @@ def _downloaded(config: AssemblyConfig) -> tuple[Networks, dict[str, Source], As
         adapter = DomainAdapter.read(path, config.domain_adapter_scale)
         adapter.merge(unet.state_dict())
         sources["domain_adapter"] = _source(path, len(adapter.state))
-    vae: Any = AutoencoderKL.from_pretrained(root / "vae", torch_dtype=torch.float32)
+    vae: Any = AutoencoderKL.from_pretrained(root / "vae", dtype=torch.float32)
     if motion_controlnet is None:
         motion_controlnet = MotionControlNet.from_unet(unet, 2 ** (len(vae.config["block_out_channels"]) - 1))
     networks = Networks(
@@ -147,9 +157,8 @@ def _downloaded(config: AssemblyConfig) -> tuple[Networks, dict[str, Source], As
 
 def _trained(config: AssemblyConfig) -> tuple[Networks, dict[str, Source], Assembly]:
     """A model folder, and what was trained from it in place of its parts."""
-    root = locate(str(config.model))
+    root = locate_model(str(config.model))
     networks = Networks.load(root)
-    defaults = json.loads((root / "model_index.json").read_text()).get("sampling_defaults", {})
     provenance = read_provenance(root)
     provenance.pop("results.json", None)  # They were measured on other weights.
     before = json.loads(provenance.get("sources.json", '{"sources": {}}'))["sources"]
@@ -163,20 +172,19 @@ def _trained(config: AssemblyConfig) -> tuple[Networks, dict[str, Source], Assem
 
     if config.motion_controlnet is not None:
         folder = locate(config.motion_controlnet)
-        state = MotionControlNet.from_pretrained(folder, torch_dtype=torch.float32)
-        _check_same_sizes(networks.motion_controlnet, state, folder)
-        networks.motion_controlnet = state
-        record("motion_controlnet", folder, len(state.state_dict()))
-    for adapter in Adapter:
-        name = f"{adapter.value}_lora"
-        given = getattr(config, name)
-        folder = locate(given) if given is not None else root / name
-        if given is not None or (folder / WEIGHTS_NAME).is_file():
-            load_adapter(networks.motion_controlnet, adapter, folder)
-        if given is not None:
-            record(name, folder, len(adapter_parameters(networks.motion_controlnet, adapter)))
+        trained = MotionControlNet.from_pretrained(folder, dtype=torch.float32)
+        _check_same_sizes(networks.motion_controlnet, trained, folder)
+        networks.motion_controlnet = trained
+        record("motion_controlnet", folder, len(trained.state_dict()))
+    given = {Adapter.CAMERA.value: config.camera_lora, Adapter.OBJECT.value: config.object_lora}
+    given = {name: locate(folder) for name, folder in given.items() if folder is not None}
+    for name in sorted({*adapter_names(root), *given}):
+        load_adapter(networks.motion_controlnet, name, given.get(name, adapter_folder(root, name)))
+    for name, folder in given.items():
+        record(f"{name}_lora", folder, len(adapter_parameters(networks.motion_controlnet, name)))
     domain = DomainAdapter.load(root) if DomainAdapter.is_in(root) else None
-    return networks, sources, Assembly(networks, {**defaults, **config.sampling}, domain, provenance)
+    sampling = {**read_sampling_defaults(root), **config.sampling}
+    return networks, sources, Assembly(networks, sampling, domain, provenance)
 
 
 def _check_same_sizes(ours: MotionControlNet, new: MotionControlNet, folder: Path) -> None:
@@ -251,29 +259,6 @@ def _animatediff(config: AssemblyConfig, root: Path, sizes: dict[str, Any]) -> t
     copy_weights(image_controlnet.state_dict(), image_state, str(image_path))
     sources["image_controlnet"] = _source(image_path, len(image_state))
     return unet, image_controlnet, None, sources
-
-
-def locate(name: str) -> Path:
-    """A local path, or what "organisation/name[/file]" on the hub is once it is downloaded.
-
-    Raises:
-        FileNotFoundError: Neither exists.
-    """
-    path = Path(name)
-    parts = path.parts
-    if path.exists():
-        return path
-    if path.is_absolute() or len(parts) < 2 or path.parent.is_dir():
-        raise FileNotFoundError(f"no file or folder at {name}")
-    from huggingface_hub import hf_hub_download, snapshot_download
-
-    try:
-        if len(parts) == 2:
-            return Path(snapshot_download(name))
-        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"no file or folder at {name}, and the hub did not give one: {reason}") from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Where a model folder comes from, and the card that tells it: sources, training settings, measured results."""
+"""Provenance of a model folder and its card: sources, training settings, measured results."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+
+from imageconductor.files import write_text
 
 FILES = ("sources.json", "results.json", "training/*.yaml")
 _HEADER = """---
@@ -28,16 +30,15 @@ def read_provenance(folder: Path) -> dict[str, str]:
 def write_provenance(folder: Path, files: dict[str, str]) -> None:
     """Writes what `read_provenance` gave, and the card that sums it up as README.md."""
     for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    (folder / "README.md").write_text(model_card(folder, files, folder.name))
+        write_text(folder / name, text)
+    write_text(folder / "README.md", model_card(folder, files, folder.name))
 
 
 def model_card(folder: Path, files: dict[str, str], name: str) -> str:
     """A model's README in the hub's format: how to use it, its parts and their licences, its training, its figures.
 
     Args:
-        folder: The model folder; its `model_index.json` gives what it does unasked.
+        folder: The model folder; its `model_index.json` gives the defaults of sampling.
         files: From `read_provenance`.
         name: Folder or repository that the reader loads.
     """
@@ -71,7 +72,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
 
 def _defaults(defaults: dict[str, Any]) -> str:
     rows = [(name, json.dumps(value)) for name, value in defaults.items()]
-    return "## Unasked\n\n" + _table(("setting", "value"), rows)
+    return "## Defaults\n\n" + _table(("setting", "value"), rows)
 
 
 def _parts(record: dict[str, Any]) -> str:

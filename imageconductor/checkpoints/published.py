@@ -16,7 +16,8 @@ from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
 from imageconductor.models.weights import copy_weights, unwrap
 
-PUBLISHED_ADAPTERS = {"cmcm_weights": Adapter.CAMERA, "omcm_weights": Adapter.OBJECT}
+PUBLISHED_ADAPTERS = {"cmcm_weights": Adapter.CAMERA.value, "omcm_weights": Adapter.OBJECT.value}
+"""Names of our LoRAs by those that the release gives them."""
 PUBLISHED_MOTION_NORM_GROUPS = 32
 """The released motion modules normalise in 32 groups whatever the spatial layers do."""
 
@@ -31,16 +32,16 @@ _MOTION_NAMES = (
 )
 
 
-def from_published(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[Adapter, dict[str, Tensor]]]:
+def from_published(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Base weights and LoRA weights under our names.
 
     Sinusoidal position tables are left out: they are computed.
 
     Raises:
-        ValueError: A LoRA goes by a name that the release does not use.
+        ValueError: A LoRA has a name that the release does not use.
     """
     base: dict[str, Tensor] = {}
-    adapters: dict[Adapter, dict[str, Tensor]] = {}
+    adapters: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         if key.endswith(".pe"):
             continue
@@ -56,13 +57,16 @@ def from_published(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict
     return base, adapters
 
 
-def to_published(network: nn.Module, adapters: Collection[Adapter] = ()) -> dict[str, Tensor]:
+def to_published(network: nn.Module, adapters: Collection[str] = ()) -> dict[str, Tensor]:
     """A network's weights under the published key names, as the authors' code loads them.
 
     Args:
         network: A UNet or a ControlNet; LoRAs that it carries must not be merged.
         adapters: LoRAs to write along. The authors' code hangs LoRAs on every layer before it loads the motion
-            ControlNet, so with adapters every Linear and Conv2d goes by `base_layer`, also one that has no LoRA here.
+            ControlNet, so with adapters every Linear and Conv2d is named `base_layer`, also one that has no LoRA here.
+
+    Raises:
+        ValueError: The release has no name for an adapter.
     """
     layers = {
         name.removesuffix(".base_layer")
@@ -78,12 +82,16 @@ def to_published(network: nn.Module, adapters: Collection[Adapter] = ()) -> dict
         if adapters and layer in layers:
             name = f"{layer}.base_layer.{kind}"
         state[_published_name(name)] = value
+    names = {ours: published for published, ours in PUBLISHED_ADAPTERS.items()}
     for adapter in adapters:
-        published = next(name for name, ours in PUBLISHED_ADAPTERS.items() if ours is adapter)
+        if adapter not in names:
+            raise ValueError(f"the published layout has no place for a LoRA {adapter!r}, only for {', '.join(names)}")
         for key, value in adapter_parameters(network, adapter).items():
             layer, _, rest = key.partition(".lora_")
             side = rest.partition(".")[0]
-            state[f"{_published_name(layer + '.').removesuffix('.')}.lora_{side}.{published}.weight"] = value.detach()
+            state[f"{_published_name(layer + '.').removesuffix('.')}.lora_{side}.{names[adapter]}.weight"] = (
+                value.detach()
+            )
     return state
 
 
@@ -159,7 +167,7 @@ def load_published(
     for network, base, name in zip(networks, bases, names, strict=True):
         copy_weights(network.state_dict(), base, name)
     for adapter, state in sorted(adapters[2].items()):
-        attach_adapter(motion_controlnet, adapter, state, source=f"{names[2]}, {adapter.value} LoRA")
+        attach_adapter(motion_controlnet, adapter, state, source=f"{names[2]}, {adapter} LoRA")
     activate(motion_controlnet)
     for network in networks:
         network.eval().requires_grad_(False)

@@ -1,0 +1,156 @@
+"""A model folder, read without loading its networks: defaults, LoRAs, sizes.
+
+model_index.json             parts and `sampling_defaults`, as diffusers writes it
+unet/, vae/, ...             parts, as diffusers and transformers write them
+NAME_lora/                   a LoRA of the motion ControlNet in peft's format, named NAME in the network
+domain_adapter/, style_lora/ LoRAs of the UNet
+sources.json, training/      where the weights come from (`model_card`)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from imageconductor.models.adapters import WEIGHTS_NAME, adapter_parameters, describe_adapters, load_adapter
+from imageconductor.models.controlnets import MotionControlNet
+
+_SUFFIX = "_lora"
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """A model's defaults, kept in its `model_index.json`. The values here are those of the published weights."""
+
+    width: int = 384
+    height: int = 256
+    num_frames: int = 16
+    fps: int = 8
+    num_inference_steps: int = 25
+    guidance_scale: float = 8.5  # paper C.1; the release's YAML says 7.5
+    trajectory_guidance_scale: float = 1.0  # off, as in the paper and the release
+    negative_prompt: str = "worst quality, low quality, letterboxed"
+    control: str = "object"
+
+
+def locate(name: str | Path, what: str = "file or folder") -> Path:
+    """A local path, or the local copy of "organisation/name[/file]" on the hub, downloaded once.
+
+    Args:
+        name: Path or hub name.
+        what: What is wanted, for messages.
+
+    Raises:
+        FileNotFoundError: Neither exists, or the hub cannot be reached.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    if path.is_absolute() or len(path.parts) < 2 or path.parent.is_dir():
+        raise FileNotFoundError(f"no {what} at {name}")
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    repository = "/".join(path.parts[:2])
+    try:
+        if len(path.parts) == 2:
+            return Path(snapshot_download(repository))
+        return Path(hf_hub_download(repository, "/".join(path.parts[2:])))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"no {what} at {name}, and the hub did not give one: {reason}") from error
+
+
+def locate_model(name: str | Path) -> Path:
+    """Local folder of a model given by path or by "organisation/name".
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    if Path(name).is_file() or (len(Path(name).parts) != 2 and not Path(name).is_dir()):
+        raise FileNotFoundError(f"no model folder at {name}")
+    return locate(name, "model folder")
+
+
+def read_sampling_defaults(folder: str | Path) -> dict[str, Any]:
+    """Fields of `SamplingDefaults` as a model folder states them.
+
+    Raises:
+        FileNotFoundError: There is no model folder.
+        ValueError: Its `model_index.json` is not one of this pipeline.
+    """
+    index = Path(folder) / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder} is no model folder (model_index.json is missing)")
+    try:
+        config = json.loads(index.read_text(encoding="utf-8"))
+        defaults = SamplingDefaults(**config.get("sampling_defaults", {}))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not the index of an Image Conductor model: {error}") from error
+    if "motion_controlnet" not in config:
+        raise ValueError(f"{folder} is a {config.get('_class_name')} without a motion ControlNet")
+    return asdict(defaults)
+
+
+def adapter_folder(folder: str | Path, name: str) -> Path:
+    """Where a model folder keeps the motion ControlNet's LoRA of that name."""
+    return Path(folder) / f"{name}{_SUFFIX}"
+
+
+def adapter_names(folder: str | Path) -> tuple[str, ...]:
+    """Names of the motion ControlNet's LoRAs in a model folder, sorted."""
+    found = Path(folder).glob(f"*{_SUFFIX}/{WEIGHTS_NAME}")
+    return tuple(sorted(path.parent.name.removesuffix(_SUFFIX) for path in found))
+
+
+def check_adapters(folder: str | Path, names: Collection[str], purpose: str) -> None:
+    """Makes sure that a model folder has these LoRAs.
+
+    Raises:
+        FileNotFoundError: One is missing; `purpose` says what needs it.
+    """
+    if missing := set(names) - set(adapter_names(folder)):
+        places = " and ".join(str(adapter_folder(folder, name)) for name in sorted(missing))
+        raise FileNotFoundError(f"{purpose} needs the {describe_adapters(missing)}, and there is none in {places}")
+
+
+def load_adapters(network: MotionControlNet, folder: str | Path) -> None:
+    """Attaches every LoRA of a model folder, in the network's dtype; none is active then."""
+    for name in adapter_names(folder):
+        load_adapter(network, name, adapter_folder(folder, name))
+        for parameter in adapter_parameters(network, name).values():
+            parameter.data = parameter.data.to(network.dtype)
+
+
+def check_shape(folder: str | Path, size: tuple[int, int], num_frames: int) -> None:
+    """Makes sure that a model can make videos of (W, H) pixels and T frames.
+
+    Raises:
+        FileNotFoundError: A part of the folder is missing.
+        ValueError: It cannot.
+    """
+    try:
+        vae, unet = (json.loads((Path(folder) / part / "config.json").read_text()) for part in ("vae", "unet"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder} is not whole, there is no {error.filename}") from None
+    check_video_shape(size, num_frames, 2 ** (len(vae["block_out_channels"]) - 1), unet["motion_max_seq_length"])
+
+
+def check_video_shape(size: tuple[int, int], num_frames: int, vae_scale_factor: int, max_num_frames: int) -> None:
+    """Raises ValueError if (W, H) are not multiples of the VAE scale factor, or T is more than motion modules take."""
+    width, height = size
+    if width % vae_scale_factor or height % vae_scale_factor or min(size) < vae_scale_factor:
+        raise ValueError(f"width and height must be multiples of {vae_scale_factor}, got {width} x {height}")
+    if not 1 <= num_frames <= max_num_frames:
+        raise ValueError(f"num_frames must be 1..{max_num_frames} for these motion modules, got {num_frames}")
+
+
+def read_dtype(folder: str | Path) -> torch.dtype:
+    """Precision of a model folder's files, by its UNet's."""
+    with safe_open(next((Path(folder) / "unet").glob("*.safetensors")), "pt") as file:
+        return file.get_tensor("conv_in.weight").dtype
