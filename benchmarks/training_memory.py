@@ -10,18 +10,17 @@ follow from the parameters. Not counted: the allocator's reserve, workspaces, an
 from __future__ import annotations
 
 import argparse
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from imageconductor.models.adapters import Adapter, activate, add_adapter, train_only
+from imageconductor.models.adapters import activate, add_adapter, freeze_all_but_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
+from imageconductor.models.denoiser import Condition, Denoiser
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
-from imageconductor.training.stages import Condition, Stage
 
 HALF = {F.linear, F.conv2d, torch.conv2d, torch.matmul, torch.baddbmm, torch.bmm}
 FULL = {F.layer_norm, F.group_norm, torch.layer_norm, torch.group_norm, F.softmax}
@@ -66,15 +65,16 @@ class FlashAttention(torch.autograd.Function):
         raise NotImplementedError
 
 
-def kept_bytes(stage: Stage, batch_size: int) -> tuple[int, int]:
+def kept_bytes(denoiser: Denoiser, batch_size: int) -> tuple[int, int]:
     """Bytes that one forward pass keeps for the backward pass, parameters apart: in all, and most in one block."""
-    blocks: list[Any] = [*stage.unet.up_blocks, *stage.motion_controlnet.down_blocks, stage.motion_controlnet.mid_block]
+    unet, motion = denoiser.unet, denoiser.motion_controlnet
+    blocks: list[Any] = [*unet.up_blocks, *motion.down_blocks, motion.mid_block]
     inside, by_block = [-1], [0] * (len(blocks) + 1)
     hooks = []
     for number, block in enumerate(blocks):
         hooks.append(block.register_forward_pre_hook(lambda *_, number=number: inside.append(number)))
         hooks.append(block.register_forward_hook(lambda *_: (inside.pop(), None)[1]))
-    own = {parameter.untyped_storage()._cdata for parameter in stage.parameters()}
+    own = {parameter.untyped_storage()._cdata for parameter in parameters(denoiser)}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -95,14 +95,19 @@ def kept_bytes(stage: Stage, batch_size: int) -> tuple[int, int]:
     )
     timesteps = torch.empty(batch_size, dtype=torch.int64, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), CudaAutocast():
-        stage(x_t, timesteps, condition)
+        denoiser(x_t, timesteps, condition)
     for hook in hooks:
         hook.remove()
     return sum(kept.values()), max(by_block[:-1])
 
 
-def full_size(adapter: Adapter | None, rank: int) -> Stage:
-    """A stage on the meta device, with what learns in float32 and the rest in bfloat16."""
+def full_size(adapter: str | None, rank: int) -> Denoiser:
+    """The networks of a stage on the meta device, with what learns in float32 and the rest in bfloat16.
+
+    Args:
+        adapter: LoRA of the motion ControlNet that learns; None = the motion ControlNet itself, as in stage 1.
+        rank: Of the LoRA.
+    """
     with torch.device("meta"):
         unet = MotionUNet(**SD15_ANIMATEDIFF_V3)
         image = ImageControlNet.from_unet(unet, conditioning_channels=4)
@@ -110,13 +115,19 @@ def full_size(adapter: Adapter | None, rank: int) -> Stage:
         if adapter is not None:
             add_adapter(motion, adapter, rank=rank)
             activate(motion, adapter)
-    parts = {"unet": unet, "image_controlnet": image, "motion_controlnet": motion, "vae": None, "text_encoder": None}
-    stage = Stage(cast(Any, SimpleNamespace(**parts)), cast(Any, None))
-    stage.requires_grad_(False)
-    unet.bfloat16()
-    image.bfloat16()
-    train_only(motion, adapter)
-    return stage
+    unet.requires_grad_(False).bfloat16()
+    image.requires_grad_(False).bfloat16()
+    if adapter is None:
+        motion.unfreeze_()
+    else:
+        freeze_all_but_adapter(motion, adapter)
+    return Denoiser(unet, image, motion)
+
+
+def parameters(denoiser: Denoiser) -> list[torch.nn.Parameter]:
+    """Parameters of all networks."""
+    networks = (denoiser.unet, denoiser.image_controlnet, denoiser.motion_controlnet)
+    return [parameter for network in networks for parameter in network.parameters()]
 
 
 def main() -> None:
@@ -127,16 +138,16 @@ def main() -> None:
     gib = 2**30
     print("| stage | learns | batch | checkpointing | weights | gradients + Adam | activations | sum, GiB |")
     print("|---|---|---|---|---|---|---|---|")
-    for name, adapter in (("1 motion ControlNet", None), ("2, 3 LoRA", Adapter.CAMERA)):
-        stage = full_size(adapter, args.rank)
-        learns = sum(p.numel() for p in stage.parameters() if p.requires_grad)
-        weights = sum(p.nbytes for p in stage.parameters()) + 2 * FROZEN_ELSEWHERE
+    for name, adapter in (("1 motion ControlNet", None), ("2, 3 LoRA", "camera")):
+        denoiser = full_size(adapter, args.rank)
+        learns = sum(p.numel() for p in parameters(denoiser) if p.requires_grad)
+        weights = sum(p.nbytes for p in parameters(denoiser)) + 2 * FROZEN_ELSEWHERE
         for batch_size in args.batch_size:
             largest = 0
             for checkpointed in (False, True):
-                stage.unet.checkpoint_blocks = checkpointed
-                stage.motion_controlnet.checkpoint_blocks = checkpointed
-                kept, block = kept_bytes(stage, batch_size)
+                denoiser.unet.checkpoint_blocks = checkpointed
+                denoiser.motion_controlnet.checkpoint_blocks = checkpointed
+                kept, block = kept_bytes(denoiser, batch_size)
                 kept += largest  # The backward pass holds one block at a time whole.
                 largest = block
                 parts = [weights / gib, 12 * learns / gib, kept / gib]

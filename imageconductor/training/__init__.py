@@ -1,1 +1,1 @@
-"""Stage-wise training: what each stage learns (stages), how (loop), and what survives a crash (checkpointing)."""
+"""Stage-wise training: the stages and their losses, the loop, checkpoints, distributed back ends."""

@@ -19,18 +19,18 @@ from imageconductor.training import checkpointing
 
 @dataclass
 class AutoencoderConfig:
-    """How an autoencoder is trained."""
+    """Settings of the training of an autoencoder."""
 
-    decoder_only: bool = False  # latents stay what they are, and so does all that was trained on them
-    max_steps: int = 1800
-    batch_size: int = 16  # crops
-    frames_per_clip: int = 1  # other clips teach more than other frames of the same
+    decoder_only: bool = False  # latents stay as they are, and what was trained on them stays valid
+    max_steps: int = 1800  # optimiser steps
+    batch_size: int = 16  # crops a step
+    frames_per_clip: int = 1  # frames of other clips teach more than others of the same clip
     crop: int = 32  # pixels; many small crops teach more in the same time than few whole frames
-    whole_frames_from: float = 0.9  # share of the steps after which whole frames are seen
-    learning_rate: float = 5e-4
-    kl_weight: float = 1e-6
-    seed: int = 0
-    save_every: int = 200
+    whole_frames_from: float = 0.9  # fraction of the steps after which whole frames are seen
+    learning_rate: float = 5e-4  # AdamW's, falling by a cosine
+    kl_weight: float = 1e-6  # of the posterior's divergence from a standard normal distribution
+    seed: int = 0  # of frames, crops and noise
+    save_every: int = 200  # steps between checkpoints
 
     def __post_init__(self) -> None:
         if self.batch_size % self.frames_per_clip:
@@ -43,7 +43,7 @@ def train_autoencoder(vae: Any, data: Dataset[dict[str, Any]], config: Autoencod
     Args:
         vae: AutoencoderKL; its parameters are trained, or those of its decoder, with the factor as it was.
         data: Item i is batch i: pixel_values (B, 3, T, H, W) in [-1, 1].
-        config: How.
+        config: Settings of the training.
         runs: Folder of the checkpoints.
     """
     device = PartialState().device

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from imageconductor.files import atomic_folder, replace_folder
 
 logger = logging.getLogger(__name__)
 _PREFIX = "checkpoint-"
@@ -29,24 +31,20 @@ class Checkpoint:
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], optimizer: Any, keep: int) -> Path:
-    """Writes `folder/checkpoint-STEP` under another name, renames it, and removes all but the last `keep`."""
+    """Writes `folder/checkpoint-STEP`, which appears when it is complete, and removes all but the last `keep`."""
     target = folder / f"{_PREFIX}{step:08d}"
-    temporary = folder / f".{target.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for group, state in tensors.items():
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary / f"{group}.safetensors")
-    torch.save(optimizer, temporary / "optimizer.pt")
-    (temporary / "state.json").write_text(json.dumps({"step": step, "groups": sorted(tensors)}))
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+    with atomic_folder(target, replace=True) as path:
+        for group, state in tensors.items():
+            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path / f"{group}.safetensors")
+        torch.save(optimizer, path / "optimizer.pt")
+        (path / "state.json").write_text(json.dumps({"step": step, "groups": sorted(tensors)}))
     for old in _folders(folder)[:-keep]:
         shutil.rmtree(old)
     return target
 
 
 def latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that can be read whole; unreadable ones are passed over with a warning."""
+    """The newest checkpoint that can be read; others are passed over with a warning."""
     for path in reversed(_folders(folder)):
         try:
             state = json.loads((path / "state.json").read_text())
@@ -60,14 +58,11 @@ def latest(folder: Path) -> Checkpoint | None:
 
 
 def save_result(folder: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a folder and moves what it wrote into `folder`, each part whole."""
-    temporary = folder / f".result.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    write(temporary)
-    for part in temporary.iterdir():
-        shutil.rmtree(folder / part.name, ignore_errors=True)
-        part.rename(folder / part.name)
-    temporary.rmdir()
+    """Lets `write` fill a folder and moves each part of it into `folder`, in the place of an older one."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".result.") as temporary:
+        write(Path(temporary))
+        for part in sorted(Path(temporary).iterdir()):
+            replace_folder(part, folder / part.name)
 
 
 def _folders(folder: Path) -> list[Path]:

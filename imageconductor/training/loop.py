@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,20 +11,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from imageconductor.data.clips import CorruptClipError
 from imageconductor.models.motion_module import Float32Attention
-from imageconductor.models.networks import Networks
+from imageconductor.models.networks import cast_network
 from imageconductor.training import checkpointing, sharding
 from imageconductor.training.engines import build_engine
+from imageconductor.training.hooks import Log, Preview, Save, ShowPreview, TrainState
 from imageconductor.training.optimizers import build_optimizer
-from imageconductor.training.record import RunRecord
-from imageconductor.training.stages import Stage
+from imageconductor.training.stages.base import Stage
 from imageconductor.training.train_config import LoopConfig
+from imageconductor.training.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
 
@@ -37,26 +33,8 @@ _CLIPS_BEFORE_JUDGING = 100  # One bad clip among the first few says nothing abo
 _PROCESS_GROUPS: list[Any] = []
 
 
-@dataclass
-class TrainState:
-    """Where a run is."""
-
-    step: int = 0
-    losses: dict[str, float] = field(default_factory=dict)  # of the last step that was logged
-    clips: int = 0  # this process read, since the start
-    corrupt: int = 0  # of them could not be used
-
-
-Preview = Callable[[int, Networks], None]
-"""Called with the step and the networks as they would be saved then."""
-
-
 def train(
-    stage: Stage,
-    data: Dataset[dict[str, Any]],
-    config: LoopConfig,
-    preview: Preview | None = None,
-    name: str = "train",
+    stage: Stage, data: Dataset[dict[str, Any]], config: LoopConfig, preview: Preview | None = None
 ) -> TrainState:
     """Runs a stage to `config.max_steps`, continuing what its output folder holds, and saves what it learned.
 
@@ -64,9 +42,8 @@ def train(
         stage: What is trained.
         data: Item i is the batch of global micro-step i (over all processes), so a resumed run sees what the
             uninterrupted one would have seen.
-        config: How.
+        config: Of the run.
         preview: Called every `config.preview_every` steps, on the main process.
-        name: Shown beside the progress bar.
 
     Raises:
         FloatingPointError: A loss is not finite; names step, process and clips.
@@ -74,142 +51,55 @@ def train(
         ValueError: The run folder belongs to another stage, or the launcher asks for what is not supported.
     """
     engine = build_engine(config)
-    accelerator = engine.accelerator
-    output, device = Path(config.output), accelerator.device
-    _place(stage, config, device)
+    accelerator, output = engine.accelerator, Path(config.output)
+    _place(stage, config, accelerator.device)
     parameters = engine.take(stage)
-    optimizer = build_optimizer(parameters, config, device)
-    ema = None if config.ema_decay is None else _average(parameters, config.ema_decay)
-
-    state = TrainState()
+    optimizer = build_optimizer(engine.groups.values(), config, accelerator.device)
+    average = WeightAverage(parameters, config.ema_decay)
     checkpoint = checkpointing.latest(output)
-    if checkpoint:
-        _restore(checkpoint, parameters, ema)
-        state.step = checkpoint.step
-        logger.info("continuing %s at step %d", output, state.step)
+    state = TrainState(step=_restore(checkpoint, parameters, average))
     lr_scheduler = get_scheduler(
-        config.lr_schedule,
-        optimizer,
-        num_warmup_steps=config.warmup_steps,
-        num_training_steps=config.max_steps,
+        config.lr_schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
     )
-    denoise = engine.prepare(stage, optimizer, checkpoint.optimizer if checkpoint else None)
+    module = engine.prepare(stage, optimizer, checkpoint.optimizer if checkpoint else None)
     _set_step(lr_scheduler, state.step)
-    noise_scheduler = stage.networks.scheduler
-    record = RunRecord(output, config, state.step) if accelerator.is_main_process else None
 
+    log = Log(config, engine, lr_scheduler, state, stage.name.replace("_", " "))
+    hooks = (log, Save(config, engine, average), ShowPreview(config, engine, average, stage.networks, preview))
     batches = _batches(data, config, accelerator, start=state.step)
-    bar = tqdm(
-        total=config.max_steps,
-        initial=state.step,
-        desc=name,
-        unit="step",
-        dynamic_ncols=True,
-        disable=not accelerator.is_main_process,
-    )
-    logged_at, logged_step = time.perf_counter(), state.step
+    num_micro_steps, num_timesteps = config.gradient_accumulation_steps, stage.scheduler.config["num_train_timesteps"]
     while state.step < config.max_steps:
-        terms: dict[str, Tensor] = {}
-        for micro in range(config.gradient_accumulation_steps):
-            index, batch = next(batches)
-            generators = _generators(config.seed, index * config.batch_size, len(batch["key"]))
-            with accelerator.autocast():
-                x_0, condition = stage.encode(batch, generators)  # frozen parts, no grad
-            num_timesteps = noise_scheduler.config["num_train_timesteps"]
-            t, eps = draw_noise(x_0, num_timesteps, config.timestep_shift, generators)
-            x_t = noise_scheduler.add_noise(x_0, eps, t)  # Eq. 6
-            target = eps
-            if noise_scheduler.config["prediction_type"] == "v_prediction":
-                target = noise_scheduler.get_velocity(x_0, eps, t)
-            with engine.micro_step(is_last=micro + 1 == config.gradient_accumulation_steps):
+        state.terms = {}
+        for micro_step in range(num_micro_steps):
+            batch, generators = next(batches)
+            with engine.micro_step(is_last=micro_step + 1 == num_micro_steps):
                 with accelerator.autocast():
-                    prediction = denoise(x_t, t, condition)  # eps_theta(x_t, t, c)
-                losses = stage.loss_terms(prediction.float(), target)  # Eq. 1 | Eq. 3 + lambda * Eq. 4
-                total = torch.stack(list(losses.values())).sum() / config.gradient_accumulation_steps
+                    x_0, condition = stage.encode(batch, generators)  # frozen parts, no grad
+                    t, eps = draw_noise(x_0, num_timesteps, config.timestep_shift, generators)
+                    losses: dict[str, Tensor] = module(x_0, t, eps, condition)  # Eq. 1 | Eq. 3 + lambda * Eq. 4
+                total = torch.stack(list(losses.values())).sum() / num_micro_steps
                 _check_finite(total, state.step, accelerator.process_index, batch["key"])
                 engine.backward(total)
             for key, value in losses.items():
-                terms[key] = terms.get(key, 0) + value.detach() / config.gradient_accumulation_steps
+                state.terms[key] = state.terms.get(key, 0) + value.detach() / num_micro_steps
             _count_corrupt(state, batch, config)
         engine.step()
         lr_scheduler.step()
+        average.update()
         state.step += 1
-        if ema is not None:
-            ema.step(parameters.values())
+        for hook in hooks:
+            hook(state)
 
-        bar.update()
-        last = state.step == config.max_steps
-        if state.step % config.log_every == 0 or last:
-            state.losses = {key: cast(Tensor, accelerator.reduce(value, "mean")).item() for key, value in terms.items()}
-            corrupt = accelerator.reduce(torch.tensor(state.corrupt, device=device), "sum")
-            seconds = (time.perf_counter() - logged_at) / (state.step - logged_step)
-            logged_at, logged_step = time.perf_counter(), state.step
-            if record is not None:
-                clips = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-                measured = {
-                    "learning_rate": float(lr_scheduler.get_last_lr()[0]),
-                    "seconds": round(seconds, 4),
-                    "clips_per_second": round(clips / seconds, 3),
-                    "corrupt_clips": float(cast(Tensor, corrupt).item()),
-                }
-                record.log(state.step, {**state.losses, **measured})
-                shown = {key: f"{value:.4f}" for key, value in state.losses.items()}
-                bar.set_postfix(shown | {"clips/s": f"{clips / seconds:.2f}"})
-        if (accelerator.is_main_process or engine.saves_together) and (last or state.step % config.save_every == 0):
-            averages = {} if ema is None else {"ema": _named(ema, parameters)}
-            groups, states = engine.whole({"parameters": parameters, **averages})
-            if accelerator.is_main_process:
-                checkpointing.save(output, state.step, groups, states, config.keep_checkpoints)
-        if accelerator.is_main_process and preview and config.preview_every and state.step % config.preview_every == 0:
-            with _averaged(ema, parameters), accelerator.autocast():
-                preview(state.step, stage.networks)
-    bar.close()
-
-    if ema is not None:
-        ema.copy_to(parameters.values())
-    engine.gather(stage)
-    if record is not None:
+    average.copy_to_weights()
+    engine.gather_weights(stage)
+    if accelerator.is_main_process:
         checkpointing.save_result(output, stage.save)
-        record.close()
+    log.close()
     accelerator.wait_for_everyone()
     if torch.distributed.is_initialized():
         _PROCESS_GROUPS.append(torch.distributed.group.WORLD)
     accelerator.end_training()
     return state
-
-
-def _place(stage: Stage, config: LoopConfig, device: torch.device) -> None:
-    """Moves a stage to its device, in the memory layout and precision that its networks are fastest in."""
-    if config.mixed_precision != "no":
-        for network in stage.children():
-            if not any(parameter.requires_grad for parameter in network.parameters()):
-                network.to(getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[config.mixed_precision]))
-        if device.type == "cpu":
-            for network in (stage.unet, stage.image_controlnet, stage.motion_controlnet):
-                network.set_attn_processor(Float32Attention())
-    cast(Any, stage).to(device, memory_format=torch.channels_last)
-    for network in (stage.unet, stage.motion_controlnet):
-        network.checkpoint_blocks = config.gradient_checkpointing
-    if config.torch_compile:
-        torch.compiler.reset()  # A stage before this one with other shapes would make every size a dynamic one.
-        stage.compile()  # In place, which leaves the parameters' names alone.
-
-
-def _batches(
-    data: Dataset[dict[str, Any]], config: LoopConfig, accelerator: Accelerator, start: int
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """This process's batches from optimiser step `start` on, with their numbers."""
-    rank, world, micro_steps = accelerator.process_index, accelerator.num_processes, config.gradient_accumulation_steps
-    indices = range(start * micro_steps * world + rank, config.max_steps * micro_steps * world, world)
-    workers: dict[str, Any] = {"num_workers": config.num_workers, "persistent_workers": config.num_workers > 0}
-    loader = DataLoader(data, batch_size=None, sampler=indices, pin_memory=accelerator.device.type == "cuda", **workers)
-    return zip(indices, loader, strict=True)
-
-
-def _generators(seed: int, first: int, count: int) -> list[torch.Generator]:
-    """A generator for each of `count` samples; sample p's depends on (seed, p) alone, not on process or batch."""
-    keys = [np.random.SeedSequence((seed, first + i)).generate_state(1, np.uint64)[0] >> 1 for i in range(count)]
-    return [torch.Generator().manual_seed(int(key)) for key in keys]
 
 
 def draw_noise(
@@ -227,6 +117,41 @@ def draw_noise(
     return t.to(x_0.device), eps.to(x_0.device)
 
 
+def _place(stage: Stage, config: LoopConfig, device: torch.device) -> None:
+    """Moves a stage to its device, in the memory layout and precision that its networks are fastest in."""
+    if config.mixed_precision != "no":
+        for network in stage.children():
+            if not any(parameter.requires_grad for parameter in network.parameters()):
+                cast_network(network, {"bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision])
+        if device.type == "cpu":
+            for network in (stage.unet, stage.image_controlnet, stage.motion_controlnet):
+                network.set_attn_processor(Float32Attention())
+    cast(Any, stage).to(device, memory_format=torch.channels_last)
+    for network in (stage.unet, stage.motion_controlnet):
+        network.checkpoint_blocks = config.gradient_checkpointing
+    if config.torch_compile:
+        torch.compiler.reset()  # A stage before this one with other shapes would make every size a dynamic one.
+        stage.compile()  # In place, which leaves the parameters' names alone.
+
+
+def _batches(
+    data: Dataset[dict[str, Any]], config: LoopConfig, accelerator: Accelerator, start: int
+) -> Iterator[tuple[dict[str, Any], list[torch.Generator]]]:
+    """This process's batches from optimiser step `start` on, each with a generator for every clip."""
+    rank, world, micro_steps = accelerator.process_index, accelerator.num_processes, config.gradient_accumulation_steps
+    indices = range(start * micro_steps * world + rank, config.max_steps * micro_steps * world, world)
+    workers: dict[str, Any] = {"num_workers": config.num_workers, "persistent_workers": config.num_workers > 0}
+    loader = DataLoader(data, batch_size=None, sampler=indices, pin_memory=accelerator.device.type == "cuda", **workers)
+    for index, batch in zip(indices, loader, strict=True):
+        yield batch, _generators(config.seed, index * config.batch_size, len(batch["key"]))
+
+
+def _generators(seed: int, first: int, count: int) -> list[torch.Generator]:
+    """A generator for each of `count` samples; sample p's depends on (seed, p) alone, not on process or batch."""
+    keys = [np.random.SeedSequence((seed, first + i)).generate_state(1, np.uint64)[0] >> 1 for i in range(count)]
+    return [torch.Generator().manual_seed(int(key)) for key in keys]
+
+
 def _count_corrupt(state: TrainState, batch: dict[str, Any], config: LoopConfig) -> None:
     state.clips += len(batch["key"])
     skipped = [reason for reasons in batch.get("skipped", []) for reason in reasons]
@@ -240,34 +165,12 @@ def _count_corrupt(state: TrainState, batch: dict[str, Any], config: LoopConfig)
         )
 
 
-@contextmanager
-def _averaged(ema: EMAModel | None, parameters: dict[str, torch.nn.Parameter]) -> Iterator[None]:
-    """Puts the average in place of the parameters, as at the end of the run."""
-    if ema is None:
-        yield
-        return
-    ema.store(parameters.values())
-    ema.copy_to(parameters.values())
-    try:
-        yield
-    finally:
-        ema.restore(parameters.values())
-
-
-def _average(parameters: dict[str, torch.nn.Parameter], decay: float) -> EMAModel:
-    # The warm-up keeps the random start out of the average of a short run.
-    return EMAModel(list(parameters.values()), decay=decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-
-
-def _named(ema: EMAModel, parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
-    return dict(zip(parameters, ema.shadow_params, strict=True))
-
-
 def _restore(
-    checkpoint: checkpointing.Checkpoint,
-    parameters: dict[str, torch.nn.Parameter],
-    ema: EMAModel | None,
-) -> None:
+    checkpoint: checkpointing.Checkpoint | None, parameters: Mapping[str, nn.Parameter], average: WeightAverage
+) -> int:
+    """Puts a checkpoint's weights back, and gives its step; 0 without one."""
+    if checkpoint is None:
+        return 0
     saved = checkpoint.tensors["parameters"]
     if saved.keys() != parameters.keys():
         different = sorted(saved.keys() ^ parameters.keys())
@@ -278,10 +181,10 @@ def _restore(
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(sharding.split_like(saved[key], parameter))
-    if ema is not None and "ema" in checkpoint.tensors:
-        for shadow, key in zip(ema.shadow_params, parameters, strict=True):
-            shadow.copy_(sharding.split_like(checkpoint.tensors["ema"][key], shadow))
-        ema.optimization_step = checkpoint.step
+    if "ema" in checkpoint.tensors:
+        average.load(checkpoint.tensors["ema"], checkpoint.step)
+    logger.info("continuing at step %d", checkpoint.step)
+    return checkpoint.step
 
 
 def _set_step(lr_scheduler: Any, step: int) -> None:

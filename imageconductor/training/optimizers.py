@@ -1,41 +1,50 @@
-"""What changes the weights: AdamW, AdamW with 8-bit moments, or Muon for matrices beside AdamW for the rest."""
+"""Optimisers: AdamW, AdamW with 8-bit moments, or Muon for matrices beside AdamW for the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from imageconductor.training.stages.base import ParameterGroup
 from imageconductor.training.train_config import LoopConfig
 
 
 def build_optimizer(
-    parameters: Mapping[str, nn.Parameter], config: LoopConfig, device: torch.device
+    groups: Iterable[ParameterGroup], config: LoopConfig, device: torch.device
 ) -> torch.optim.Optimizer:
     """The run's optimiser.
 
     Args:
-        parameters: What learns, by name.
+        groups: What learns; a group's own settings win over the run's.
         config: Of the run.
         device: Where it runs.
 
     Raises:
         ValueError: The optimiser is not to be had here; says what would be.
     """
-    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters.values(), **settings, fused=True)
+    named = [
+        {
+            "params": group.parameters,
+            "lr": config.learning_rate if group.learning_rate is None else group.learning_rate,
+            "weight_decay": config.weight_decay if group.weight_decay is None else group.weight_decay,
+        }
+        for group in groups
+    ]
     if config.optimizer == "muon":
-        return MuonAndAdamW(parameters, **settings)
+        return MuonAndAdamW(named)
+    plain = [{**group, "params": list(group["params"].values())} for group in named]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(plain, fused=True)
     if device.type != "cuda":
         raise ValueError(f"optimizer=adamw_8bit needs a CUDA device, this is {device.type}; use optimizer=adamw")
     try:
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError("optimizer=adamw_8bit needs bitsandbytes: pip install 'imageconductor[lowmem]'") from error
-    return AdamW8bit(parameters.values(), **settings)
+    return AdamW8bit(plain)
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -44,9 +53,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
     Muon's steps are scaled to the size of AdamW's, so one learning rate serves both.
 
     Args:
-        parameters: What learns, by name.
-        lr: Learning rate.
-        weight_decay: Decoupled, of both.
+        groups: Each with `params`, parameters by name, `lr` and `weight_decay` (decoupled).
 
     Raises:
         ValueError: PyTorch is older than 2.9, or no parameter is a matrix.
@@ -54,21 +61,23 @@ class MuonAndAdamW(torch.optim.Optimizer):
     Source: Jordan et al., 2024; the scale is that of Liu et al., 2025 ("Muon is scalable for LLM training").
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], lr: float, weight_decay: float = 0.0):
+    def __init__(self, groups: Iterable[Mapping[str, Any]]):
         if not hasattr(torch.optim, "Muon"):
             raise ValueError(f"optimizer=muon needs PyTorch 2.9 or newer, this is {torch.__version__}; use adamw")
-        matrices = {name: p for name, p in parameters.items() if p.ndim == 2 and "embedding" not in name}
-        others = [p for name, p in parameters.items() if name not in matrices]
-        if not matrices:
+        self.parts: list[torch.optim.Optimizer] = []
+        for group in groups:
+            named: Mapping[str, nn.Parameter] = group["params"]
+            settings: dict[str, Any] = {key: value for key, value in group.items() if key != "params"}
+            matrices = [p for name, p in named.items() if p.ndim == 2 and "embedding" not in name]
+            chosen = {id(p) for p in matrices}
+            others = [p for p in named.values() if id(p) not in chosen]
+            if matrices:
+                self.parts.append(torch.optim.Muon(matrices, **settings, adjust_lr_fn="match_rms_adamw"))
+            if others:
+                self.parts.append(torch.optim.AdamW(others, **settings, fused=True))
+        if not any(isinstance(part, torch.optim.Muon) for part in self.parts):
             raise ValueError("optimizer=muon finds no matrix among what learns; use optimizer=adamw")
-        settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices.values(), **settings, adjust_lr_fn="match_rms_adamw")
-        ]
-        if others:
-            self.parts.append(torch.optim.AdamW(others, **settings, fused=True))
-        groups = [group for part in self.parts for group in part.param_groups]
-        super().__init__(groups, {})
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share()
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -83,6 +92,6 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Parts read and write the groups and the state that this one shows."""
+        """Makes the parts read and write the groups and the state that this optimiser shows."""
         for part, group in zip(self.parts, self.param_groups, strict=True):
             part.param_groups, part.state = [group], self.state

@@ -1,4 +1,4 @@
-"""What a run folder tells about its run: settings, versions, commit, and metrics by step."""
+"""The record of a run in its folder: settings, versions, commit, and metrics by step."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from imageconductor import config as config_file
+from imageconductor.files import write_text
 
 _PACKAGES = ("imageconductor", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
 
@@ -36,9 +37,7 @@ class RunRecord:
             file.write(json.dumps({"start": step, **environment()}) + "\n")
         if self.metrics.exists():
             lines = self.metrics.read_text().splitlines(keepends=True)
-            temporary = self.metrics.with_name(f".{self.metrics.name}")
-            temporary.write_text("".join(line for line in lines if _step(line) <= step))
-            temporary.replace(self.metrics)
+            write_text(self.metrics, "".join(line for line in lines if _step(line) <= step))
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""From a stage's settings to its training: what the three entry scripts call."""
+"""From a stage's settings to its training: what `train.py` calls."""
 
 from __future__ import annotations
 
@@ -7,56 +7,35 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from imageconductor.data.batches import Batches, Samples, SpriteSamples
 from imageconductor.data.clips import ClipSamples
-from imageconductor.models.controlnets import MotionControlNet
 from imageconductor.models.networks import Networks
 from imageconductor.training.loop import Preview, TrainState, train
-from imageconductor.training.stages import STAGES
-from imageconductor.training.train_config import StageName, TrainConfig
+from imageconductor.training.stages.registry import find_stage
+from imageconductor.training.train_config import TrainConfig
 
-PreviewOf = Callable[[Sequence[dict[str, Any]], "str | None", Path, dict[str, Any]], Preview]
+PreviewFactory = Callable[[Sequence[dict[str, Any]], "str | None", Path, dict[str, Any]], Preview]
 """Makes the previews of a run from held-out samples, the control that the stage learns, a folder, and its settings."""
 
-_CONTROLS = {
-    StageName.FOUNDATION: None,
-    StageName.MOTION_CONTROLNET: "base",
-    StageName.CAMERA_LORA: "camera",
-    StageName.OBJECT_LORA: "object",
-    StageName.STYLE_LORA: None,
-}
 _PREVIEWED_CLIPS = 3
 _HELD_OUT_SEED = 20_000  # evaluation uses 10,000
 
 
-def run_stage(name: StageName, config: TrainConfig, preview_of: PreviewOf | None = None) -> TrainState:
-    """Trains one stage to its end.
+def run_stage(config: TrainConfig, previews: PreviewFactory | None = None) -> TrainState:
+    """Trains the stage that the settings name, to its end.
 
     Args:
-        name: Which.
-        config: How, and on what.
-        preview_of: Makes the preview videos; sampling is not training's business.
+        config: Of the stage's `Config`.
+        previews: Makes the preview videos; sampling is not training's business.
 
     Raises:
         FileNotFoundError: The model folder, or a network named in the settings, is missing.
     """
-    networks = Networks.load(config.model)
-    if config.motion_controlnet is not None:
-        if not Path(config.motion_controlnet).is_dir():
-            raise FileNotFoundError(
-                f"no motion ControlNet at {config.motion_controlnet}; train that stage first, or start from the "
-                "model's own with motion_controlnet=null"
-            )
-        networks.motion_controlnet = MotionControlNet.from_pretrained(
-            config.motion_controlnet, torch_dtype=torch.float32
-        )
-    stage = STAGES[name](networks, config)
-    data = Batches(samples(config), config.batch_size)
+    stage = find_stage(config.stage)(Networks.load(config.model), config)
+    data = Batches(build_samples(config), config.batch_size)
     preview = None
-    if preview_of is not None and config.preview_every:
-        held_out = samples(
+    if previews is not None and config.preview_every:
+        held_out = build_samples(
             replace(
                 config,
                 data=config.preview_data,
@@ -67,12 +46,12 @@ def run_stage(name: StageName, config: TrainConfig, preview_of: PreviewOf | None
         )
         clips = [held_out[position] for position in range(_PREVIEWED_CLIPS)]
         sampling = {"num_inference_steps": config.preview_steps, "guidance_scale": config.preview_guidance_scale}
-        preview = preview_of(clips, _CONTROLS[name], Path(config.output) / "previews", sampling)
-    return train(stage, data, config, preview, name=name.value.replace("_", " "))
+        preview = previews(clips, stage.preview_control, Path(config.output) / "previews", sampling)
+    return train(stage, data, config, preview)
 
 
-def samples(config: TrainConfig) -> Samples:
-    """What a run is trained on.
+def build_samples(config: TrainConfig) -> Samples:
+    """The samples that a run is trained on.
 
     Raises:
         FileNotFoundError: A source holds no clip.

@@ -1,4 +1,4 @@
-"""Weights, gradients and optimiser state of what learns, a share in each process (PyTorch's FSDP2), stored whole.
+"""Sharding of weights, gradients and optimiser state of what learns, by PyTorch's FSDP2.
 
 Parameters are DTensors between steps. Checkpoints and results are gathered, so a run may go on with another number of
 processes, or without sharding.
@@ -48,20 +48,20 @@ def check_gradients(parameters: Sequence[Tensor]) -> None:
         raise RuntimeError(f"FSDP of PyTorch {torch.__version__} gives no gradients here; 2.13 does")
 
 
-def whole(state: Any, keep: bool) -> Any:
-    """A tree with whole tensors, on the CPU, in place of shards, or None unless `keep`; all processes must call it."""
+def gather_tensors(state: Any, keep: bool) -> Any:
+    """A tree with full tensors, on the CPU, in place of shards, or None unless `keep`; all processes must call it."""
 
-    def gathered(leaf: Any) -> Any:
+    def gather(leaf: Any) -> Any:
         if not _is_split(leaf):
             return leaf
         tensor = leaf.full_tensor()
         return tensor.cpu() if keep else None
 
-    return tree_map(gathered, state)
+    return tree_map(gather, state)
 
 
 def split_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """This process's share of a whole tensor, split as a parameter is, or all of it, in the parameter's memory format.
+    """This process's shard of a full tensor, split as a parameter is, or all of it, in the parameter's memory format.
 
     The format matters: a fused Adam walks through the memory of parameter and moments side by side.
     """
@@ -74,7 +74,7 @@ def split_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def split_optimizer(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
-    """An optimiser's whole `state_dict`, its moments split as the parameters are."""
+    """An optimiser's full `state_dict`, its moments split as the parameters are."""
     split = {}
     for number, moments in state["state"].items():
         shape = parameters[number].shape  # The count of steps, and scales of 8-bit moments, have others.
@@ -85,8 +85,8 @@ def split_optimizer(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> d
     return {**state, "state": split}
 
 
-def gather(network: nn.Module) -> None:
-    """Makes a network whole again, to be saved and not to be run; all processes must call it."""
+def gather_weights(network: nn.Module) -> None:
+    """Puts full weights in place of a network's shards, to be saved and not to be run; all processes must call it."""
     for module in network.modules():
         if type(module).__name__.startswith("FSDP"):  # `fully_shard` puts a class of its own before the network's.
             module.__class__ = type(module).__bases__[1]

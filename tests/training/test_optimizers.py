@@ -23,6 +23,10 @@ class Net(nn.Module):
         return self.linear(self.conv(self.embedding(tokens).mT).mT)
 
 
+def one_group(net):
+    return {"params": dict(net.named_parameters()), **SETTINGS}
+
+
 def learn(net, *optimizers, steps=3):
     for _ in range(steps):
         net(torch.arange(5)[None]).square().mean().backward()
@@ -36,7 +40,7 @@ def test_it_is_muon_for_matrices_and_adamw_for_the_rest():
     torch.manual_seed(0)
     together = Net()
     apart = copy.deepcopy(together)
-    learn(together, MuonAndAdamW(dict(together.named_parameters()), **SETTINGS))
+    learn(together, MuonAndAdamW([one_group(together)]))
     rest = [parameter for name, parameter in apart.named_parameters() if name != "linear.weight"]
     learn(
         apart,
@@ -50,7 +54,7 @@ def test_it_is_muon_for_matrices_and_adamw_for_the_rest():
 @muon
 def test_a_learning_rate_set_from_outside_reaches_both():
     net = Net()
-    optimizer = MuonAndAdamW(dict(net.named_parameters()), **SETTINGS)
+    optimizer = MuonAndAdamW([one_group(net)])
     optimizer.load_state_dict(optimizer.state_dict())
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -62,10 +66,10 @@ def test_a_learning_rate_set_from_outside_reaches_both():
 @muon
 def test_without_a_matrix_it_is_refused():
     with pytest.raises(ValueError, match="no matrix"):
-        MuonAndAdamW(dict(nn.Conv1d(2, 2, 1).named_parameters()), **SETTINGS)
+        MuonAndAdamW([one_group(nn.Conv1d(2, 2, 1))])
 
 
 def test_an_old_pytorch_is_told(monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
     with pytest.raises(ValueError, match=r"optimizer=muon needs PyTorch 2\.9"):
-        MuonAndAdamW(dict(Net().named_parameters()), **SETTINGS)
+        MuonAndAdamW([one_group(Net())])

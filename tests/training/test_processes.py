@@ -118,7 +118,7 @@ def test_a_sharded_unet_with_accumulation_and_averages_can_be_resumed(engine, pr
     for name, runs in (("whole", [(4, {})]), ("parts", [(2, {}), (3, engine), (4, engine)])):
         for steps, variables in runs:
             arguments = command(
-                tiny_model, tmp_path / name, 2, "scripts/train_style_lora.py", max_steps=steps, **settings
+                tiny_model, tmp_path / name, 2, "train.py", stage="style_lora", max_steps=steps, **settings
             )
             run(arguments, **variables)
     whole, parts = (torch.tensor(losses(tmp_path / name)) for name in ("whole", "parts"))

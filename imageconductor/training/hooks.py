@@ -1,0 +1,145 @@
+"""What happens between the steps of a run: a line of metrics, a checkpoint, preview videos, each at its interval."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from imageconductor.models.networks import Networks
+from imageconductor.training import checkpointing
+from imageconductor.training.engines import Replicated
+from imageconductor.training.record import RunRecord
+from imageconductor.training.train_config import LoopConfig
+from imageconductor.training.weight_average import WeightAverage
+
+Preview = Callable[[int, Networks], None]
+"""Called with the step and the networks as they would be saved then."""
+
+
+@dataclass
+class TrainState:
+    """Where a run is."""
+
+    step: int = 0
+    terms: dict[str, Tensor] = field(default_factory=dict)  # losses of this process in the last step, by name
+    losses: dict[str, float] = field(default_factory=dict)  # means over all processes of the last step that was logged
+    clips: int = 0  # read by this process, since the start
+    corrupt: int = 0  # clips among them that could not be used
+
+
+class Log:
+    """The progress bar, and every `log_every` steps a line of metrics: losses, learning rate, speed, damaged clips.
+
+    Args:
+        config: Of the run.
+        engine: Whose processes are averaged over.
+        lr_scheduler: Of the optimiser.
+        state: Of the run as it starts.
+        name: Shown beside the bar.
+    """
+
+    def __init__(self, config: LoopConfig, engine: Replicated, lr_scheduler: Any, state: TrainState, name: str):
+        self.config, self.accelerator, self.lr_scheduler = config, engine.accelerator, lr_scheduler
+        is_main = self.accelerator.is_main_process
+        self.record = RunRecord(Path(config.output), config, state.step) if is_main else None
+        self.bar = tqdm(
+            total=config.max_steps,
+            initial=state.step,
+            desc=name,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not is_main,
+        )
+        self.time, self.step = time.perf_counter(), state.step
+
+    def __call__(self, state: TrainState) -> None:
+        """Counts a step, and logs it if its time has come."""
+        self.bar.update()
+        if state.step % self.config.log_every and state.step != self.config.max_steps:
+            return
+        reduce: Any = self.accelerator.reduce
+        state.losses = {key: cast(Tensor, reduce(value, "mean")).item() for key, value in state.terms.items()}
+        corrupt = reduce(torch.tensor(state.corrupt, device=self.accelerator.device), "sum").item()
+        seconds = (time.perf_counter() - self.time) / (state.step - self.step)
+        self.time, self.step = time.perf_counter(), state.step
+        if self.record is None:
+            return
+        micro_steps = self.config.gradient_accumulation_steps * self.accelerator.num_processes
+        clips_per_second = self.config.batch_size * micro_steps / seconds
+        measured = {
+            "learning_rate": float(self.lr_scheduler.get_last_lr()[0]),
+            "seconds": round(seconds, 4),
+            "clips_per_second": round(clips_per_second, 3),
+            "corrupt_clips": float(corrupt),
+        }
+        self.record.log(state.step, {**state.losses, **measured})
+        shown = {key: f"{value:.4f}" for key, value in state.losses.items()}
+        self.bar.set_postfix(shown | {"clips/s": f"{clips_per_second:.2f}"})
+
+    def close(self) -> None:
+        """Closes bar and files."""
+        self.bar.close()
+        if self.record is not None:
+            self.record.close()
+
+
+class Save:
+    """A checkpoint every `save_every` steps and after the last one.
+
+    Args:
+        config: Of the run.
+        engine: That holds parameters and optimiser.
+        average: Of the parameters.
+    """
+
+    def __init__(self, config: LoopConfig, engine: Replicated, average: WeightAverage):
+        self.config, self.engine, self.average = config, engine, average
+
+    def __call__(self, state: TrainState) -> None:
+        """Saves the step if its time has come."""
+        config, is_main = self.config, self.engine.accelerator.is_main_process
+        is_due = state.step % config.save_every == 0 or state.step == config.max_steps
+        if not is_due or not (is_main or self.engine.saves_together):
+            return
+        averages = {"ema": average} if (average := self.average.named()) else {}
+        groups, states = self.engine.gather_state({"parameters": self.engine.parameters, **averages})
+        if is_main:
+            checkpointing.save(Path(config.output), state.step, groups, states, config.keep_checkpoints)
+
+
+class ShowPreview:
+    """Preview videos every `preview_every` steps, by the average of the weights where there is one.
+
+    Args:
+        config: Of the run.
+        engine: Whose first process makes them.
+        average: Of the parameters.
+        networks: That are trained.
+        preview: Makes them; None = no previews.
+    """
+
+    def __init__(
+        self,
+        config: LoopConfig,
+        engine: Replicated,
+        average: WeightAverage,
+        networks: Networks,
+        preview: Preview | None,
+    ):
+        self.config, self.accelerator, self.average = config, engine.accelerator, average
+        self.networks, self.preview = networks, preview
+
+    def __call__(self, state: TrainState) -> None:
+        """Makes previews of the step if their time has come."""
+        every = self.config.preview_every
+        if self.preview is None or not every or state.step % every or not self.accelerator.is_main_process:
+            return
+        with self.average.in_place(), self.accelerator.autocast():
+            self.preview(state.step, self.networks)

@@ -1,0 +1,193 @@
+"""What a stage is: networks of which some learn, a way from clips to a condition, and named losses.
+
+The loop is the same for all stages and knows nothing of them but `encode`, `loss_terms`, `trainable` and `save`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from imageconductor.conditioning.first_frame import first_frame_condition
+from imageconductor.conditioning.flow_map import flow_map
+from imageconductor.data.sparse_tracks import sample_sparse
+from imageconductor.diffusion.losses import denoising_loss
+from imageconductor.models.controlnets import MotionControlNet
+from imageconductor.models.denoiser import Condition
+from imageconductor.models.networks import Networks
+from imageconductor.training.train_config import TrainConfig, TrajectoryConfig
+
+
+@dataclass
+class ParameterGroup:
+    """Parameters that are optimised alike; None = as the run's settings say."""
+
+    parameters: dict[str, nn.Parameter]
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
+
+
+class Stage(nn.Module):
+    """One stage of the training; calling it gives `loss_terms`.
+
+    As one module it is what DDP wraps, whichever of its networks learn.
+
+    Args:
+        networks: Of the model that the stage starts from; the subclass freezes them and lets some learn.
+        config: Its settings.
+
+    Attributes:
+        name: Of the stage, in YAML and in files.
+        Config: Dataclass of its settings, whose `stage` is `name`.
+        preview_control: Control under which preview videos are made; None = without trajectories.
+        adapters: LoRAs of the motion ControlNet that act.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[TrainConfig]]
+    preview_control: ClassVar[str | None] = None
+    adapters: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, networks: Networks, config: TrainConfig):
+        super().__init__()
+        self.networks = networks
+        self.denoiser = networks.denoiser
+        self.scheduler = networks.scheduler
+        self.text_dropout, self.image_dropout = config.text_dropout, config.image_dropout
+        self.vae = networks.vae
+        self.text_encoder = networks.text_encoder
+        self.unet = networks.unet
+        self.image_controlnet = networks.image_controlnet
+        self.motion_controlnet = networks.motion_controlnet
+
+    def loss_terms(self, x_0: Tensor, t: Tensor, eps: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """Weighted losses by name; their sum is minimised.
+
+        Args:
+            x_0: (B, C, T, h, w), clean latents.
+            t: (B,) int64.
+            eps: (B, C, T, h, w), noise.
+            condition: From `encode`.
+        """
+        x_t = self.scheduler.add_noise(x_0, eps, t)  # Eq. 6
+        prediction = self.denoise(x_t, t, condition)  # eps_theta(x_t, t, c)
+        return {"denoising": denoising_loss(prediction, self.target(x_0, t, eps))}  # Eqs. 1 and 3
+
+    def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """eps_theta(x_t, t, c), or v where the scheduler predicts v: (B, C, T, h, w)."""
+        return self.denoiser(x_t, t, condition)
+
+    def target(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """What the prediction ought to be: the noise, or v."""
+        if self.scheduler.config["prediction_type"] == "v_prediction":
+            return self.scheduler.get_velocity(x_0, eps, t)
+        return eps
+
+    def forward(self, x_0: Tensor, t: Tensor, eps: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """`loss_terms`, by the name under which DDP and autocast wrap it."""
+        return self.loss_terms(x_0, t, eps, condition)
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> tuple[Tensor, Condition]:
+        """Clean latents x_0 (B, C, T, h, w) and the condition, from a batch of clips.
+
+        Args:
+            batch: points (B, N, T, 2) px, visible (B, N, T), caption; and pixel_values (B, 3, T, H, W) in [-1, 1], or
+                from a cache latent_mean and latent_std (B, C, T, h, w), size (B, 2) and text (B, L, D).
+            generators: One a clip, on the CPU; they draw the posterior's noise, what is dropped and the sparse tracks.
+        """
+        mean, std, size = self._encode_clips(batch)
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
+        x_0 = mean + std * noise.to(mean.device)
+
+        dropped = [bool(torch.rand((), generator=g) < self.text_dropout) for g in generators]
+        given = [bool(torch.rand((), generator=g) >= self.image_dropout) for g in generators]
+        first_frame, mask = first_frame_condition(mean[:, :, 0], mean.shape[2])
+        is_given = torch.tensor(given, device=mean.device).to(mean.dtype).view(-1, 1, 1, 1, 1)
+        with torch.autocast(mean.device.type, enabled=False):  # Flow maps are pixels; half precision would round them.
+            flow, has_flow = self.draw_flow(batch, size, generators)
+        text = self.encode_text(batch, dropped)
+        return x_0, Condition(text, first_frame * is_given, mask * is_given, flow, has_flow)
+
+    def encode_text(self, batch: dict[str, Any], dropped: Sequence[bool]) -> Tensor:
+        """(B, L, D), the empty text in place of dropped ones."""
+        device = self.unet.device
+        if "text" not in batch:
+            captions = ["" if drop else caption for drop, caption in zip(dropped, batch["caption"], strict=True)]
+            return self.text_encoder(self.networks.tokenize(captions).to(device)).last_hidden_state
+        text = batch["text"].to(device)
+        if any(dropped):
+            empty = self.text_encoder(self.networks.tokenize([""]).to(device)).last_hidden_state
+            text = torch.where(torch.tensor(dropped, device=device).view(-1, 1, 1), empty, text)
+        return text
+
+    def draw_flow(
+        self, batch: dict[str, Any], size: tuple[int, int], generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """`Condition.flow` and `Condition.has_flow` of a batch; None in stages without trajectories.
+
+        Args:
+            batch: As in `encode`.
+            size: (W, H) in pixels.
+            generators: As in `encode`.
+        """
+        del batch, size, generators
+        return None, None
+
+    def trainable(self) -> dict[str, ParameterGroup]:
+        """What learns, as groups by name; no parameter may be in two of them."""
+        learning = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {self.name: ParameterGroup(learning)}
+
+    def save(self, folder: Path) -> None:
+        """Writes what was learned, as the next stage and the pipeline read it."""
+        raise NotImplementedError
+
+    def _encode_clips(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Mean and standard deviation of the scaled latents, each (B, C, T, h, w), and (W, H) in pixels."""
+        device, scale = self.unet.device, self.vae.config["scaling_factor"]
+        if "latent_mean" in batch:
+            width, height = batch["size"][0].tolist()
+            return batch["latent_mean"].to(device) * scale, batch["latent_std"].to(device) * scale, (width, height)
+        pixels = batch["pixel_values"].to(device, self.vae.dtype)
+        num_frames, height, width = pixels.shape[2:]
+        posterior = self.vae.encode(pixels.transpose(1, 2).flatten(0, 1)).latent_dist
+        mean, std = (
+            (value.float() * scale).unflatten(0, (-1, num_frames)).transpose(1, 2)
+            for value in (posterior.mean, posterior.std)
+        )
+        return mean, std, (width, height)
+
+
+class TrajectoryStage(Stage):
+    """A stage that sees trajectories: all of a clip's tracks, or a few drawn by their motion (section 2.2).
+
+    Raises:
+        FileNotFoundError: `config.motion_controlnet` names no folder.
+    """
+
+    def __init__(self, networks: Networks, config: TrajectoryConfig):
+        if config.motion_controlnet is not None:
+            if not Path(config.motion_controlnet).is_dir():
+                raise FileNotFoundError(
+                    f"no motion ControlNet at {config.motion_controlnet}; train that stage first, or start from the "
+                    "model's own with motion_controlnet=null"
+                )
+            networks.motion_controlnet = MotionControlNet.from_pretrained(config.motion_controlnet, dtype=torch.float32)
+        super().__init__(networks, config)
+        self.is_sparse, self.max_tracks = config.trajectories == "sparse", config.max_tracks
+
+    def draw_flow(
+        self, batch: dict[str, Any], size: tuple[int, int], generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Flow map (B, 2, T, H, W) of every clip, as the motion ControlNet wants it drawn; every clip has one."""
+        points, visible = batch["points"].to(self.unet.device), batch["visible"].to(self.unet.device)
+        if self.is_sparse:
+            visible = visible & sample_sparse(points, visible, self.max_tracks, generators)[..., None]
+        return flow_map(points, visible, size, self.motion_controlnet.flow_convention), None

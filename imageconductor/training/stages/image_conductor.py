@@ -1,0 +1,154 @@
+"""The paper's three stages (sections 2.3 and 2.4). Everything learns through the motion ControlNet.
+
+| stage | learns | active | loss |
+|---|---|---|---|
+| 1 motion_controlnet | motion ControlNet, on mixed clips | no LoRA | denoising |
+| 2 camera_lora | camera LoRA, on clips in which only the camera moves | camera | Eq. 1 |
+| 3 object_lora | object LoRA, on mixed clips | camera (frozen) and object, Eq. 2 | Eq. 3 + lambda Eq. 4 |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from imageconductor.diffusion.losses import OrthogonalTarget, orthogonal_loss
+from imageconductor.models.adapters import (
+    Adapter,
+    activate,
+    adapter_parameters,
+    add_adapter,
+    freeze_all_but_adapter,
+    load_adapter,
+    lora_targets,
+    save_adapter,
+)
+from imageconductor.models.denoiser import Condition
+from imageconductor.models.networks import Networks
+from imageconductor.training.stages.base import TrajectoryStage
+from imageconductor.training.train_config import TrajectoryConfig
+
+CAMERA, OBJECT = Adapter.CAMERA.value, Adapter.OBJECT.value
+
+
+@dataclass
+class MotionControlNetConfig(TrajectoryConfig):
+    """Settings of stage 1."""
+
+    stage: Literal["motion_controlnet"] = "motion_controlnet"
+
+
+@dataclass
+class LoraStageConfig(TrajectoryConfig):
+    """Settings of stages 2 and 3."""
+
+    lora_rank: int = 64  # = alpha, as the release
+    lora_targets: Literal["all", "linear"] = "all"  # the release adapts convolutions too, the paper says linear
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank must be at least 1, got {self.lora_rank}")
+
+
+@dataclass
+class CameraLoraConfig(LoraStageConfig):
+    """Settings of stage 2."""
+
+    stage: Literal["camera_lora"] = "camera_lora"
+
+
+@dataclass
+class ObjectLoraConfig(LoraStageConfig):
+    """Settings of stage 3."""
+
+    stage: Literal["object_lora"] = "object_lora"
+    camera_lora: str | None = None  # folder of the camera LoRA; null = the model's
+    orthogonal_weight: float = 0.1  # lambda on Eq. 4; the paper does not give it
+    orthogonal_target: Literal["identity", "zero"] = "identity"  # as printed, or true orthogonality
+    orthogonal_linear_only: bool = True  # Eq. 4 speaks of linear layers
+
+
+class MotionControlNetStage(TrajectoryStage):
+    """Stage 1: the motion ControlNet on mixed data, with dense, then with sparse trajectories."""
+
+    name = "motion_controlnet"
+    Config = MotionControlNetConfig
+    preview_control = "base"
+
+    def __init__(self, networks: Networks, config: MotionControlNetConfig):
+        super().__init__(networks, config)
+        networks.freeze()
+        self.motion_controlnet.unfreeze_()
+
+    def save(self, folder: Path) -> None:
+        """Writes motion_controlnet."""
+        self.motion_controlnet.save_pretrained(folder / "motion_controlnet")
+
+
+class CameraLoraStage(TrajectoryStage):
+    """Stage 2: the camera LoRA on camera-only data, Eq. 1."""
+
+    name = "camera_lora"
+    Config = CameraLoraConfig
+    preview_control = "camera"
+    adapters = (CAMERA,)
+
+    def __init__(self, networks: Networks, config: CameraLoraConfig):
+        super().__init__(networks, config)
+        networks.freeze()
+        _add_fresh_adapter(self, CAMERA, config)
+
+    def save(self, folder: Path) -> None:
+        """Writes camera_lora."""
+        save_adapter(self.motion_controlnet, CAMERA, folder / "camera_lora")
+
+
+class ObjectLoraStage(TrajectoryStage):
+    """Stage 3: the object LoRA on mixed data under the frozen camera LoRA, Eqs. 2-4."""
+
+    name = "object_lora"
+    Config = ObjectLoraConfig
+    preview_control = "object"
+    adapters = (CAMERA, OBJECT)  # theta_mixed = theta_0 + sg[camera] + object: the camera LoRA acts, and is frozen.
+
+    def __init__(self, networks: Networks, config: ObjectLoraConfig):
+        super().__init__(networks, config)
+        networks.freeze()
+        load_adapter(self.motion_controlnet, CAMERA, config.camera_lora or Path(config.model) / "camera_lora")
+        _add_fresh_adapter(self, OBJECT, config)
+        self.orthogonal_weight = config.orthogonal_weight
+        self.orthogonal_target: OrthogonalTarget = config.orthogonal_target
+        self.linear_only = config.orthogonal_linear_only
+
+    def loss_terms(self, x_0: Tensor, t: Tensor, eps: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """L_mixed and lambda * L_ortho."""
+        terms = super().loss_terms(x_0, t, eps, condition)  # Eq. 3
+        if self.orthogonal_weight:
+            with torch.autocast(x_0.device.type, enabled=False):
+                loss = orthogonal_loss(self._down_projections(), self.orthogonal_target)  # Eq. 4
+                terms["orthogonal"] = self.orthogonal_weight * loss
+        return terms
+
+    def _down_projections(self) -> list[tuple[Tensor, Tensor]]:
+        """LoRA's A of camera and object, layer by layer; as they are now, since FSDP exchanges parameters."""
+        camera, obj = (adapter_parameters(self.motion_controlnet, name) for name in (CAMERA, OBJECT))
+        pairs = [(camera[key], obj[key]) for key in sorted(camera.keys() & obj.keys()) if ".lora_A." in key]
+        return [(c, o) for c, o in pairs if c.dim() == 2 or not self.linear_only]
+
+    def save(self, folder: Path) -> None:
+        """Writes object_lora."""
+        save_adapter(self.motion_controlnet, OBJECT, folder / "object_lora")
+
+
+def _add_fresh_adapter(stage: TrajectoryStage, name: str, config: LoraStageConfig) -> None:
+    """Attaches the LoRA that a stage trains, lets it learn alone, and activates the stage's LoRAs."""
+    network = stage.motion_controlnet
+    targets = lora_targets(network, config.lora_targets)
+    add_adapter(network, name, rank=config.lora_rank, targets=targets, seed=config.seed)
+    activate(network, *stage.adapters)
+    freeze_all_but_adapter(network, name)

@@ -1,0 +1,104 @@
+"""The training commands: whose YAML they take, and what they say of a wrong one."""
+
+from pathlib import Path
+
+import pytest
+
+import train as train_command
+from imageconductor.sampling.preview import VideoPreview
+from imageconductor.training.command import main
+from imageconductor.training.stages.registry import STAGES, load_config
+from imageconductor.training.train_config import TrainConfig
+
+SPRITES = Path("configs/train/sprites")
+SHIPPED = sorted(set(Path("configs/train").rglob("*.yaml")) - {Path("configs/train/sprites.yaml")})
+DOORS = ("motion_controlnet", "camera_lora", "object_lora")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_shipped_settings_name_their_stage_and_refuse_typing_errors(path):
+    config = load_config(path)
+    assert path.stem.startswith(config.stage)
+    assert type(config) is STAGES[config.stage].Config
+    assert config.output == f"runs/{path.relative_to('configs/train').with_suffix('')}"
+    if config.data:  # the paper's, on eight GPUs or on one
+        assert config.batch_size * config.gradient_accumulation_steps in (64, 64 // 8)
+        assert (config.learning_rate, config.size, config.num_frames) == (1e-4, (384, 256), 16)
+        assert getattr(config, "lora_rank", 64) == 64
+    with pytest.raises(ValueError, match="did you mean 'learning_rate'"):
+        load_config(path, ["learning_rat=1"])
+
+
+def test_clips_on_disk_need_clips_to_preview():
+    with pytest.raises(ValueError, match="set preview_data"):
+        TrainConfig(data=["somewhere"], preview_every=10)
+
+
+@pytest.mark.parametrize("name", [*DOORS, "style_lora"])
+def test_a_command_trains_a_part(name, tiny_model, tmp_path, capsys):
+    overrides = [f"model={tiny_model}", f"output={tmp_path}", "max_steps=1", "batch_size=1", "mixed_precision=no"]
+    overrides += ["world.size=[32,32]", "world.num_frames=4", "num_frames=null"]
+    overrides += ["lora_rank=2"] if name.endswith("_lora") else []
+    config = ["--config", f"{SPRITES}/{'motion_controlnet_dense' if name == 'motion_controlnet' else name}.yaml"]
+    door = name if name in DOORS else None
+    assert main("", train_command.previews, door, [*config, *overrides]) == 0
+    assert (tmp_path / name).is_dir()
+    assert capsys.readouterr().out.strip() == f"{tmp_path}/{name}"
+    assert main("", VideoPreview, door, [*config, *overrides, "model=nowhere"]) == 2
+    assert "no model folder at nowhere" in capsys.readouterr().err
+
+
+REFUSED = {
+    "another stage's YAML": (
+        "object_lora",
+        ["--config", f"{SPRITES}/camera_lora.yaml"],
+        ["camera_lora.yaml is for stage camera_lora, this command trains object_lora"],
+    ),
+    "another stage by name": ("object_lora", ["stage=camera_lora"], ["is for stage camera_lora"]),
+    "a misplaced setting": (
+        "camera_lora",
+        ["--config", f"{SPRITES}/camera_lora.yaml", "orthogonal_weight=0.1"],
+        ["unknown key 'orthogonal_weight'; it is a setting of stage object_lora"],
+    ),
+    "an old name": (
+        None,
+        ["--config", f"{SPRITES}/foundation.yaml", "steered=true"],
+        ["unknown key 'steered'; it is called 'train_motion_controlnet' now"],
+    ),
+    "no stage": (None, ["max_steps=3"], ["does not say its stage", "foundation, motion_controlnet"]),
+    "a mistyped stage": (None, ["stage=camera_lra"], ["unknown stage 'camera_lra'; did you mean 'camera_lora'"]),
+    "a wrong value": ("camera_lora", ["max_steps=0"], ["max_steps must be at least 1, got 0"]),
+    "no file": (None, ["--config", "nowhere.yaml"], ["nowhere.yaml: no such config file"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_settings_are_told_in_one_line(name, capsys):
+    stage, arguments, words = REFUSED[name]
+    assert main("", VideoPreview, stage, arguments) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    (line,) = said.err.splitlines()
+    assert line.startswith("error: ")
+    assert all(word in line for word in words), line
+
+
+def test_a_yaml_without_its_stage_is_refused_by_a_door_too(tmp_path, capsys):
+    path = tmp_path / "old.yaml"
+    path.write_text("max_steps: 3\n")
+    assert main("", VideoPreview, "camera_lora", ["--config", str(path)]) == 2
+    assert "old.yaml does not say its stage; add stage: camera_lora" in capsys.readouterr().err
+
+
+def test_help_lists_the_stages_or_the_settings_of_one(capsys):
+    for arguments, shown, hidden in (
+        (["--help"], ["style_lora", "learning_rate"], ["orthogonal_weight"]),
+        (["--config", f"{SPRITES}/object_lora.yaml", "--help"], ["orthogonal_weight", "learning_rate"], []),
+        (["stage=style_lora", "--help"], ["lora_rank"], ["max_tracks"]),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main("Trains.", VideoPreview, None, arguments)
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        assert all(word in text for word in shown)
+        assert not any(word in text for word in hidden)

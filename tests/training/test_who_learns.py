@@ -1,0 +1,70 @@
+"""For each stage: which parameters change, which LoRAs act, and that all else is the same to the byte.
+
+A new stage is a row here.
+"""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from imageconductor.models.adapters import active_adapters
+from imageconductor.training.loop import train
+from imageconductor.training.stages.registry import STAGES
+
+
+class Expected(NamedTuple):
+    """What is true of a stage.
+
+    Attributes:
+        learns: Beginnings of the names of the parameters that change, in the stage's state dict.
+        contains: What the names contain besides.
+        frozen: Parameters among them that stay, by their ending.
+        acts: LoRAs of the motion ControlNet, and of the UNet, that act.
+        settings: That differ from the stage's defaults.
+    """
+
+    learns: tuple[str, ...]
+    contains: str = ""
+    frozen: tuple[str, ...] = ()
+    acts: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    settings: dict = {}  # noqa: RUF012
+
+
+FOUNDATION = ("text_encoder.", "unet.", "image_controlnet.")
+TABLE = {
+    "foundation": Expected(FOUNDATION, frozen=("controlnet.conv_in.weight",)),
+    "foundation with a motion ControlNet": Expected(
+        (*FOUNDATION, "motion_controlnet."),
+        frozen=("controlnet.conv_in.weight",),
+        settings={"train_motion_controlnet": True, "motion_dropout": 0.0},
+    ),
+    "motion_controlnet": Expected(("motion_controlnet.",), frozen=("conv_in.weight",)),
+    "camera_lora": Expected(("motion_controlnet.",), ".camera.", acts=(("camera",), ())),
+    "object_lora": Expected(("motion_controlnet.",), ".object.", acts=(("camera", "object"), ())),
+    "style_lora": Expected(("unet.",), ".style.", acts=((), ("style",))),
+}
+
+
+def test_every_stage_has_a_row():
+    assert {name.partition(" ")[0] for name in TABLE} == set(STAGES)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_only_what_the_table_says_changes(name, configure, build, parameters):
+    expected = TABLE[name]
+    config = configure(name.partition(" ")[0], **expected.settings)
+    stage, data = build(config)
+    wanted = {
+        key
+        for key, _ in stage.named_parameters()
+        if key.startswith(expected.learns) and expected.contains in key and not key.endswith(expected.frozen or ("\0",))
+    }
+    assert set(parameters(stage)) == wanted
+    before = {key: value.detach().clone() for key, value in stage.state_dict().items()}
+    train(stage, data, config)
+    changed = {key for key, value in stage.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed <= wanted, "a frozen tensor has changed"
+    assert len(changed) > 0.8 * len(wanted), "much of what should learn has not"
+    assert (active_adapters(stage.motion_controlnet), active_adapters(stage.unet)) == expected.acts
+    assert set(stage.adapters) == set(expected.acts[0])
