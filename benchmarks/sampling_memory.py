@@ -25,8 +25,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from imageconductor.models.adapters import Adapter, add_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
+from imageconductor.models.denoiser import Condition, Denoiser
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
-from imageconductor.sampling.branches import Conditions, Control, guided_prediction, plan
+from imageconductor.sampling.branches import Control, GuidedDenoiser, plan
 
 SD15_VAE: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -107,11 +108,13 @@ def step_bytes(parts: dict[str, Any], size: tuple[int, int], videos: int, camera
         text = torch.empty(1, 77, 768, dtype=dtype)
         first_frame = torch.empty(1, 4, 16, height // 8, width // 8, dtype=dtype)
         flow = torch.empty(1, 2, 16, height, width, dtype=dtype)
-        conditions = Conditions({"null": text, "prompt": text.clone()}, first_frame, first_frame[:, :1], flow)
+        conditions = [Condition(one, first_frame, first_frame[:, :1], flow) for one in (text, text.clone())]
         x_t, t = first_frame.repeat(videos, 1, 1, 1, 1), torch.empty((), dtype=torch.int64)
     branches = plan(Control.OBJECT, 8.5, camera_free_scale)
-    three = (parts["unet"], parts["image_controlnet"], parts["motion_controlnet"])
-    return peak_bytes(lambda: guided_prediction(*three, branches, conditions, x_t, t))
+    denoiser = Denoiser(parts["unet"], parts["image_controlnet"], parts["motion_controlnet"])
+    with torch.device("meta"):
+        denoise = GuidedDenoiser(denoiser, branches, {"uncond": conditions[0], "prompt": conditions[1]})
+    return peak_bytes(lambda: denoise(x_t, t))
 
 
 def decode_bytes(vae: Any, size: tuple[int, int], frames: int, tiled: bool = False) -> int:

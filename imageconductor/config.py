@@ -1,20 +1,21 @@
 """Configuration: dataclass defaults -> YAML -> `key=value` overrides -> a plain dataclass.
 
-The schema lives beside the thing it configures; this module only fills it in. Nothing of OmegaConf leaves it: callers
-get an instance of their own dataclass. Every fault of the user's (an unknown key, a wrong type, a value that
-`__post_init__` refuses, a file that is not there) is a `ValueError` of one line that says where it came from.
+The schema lives beside the thing it configures; this module fills it in, and `command_line` shows it to users. Nothing
+of OmegaConf leaves it: callers get an instance of their own dataclass. Every fault of the user's (an unknown key, a
+wrong type, a value that `__post_init__` refuses, a missing file) is a `ValueError` of one line that says where it came
+from.
 
 A field may be bool, int, float, str, Path, an Enum (by name or by value), a Literal, `X | None`, list, dict,
 `tuple[int, int]` (the length is checked), `tuple[int, ...]`, or another dataclass. One without a default must be given.
+A schema may have two class attributes that explain unknown keys: `RENAMED`, new names by old ones, and `ELSEWHERE`, by
+key what it is instead.
 """
 
-import argparse
 import ast
 import dataclasses
 import difflib
 import inspect
 import io
-import os
 import re
 import textwrap
 import tokenize
@@ -38,6 +39,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from imageconductor.files import write_text
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -53,13 +56,14 @@ class _Setting(NamedTuple):
     source: str
 
 
-class _Field(NamedTuple):
-    """One setting that the schema offers."""
+class Field(NamedTuple):
+    """One setting that a schema offers: dotted key, type, default, comment beside it, and the field's metadata."""
 
     key: str
     hint: Any
     default: Any
     comment: str
+    metadata: Mapping[str, Any]
 
 
 def load(schema: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
@@ -69,7 +73,7 @@ def load(schema: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T
         ValueError: in one line, naming the file or override, the key, and what was expected.
     """
     config = OmegaConf.structured(schema)
-    settings = [] if path is None else list(_settings(schema, _read(path), schema, (), str(path)))
+    settings = [] if path is None else list(_settings(schema, read_yaml(path), schema, (), str(path)))
     settings += [setting for text in overrides for setting in _parse_override(schema, text)]
     for setting in settings:
         nested = setting.value
@@ -91,58 +95,15 @@ def load(schema: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T
 
 def save(config: "DataclassInstance", path: Path) -> None:
     """Write `config` as YAML from which `load` makes an equal one; whoever reads meanwhile never sees half a file."""
-    text = OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(to_plain(config))))
 
 
-def command_line(
-    schema: type[T],
-    description: str,
-    argv: Sequence[str] | None = None,
-    parents: Sequence[argparse.ArgumentParser] = (),
-) -> tuple[T, argparse.Namespace]:
-    """The config that `--config FILE key=value ...` asks for, and all parsed arguments; a fault ends the program.
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as plain containers, interpolations kept.
 
-    Args:
-        schema: the dataclass to fill; `--help` lists its fields, their defaults and the comments beside them.
-        description: what the command does.
-        argv: the arguments, `sys.argv[1:]` when None.
-        parents: parsers (made with `add_help=False`) whose further options the command takes.
+    Raises:
+        ValueError: It cannot be read, or holds no mapping.
     """
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=describe(schema),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=list(parents),
-    )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file; what it leaves out keeps its default")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes one setting; wins over the file")
-    args = parser.parse_intermixed_args(argv)
-    try:
-        return load(schema, args.config, args.overrides), args
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def describe(schema: type["DataclassInstance"]) -> str:
-    """One line per setting of `schema`: key=default, type, and `metadata["help"]` or the comment beside the field."""
-    lines = ["settings, as key=value here or nested in the YAML file:"]
-    for key, hint, default, comment in _fields(schema):
-        text = "..." if default is dataclasses.MISSING else "null" if default is None else str(_plain(default))
-        needed = "required, " if default is dataclasses.MISSING else ""
-        line = f"{f'  {key}={text}':<36} {needed}{_type_name(hint)}{'. ' + comment if comment else ''}"
-        lines += textwrap.wrap(line, width=118, subsequent_indent=" " * 37, break_long_words=False)
-    return "\n".join(lines)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The YAML file as plain containers, interpolations kept."""
     try:
         node = OmegaConf.load(io.StringIO(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
@@ -174,9 +135,9 @@ def _parse_override(schema: type["DataclassInstance"], text: str) -> list[_Setti
 def _parse_value(raw: str, hint: Any, source: str) -> Any:
     """`raw` as YAML; for text and paths as written, so that `prompt=a: b` and `name=no` mean what they say."""
     is_quoted = len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "'\""
-    if _required(hint) in (str, Path) and not is_quoted and not (_is_optional(hint) and raw in ("null", "~")):
+    if required_type(hint) in (str, Path) and not is_quoted and not (_is_optional(hint) and raw in ("null", "~")):
         return raw
-    if get_origin(_required(hint)) is Literal and raw in get_args(_required(hint)):
+    if get_origin(required_type(hint)) is Literal and raw in get_args(required_type(hint)):
         return raw  # `mixed_precision=no` is no switch
     try:
         plain = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)
@@ -189,7 +150,7 @@ def _settings(
     schema: type["DataclassInstance"], value: Any, hint: Any, keys: tuple[str, ...], source: str
 ) -> Iterator[_Setting]:
     """The values inside `value`, one by one, so that a fault in one can be named; unknown keys are refused here."""
-    inner = _required(hint)
+    inner = required_type(hint)
     has_names = _is_schema(inner) or (get_origin(inner) is dict and get_args(inner)[0] is str)
     if has_names and value and isinstance(value, Mapping):
         for key, member in cast("Mapping[Any, Any]", value).items():
@@ -205,21 +166,25 @@ def _settings(
 
 def _child(schema: type["DataclassInstance"], hint: Any, keys: tuple[str, ...], key: str, source: str) -> Any:
     """The type of member `key` of a setting of type `hint`."""
-    inner = _required(hint)
+    inner = required_type(hint)
     if get_origin(inner) is dict:
         return get_args(inner)[1]
     if not _is_schema(inner):
         raise ValueError(
-            f"{source}: {'.'.join(keys)} is {_type_name(hint)} and has no key '{key}' inside; give it whole"
+            f"{source}: {'.'.join(keys)} is {type_name(hint)} and has no key '{key}' inside; give it whole"
         )
     hints = get_type_hints(inner)
     names = [field.name for field in dataclasses.fields(inner)]
     if key in names:
         return hints[key]
     prefix = ".".join(keys) + "." if keys else ""
-    if close := difflib.get_close_matches(key, names, n=1):
+    if new := getattr(inner, "RENAMED", {}).get(key):
+        advice = f"it is called '{prefix}{new}' now"
+    elif place := getattr(inner, "ELSEWHERE", {}).get(key):
+        advice = f"it is {place}"
+    elif close := difflib.get_close_matches(key, names, n=1):
         advice = f"did you mean '{prefix}{close[0]}'?"
-    elif elsewhere := [field.key for field in _fields(schema) if field.key.rpartition(".")[2] == key]:
+    elif elsewhere := [field.key for field in list_fields(schema) if field.key.rpartition(".")[2] == key]:
         advice = f"did you mean '{elsewhere[0]}'?"
     else:
         advice = f"there {'are' if len(names) > 1 else 'is'} {', '.join(names)}"
@@ -228,15 +193,15 @@ def _child(schema: type["DataclassInstance"], hint: Any, keys: tuple[str, ...], 
 
 def _check_text(setting: _Setting) -> None:
     """Refuse a number or a switch where text is wanted: OmegaConf would take `name: no` for the text 'False'."""
-    if _required(setting.hint) in (str, Path) and isinstance(setting.value, bool | int | float):
+    if required_type(setting.hint) in (str, Path) and isinstance(setting.value, bool | int | float):
         raise TypeError("not text")
 
 
 def _wrong_type(setting: _Setting) -> str:
-    key, value, expected = ".".join(setting.keys), setting.value, _type_name(setting.hint)
+    key, value, expected = ".".join(setting.keys), setting.value, type_name(setting.hint)
     got = "null" if value is None else f"{value!r} ({type(value).__name__})"
-    is_text = _required(setting.hint) in (str, Path) or (
-        get_origin(_required(setting.hint)) is Literal and isinstance(value, bool)
+    is_text = required_type(setting.hint) in (str, Path) or (
+        get_origin(required_type(setting.hint)) is Literal and isinstance(value, bool)
     )
     advice = "; put quotes around text" if is_text and value is not None else ""
     return f"{setting.source}: {key} must be {expected}, got {got}{advice}"
@@ -254,12 +219,12 @@ def _one_line(error: Exception) -> str:
     return f"{key}: {text}" if key else text
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
     """The type in one phrase: `int`, `tuple[int, int]`, `float | None`, `one of 'a', 'b'`."""
-    if _required(hint) is not hint:
-        return f"{_type_name(_required(hint))} | None"
+    if required_type(hint) is not hint:
+        return f"{type_name(required_type(hint))} | None"
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return f"one of {', '.join(str(_plain(member)) for member in hint)}"
+        return f"one of {', '.join(str(to_plain(member)) for member in hint)}"
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(repr, get_args(hint)))}"
     if isinstance(hint, type) and not get_args(hint):
@@ -275,39 +240,39 @@ def _is_optional(hint: Any) -> bool:
     return type(None) in get_args(hint)
 
 
-def _required(hint: Any) -> Any:
+def required_type(hint: Any) -> Any:
     """`X` of `X | None`; anything else as it is."""
     members = [member for member in get_args(hint) if member is not type(None)]
     return members[0] if _is_optional(hint) and len(members) == 1 else hint
 
 
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """`value` in the types YAML has: a Path as text, an Enum by its text value, else by name, a tuple as a list."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {key: _plain(member) for key, member in cast("Mapping[Any, Any]", value).items()}
+        return {key: to_plain(member) for key, member in cast("Mapping[Any, Any]", value).items()}
     if isinstance(value, list | tuple):
-        return [_plain(member) for member in cast("Sequence[Any]", value)]
+        return [to_plain(member) for member in cast("Sequence[Any]", value)]
     if isinstance(value, Enum):
         return value.value if isinstance(value.value, str) else value.name
     return str(value) if isinstance(value, PurePath) else value
 
 
-def _fields(schema: type["DataclassInstance"], given: Any = None, prefix: str = "") -> Iterator[_Field]:
+def list_fields(schema: type["DataclassInstance"], given: Any = None, prefix: str = "") -> Iterator[Field]:
     """Every setting of `schema` with its default (its value in the instance `given`), nested ones in place."""
     hints, comments = get_type_hints(schema), _comments(schema)
     for field in dataclasses.fields(schema):
         hint = hints[field.name]
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         default = default if given is None else getattr(given, field.name)
-        inner = _required(hint)
+        inner = required_type(hint)
         if not _is_schema(inner) or default is None:
             comment = field.metadata.get("help") or comments.get(field.name, "")
-            yield _Field(prefix + field.name, hint, default, comment)
+            yield Field(prefix + field.name, hint, default, comment, field.metadata)
         if _is_schema(inner):
             nested = None if default is dataclasses.MISSING else default
-            yield from _fields(inner, nested, f"{prefix}{field.name}.")
+            yield from list_fields(inner, nested, f"{prefix}{field.name}.")
 
 
 def _comments(schema: type) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import re
 from dataclasses import dataclass, field
 from enum import Enum
@@ -13,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, ListConfig
 
-from imageconductor.config import command_line, describe, load, save
+from imageconductor.command_line import describe, parse_command_line
+from imageconductor.config import load, save
 
 
 class Adapter(Enum):
@@ -275,12 +277,10 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "config.yaml"
     save(Run(name="before"), path)
 
-    def full_disk(self: Path, text: str, **_: Any) -> int:
-        with self.open("w") as file:
-            file.write(text[:5])
+    def full_disk(descriptor: int) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="no space left"):
         save(Run(name="after"), path)
     assert load(Run, path).name == "before"
@@ -291,7 +291,9 @@ def test_command_line_takes_file_overrides_and_the_commands_own_options(write):
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--resume", action="store_true")
     path = write("num_steps: 7")
-    config, args = command_line(Run, "Train.", ["name=a", "--config", str(path), "size=[8, 8]", "--resume"], [own])
+    config, args = parse_command_line(
+        Run, "Train.", ["name=a", "--config", str(path), "size=[8, 8]", "--resume"], [own]
+    )
     assert config == Run(num_steps=7, name="a", size=(8, 8))
     assert args.resume
     assert args.config == path
@@ -300,7 +302,7 @@ def test_command_line_takes_file_overrides_and_the_commands_own_options(write):
 
 def test_command_line_ends_with_one_line_on_a_fault(capsys):
     with pytest.raises(SystemExit) as caught:
-        command_line(Run, "Train.", ["num_stps=3"])
+        parse_command_line(Run, "Train.", ["num_stps=3"])
     assert caught.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert "did you mean 'num_steps'?" in last
@@ -308,7 +310,7 @@ def test_command_line_ends_with_one_line_on_a_fault(capsys):
 
 def test_help_lists_every_setting_with_default_type_and_comment(capsys):
     with pytest.raises(SystemExit) as caught:
-        command_line(Needs, "Train the camera LoRA.", ["--help"])
+        parse_command_line(Needs, "Train the camera LoRA.", ["--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     assert "Train the camera LoRA." in shown

@@ -10,7 +10,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor
 
 from imageconductor.diffusion.guidance import camera_free_guidance, classifier_free_guidance, trajectory_guidance
-from imageconductor.models.adapters import Adapter, active
-from imageconductor.models.controlnets import ImageControlNet, MotionControlNet, Residuals
-from imageconductor.models.motion_unet import MotionUNet
+from imageconductor.models.adapters import Adapter, merge_temporarily
+from imageconductor.models.controlnets import Residuals
+from imageconductor.models.denoiser import Condition, Denoiser
 
-Text = Literal["null", "prompt"]
+Text = Literal["uncond", "prompt"]
+Adapters = tuple[str, ...] | None
 
 
 class Control(str, Enum):
@@ -35,10 +37,10 @@ class Control(str, Enum):
     BASE = "base"  # theta_0: no adapter, camera and objects as stage 1 learned them
 
 
-ADAPTERS: dict[Control, tuple[Adapter, ...]] = {
-    Control.CAMERA: (Adapter.CAMERA,),
-    Control.OBJECT: (Adapter.OBJECT,),
-    Control.MIXED: (Adapter.CAMERA, Adapter.OBJECT),
+ADAPTERS: dict[Control, tuple[str, ...]] = {
+    Control.CAMERA: (Adapter.CAMERA.value,),
+    Control.OBJECT: (Adapter.OBJECT.value,),
+    Control.MIXED: (Adapter.CAMERA.value, Adapter.OBJECT.value),
     Control.BASE: (),
 }
 
@@ -48,13 +50,13 @@ class Branch:
     """One evaluation of the model: its text, its motion control, and its weight in the guided prediction.
 
     Attributes:
-        text: "null" is the negative prompt.
+        text: "uncond" is the negative prompt.
         adapters: Active LoRAs of the motion ControlNet, () for theta_0; None leaves that network out.
         weight: Coefficient; the coefficients of a step sum to 1.
     """
 
     text: Text
-    adapters: tuple[Adapter, ...] | None
+    adapters: Adapters
     weight: float
 
 
@@ -83,93 +85,92 @@ def plan(
             f"camera_free_scale removes camera motion, so it goes with control 'object', not {control.value!r}"
         )
     adapters = ADAPTERS[control] if has_trajectories else None
-    evaluations: list[tuple[Text, tuple[Adapter, ...] | None]] = [("null", adapters), ("prompt", adapters)]
+    evaluations: list[tuple[Text, Adapters]] = [("uncond", adapters), ("prompt", adapters)]
     if has_trajectories:
-        evaluations += [("null", ()), ("prompt", ()), ("prompt", None)]
+        evaluations += [("uncond", ()), ("prompt", ()), ("prompt", None)]
     # Guidance is linear, so its value at the unit vectors is the weight of each evaluation.
-    null, prompt, *others = torch.eye(len(evaluations)).double()
-    weights = classifier_free_guidance(null, prompt, guidance_scale)
+    uncond, prompt, *others = torch.eye(len(evaluations)).double()
+    weights = classifier_free_guidance(uncond, prompt, guidance_scale)
     if others:
-        base_null, base, undrawn = others
+        base_uncond, base, undrawn = others
         if camera_free_scale is not None:
-            weights = camera_free_guidance(base_null, base, prompt, guidance_scale, camera_free_scale)
+            weights = camera_free_guidance(base_uncond, base, prompt, guidance_scale, camera_free_scale)
         weights = trajectory_guidance(weights, prompt, undrawn, trajectory_guidance_scale)
     pairs = zip(evaluations, weights.tolist(), strict=True)
     return tuple(Branch(*evaluation, weight) for evaluation, weight in pairs if abs(weight) > 1e-12)
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """What P conditions hold fixed over a sampling run, on the device and in the dtype of the networks.
-
-    Attributes:
-        text: For each text, (P, L, D).
-        first_frame: (P, C, T, h, w) scaled latents, zero but for frame 0.
-        mask: (P, 1, T, h, w).
-        flow: (P, 2, T, H, W) px, or None without trajectories.
-    """
-
-    text: dict[Text, Tensor]
-    first_frame: Tensor
-    mask: Tensor
-    flow: Tensor | None
-
-
-def guided_prediction(
-    unet: MotionUNet,
-    image_controlnet: ImageControlNet,
-    motion_controlnet: MotionControlNet,
-    branches: tuple[Branch, ...],
-    conditions: Conditions,
-    x_t: Tensor,
-    t: Tensor,
-) -> Tensor:
-    """Weighted sum of the branches' predictions.
+class GuidedDenoiser:
+    """Guided prediction `denoise(x_t, t)` for P conditions, built once for all steps of a call.
 
     Args:
-        unet: And the two ControlNets.
-        image_controlnet: RGB SparseCtrl.
-        motion_controlnet: With the adapters that the branches name.
+        denoiser: The networks, the motion ControlNet with the adapters that the branches name.
         branches: From `plan`.
-        conditions: P conditions.
-        x_t: (P*K, C, T, h, w): K videos of each condition, next to each other.
-        t: () int64.
-
-    Returns:
-        (P*K, C, T, h, w), eps or v, as the model predicts.
+        conditions: For each text that the branches name, that of P videos.
     """
-    texts: list[Text] = list(dict.fromkeys(branch.text for branch in branches))
-    videos, num_frames = x_t.shape[0], x_t.shape[2]
-    num_conditions = len(conditions.first_frame)
-    per_condition = videos // num_conditions
 
-    def stacked(names: Sequence[Text]) -> Tensor:
-        return torch.cat([conditions.text[name] for name in names])
+    def __init__(self, denoiser: Denoiser, branches: Sequence[Branch], conditions: Mapping[Text, Condition]):
+        self.denoiser = denoiser
+        self.branches = branches
+        self.texts: list[Text] = list(dict.fromkeys(branch.text for branch in branches))
+        self.conditions = Condition.stack([conditions[text] for text in self.texts])
+        self.num_conditions = len(self.conditions.text) // len(self.texts)
+        # Branches under the same adapters are one evaluation of the motion ControlNet.
+        self.groups = {branch.adapters: [b for b in branches if b.adapters == branch.adapters] for branch in branches}
+        self.group_conditions = {
+            adapters: Condition.stack([conditions[branch.text] for branch in group])
+            for adapters, group in self.groups.items()
+        }
 
-    def repeated(x: Tensor, count: int) -> Tensor:
-        return x.repeat(count, 1, 1, 1, 1)
+    @contextmanager
+    def merged_adapters(self) -> Iterator[None]:
+        """Inside the block, LoRAs that stay active through all steps act from merged weights (docs/decisions.md, 29).
 
-    def of_text(residuals: Residuals, index: int) -> Residuals:
-        rows = residuals.videos(index * num_conditions, (index + 1) * num_conditions, num_frames)
-        return rows.repeat_videos(per_condition, num_frames)
+        They do so in half precision, where networks are large and rounding is coarser than that of a merge; in float32
+        the result stays that of theta_0 + Delta theta, layer by layer. Networks that are offloaded piece by piece have
+        no weights to merge into.
+        """
+        network = self.denoiser.motion_controlnet
+        sets = [adapters for adapters in self.groups if adapters is not None]
+        is_half = network.dtype in (torch.float16, torch.bfloat16)
+        is_resident = not any(parameter.is_meta for parameter in network.parameters())
+        with (
+            merge_temporarily(network, *sets[0])
+            if len(sets) == 1 and sets[0] and is_half and is_resident
+            else nullcontext()
+        ):
+            yield
 
-    video_text = stacked(texts).repeat_interleave(per_condition, dim=0)
-    features = unet.encode(repeated(x_t, len(texts)), t, video_text)
-    image = image_controlnet(
-        t, stacked(texts), repeated(conditions.first_frame, len(texts)), repeated(conditions.mask, len(texts))
-    )
-    prediction = torch.zeros_like(x_t)
-    for adapters in dict.fromkeys(branch.adapters for branch in branches):
-        group = [branch for branch in branches if branch.adapters == adapters]
-        motion = None
-        if adapters is not None and conditions.flow is not None:
-            with active(motion_controlnet, *adapters):
-                motion = motion_controlnet(t, stacked([b.text for b in group]), repeated(conditions.flow, len(group)))
-        for index, branch in enumerate(group):
-            row = texts.index(branch.text)
-            residuals = of_text(image, row)
-            if motion is not None:
-                residuals = residuals + of_text(motion, index)
-            output = unet.decode(features.videos(row * videos, (row + 1) * videos), residuals)
-            prediction = prediction + branch.weight * output
-    return prediction
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Weighted sum of the branches' predictions.
+
+        Args:
+            x_t: (P*K, C, T, h, w): K videos of each condition, next to each other.
+            t: () int64.
+
+        Returns:
+            (P*K, C, T, h, w), eps or v, as the model predicts.
+        """
+        videos, num_frames = x_t.shape[0], x_t.shape[2]
+        per_condition = videos // self.num_conditions
+
+        def of_row(residuals: Residuals, row: int) -> Residuals:
+            rows = residuals.videos(row * self.num_conditions, (row + 1) * self.num_conditions, num_frames)
+            return rows.repeat_videos(per_condition, num_frames)
+
+        text = self.conditions.text.repeat_interleave(per_condition, dim=0)
+        features = self.denoiser.encode(x_t.repeat(len(self.texts), 1, 1, 1, 1), t, text)
+        image = self.denoiser.image_residuals(t, self.conditions)
+        prediction = torch.zeros_like(x_t)
+        for adapters, group in self.groups.items():
+            motion = None
+            if adapters is not None and self.conditions.flow is not None:
+                motion = self.denoiser.motion_residuals(t, self.group_conditions[adapters], adapters)
+            for index, branch in enumerate(group):
+                row = self.texts.index(branch.text)
+                residuals = of_row(image, row)
+                if motion is not None:
+                    residuals = residuals + of_row(motion, index)
+                output = self.denoiser.decode(features.videos(row * videos, (row + 1) * videos), residuals)
+                prediction = prediction + branch.weight * output
+        return prediction

@@ -1,55 +1,76 @@
-"""One generation: settings, checked inputs, and the folder of files that comes out."""
+"""Generation as a command, a page or a notebook asks for it: settings, checked inputs, a pipeline, videos, files.
+
+inputs = prepare(job)              reads and checks everything that needs no weight
+pipe = load_pipeline(inputs.job)   once for many jobs of the same model
+videos = render(pipe, [inputs])
+files = write(inputs, videos[0], folder)
+"""
 
 from __future__ import annotations
 
 import os
-import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from imageconductor import config as config_file
 from imageconductor.conditioning.presets import CAMERA_PRESETS, OBJECT_PRESETS
+from imageconductor.files import atomic_folder
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from imageconductor.conditioning import Trajectories
+    from imageconductor.sampling.pipeline import ImageConductorPipeline
+    from imageconductor.sampling.video import Frames
+
+_FILE = {"metavar": "FILE"}
+_LORA = {"metavar": "FILE[:X]"}
+_FOLDER = {"metavar": "FOLDER"}
 
 
 @dataclass
 class SampleJob:
-    """What `sample.py` is asked for; the schema of `run.yaml`. None = the model's default."""
+    """What `sample.py` is asked for: the schema of `run.yaml` and the command's options. None = the model's default."""
 
-    model: str = "models/sprites"  # model folder, or organisation/name on the hub
-    base: str | None = None  # DreamBooth file instead of the model's spatial layers, VAE and text encoder
-    lora: list[str] = field(default_factory=list)  # style LoRAs, FILE or FILE:scale
-    motion_lora: list[str] = field(default_factory=list)  # LoRAs of the motion modules, likewise
-    image: str | None = None  # first frame, cover-cropped to the size
-    trajectories: str | None = None  # JSON
-    preset: str | None = None  # one of the evaluation motions instead
-    start: tuple[float, float] | None = None  # x, y px where an object preset begins; None = the middle
-    strength: float = 1.0  # of a preset
-    prompt: str = ""
-    negative_prompt: str | None = None
-    control: Literal["camera", "object", "mixed", "base"] | None = None  # None = what suits the preset, else object
-    camera_free_scale: float | None = None  # lambda_trajs of Eq. 5; None = off
-    guidance_scale: float | None = None  # lambda_cfg
-    trajectory_guidance_scale: float | None = None  # away from the video without the trajectories; 1 = off
-    steps: int | None = None
-    seed: list[int] = field(default_factory=lambda: [0])
-    num_videos: int | None = None  # further seeds count up from the last one
-    height: int | None = None
-    width: int | None = None
-    num_frames: int | None = None
-    fps: int | None = None
-    device: str | None = None
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    offload: Literal["none", "model", "sequential"] = "none"  # what waits in main memory; needs a GPU
-    vae_tiling: bool = False  # the autoencoder works on tiles, for frames larger than memory allows
-    decode_chunk_size: int = 16  # frames that the autoencoder decodes at a time
-    compile: bool = False  # torch.compile; minutes at the start, then less time a step
-    domain_adapter_scale: float | None = None  # of AnimateDiff's domain adapter; None = as the model was assembled
+    # first frame; cropped to the shape of the video
+    image: str | None = field(default=None, metadata=_FILE)
+    # drawn tracks as JSON; a track of one point holds still
+    trajectories: str | None = field(default=None, metadata=_FILE)
+    # a ready-made motion instead, listed below
+    preset: str | None = field(default=None, metadata={"metavar": "NAME"})
+    start: tuple[float, float] | None = None  # where an object preset begins, pixels; default: the middle
+    strength: float = 1.0  # factor on the motion of a preset, 1 = moderate
+    prompt: str = ""  # what the video shows
+    negative_prompt: str | None = None  # what it does not show
+    # what the trajectories move; base = no LoRA; default: what suits the preset, else object
+    control: Literal["camera", "object", "mixed", "base"] | None = None
+    camera_free_scale: float | None = None  # lambda_trajs of Eq. 5, above 1 pins the camera; default: off
+    guidance_scale: float | None = None  # lambda_cfg of classifier-free guidance, 1 = off
+    trajectory_guidance_scale: float | None = None  # above 1 follows the tracks more closely, 1 = off
+    # model folder, or organisation/name on the hub
+    model: str = field(default="models/sprites", metadata=_FOLDER)
+    # DreamBooth model in Stable Diffusion's own layout, in place of spatial layers, VAE and text encoder
+    base: str | None = field(default=None, metadata=_FILE)
+    # style LoRA and its scale; may be repeated
+    lora: list[str] = field(default_factory=list, metadata=_LORA)
+    # LoRA of the motion modules and its scale; may be repeated
+    motion_lora: list[str] = field(default_factory=list, metadata=_LORA)
+    domain_adapter_scale: float | None = None  # of AnimateDiff's domain adapter; default: as assembled
+    steps: int | None = None  # denoising steps
+    seed: list[int] = field(default_factory=lambda: [0])  # one video for each
+    num_videos: int | None = None  # more videos, with seeds that count up from the last one
+    width: int | None = None  # pixels
+    height: int | None = None  # pixels
+    num_frames: int | None = None  # frames of the video
+    fps: int | None = None  # frames a second of the files
+    device: str | None = None  # cuda if there is one, else cpu
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None  # default: float16 on cuda, else float32
+    offload: Literal["none", "model", "sequential"] = "none"  # networks that wait in main memory; slower, needs a GPU
+    vae_tiling: bool = False  # decode tile by tile, for frames larger than memory allows
+    decode_chunk_size: int = 16  # frames decoded at a time (16)
+    compile: bool = False  # torch.compile: minutes at the start, then less time a step
 
     def __post_init__(self) -> None:
         for name in ("steps", "num_videos", "height", "width", "num_frames", "fps", "decode_chunk_size"):
@@ -81,9 +102,15 @@ class SampleJob:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A job whose every input has been read and fitted, before any weight is loaded."""
+    """A job whose inputs have been read and checked, before any weight is loaded.
 
-    job: SampleJob  # no None left but camera_free_scale
+    Attributes:
+        job: With the model's defaults in place of None (camera_free_scale and domain_adapter_scale apart).
+        image: The first frame, in the size of the video.
+        trajectories: In pixels of the video; without tracks, the motion ControlNet is left out.
+    """
+
+    job: SampleJob
     image: Image.Image
     trajectories: Trajectories
 
@@ -121,52 +148,187 @@ def prepare(job: SampleJob) -> Inputs:
         ValueError, FileNotFoundError: In one line, what is wrong and where.
     """
     from imageconductor.checkpoints.domain_adapter import DomainAdapter
-    from imageconductor.conditioning import Trajectories, camera_preset, cover_crop, load_image, object_preset
-    from imageconductor.sampling.pipeline import ImageConductorPipeline, model_folder
+    from imageconductor.checkpoints.model_folder import check_adapters, check_shape
+    from imageconductor.conditioning import cover_crop, load_image
+    from imageconductor.sampling.branches import ADAPTERS, Control
 
     if job.image is None:
         raise ValueError("an image is needed: --image FILE")
-    device = _device(job.device)
+    job = _with_defaults(job)
+    size, num_frames = (cast(int, job.width), cast(int, job.height)), cast(int, job.num_frames)
+    if job.camera_free_scale is not None and job.control != "object":
+        raise ValueError(f"camera_free_scale goes with control 'object', not {job.control!r}")
+    image = load_image(cast(str, job.image))
+    trajectories = _build_trajectories(job, size, num_frames)
+    if job.domain_adapter_scale is not None and not DomainAdapter.is_in(Path(job.model)):
+        raise FileNotFoundError(f"{job.model} has no domain adapter; assemble it with domain_adapter=FILE")
+    if trajectories.num_tracks:
+        check_adapters(job.model, ADAPTERS[Control(job.control)], f"control {job.control!r}")
+    check_shape(job.model, size, num_frames)
+    return Inputs(replace(job, seed=job.seeds, num_videos=None), cover_crop(image, size), trajectories)
+
+
+def load_pipeline(job: SampleJob) -> ImageConductorPipeline:
+    """The pipeline of a job's model with its base, LoRAs, device, precision and memory settings, ready to be called.
+
+    Args:
+        job: From `prepare`, or with model, device and dtype given.
+
+    Raises:
+        ValueError, FileNotFoundError: A file of weights is missing or does not fit.
+    """
+    import torch
+
+    from imageconductor.checkpoints.personalise import personalise
+    from imageconductor.sampling.pipeline import ImageConductorPipeline
+
+    pipe = ImageConductorPipeline.from_pretrained(job.model, dtype=getattr(torch, cast(str, job.dtype)))
+    loras, motion_loras = [*map(parse_lora, job.lora)], [*map(parse_lora, job.motion_lora)]
+    personalise(pipe, job.base, loras, motion_loras, job.domain_adapter_scale)
+    if job.vae_tiling:
+        pipe.vae.enable_tiling()
+    device = cast(str, job.device)
+    if job.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif job.offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    if job.compile:
+        pipe.compile()
+    return pipe
+
+
+def render(pipe: ImageConductorPipeline, inputs: Sequence[Inputs]) -> list[list[Frames]]:
+    """Videos of several inputs in one call: for each of them one for each of its seeds, (T, H, W, 3) uint8.
+
+    Args:
+        pipe: From `load_pipeline`; the inputs' models, LoRAs and memory settings are not looked at again.
+        inputs: Equal in all but image, trajectories, prompts and seeds, and in the number of seeds. Either all of them
+            have trajectories or none.
+
+    Raises:
+        ValueError: They differ in something else.
+    """
+    import torch
+
+    from imageconductor.sampling.video import to_uint8
+
+    job = inputs[0].job
+    own = {"image", "trajectories", "preset", "start", "strength", "prompt", "negative_prompt", "seed"}
+    for field_ in fields(SampleJob):
+        values = [getattr(one.job, field_.name) for one in inputs]
+        if field_.name not in own and any(value != values[0] for value in values):
+            raise ValueError(f"videos that are made together must agree in {field_.name}, got {values}")
+    seeds = [seed for one in inputs for seed in one.job.seeds]
+    counts = {len(one.job.seeds) for one in inputs}
+    drawn = [one.trajectories for one in inputs if one.trajectories.num_tracks]
+    if len(counts) > 1 or len(drawn) not in (0, len(inputs)):
+        raise ValueError("videos that are made together must agree in the number of seeds and in having trajectories")
+    result: Any = pipe(
+        image=[one.image for one in inputs],
+        trajectories=drawn or None,
+        prompt=[one.job.prompt for one in inputs],
+        negative_prompt=None if job.negative_prompt is None else [str(one.job.negative_prompt) for one in inputs],
+        control=job.control,
+        camera_free_scale=job.camera_free_scale,
+        guidance_scale=job.guidance_scale,
+        trajectory_guidance_scale=job.trajectory_guidance_scale,
+        num_inference_steps=job.steps,
+        num_frames=job.num_frames,
+        height=job.height,
+        width=job.width,
+        num_videos_per_prompt=counts.pop(),
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        decode_chunk_size=job.decode_chunk_size,
+        output_type="np",
+    )
+    videos = [to_uint8(video) for video in result.frames]
+    each = len(videos) // len(inputs)
+    return [videos[start : start + each] for start in range(0, len(videos), each)]
+
+
+def check_output(folder: Path) -> None:
+    """Raises ValueError if something lies where the output is to go, or if nothing can be written there."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty; name another --output")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} cannot be written: {above} is no folder that this user may write to")
+
+
+def write(inputs: Inputs, videos: Sequence[Frames], output: Path) -> list[Path]:
+    """Writes the folder of a job, which appears when it is complete.
+
+    Args:
+        inputs: From `prepare`.
+        videos: From `render`, one for each seed.
+        output: New or empty folder.
+
+    Returns:
+        The files: video-SEED.mp4 and overlay-SEED.mp4 for each seed, first_frame.png, trajectories.json, run.yaml.
+    """
+    from imageconductor.sampling.video import draw_trajectories, upscale_for_viewing, write_mp4
+
+    job, trajectories = inputs.job, inputs.trajectories
+    record = replace(
+        job,
+        image="first_frame.png",
+        trajectories="trajectories.json" if trajectories.num_tracks else None,
+        preset=None,
+        start=None,
+        model=str(Path(job.model).resolve()),
+        base=None if job.base is None else str(Path(job.base).resolve()),
+        lora=[str(Path(text).resolve()) for text in job.lora],
+        motion_lora=[str(Path(text).resolve()) for text in job.motion_lora],
+    )
+    fps = cast(int, job.fps)
+    with atomic_folder(output) as folder:
+        inputs.image.save(folder / "first_frame.png")
+        trajectories.save(folder / "trajectories.json")
+        config_file.save(record, folder / "run.yaml")
+        for seed, video in zip(job.seeds, videos, strict=True):
+            large, factor = upscale_for_viewing(video)
+            write_mp4(folder / f"video-{seed}.mp4", large, fps)
+            write_mp4(folder / f"overlay-{seed}.mp4", draw_trajectories(large, trajectories, factor), fps)
+    return sorted(output.iterdir())
+
+
+def _with_defaults(job: SampleJob) -> SampleJob:
+    """The job with its model as a local folder, and with the model's defaults and this machine's device."""
+    from imageconductor.checkpoints.model_folder import locate_model, read_sampling_defaults
+
+    device = _check_device(job.device)
     for file in (job.base, *(parse_lora(text)[0] for text in (*job.lora, *job.motion_lora))):
         if file is not None and not Path(file).is_file():
             raise FileNotFoundError(f"no file at {file}")
     if job.offload != "none" and device == "cpu":
         raise ValueError(f"offload {job.offload!r} keeps networks off the GPU, and the device is cpu; leave it out")
-    job = replace(
-        job,
-        model=str(model_folder(job.model)),
-        device=device,
-        dtype=job.dtype or ("float16" if device.startswith("cuda") else "float32"),
-    )
+    dtype = job.dtype or ("float16" if device.startswith("cuda") else "float32")
+    job = replace(job, model=str(locate_model(job.model)), device=device, dtype=dtype)
     if job.control is None:
         job = replace(job, control="camera" if job.preset in CAMERA_PRESETS else "object")
-    defaults = ImageConductorPipeline.read_sampling_defaults(job.model)
+    defaults = read_sampling_defaults(job.model)
     defaults["steps"] = defaults.pop("num_inference_steps")
     unset = {f.name: defaults[f.name] for f in fields(job) if getattr(job, f.name) is None and f.name in defaults}
-    job = replace(job, **unset)
-    size, num_frames = (cast(int, job.width), cast(int, job.height)), cast(int, job.num_frames)
-    if job.camera_free_scale is not None and job.control != "object":
-        raise ValueError(f"camera_free_scale goes with control 'object', not {job.control!r}")
+    return replace(job, **unset)
 
-    image = load_image(cast(str, job.image))
+
+def _build_trajectories(job: SampleJob, size: tuple[int, int], num_frames: int) -> Trajectories:
+    """What is drawn, or what the preset draws, in pixels of `size` (W, H)."""
+    from imageconductor.conditioning import Trajectories, camera_preset, object_preset
+
     if job.preset in CAMERA_PRESETS:
-        trajectories = camera_preset(job.preset, size, num_frames, strength=job.strength)
-    elif job.preset is not None:
+        return camera_preset(job.preset, size, num_frames, strength=job.strength)
+    if job.preset is not None:
         start = job.start or (size[0] / 2, size[1] / 2)
-        trajectories = object_preset(job.preset, size, num_frames, start=start, strength=job.strength)
-    elif job.trajectories is not None:
-        trajectories = Trajectories.load(job.trajectories, num_frames, published_size=size).cover_crop(size)
-    else:
-        trajectories = Trajectories.empty(size, num_frames)
-    if job.domain_adapter_scale is not None and not DomainAdapter.is_in(Path(job.model)):
-        raise FileNotFoundError(f"{job.model} has no domain adapter; assemble it with domain_adapter=FILE")
-    if trajectories.num_tracks:
-        ImageConductorPipeline.check_adapters(job.model, cast(str, job.control))
-    ImageConductorPipeline.check_shape(job.model, size, num_frames)
-    return Inputs(replace(job, seed=job.seeds, num_videos=None), cover_crop(image, size), trajectories)
+        return object_preset(job.preset, size, num_frames, start=start, strength=job.strength)
+    if job.trajectories is not None:
+        return Trajectories.load(job.trajectories, num_frames, published_size=size).cover_crop(size)
+    return Trajectories.empty(size, num_frames)
 
 
-def _device(name: str | None) -> str:
+def _check_device(name: str | None) -> str:
     import torch
 
     if name is None:
@@ -176,84 +338,3 @@ def _device(name: str | None) -> str:
     except (RuntimeError, AssertionError) as error:  # AssertionError: a CPU build asked for CUDA
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return name
-
-
-def check_output(folder: Path) -> None:
-    """Raises ValueError if something lies where the output is to go."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty; name another --output")
-
-
-def generate(inputs: Inputs, output: Path) -> list[Path]:
-    """Makes the videos and writes the folder, which appears when it is complete or not at all.
-
-    Returns:
-        The files: video-SEED.mp4 and overlay-SEED.mp4 for each seed, first_frame.png, trajectories.json, run.yaml.
-    """
-    import torch
-
-    from imageconductor.checkpoints.personalise import personalise
-    from imageconductor.sampling.pipeline import ImageConductorPipeline
-    from imageconductor.sampling.video import draw_trajectories, to_uint8, upscale_for_viewing, write_mp4
-
-    job, trajectories = inputs.job, inputs.trajectories
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
-        inputs.image.save(temporary / "first_frame.png")
-        trajectories.save(temporary / "trajectories.json")
-        record = replace(
-            job,
-            image="first_frame.png",
-            trajectories="trajectories.json" if trajectories.num_tracks else None,
-            preset=None,
-            start=None,
-            model=str(Path(job.model).resolve()),
-            base=None if job.base is None else str(Path(job.base).resolve()),
-            lora=[str(Path(text).resolve()) for text in job.lora],
-            motion_lora=[str(Path(text).resolve()) for text in job.motion_lora],
-        )
-        config_file.save(record, temporary / "run.yaml")
-        dtype = getattr(torch, cast(str, job.dtype))
-        pipe = ImageConductorPipeline.from_pretrained(job.model, torch_dtype=dtype)
-        loras, motion_loras = [*map(parse_lora, job.lora)], [*map(parse_lora, job.motion_lora)]
-        personalise(pipe, job.base, loras, motion_loras, job.domain_adapter_scale)
-        if job.vae_tiling:
-            pipe.vae.enable_tiling()
-        if job.offload == "model":
-            pipe.enable_model_cpu_offload(device=cast(str, job.device))
-        elif job.offload == "sequential":
-            pipe.enable_sequential_cpu_offload(device=cast(str, job.device))
-        else:
-            pipe.to(job.device)
-        if job.compile:
-            pipe.compile()
-        result: Any = pipe(
-            image=inputs.image,
-            trajectories=trajectories if trajectories.num_tracks else None,
-            prompt=job.prompt,
-            negative_prompt=job.negative_prompt,
-            control=job.control,
-            camera_free_scale=job.camera_free_scale,
-            guidance_scale=job.guidance_scale,
-            trajectory_guidance_scale=job.trajectory_guidance_scale,
-            num_inference_steps=job.steps,
-            num_frames=job.num_frames,
-            height=job.height,
-            width=job.width,
-            num_videos_per_prompt=len(job.seed),
-            generator=[torch.Generator().manual_seed(seed) for seed in job.seed],
-            decode_chunk_size=job.decode_chunk_size,
-            output_type="np",
-        )
-        fps: Any = job.fps
-        for seed, video in zip(job.seed, result.frames, strict=True):
-            large, factor = upscale_for_viewing(to_uint8(video))
-            write_mp4(temporary / f"video-{seed}.mp4", large, fps)
-            write_mp4(temporary / f"overlay-{seed}.mp4", draw_trajectories(large, trajectories, factor), fps)
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return sorted(output.iterdir())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +21,16 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from imageconductor.checkpoints.assembly import Assembly
 from imageconductor.checkpoints.domain_adapter import DomainAdapter
 from imageconductor.checkpoints.model_card import model_card, read_provenance, write_provenance
+from imageconductor.checkpoints.model_folder import (
+    SamplingDefaults,
+    adapter_folder,
+    load_adapters,
+    locate_model,
+    read_sampling_defaults,
+)
 from imageconductor.conditioning import (
     Trajectories,
     build_flow_map,
@@ -30,17 +38,16 @@ from imageconductor.conditioning import (
     first_frame_condition,
     to_pixels,
 )
-from imageconductor.models.adapters import (
-    WEIGHTS_NAME,
-    Adapter,
-    adapter_parameters,
-    attached_adapters,
-    load_adapter,
-    save_adapter,
-)
+from imageconductor.files import atomic_folder
+from imageconductor.models.adapters import attached_adapters, save_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
+from imageconductor.models.denoiser import Condition, Denoiser
 from imageconductor.models.motion_unet import MotionUNet
-from imageconductor.sampling.branches import ADAPTERS, Conditions, Control, Text, guided_prediction, plan
+from imageconductor.models.networks import single_progress_bar
+from imageconductor.sampling.branches import Control, GuidedDenoiser, Text
+from imageconductor.sampling.inputs import CallInputs, broadcast, check_inputs
+
+_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 @dataclass
@@ -53,21 +60,6 @@ class ImageConductorOutput(BaseOutput):
     """
 
     frames: Any
-
-
-@dataclass(frozen=True)
-class SamplingDefaults:
-    """What a model does unasked; kept in its `model_index.json`. The values here are those of the published weights."""
-
-    width: int = 384
-    height: int = 256
-    num_frames: int = 16
-    fps: int = 8
-    num_inference_steps: int = 25
-    guidance_scale: float = 8.5  # paper C.1; the release's YAML says 7.5
-    trajectory_guidance_scale: float = 1.0  # off, as in the paper and the release
-    negative_prompt: str = "worst quality, low quality, letterboxed"
-    control: str = "object"
 
 
 class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin):
@@ -121,23 +113,28 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
 
         Args:
             folder: Local folder, or "organisation/name" on the hub.
-            kwargs: As diffusers', e.g. `torch_dtype`.
+            kwargs: As diffusers', e.g. `dtype`.
 
         Raises:
             FileNotFoundError: Neither a model folder nor a repository that can be reached.
         """
-        folder = model_folder(folder)
-        cls.read_sampling_defaults(folder)
-        kwargs.setdefault("torch_dtype", torch.float32)  # transformers would else follow the files, diffusers not
-        pipe = super().from_pretrained(str(folder), **kwargs)
-        for adapter in Adapter:
-            if (folder / f"{adapter.value}_lora" / WEIGHTS_NAME).is_file():
-                load_adapter(pipe.motion_controlnet, adapter, folder / f"{adapter.value}_lora")
-                for parameter in adapter_parameters(pipe.motion_controlnet, adapter).values():
-                    parameter.data = parameter.data.to(pipe.unet.dtype)
+        folder = locate_model(folder)
+        read_sampling_defaults(folder)
+        # transformers would else follow the files, diffusers not.
+        kwargs["dtype"] = kwargs.pop("torch_dtype", kwargs.get("dtype", torch.float32))
+        with single_progress_bar():
+            pipe = super().from_pretrained(str(folder), **kwargs)
+        load_adapters(pipe.motion_controlnet, folder)
         pipe.motion_controlnet.requires_grad_(False).eval()
         pipe.domain_adapter = DomainAdapter.load(folder) if DomainAdapter.is_in(folder) else None
         pipe.provenance = read_provenance(folder)
+        return pipe
+
+    @classmethod
+    def from_assembly(cls, assembly: Assembly) -> ImageConductorPipeline:
+        """The pipeline of a recipe's parts."""
+        pipe = cls(**vars(assembly.networks), sampling_defaults=assembly.sampling)
+        pipe.domain_adapter, pipe.provenance = assembly.domain_adapter, assembly.provenance
         return pipe
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
@@ -158,8 +155,8 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             raise ValueError("use push_to_hub(repository), which uploads the LoRAs too")
         folder = Path(save_directory)
         super().save_pretrained(folder, **kwargs)
-        for adapter in sorted(attached_adapters(self.motion_controlnet)):
-            save_adapter(self.motion_controlnet, adapter, folder / f"{adapter.value}_lora")
+        for name in sorted(attached_adapters(self.motion_controlnet)):
+            save_adapter(self.motion_controlnet, name, adapter_folder(folder, name))
         if self.domain_adapter is not None:
             self.domain_adapter.save(folder)
         write_provenance(folder, self.provenance)
@@ -169,45 +166,6 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         folder = Path(working_dir)
         (folder / "README.md").write_text(model_card(folder, self.provenance, repo_id))
         return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
-
-    @staticmethod
-    def read_sampling_defaults(folder: str | Path) -> dict[str, Any]:
-        """A model folder's defaults, read without loading a weight.
-
-        Raises:
-            FileNotFoundError: There is no model folder.
-            ValueError: Its `model_index.json` is not one of this pipeline.
-        """
-        index = Path(folder) / "model_index.json"
-        if not index.is_file():
-            raise FileNotFoundError(f"{folder} is no model folder (model_index.json is missing)")
-        try:
-            config = json.loads(index.read_text())
-            defaults = SamplingDefaults(**config.get("sampling_defaults", {}))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is not the index of an Image Conductor model: {error}") from error
-        if "motion_controlnet" not in config:
-            raise ValueError(f"{folder} is a {config.get('_class_name')} without a motion ControlNet")
-        return asdict(defaults)
-
-    @staticmethod
-    def check_adapters(folder: str | Path, control: Control | str) -> None:
-        """Raises FileNotFoundError if a model folder lacks a LoRA that the control needs; loads no weight."""
-        for adapter in ADAPTERS[Control(control)]:
-            path = Path(folder) / f"{adapter.value}_lora"
-            if not (path / WEIGHTS_NAME).is_file():
-                raise FileNotFoundError(
-                    f"control {Control(control).value!r} needs the {adapter.value} LoRA, and {path} has none"
-                )
-
-    @staticmethod
-    def check_shape(folder: str | Path, size: tuple[int, int], num_frames: int) -> None:
-        """Raises ValueError if a model folder cannot make videos of (W, H) pixels and T frames; loads no weight."""
-        try:
-            vae, unet = (json.loads((Path(folder) / part / "config.json").read_text()) for part in ("vae", "unet"))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{folder} is not whole, there is no {error.filename}") from None
-        _check_shape(size, num_frames, 2 ** (len(vae["block_out_channels"]) - 1), unet["motion_max_seq_length"])
 
     def compile(self, **kwargs: Any) -> None:
         """Compiles the networks: the first call takes minutes longer, and so does one of another size or adapter.
@@ -222,7 +180,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
 
     @property
     def sampling_defaults(self) -> dict[str, Any]:
-        """What this model does unasked: width, height, num_frames, fps, num_inference_steps, guidance_scale, ..."""
+        """This model's defaults: width, height, num_frames, fps, num_inference_steps, guidance_scale, ..."""
         return dict(self.config["sampling_defaults"])
 
     # -- parts of a call
@@ -248,15 +206,34 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         return (decoded / 2 + 0.5).clamp(0, 1).unflatten(0, (latents.shape[0], latents.shape[2]))
 
     def prepare_latents(
-        self, shape: tuple[int, ...], generators: torch.Generator | Sequence[torch.Generator] | None, device: Any
+        self,
+        inputs: CallInputs,
+        num_videos_per_prompt: int,
+        generators: torch.Generator | Sequence[torch.Generator] | None,
+        latents: Tensor | None = None,
     ) -> Tensor:
-        """Initial noise (B, C, T, h, w), drawn video by video, so that a video does not depend on its batch."""
-        sources = generators if isinstance(generators, Sequence) else [generators] * shape[0]
-        if len(sources) != shape[0]:
-            raise ValueError(f"{shape[0]} videos need as many generators, got {len(sources)}")
-        noise = [
-            randn_tensor((1, *shape[1:]), generator=source, device=device, dtype=torch.float32) for source in sources
-        ]
+        """Initial noise (B, C, T, h, w) float32, drawn video by video, so that a video does not depend on its batch.
+
+        Args:
+            inputs: Of the call.
+            num_videos_per_prompt: Videos of each condition.
+            generators: One for all videos, drawn from in turn, or one for each.
+            latents: What is taken instead, once its shape is checked.
+
+        Raises:
+            ValueError: The number of generators, or the shape of the latents, is another.
+        """
+        count, device = inputs.count * num_videos_per_prompt, self._execution_device
+        height, width = (side // self.vae_scale_factor for side in reversed(inputs.size))
+        shape = (self.unet.config["in_channels"], inputs.num_frames, height, width)
+        if latents is not None:
+            if latents.shape != (count, *shape):
+                raise ValueError(f"latents must be {(count, *shape)}, got {tuple(latents.shape)}")
+            return latents.to(device, torch.float32)
+        sources = generators if isinstance(generators, Sequence) else [generators] * count
+        if len(sources) != count:
+            raise ValueError(f"{count} videos need as many generators, got {len(sources)}")
+        noise = [randn_tensor((1, *shape), generator=source, device=device, dtype=torch.float32) for source in sources]
         return torch.cat(noise) * self.scheduler.init_noise_sigma
 
     # -- the call
@@ -292,18 +269,18 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
 
         Args:
             image: First frame, cover-cropped to the size.
-            trajectories: With as many frames as the video; drawn on a frame of any size, fitted as the image is. None
-                leaves the motion ControlNet out.
+            trajectories: With as many frames as the video, drawn on a frame of any size, which is cropped as the image
+                is. None leaves the motion ControlNet out.
             prompt: What the video shows.
-            negative_prompt: What it does not; None = the model's default.
+            negative_prompt: What it does not show; None = the model's default, as below.
             control: "camera", "object", "mixed" (both LoRAs) or "base" (none).
             camera_free_scale: lambda_trajs of Eq. 5, with control "object"; None = plain classifier-free guidance.
             guidance_scale: lambda_cfg, 1 = off.
             trajectory_guidance_scale: Above 1 it extrapolates away from the video without the trajectories.
             num_inference_steps: Denoising steps.
             num_frames: T.
-            height: Pixels, a multiple of the autoencoder's factor.
-            width: Likewise.
+            height: Pixels, a multiple of the VAE scale factor.
+            width: Pixels, a multiple of the VAE scale factor.
             num_videos_per_prompt: Videos of each condition; they share the ControlNets' work.
             generator: One for all videos, drawn from in turn, or one for each.
             latents: (B, C, T, h, w), the initial noise, instead of drawing it.
@@ -317,140 +294,81 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         Raises:
             ValueError: Arguments that do not fit the model or each other.
         """
-        defaults = SamplingDefaults(**self.sampling_defaults)
-        width, height = width or defaults.width, height or defaults.height
-        num_frames = num_frames or defaults.num_frames
-        steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-        scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        if trajectory_guidance_scale is None:
-            trajectory_guidance_scale = defaults.trajectory_guidance_scale
-        negative_prompt = defaults.negative_prompt if negative_prompt is None else negative_prompt
-        control = _control(defaults.control if control is None else control)
-        images, drawn = _as_list(image), [] if trajectories is None else _as_list(trajectories)
-        prompts, negatives = _as_list(prompt), _as_list(negative_prompt)
-        self._check(width, height, num_frames, steps, num_videos_per_prompt, output_type)
-        branches = plan(control, scale, camera_free_scale, trajectory_guidance_scale, has_trajectories=bool(drawn))
-        if drawn:
-            self._check_trajectories(drawn, num_frames, control)
-
-        count = max(map(len, (images, drawn, prompts, negatives)))
-        for name, values in {"image": images, "prompt": prompts, "negative_prompt": negatives}.items():
-            _check_count(name, values, count)
-        device, dtype = self._execution_device, self.unet.dtype
-        texts: dict[Text, Tensor] = {
-            "null": self.encode_prompt(_broadcast(negatives, count)).to(dtype),
-            "prompt": self.encode_prompt(_broadcast(prompts, count)).to(dtype),
-        }
-        pixels = torch.cat([to_pixels(value, (width, height)) for value in images])
-        latent = encode_first_frame(self.vae, pixels, device=device).to(device, dtype)
-        first_frame, mask = first_frame_condition(latent.expand(count, -1, -1, -1), num_frames)
-        conditions = Conditions(texts, first_frame, mask, self._flow(drawn, (width, height), count))
-
-        shape = (
-            count * num_videos_per_prompt,
-            self.unet.config["in_channels"],
-            num_frames,
-            height // self.vae_scale_factor,
-            width // self.vae_scale_factor,
-        )
-        if latents is None:
-            latents = self.prepare_latents(shape, generator, device)
-        elif latents.shape != shape:
-            raise ValueError(f"latents must be {shape}, got {tuple(latents.shape)}")
-        sample = latents.to(device, torch.float32)
-
-        self.scheduler.set_timesteps(steps, device=device)
-        accepted = inspect.signature(self.scheduler.step).parameters.keys()
-        step_arguments = {"eta": eta} if "eta" in accepted else {}
-        with cast("Any", self).progress_bar(total=steps) as bar:
-            for index, t in enumerate(self.scheduler.timesteps):
-                x_t = self.scheduler.scale_model_input(sample, t).to(dtype)
-                prediction = guided_prediction(
-                    self.unet, self.image_controlnet, self.motion_controlnet, branches, conditions, x_t, t
-                )
-                sample = self.scheduler.step(prediction.float(), t, sample, **step_arguments, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    offered = {name: sample for name in callback_on_step_end_tensor_inputs if name == "latents"}
-                    changed = callback_on_step_end(self, index, t, offered)
-                    sample = (changed or {}).get("latents", sample)
-                bar.update()
-
+        if num_videos_per_prompt < 1 or output_type not in _OUTPUT_TYPES:
+            raise ValueError(
+                f"num_videos_per_prompt must be at least 1 and output_type one of {', '.join(_OUTPUT_TYPES)}, "
+                f"got {num_videos_per_prompt} and {output_type!r}"
+            )
+        scales = (camera_free_scale, guidance_scale, trajectory_guidance_scale)
+        shape = (num_inference_steps, num_frames, (width, height))
+        inputs = check_inputs(self, image, trajectories, prompt, negative_prompt, control, *scales, *shape)
+        noise = self.prepare_latents(inputs, num_videos_per_prompt, generator, latents)
+        callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
+        sample = self._denoise(noise, inputs, eta, *callback)
         frames = sample if output_type == "latent" else self.decode_latents(sample, decode_chunk_size)
         self.maybe_free_model_hooks()
         output = _convert(frames, output_type)
         return ImageConductorOutput(frames=output) if return_dict else (output,)
 
-    def _flow(self, drawn: list[Trajectories], size: tuple[int, int], count: int) -> Tensor | None:
-        if not drawn:
-            return None
-        _check_count("trajectories", drawn, count)
-        convention = self.motion_controlnet.flow_convention
-        device, dtype = self._execution_device, self.motion_controlnet.dtype
-        flows = [build_flow_map(one.cover_crop(size), convention, device) for one in drawn]
-        return torch.cat(flows).to(dtype).expand(count, -1, -1, -1, -1)
+    def _denoise(
+        self,
+        sample: Tensor,
+        inputs: CallInputs,
+        eta: float,
+        callback: Callable[..., Any] | None,
+        callback_inputs: Sequence[str],
+    ) -> Tensor:
+        """Latents (B, C, T, h, w) from noise, by the scheduler's steps."""
+        denoiser = Denoiser(self.unet, self.image_controlnet, self.motion_controlnet)
+        denoise = GuidedDenoiser(denoiser, inputs.branches, self._conditions(inputs))
+        self.scheduler.set_timesteps(inputs.num_inference_steps, device=sample.device)
+        accepted = inspect.signature(self.scheduler.step).parameters.keys()
+        arguments: dict[str, Any] = {"return_dict": False} | ({"eta": eta} if "eta" in accepted else {})
+        bar = cast("Any", self).progress_bar(total=inputs.num_inference_steps)
+        with denoise.merged_adapters(), bar:
+            for index, t in enumerate(self.scheduler.timesteps):
+                x_t = self.scheduler.scale_model_input(sample, t).to(self.unet.dtype)
+                prediction = denoise(x_t, t)  # Eq. 5, or classifier-free guidance
+                sample = self.scheduler.step(prediction.float(), t, sample, **arguments)[0]
+                if callback is not None:
+                    offered = {name: sample for name in callback_inputs if name == "latents"}
+                    sample = (callback(self, index, t, offered) or {}).get("latents", sample)
+                bar.update()
+        return sample
 
-    def _check(self, width: int, height: int, num_frames: int, steps: int, videos: int, output_type: str) -> None:
-        _check_shape((width, height), num_frames, self.vae_scale_factor, self.unet.config["motion_max_seq_length"])
-        if steps < 1 or videos < 1:
-            raise ValueError(f"num_inference_steps and num_videos_per_prompt must be at least 1, got {steps}, {videos}")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
+    def _conditions(self, inputs: CallInputs) -> dict[Text, Condition]:
+        """The condition of all videos for each text, on the device and in the dtype of the networks."""
+        device, dtype, count = self._execution_device, self.unet.dtype, inputs.count
+        texts: dict[Text, Tensor] = {
+            "uncond": self.encode_prompt(broadcast(inputs.negative_prompts, count)).to(dtype),
+            "prompt": self.encode_prompt(broadcast(inputs.prompts, count)).to(dtype),
+        }
+        pixels = torch.cat([to_pixels(image, inputs.size) for image in inputs.images])
+        latent = encode_first_frame(self.vae, pixels, device=device).to(device, dtype)
+        first_frame, mask = first_frame_condition(latent.expand(count, -1, -1, -1), inputs.num_frames)
+        flow = None
+        if inputs.trajectories:
+            convention = self.motion_controlnet.flow_convention
+            flows = [build_flow_map(one.cover_crop(inputs.size), convention, device) for one in inputs.trajectories]
+            flow = torch.cat(flows).to(dtype).expand(count, -1, -1, -1, -1)
+        return {name: Condition(text, first_frame, mask, flow) for name, text in texts.items()}
 
-    def _check_trajectories(self, drawn: list[Trajectories], num_frames: int, control: Control) -> None:
-        for one in drawn:
-            if one.num_frames != num_frames:
-                raise ValueError(f"the video has {num_frames} frames, its trajectories {one.num_frames}")
-        if missing := set(ADAPTERS[control]) - attached_adapters(self.motion_controlnet):
-            names = " and ".join(sorted(adapter.value for adapter in missing))
-            raise ValueError(f"control {control.value!r} needs the {names} LoRA, which this model does not have")
 
+def write_model_folder(assembly: Assembly, output: Path, replace: bool = False) -> None:
+    """Writes what a recipe describes as a model folder, which stands at `output` when it is complete.
 
-def model_folder(name: str | Path) -> Path:
-    """Local folder of a model given by path or by "organisation/name", which is downloaded once.
+    Args:
+        assembly: From `assemble`.
+        output: The folder.
+        replace: Whether one that is there gives way.
 
     Raises:
-        FileNotFoundError: Neither exists, or the hub cannot be reached.
+        FileExistsError: Something is there.
     """
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.is_absolute() or len(path.parts) != 2 or path.parent.is_dir():
-        raise FileNotFoundError(f"no model folder at {name}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(name)))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"no model folder at {name}, and the hub did not give one: {reason}") from error
-
-
-def _check_shape(size: tuple[int, int], num_frames: int, factor: int, longest: int) -> None:
-    width, height = size
-    if width % factor or height % factor or min(size) < factor:
-        raise ValueError(f"width and height must be multiples of {factor}, got {width} x {height}")
-    if not 1 <= num_frames <= longest:
-        raise ValueError(f"num_frames must be 1..{longest} for these motion modules, got {num_frames}")
-
-
-def _control(value: Control | str) -> Control:
-    try:
-        return Control(value)
-    except ValueError:
-        raise ValueError(f"control must be one of {', '.join(c.value for c in Control)}, got {value!r}") from None
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _check_count(name: str, values: list[Any], count: int) -> None:
-    if len(values) not in (1, count):
-        raise ValueError(f"{name}: expected 1 or {count} of them, got {len(values)}")
-
-
-def _broadcast(values: list[Any], count: int) -> list[Any]:
-    return values * count if len(values) == 1 else values
+    with atomic_folder(output, replace) as folder:
+        ImageConductorPipeline.from_assembly(assembly).save_pretrained(folder)
+        if assembly.style_lora is not None:
+            shutil.copytree(assembly.style_lora, folder / "style_lora")
 
 
 def _convert(frames: Tensor, output_type: str) -> Any:

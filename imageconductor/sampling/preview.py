@@ -24,8 +24,8 @@ class VideoPreview:
 
     Args:
         clips: Samples that are not trained on: pixel_values (3, T, H, W), points, visible, caption.
-        control: Whose trajectories are followed; None = no trajectories.
-        folder: Where.
+        control: Control under which the videos are made; None = without trajectories.
+        folder: Of the files.
         sampling: Arguments of the pipeline's call, such as `num_inference_steps` and `guidance_scale`.
         max_tracks: Trajectories drawn at most on a clip.
     """
@@ -39,7 +39,7 @@ class VideoPreview:
         max_tracks: int = 4,
     ):
         self.clips, self.control, self.folder, self.sampling = clips, control, folder, sampling
-        self.drawn = [_drawn(clip, max_tracks, seed) for seed, clip in enumerate(clips)]
+        self.drawn = [_draw_tracks(clip, max_tracks, seed) for seed, clip in enumerate(clips)]
 
     def __call__(self, step: int, networks: Networks) -> None:
         """Samples every clip with the networks as they are."""
@@ -74,7 +74,7 @@ class VideoPreview:
         contact_sheet(self.folder / f"step-{step:08d}.png", rows)
 
 
-def _drawn(clip: dict[str, Any], max_tracks: int, seed: int) -> Trajectories:
+def _draw_tracks(clip: dict[str, Any], max_tracks: int, seed: int) -> Trajectories:
     """Moving tracks of a clip, as a person might draw them."""
     points, visible = clip["points"], clip["visible"]
     height, width = clip["pixel_values"].shape[-2:]

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imageconductor.conditioning import Trajectories
+from imageconductor.files import atomic_path
 
 Frames = NDArray[np.uint8]  # (T, H, W, 3)
 
@@ -40,12 +41,12 @@ def write_mp4(path: Path, frames: Frames, fps: int) -> None:
 
 
 def draw_trajectories(frames: Frames, trajectories: Trajectories, factor: int = 1) -> Frames:
-    """Frames with each track drawn on them: the whole path thin, what has been travelled thick, a dot where it is.
+    """Frames with the tracks drawn on them: the path thin, the part travelled so far thick, the position as a dot.
 
     Args:
         frames: (T, H, W, 3).
         trajectories: With T frames, of the frames' size before they were enlarged by `factor`.
-        factor: Of the enlargement.
+        factor: By which the frames were enlarged.
     """
     points = (trajectories.points.numpy() + 0.5) * factor - 0.5
     visible = trajectories.visible.numpy()
@@ -85,6 +86,5 @@ def contact_sheet(path: Path, rows: Sequence[tuple[str, Frames]], columns: int =
         strips.append(np.concatenate([title, strip]))
     width = max(strip.shape[1] for strip in strips)
     padded = [np.pad(s, ((0, 0), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in strips]
-    temporary = path.with_name(f".{path.name}")
-    iio.imwrite(temporary, np.concatenate(padded), extension=".png")
-    temporary.replace(path)
+    with atomic_path(path) as temporary:
+        iio.imwrite(temporary, np.concatenate(padded), extension=".png")

@@ -1,5 +1,7 @@
 """The plan of a guided step, and the published sampling loops."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -8,7 +10,8 @@ from parity import REFERENCE, TOLERANCE, expected, inputs, model_config, relativ
 from imageconductor.checkpoints.published import load_published
 from imageconductor.diffusion.guidance import camera_free_guidance, classifier_free_guidance
 from imageconductor.models.adapters import Adapter
-from imageconductor.sampling.branches import ADAPTERS, Conditions, Control, guided_prediction, plan
+from imageconductor.models.denoiser import Condition, Denoiser
+from imageconductor.sampling.branches import ADAPTERS, Control, GuidedDenoiser, plan
 
 
 @pytest.fixture(scope="module")
@@ -20,16 +23,25 @@ def published_scheduler():
     return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="linear", steps_offset=1, clip_sample=False)
 
 
+def conditions_of(x):
+    """The stored inputs as the condition of each text."""
+    texts = {"uncond": x["text"][:1], "prompt": x["text"][1:]}
+    return {name: Condition(text, x["condition"], x["mask"], x["flow"]) for name, text in texts.items()}
+
+
+def guided(networks, branches):
+    """The guided denoiser of the stored inputs."""
+    return GuidedDenoiser(Denoiser(*networks), branches, conditions_of(inputs()))
+
+
 @torch.no_grad()
 def run_loop(networks, branches):
-    x = inputs()
-    text = {"null": x["text"][:1], "prompt": x["text"][1:]}
-    conditions = Conditions(text, x["condition"], x["mask"], x["flow"])
-    scheduler, latents = published_scheduler(), x["loop_latents"]
+    denoise = guided(networks, branches)
+    scheduler, latents = published_scheduler(), inputs()["loop_latents"]
     scheduler.set_timesteps(5)
     assert scheduler.timesteps.tolist() == REFERENCE["scheduler_timesteps_5"]
     for t in scheduler.timesteps:
-        latents = scheduler.step(guided_prediction(*networks, branches, conditions, latents, t), t, latents).prev_sample
+        latents = scheduler.step(denoise(latents, t), t, latents).prev_sample
     return latents
 
 
@@ -54,20 +66,20 @@ def test_published_timesteps_of_25_steps():
 @pytest.mark.parametrize("control", Control)
 @pytest.mark.parametrize("scale", [1.0, 2.5, 8.5])
 def test_plan_is_classifier_free_guidance_under_the_controls_adapters(control, scale):
-    null, text = torch.randn(2, 1, 4, 2, 3, 3, dtype=torch.float64)
-    values = {"null": null, "prompt": text}
+    uncond, text = torch.randn(2, 1, 4, 2, 3, 3, dtype=torch.float64)
+    values = {"uncond": uncond, "prompt": text}
     branches = plan(control, scale)
     assert all(branch.adapters == ADAPTERS[control] for branch in branches)
     total = sum(branch.weight * values[branch.text] for branch in branches)
-    torch.testing.assert_close(total, classifier_free_guidance(null, text, scale))
+    torch.testing.assert_close(total, classifier_free_guidance(uncond, text, scale))
 
 
 @pytest.mark.parametrize(("text", "camera_free"), [(8.5, 1.0), (2.0, 1.5), (1.0, 1.4), (3.0, 3.0), (4.0, 0.0)])
 def test_plan_is_equation_5(text, camera_free):
-    null, base, obj = torch.randn(3, 1, 4, 2, 3, 3, dtype=torch.float64)
-    values = {("null", ()): null, ("prompt", ()): base, ("prompt", (Adapter.OBJECT,)): obj}
+    uncond, base, obj = torch.randn(3, 1, 4, 2, 3, 3, dtype=torch.float64)
+    values = {("uncond", ()): uncond, ("prompt", ()): base, ("prompt", (Adapter.OBJECT,)): obj}
     total = sum(b.weight * values[b.text, b.adapters] for b in plan(Control.OBJECT, text, camera_free))
-    torch.testing.assert_close(total, camera_free_guidance(null, base, obj, text, camera_free))
+    torch.testing.assert_close(total, camera_free_guidance(uncond, base, obj, text, camera_free))
 
 
 @pytest.mark.parametrize(("control", "camera_free"), [*((control, None) for control in Control), (Control.OBJECT, 1.5)])
@@ -85,19 +97,16 @@ def test_trajectory_guidance_costs_a_decoder_pass(networks, monkeypatch):
     """The branch without trajectories has the image ControlNet alone, and shares the encoder with the others."""
     unet, image, _ = networks
     x = inputs()
-    conditions = Conditions({"null": x["text"][:1], "prompt": x["text"][1:]}, x["condition"], x["mask"], x["flow"])
     with torch.no_grad():
-        guided = guided_prediction(
-            *networks, plan(Control.CAMERA, 1.0, None, 3.0), conditions, x["loop_latents"], x["timestep"]
-        )
-        drawn = guided_prediction(*networks, plan(Control.CAMERA, 1.0), conditions, x["loop_latents"], x["timestep"])
+        strong = guided(networks, plan(Control.CAMERA, 1.0, None, 3.0))(x["loop_latents"], x["timestep"])
+        drawn = guided(networks, plan(Control.CAMERA, 1.0))(x["loop_latents"], x["timestep"])
         features = unet.encode(x["loop_latents"], x["timestep"], x["text"][1:])
         undrawn = unet.decode(features, image(x["timestep"], x["text"][1:], x["condition"], x["mask"]))
-        assert relative_error(guided, 3 * drawn - 2 * undrawn) < 1e-5
+        assert relative_error(strong, 3 * drawn - 2 * undrawn) < 1e-5
         passes = []
         encode = unet.encode
         monkeypatch.setattr(unet, "encode", lambda *args: passes.append(len(args[0])) or encode(*args))
-        guided_prediction(*networks, plan(Control.CAMERA, 1.0, None, 3.0), conditions, x["loop_latents"], x["timestep"])
+        guided(networks, plan(Control.CAMERA, 1.0, None, 3.0))(x["loop_latents"], x["timestep"])
     assert passes == [1]
 
 
@@ -110,7 +119,7 @@ def test_without_trajectories_there_is_nothing_to_guide_by():
 def test_branches_without_weight_are_not_run():
     assert [b.text for b in plan(Control.CAMERA, 1.0)] == ["prompt"]
     assert len(plan(Control.OBJECT, 8.5, 1.5)) == 3
-    assert len(plan(Control.OBJECT, 1.0, 1.5)) == 2, "no text guidance: no null branch"
+    assert len(plan(Control.OBJECT, 1.0, 1.5)) == 2, "no text guidance: no unconditional branch"
     assert len(plan(Control.OBJECT, 3.0, 3.0)) == 2, "equal scales: the base branch cancels"
     assert [b.adapters for b in plan(Control.OBJECT, 4.0, 0.0)] == [(), ()]
 
@@ -139,13 +148,42 @@ def test_work_is_shared(networks, monkeypatch):
     record("image", image, "forward", lambda a: len(a[1]))
     record("motion", motion, "forward", lambda a: len(a[1]))
     x = inputs()
-    conditions = Conditions({"null": x["text"][:1], "prompt": x["text"][1:]}, x["condition"], x["mask"], x["flow"])
     noise = torch.randn(3, *x["loop_latents"].shape[1:], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        together = guided_prediction(*networks, plan(Control.OBJECT, 7.5, 1.4), conditions, noise, x["timestep"])
+        together = guided(networks, plan(Control.OBJECT, 7.5, 1.4))(noise, x["timestep"])
         assert calls == {"encode": [6], "decode": [3, 3, 3], "image": [2], "motion": [1, 2]}
         for row in range(3):
-            alone = guided_prediction(
-                *networks, plan(Control.OBJECT, 7.5, 1.4), conditions, noise[row : row + 1], x["timestep"]
-            )
+            alone = guided(networks, plan(Control.OBJECT, 7.5, 1.4))(noise[row : row + 1], x["timestep"])
             assert relative_error(together[row : row + 1], alone) < 1e-5
+
+
+@torch.no_grad()
+def test_a_lora_that_stays_active_is_merged_in_half_precision(networks):
+    """One merge a call in place of two more products a layer and step; the weights come back to the byte."""
+    denoise = guided(networks, plan(Control.CAMERA, 7.5))
+    motion = networks[2]
+    before = {key: value.clone() for key, value in motion.state_dict().items()}
+    x = inputs()
+    plain = denoise(x["loop_latents"], x["timestep"])
+    with denoise.merged_adapters():
+        assert torch.equal(denoise(x["loop_latents"], x["timestep"]), plain), "float32 stays theta_0 + Delta theta"
+    half = [copy.deepcopy(network).bfloat16() for network in networks]
+    x_half = {key: value.bfloat16() if value.is_floating_point() else value for key, value in x.items()}
+    conditions = conditions_of(x_half)
+    halved = GuidedDenoiser(Denoiser(*half), plan(Control.CAMERA, 7.5), conditions)
+    x_t = x["loop_latents"].bfloat16()
+    loose = halved(x_t, x["timestep"])
+    with halved.merged_adapters():
+        assert any(layer.merged for layer in half[2].modules() if hasattr(layer, "lora_A"))
+        merged_output = halved(x_t, x["timestep"])
+    assert relative_error(merged_output.float(), loose.float()) < 0.1
+    assert torch.equal(halved(x_t, x["timestep"]), loose)
+    assert all(torch.equal(value, before[key]) for key, value in motion.state_dict().items())
+
+
+def test_adapters_that_alternate_are_not_merged(networks):
+    half = copy.deepcopy(networks[2]).bfloat16()
+    conditions = conditions_of(inputs())
+    for branches in (plan(Control.OBJECT, 7.5, 1.4), plan(Control.BASE, 7.5)):
+        with GuidedDenoiser(Denoiser(*networks[:2], half), branches, conditions).merged_adapters():
+            assert not any(layer.merged for layer in half.modules() if hasattr(layer, "lora_A"))
