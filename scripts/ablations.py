@@ -1,7 +1,7 @@
-"""Trains variants of stages 1-3 under equal budgets and several seeds, and puts what they measure in one table.
+"""Trains variants of stages 1-3 under equal budgets and several seeds, and puts their metrics in one table.
 
-Stages that variants share are trained once. Everything is resumable; run the same command again after an interruption.
-Writes models/VARIANT-SEED, an evaluation with a row each, and ablations.md with mean and range over the seeds.
+Stages that variants share are trained once. Run the same command again after an interruption: it continues where it
+stopped. Writes models/VARIANT-SEED, an evaluation of these models, and ablations.md with mean and range over the seeds.
 """
 
 from __future__ import annotations
@@ -10,42 +10,50 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from imageconductor import config as config_file
-from imageconductor.evaluation.evaluate_config import Arm, EvaluateConfig, Row
-from imageconductor.evaluation.video_files import write_text
-from imageconductor.training.train_config import StageName, TrainConfig
+from imageconductor.command_line import parse_command_line
+from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, Task
+from imageconductor.files import atomic_folder, write_text
+from imageconductor.training.train_config import TrainConfig
 
-_METRICS = {"camera": ("error", "coverage"), "object": ("error", "leak", "coverage")}  # of an arm, by what it is asked
+_STAGES = ("motion_controlnet", "camera_lora", "object_lora")
+_METRICS = {  # columns of the table, by a task's set of requests
+    "camera": ("error", "tracked_fraction"),
+    "object": ("error", "background_displacement", "tracked_fraction"),
+}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What one variant does differently."""
+    """Settings by which one variant differs from the others."""
 
-    settings: list[str] = field(default_factory=list)  # STAGE.key=value, after those of all variants
-    skip: list[str] = field(default_factory=list)  # stages that it goes without
+    settings: list[str] = field(default_factory=list)  # STAGE.key=value, applied after the settings of all variants
+    skip: list[str] = field(default_factory=list)  # stages that are not trained
 
 
 @dataclass
 class AblationConfig:
-    """Which variants are trained from what, and how they are measured."""
+    """Variants, the stages that are trained for each, and their evaluation."""
 
-    variants: dict[str, Variant]
-    stages: dict[str, str]  # YAML by name, in order; a name begins with its stage's
-    model: str = "models/sprites"  # folder that gives all that is not trained
-    fresh_motion_controlnet: bool = False  # start from a copy of the UNet, not from the model's motion ControlNet
+    RENAMED: ClassVar[dict[str, str]] = {"arms": "tasks"}
+
+    variants: dict[str, Variant]  # variants by name, each {settings: [STAGE.key=value], skip: [STAGE]}
+    stages: dict[str, str]  # YAML file of each stage to train, by a name of your choice, in order
+    model: str = "models/sprites"  # model folder that gives the networks which no stage trains
+    # Start from a copy of the UNet instead of the model's motion ControlNet.
+    fresh_motion_controlnet: bool = False
     settings: list[str] = field(default_factory=list)  # STAGE.key=value for all variants
-    seeds: list[int] = field(default_factory=lambda: [0, 1])
-    output: str = "runs/ablations"
-    evaluation: str = "configs/evaluate/sprites.yaml"
-    arms: list[str] = field(default_factory=list)  # of its arms, which are measured; none = all
-    evaluation_settings: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0, 1])  # every variant is trained once with each seed
+    output: str = "runs/ablations"  # folder for stages, models, the evaluation and the table
+    evaluation: str = "configs/evaluate/sprites.yaml"  # YAML file of the evaluation
+    tasks: list[str] = field(default_factory=list)  # tasks of the evaluation to measure; none given = all of them
+    evaluation_settings: list[str] = field(default_factory=list)  # key=value for the evaluation
 
     def __post_init__(self) -> None:
         if not self.variants or not self.seeds:
@@ -54,80 +62,85 @@ class AblationConfig:
             for text in (*variant.skip, *(text.partition(".")[0] for text in (*self.settings, *variant.settings))):
                 if text not in self.stages:
                     raise ValueError(f"variant {name}: there is no stage {text!r}; there are {', '.join(self.stages)}")
-        for name in self.stages:
-            stage_of(name)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; 2 = bad input, told in one line."""
-    config, _ = config_file.command_line(AblationConfig, __doc__ or "", argv)
+    """Runs the command; returns 2 after one line about bad input, else 0."""
+    config, _ = parse_command_line(AblationConfig, __doc__ or "", argv)
     output = Path(config.output)
     try:
         plans = {
-            f"{name}-{seed}": stage_configs(config, variant, seed)
+            f"{name}-{seed}": build_stage_configs(config, variant, seed)
             for seed in config.seeds
             for name, variant in config.variants.items()
         }
-        evaluation = measured(config)
-        fresh = fresh_motion_controlnet(config) if config.fresh_motion_controlnet else None
-        rows = {}
+        evaluation = load_evaluation(config)
+        fresh = make_motion_controlnet(config) if config.fresh_motion_controlnet else None
+        methods = {}
         for name, plan in plans.items():
-            rows[name] = Row(model=str(trained_model(config, name, plan, fresh)))
-        record = evaluated(replace(evaluation, model=None, rows=rows), output / "evaluation")
+            methods[name] = Method(model=str(train_model(config, name, plan, fresh)))
+        record = evaluate_models(replace(evaluation, model=None, methods=methods), output / "evaluation")
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    table = format_table(config, evaluation.arms, record)
+    table = format_table(config, evaluation.tasks, record)
     write_text(output / "ablations.md", table)
     print(table)
     return 0
 
 
-def stage_of(name: str) -> StageName:
-    """The stage that a name begins with.
+def build_stage_configs(config: AblationConfig, variant: Variant, seed: int) -> dict[str, TrainConfig]:
+    """Settings of a variant's stages; each output folder is named after all that its weights depend on.
 
     Raises:
-        ValueError: It begins with none.
+        ValueError: A YAML file is not of one of the paper's three stages, or a setting is wrong.
     """
-    for stage in StageName:
-        if name.startswith(stage.value) and stage not in (StageName.FOUNDATION, StageName.STYLE_LORA):
-            return stage
-    raise ValueError(f"stage {name!r} begins with none of motion_controlnet, camera_lora, object_lora")
+    from imageconductor.training.stages.registry import load_config
 
-
-def stage_configs(config: AblationConfig, variant: Variant, seed: int) -> dict[str, TrainConfig]:
-    """Settings of a variant's stages; the output folder is named after all that it depends on."""
     digest = hashlib.sha256(f"{config.model} {config.fresh_motion_controlnet}".encode())
     plan = {}
     for name, path in config.stages.items():
         if name in variant.skip:
             continue
         given = [text.partition(".") for text in (*config.settings, *variant.settings)]
-        overrides = [setting for stage, _, setting in given if stage == name]
-        base = config_file.load(TrainConfig, Path(path), [*overrides, f"seed={seed}"])
-        # What a stage starts from is set when that is known.
-        base = replace(base, model=config.model, motion_controlnet=None, camera_lora=None, output="")
-        base = replace(base, warmup_steps=min(base.warmup_steps, base.max_steps // 4))
-        digest.update(json.dumps([name, asdict(base)], default=str).encode())
-        plan[name] = replace(base, output=str(Path(config.output) / "stages" / f"{name}-{digest.hexdigest()[:12]}"))
+        overrides = [text for stage, _, text in given if stage == name]
+        settings = load_config(Path(path), [*overrides, f"seed={seed}"])
+        if settings.stage not in _STAGES:
+            raise ValueError(f"stage {name!r}: {path} is for {settings.stage}, not for one of {', '.join(_STAGES)}")
+        # The weights that a stage starts from are set once they are trained.
+        settings = replace(set_weights(settings, dict.fromkeys(_STAGES)), model=config.model, output="")
+        settings = replace(settings, warmup_steps=min(settings.warmup_steps, settings.max_steps // 4))
+        digest.update(json.dumps([name, asdict(settings)], default=str).encode())
+        plan[name] = replace(settings, output=str(Path(config.output) / "stages" / f"{name}-{digest.hexdigest()[:12]}"))
     return plan
 
 
-def measured(config: AblationConfig) -> EvaluateConfig:
-    """The evaluation, with those of its arms that are asked for.
+def set_weights(settings: TrainConfig, weights: Mapping[str, str | None]) -> TrainConfig:
+    """Settings of a stage with the weights that it starts from.
+
+    Args:
+        settings: Settings of the stage.
+        weights: Folders by name; null = the model's own. Names that the stage has no setting for are ignored.
+    """
+    names = weights.keys() & {field.name for field in fields(settings)}
+    return replace(settings, **{name: weights[name] for name in names})
+
+
+def load_evaluation(config: AblationConfig) -> EvaluateConfig:
+    """Settings of the evaluation, with the tasks that are to be measured.
 
     Raises:
-        ValueError: It has no such arm.
+        ValueError: The evaluation has no such task.
     """
     evaluation = config_file.load(EvaluateConfig, Path(config.evaluation), config.evaluation_settings)
-    if unknown := sorted(set(config.arms) - set(evaluation.arms)):
-        raise ValueError(f"{config.evaluation} has no arm {', '.join(unknown)}; it has {', '.join(evaluation.arms)}")
-    arms = {name: arm for name, arm in evaluation.arms.items() if name in config.arms or not config.arms}
-    return replace(evaluation, arms=arms)
+    if unknown := sorted(set(config.tasks) - set(evaluation.tasks)):
+        raise ValueError(f"{config.evaluation} has no task {', '.join(unknown)}; it has {', '.join(evaluation.tasks)}")
+    tasks = {name: task for name, task in evaluation.tasks.items() if name in config.tasks or not config.tasks}
+    return replace(evaluation, tasks=tasks)
 
 
-def fresh_motion_controlnet(config: AblationConfig) -> str:
-    """Folder of a motion ControlNet that is a copy of the model's UNet, as ControlNets start."""
+def make_motion_controlnet(config: AblationConfig) -> str:
+    """Folder of a motion ControlNet before training: a copy of the model's UNet with zero-initialised outputs."""
     from imageconductor.models.controlnets import MotionControlNet
     from imageconductor.models.networks import Networks
 
@@ -136,49 +149,33 @@ def fresh_motion_controlnet(config: AblationConfig) -> str:
         networks = Networks.load(config.model)
         convention = asdict(networks.motion_controlnet.flow_convention)
         network = MotionControlNet.from_unet(networks.unet, networks.vae_scale_factor, flow_map=convention)
-        network.save_pretrained(folder)
+        with atomic_folder(folder, replace=True) as temporary:
+            network.save_pretrained(temporary)
     return str(folder)
 
 
-def trained_model(config: AblationConfig, name: str, plan: Mapping[str, TrainConfig], fresh: str | None) -> Path:
-    """Trains what is missing of a variant and puts it together as a model folder."""
+def train_model(config: AblationConfig, name: str, plan: Mapping[str, TrainConfig], fresh: str | None) -> Path:
+    """Folder of a variant's model; trains the stages that are missing."""
     from imageconductor.checkpoints.assembly import AssemblyConfig, assemble
-    from imageconductor.sampling.pipeline import ImageConductorPipeline
+    from imageconductor.sampling.pipeline import write_model_folder
     from imageconductor.training.run import run_stage
 
-    made: dict[str, str | None] = {"motion_controlnet": fresh, "camera_lora": None, "object_lora": None}
-    for stage_name, settings in plan.items():
-        stage = stage_of(stage_name)
-        settings = replace(settings, motion_controlnet=made["motion_controlnet"])
-        if stage == StageName.OBJECT_LORA:
-            settings = replace(settings, camera_lora=made["camera_lora"])
-        result = Path(settings.output) / stage.value
-        if not (Path(settings.output) / "done").exists():
-            print(f"{name}: {settings.output}")
-            run_stage(stage, settings)
-            (Path(settings.output) / "done").touch()
-        made[stage.value] = str(result)
+    weights: dict[str, Any] = {**dict.fromkeys(_STAGES), "motion_controlnet": fresh}
+    for settings in plan.values():
+        folder = Path(settings.output)
+        if not (folder / "done").exists():
+            print(f"{name}: {folder}")
+            run_stage(set_weights(settings, weights))
+            (folder / "done").touch()
+        weights[settings.stage] = str(folder / settings.stage)
     folder = Path(config.output) / "models" / name
     if not folder.exists():
-        parts = assemble(
-            AssemblyConfig(
-                recipe="trained",
-                model=config.model,
-                motion_controlnet=made["motion_controlnet"],
-                camera_lora=made["camera_lora"],
-                object_lora=made["object_lora"],
-            )
-        )
-        pipe = ImageConductorPipeline(**vars(parts.networks), sampling_defaults=parts.sampling)
-        temporary = folder.with_name(f".{folder.name}.new")
-        pipe.save_pretrained(temporary / folder.name)
-        (temporary / folder.name).rename(folder)
-        temporary.rmdir()
+        write_model_folder(assemble(AssemblyConfig(recipe="trained", model=config.model, **weights)), folder)
     return folder
 
 
-def evaluated(config: EvaluateConfig, output: Path) -> dict[str, Any]:
-    """The figures of all models."""
+def evaluate_models(config: EvaluateConfig, output: Path) -> dict[str, Any]:
+    """Evaluates all models and writes the report; returns the record of results.json."""
     from imageconductor.evaluation.protocol import Evaluation
     from imageconductor.evaluation.report import write_report
 
@@ -190,20 +187,22 @@ def evaluated(config: EvaluateConfig, output: Path) -> dict[str, Any]:
     return record
 
 
-def format_table(config: AblationConfig, arms: Mapping[str, Arm], record: dict[str, Any]) -> str:
-    """Markdown: a row a variant; mean over the seeds and, in brackets, the lowest and highest of them."""
-    columns = [(name, metric) for name, arm in arms.items() for metric in _METRICS[arm.requests]]
-    titles = [f"{arm.replace('_', ' ')}: {metric}" for arm, metric in columns]
+def format_table(config: AblationConfig, tasks: Mapping[str, Task], record: dict[str, Any]) -> str:
+    """Markdown table, one line for each variant: mean over the seeds, lowest and highest of them in brackets."""
+    columns = [(name, metric) for name, task in tasks.items() for metric in _METRICS[task.requests]]
+    titles = [f"{task}: {metric}".replace("_", " ") for task, metric in columns]
     lines = ["| variant | " + " | ".join(titles) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in config.variants:
         cells = []
-        for arm, metric in columns:
-            found = [record["rows"][f"{name}-{seed}"]["arms"][arm][metric]["mean"] for seed in config.seeds]
-            values = [value for value in found if value is not None]
+        for task, metric in columns:
+            models = [record["methods"][f"{name}-{seed}"] for seed in config.seeds]
+            means = [model["tasks"][task][metric]["mean"] for model in models]
+            values = [mean for mean in means if mean is not None]
             cells.append(f"{np.mean(values):.2f} ({min(values):.2f} .. {max(values):.2f})" if values else "–")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     seeds = ", ".join(map(str, config.seeds))
-    return "\n".join(lines) + f"\n\nErrors and leaks in pixels of the videos; mean and range over seeds {seeds}.\n"
+    note = f"Errors and background displacement in pixels of the videos; mean and range over seeds {seeds}."
+    return "\n".join(lines) + f"\n\n{note}\n"
 
 
 if __name__ == "__main__":

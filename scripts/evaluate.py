@@ -1,7 +1,8 @@
 """Measures how well videos follow what was drawn: the paper's Table 1, its figures, and the sprite world's own scenes.
 
 Makes the videos that are missing, scores them, and writes results.json, table.md, table.tex, report.html with the worst
-videos first, and contact sheets. Run it again after an interruption, or with one more row: what is there is kept.
+videos first, and contact sheets. Run it again after an interruption, or with one more method or task: finished videos
+and scores are kept.
 `accelerate launch scripts/evaluate.py ...` spreads the work over GPUs. docs/reproduce.md has the commands.
 """
 
@@ -11,19 +12,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from imageconductor import config as config_file
+from imageconductor.command_line import parse_command_line
 from imageconductor.evaluation.evaluate_config import EvaluateConfig
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; 2 = bad input, told in one line."""
+    """Runs the command; returns 2 after one line about bad input, else 0."""
     extra = argparse.ArgumentParser(add_help=False)
     extra.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder for videos, scores and results"
     )
-    config, args = config_file.command_line(EvaluateConfig, __doc__ or "", argv, parents=[extra])
+    config, args = parse_command_line(EvaluateConfig, __doc__ or "", argv, parents=[extra])
     from imageconductor.evaluation.protocol import Evaluation
-    from imageconductor.evaluation.report import markdown, write_report
+    from imageconductor.evaluation.report import format_markdown, write_report
 
     output: Path = args.output
     try:
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if record is not None:
         write_report(evaluation, record, output)
-        print(markdown(record))
+        print(format_markdown(record))
         print(output / "report.html")
     return 0
 

@@ -4,7 +4,8 @@
     python scripts/preference_study.py tally answers-*.csv --key study.key.json
 
 `build` takes folders of mp4 files with the same names and writes one page that opens anywhere, without a network, and
-its key, which stays with you. Participants save their answers as CSV; `tally` gives each method's share of preferences.
+its key, which stays with you. Participants save their answers as CSV; `tally` gives the fraction of comparisons that
+each method won.
 """
 
 from __future__ import annotations
@@ -14,26 +15,27 @@ import json
 import sys
 from pathlib import Path
 
-from imageconductor.evaluation.preference import build_study, format_shares, tally
+from imageconductor.evaluation.preference import build_study, format_rates, tally
+from imageconductor.files import write_text
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; 2 = bad input."""
+    """Runs the command; returns 2 after one line about bad input, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="makes the page and its key")
     build.add_argument("methods", nargs="+", metavar="NAME=FOLDER", help="a method and its videos, at least two")
     build.add_argument("--output", type=Path, required=True, metavar="PAGE.html")
-    build.add_argument("--drawings", type=Path, metavar="FOLDER", help="NAME.png for each video: what was asked for")
-    build.add_argument("--pairs", type=int, metavar="N", help="pairs to show, drawn at random; all unless told")
-    build.add_argument("--seed", type=int, default=0, help="of pairs, order and sides (default 0)")
+    build.add_argument("--drawings", type=Path, metavar="FOLDER", help="a picture of each request, NAME.png")
+    build.add_argument("--pairs", type=int, metavar="N", help="pairs to show, drawn at random (default: all)")
+    build.add_argument("--seed", type=int, default=0, help="seed of the pairs, their order and sides (default 0)")
     count = commands.add_parser("tally", help="counts the saved answers")
     count.add_argument("answers", nargs="+", type=Path, metavar="ANSWERS.csv")
     count.add_argument("--key", type=Path, required=True, metavar="PAGE.key.json")
     args = parser.parse_args(argv)
     try:
         if args.command == "tally":
-            print(format_shares(tally(args.answers, json.loads(args.key.read_text()))), end="")
+            print(format_rates(tally(args.answers, json.loads(args.key.read_text()))), end="")
             return 0
         methods = {}
         for text in args.methods:
@@ -45,11 +47,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--pairs must be at least 1, got {args.pairs}")
         page, key = build_study(methods, args.drawings, args.pairs, args.seed)
         secret = args.output.with_suffix(".key.json")
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        for path, text in ((secret, json.dumps(key, indent=1)), (args.output, page)):
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.rename(path)
+        write_text(secret, json.dumps(key, indent=1))
+        write_text(args.output, page)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,19 +1,26 @@
 """Variants of the stages, side by side."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from imageconductor import config as config_file
-from scripts.ablations import AblationConfig, Variant, main, measured, stage_configs
+from scripts.ablations import AblationConfig, Variant, build_stage_configs, load_evaluation, main
 
 RECIPES = Path("configs/ablations")
 
 
-def plans(recipe, seed=0):
-    config = config_file.load(AblationConfig, RECIPES / recipe)
-    return {name: stage_configs(config, variant, seed) for name, variant in config.variants.items()}
+@cache
+def load_recipe(name):
+    return config_file.load(AblationConfig, RECIPES / name)
+
+
+@cache
+def build_plans(recipe):
+    config = load_recipe(recipe)
+    return {name: build_stage_configs(config, variant, seed=0) for name, variant in config.variants.items()}
 
 
 def outputs(plan):
@@ -21,43 +28,47 @@ def outputs(plan):
 
 
 def test_variants_share_the_stages_in_which_they_do_not_differ():
-    found = plans("loras_sprites.yaml")
+    found = build_plans("loras_sprites.yaml")
     reference, off, linear = (found[name] for name in ("orthogonal_identity", "orthogonal_off", "linear_only"))
     shared = {name for name in reference if outputs(reference)[name] == outputs(off)[name]}
     assert shared == {"camera_lora"}
     assert outputs(linear)["camera_lora"] != outputs(reference)["camera_lora"]
-    other = plans("loras_sprites.yaml", seed=1)["orthogonal_identity"]
+    config = load_recipe("loras_sprites.yaml")
+    other = build_stage_configs(config, config.variants["orthogonal_identity"], seed=1)
     assert set(outputs(other).values()).isdisjoint(outputs(reference).values())
     assert (reference["object_lora"].orthogonal_weight, off["object_lora"].orthogonal_weight) == (0.1, 0)
-    dense_first, sparse = plans("dense_first_sprites.yaml").values()
+    dense_first, sparse = build_plans("dense_first_sprites.yaml").values()
     assert set(outputs(sparse).values()).isdisjoint(outputs(dense_first).values())
 
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.iterdir()))
-def test_variants_have_equal_budgets_and_arms_that_exist(recipe):
-    steps = {sum(settings.max_steps for settings in plan.values()) for plan in plans(recipe).values()}
+def test_variants_have_equal_budgets_and_tasks_that_exist(recipe):
+    steps = {sum(settings.max_steps for settings in plan.values()) for plan in build_plans(recipe).values()}
     assert len(steps) == 1
-    config = config_file.load(AblationConfig, RECIPES / recipe)
-    assert list(measured(config).arms) == config.arms
-    with pytest.raises(ValueError, match="has no arm objects; it has camera, "):
-        measured(replace(config, arms=["objects"]))
+    config = load_recipe(recipe)
+    assert list(load_evaluation(config).tasks) == config.tasks
+    with pytest.raises(ValueError, match="has no task objects; it has camera, "):
+        load_evaluation(replace(config, tasks=["objects"]))
 
 
 def test_two_variants_are_trained_and_measured(tiny_model, tmp_path, capsys):
-    world = "{size: [32, 32], num_frames: 4}"
+    stages = {}
+    for stage in ("motion_controlnet", "camera_lora", "object_lora"):
+        stages[f"{stage}_short"] = str(tmp_path / f"{stage}.yaml")
+        (tmp_path / f"{stage}.yaml").write_text(
+            f"stage: {stage}\nmax_steps: 1\nbatch_size: 1\nworld: {{size: [32, 32], num_frames: 4}}\n"
+        )
     recipe = tmp_path / "recipe.yaml"
-    stages = ("motion_controlnet_sparse", "camera_lora", "object_lora")
-    settings = [f"{s}.{k}" for s in stages for k in ("max_steps=2", "batch_size=1", f"world={world}", "lora_rank=2")]
-    settings += [f"{s}.mixed_precision=no" for s in stages]
     recipe.write_text(
         f"model: {tiny_model}\noutput: {tmp_path / 'out'}\nfresh_motion_controlnet: true\nseeds: [0]\n"
-        "stages:\n" + "".join(f"  {s}: configs/train/sprites/{s}.yaml\n" for s in stages) + f"settings: {settings}\n"
-        "variants:\n  reference: {}\n  without: {settings: [object_lora.orthogonal_weight=0]}\n"
-        "arms: [camera, object]\nevaluation_settings: [num_scenes=1, num_inference_steps=1, device=cpu]\n"
+        f"stages: {stages}\nsettings: [camera_lora_short.lora_rank=2, object_lora_short.lora_rank=2]\n"
+        "variants:\n  reference: {}\n  without: {settings: [object_lora_short.orthogonal_weight=0]}\n"
+        "tasks: [camera, object]\nevaluation_settings: [num_scenes=1, num_inference_steps=1, device=cpu]\n"
     )
     assert main(["--config", str(recipe)]) == 0
     table = (tmp_path / "out" / "ablations.md").read_text()
-    assert "| variant | camera: error | camera: coverage | object: error | object: leak | object: coverage |" in table
+    heading = "| variant | camera: error | camera: tracked fraction | object: error | object: background displacement |"
+    assert f"{heading} object: tracked fraction |" in table
     assert "| reference | " in table
     assert "| without | " in table
     assert len(list((tmp_path / "out" / "stages").iterdir())) == 4, "two stages are shared"
@@ -69,5 +80,6 @@ def test_two_variants_are_trained_and_measured(tiny_model, tmp_path, capsys):
 def test_a_stage_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="there is no stage 'camera'; there are camera_lora"):
         AblationConfig({"a": Variant(["camera.seed=1"])}, {"camera_lora": "x.yaml"})
-    with pytest.raises(ValueError, match="'foundation' begins with none of"):
-        AblationConfig({"a": Variant()}, {"foundation": "x.yaml"})
+    config = AblationConfig({"a": Variant()}, {"first": "configs/train/sprites/foundation.yaml"})
+    with pytest.raises(ValueError, match=r"foundation\.yaml is for foundation, not for one of motion_controlnet, "):
+        build_stage_configs(config, Variant(), 0)

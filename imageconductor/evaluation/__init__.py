@@ -1,1 +1,1 @@
-"""How well a video follows what was drawn: trackers, motion metrics, and the protocol that applies them."""
+"""How well videos follow what was drawn: motion metrics, Fréchet distances, and the protocol that applies them."""

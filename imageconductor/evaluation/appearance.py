@@ -1,8 +1,7 @@
-"""How the frames look: SSIM of the first one, and CLIP's view of all."""
+"""Metrics of the frames: SSIM of the first one, CLIP similarities of all."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels that CLIP was trained on
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # mean of the pixels that CLIP was trained on
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def ssim(image: NDArray[np.uint8], reference: NDArray[np.uint8]) -> float:
-    """Structural similarity of two images (H, W, 3), at most 1; torchmetrics', 11x11 Gaussian window.
+    """Structural similarity of two images (H, W, 3), at most 1, with torchmetrics' 11x11 Gaussian window.
 
     Raises:
         ValueError: torchmetrics is not installed.
@@ -32,16 +31,16 @@ def ssim(image: NDArray[np.uint8], reference: NDArray[np.uint8]) -> float:
 
 
 class ClipScorer:
-    """CLIP's cosines: between the prompt and each frame, and between each frame and the next.
+    """CLIP similarities of a video: between the prompt and each frame, and between each frame and the next.
 
     Frames are resized (bicubic, shorter side) and centre-cropped to the network's size, as CLIP was trained.
 
     Args:
         name: Folder or hub name of a CLIP model with tokenizer, e.g. openai/clip-vit-large-patch14.
-        device: Where it runs.
+        device: Device of the network.
 
     Raises:
-        FileNotFoundError: It cannot be loaded from there.
+        FileNotFoundError: There is no such model.
     """
 
     def __init__(self, name: str, device: str | torch.device = "cpu"):
@@ -53,13 +52,12 @@ class ClipScorer:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise FileNotFoundError(f"clip: no CLIP model with tokenizer at {name}: {reason}") from error
-        self.name = Path(name).name
         self.device = torch.device(device)
         self.model.to(self.device).eval()
 
     @torch.inference_mode()
     def __call__(self, frames: NDArray[np.uint8], prompt: str) -> tuple[float, float]:
-        """Text similarity and frame consistency of (T, H, W, 3), each the mean of cosines in [-1, 1]."""
+        """Text similarity and frame consistency of frames (T, H, W, 3): mean cosines in [-1, 1]."""
         side = self.model.config.vision_config.image_size
         height, width = frames.shape[1:3]
         scale = side / min(height, width)

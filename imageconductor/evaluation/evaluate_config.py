@@ -1,10 +1,10 @@
-"""What an evaluation is: which methods are asked for what, and how the answers are measured."""
+"""Settings of an evaluation: the methods that are compared, the tasks that they are given, and the metrics."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from imageconductor.conditioning.presets import CAMERA_PRESETS, OBJECT_PRESETS
 
@@ -13,69 +13,83 @@ FrechetName = Literal["fid", "fvd", "frechet_small"]
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way to ask for the videos of a set."""
+class Task:
+    """A set of requests, and the control under which a model answers them."""
 
-    requests: RequestSet = "object"  # which set: camera motions, or motions of objects
-    control: Literal["camera", "object", "mixed", "base", "none"] = "object"  # none = no trajectories are given
-    camera_free_scale: float | None = None  # lambda_trajs of Eq. 5
+    requests: RequestSet = "object"  # the set of requests: camera motions, or motions of objects
+    # LoRAs that are active in the motion ControlNet; base = none of them, none = no trajectories are given at all.
+    control: Literal["camera", "object", "mixed", "base", "none"] = "object"
+    camera_free_scale: float | None = None  # lambda_trajs of Eq. 5, with control object; null = no camera-free guidance
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table: a model, or a folder of videos that were made elsewhere."""
+class Method:
+    """One line of the tables: a model, or a folder of videos that another program made."""
 
-    model: str | None = None  # model folder
-    videos: str | None = None  # folder with ARM/KEY.mp4, as an evaluation writes it under videos/ROW
-    base: str | None = None  # DreamBooth file over the model's UNet, VAE and text encoder
-    lora: list[str] = field(default_factory=list)  # style LoRAs, FILE or FILE:scale
-    motion_lora: list[str] = field(default_factory=list)  # likewise, of the motion modules
+    model: str | None = None  # model folder, or its name on the hub; null = the method is a folder of videos
+    videos: str | None = None  # folder of TASK/KEY.mp4, named as an evaluation names its own under videos/METHOD
+    base: str | None = None  # DreamBooth file that replaces the model's UNet, VAE and text encoder
+    lora: list[str] = field(default_factory=list)  # style LoRAs of the UNet, each FILE or FILE:scale
+    motion_lora: list[str] = field(default_factory=list)  # LoRAs of the motion modules, each FILE or FILE:scale
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.videos is None):
-            raise ValueError(f"a row needs a model or videos, and not both; got {self.model} and {self.videos}")
+            raise ValueError(f"a method needs a model or videos, and not both; got {self.model} and {self.videos}")
         if self.videos is not None and (self.base or self.lora or self.motion_lora):
-            raise ValueError(f"base and LoRAs go with a model, not with the videos in {self.videos}")
+            raise ValueError(f"base and LoRAs need a model; the videos in {self.videos} are made already")
 
 
 @dataclass
 class EvaluateConfig:
-    """What is measured, of what, and how."""
+    """Settings of an evaluation."""
 
-    model: str | None = None  # model folder; one row of the table
-    videos: str | None = None  # folder of videos made elsewhere; one more row
-    rows: dict[str, Row] = field(default_factory=dict)  # further rows, by name
-    arms: dict[str, Arm] = field(default_factory=dict)  # by name; none = camera and object, as Table 1
+    RENAMED: ClassVar[dict[str, str]] = {"arms": "tasks", "rows": "methods", "frechet_arms": "frechet_tasks"}
+
+    model: str | None = None  # model folder to evaluate, one line of the tables, named after the folder
+    videos: str | None = None  # folder of another method's videos, one more line, named after the folder
+    # Further lines of the tables by name, each {videos: FOLDER}, or {model: FOLDER, base: FILE, lora: [FILE:scale],
+    # motion_lora: [FILE:scale]}.
+    methods: dict[str, Method] = field(default_factory=dict)
+    # Tasks by name, each {requests: camera or object, control: camera, object, mixed, base or none,
+    # camera_free_scale: X}; none given = camera and object, as in Table 1.
+    tasks: dict[str, Task] = field(default_factory=dict)
     # Folder of first frames, each with NAME.json: {"caption": "...", "objects": [[x, y], ...]}; null = sprite scenes.
     images: str | None = None
-    motions: Literal["presets", "own"] = "presets"  # the paper's 10 and 10, or what a sprite scene itself does
-    camera_presets: list[str] = field(default_factory=lambda: list(CAMERA_PRESETS))
-    object_presets: list[str] = field(default_factory=lambda: list(OBJECT_PRESETS))
-    strength: float = 1.0  # of the presets
-    num_scenes: int = 16  # sprite scenes a set
-    world_seed: int = 10_000  # of the sprite scenes; training uses 0
-    style: Literal["colour", "ink"] = "colour"  # of the sprite scenes
-    num_points: int = 4  # background points that name a sprite scene's own camera motion
+    # Trajectories that are requested: the presets below, or the motion that each sprite scene really has.
+    motions: Literal["presets", "own"] = "presets"
+    camera_presets: list[str] = field(default_factory=lambda: list(CAMERA_PRESETS))  # motions of the camera set
+    object_presets: list[str] = field(default_factory=lambda: list(OBJECT_PRESETS))  # motions of the object set
+    strength: float = 1.0  # factor on the reach of the presets, which is 0.225 of the shorter side
+    num_scenes: int = 16  # sprite scenes in each set
+    world_seed: int = 10_000  # seed of the sprite scenes; training uses 0, so these are held out
+    style: Literal["colour", "ink"] = "colour"  # look of the sprite scenes
+    num_points: int = 4  # tracks of a camera request with motions=own: background points of the sprite scene
     size: tuple[int, int] | None = None  # (W, H) of the videos; null = the model's, 384 x 256 where there is none
-    num_frames: int | None = None  # null = the model's, or 16
-    seed: int = 0  # of the initial noise; request i takes seed + i
-    num_inference_steps: int | None = None  # null = the model's default, here and below
-    guidance_scale: float | None = None
-    trajectory_guidance_scale: float | None = None
-    batch_size: int = 4
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None  # null = float16 on a GPU
-    device: str | None = None
-    tracker: Literal["lucas_kanade", "cotracker"] = "lucas_kanade"
-    cotracker: str = "facebookresearch/co-tracker"  # repository for torch.hub, or its local clone
-    clip: str | None = None  # CLIP folder or hub name, for text similarity and frame consistency; null = not measured
+    num_frames: int | None = None  # frames of each video; null = the model's number, 16 where there is no model
+    seed: int = 0  # seed of the initial noise; request i takes seed + i
+    num_inference_steps: int | None = None  # denoising steps; null = the model's default
+    guidance_scale: float | None = None  # lambda_cfg, 1 = off; null = the model's default
+    trajectory_guidance_scale: float | None = None  # guidance by the trajectories, 1 = off; null = the model's default
+    batch_size: int = 4  # videos that are sampled together
+    # Precision of the networks; null = float16 on a GPU, float32 elsewhere.
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    device: str | None = None  # torch device, e.g. cuda or cpu; null = a GPU of this process where there is one
+    tracker: Literal["lucas_kanade", "cotracker"] = "lucas_kanade"  # point tracker that measures the motion
+    cotracker: str = "facebookresearch/co-tracker"  # CoTracker's repository for torch.hub, or a local clone of it
+    # CLIP model, folder or hub name, for text similarity and frame consistency; null = neither is measured.
+    clip: str | None = None
+    # Fréchet distances to compute, none by default; frechet_small needs no weights and compares with nothing published.
     frechet: list[FrechetName] = field(default_factory=list)
-    frechet_arms: list[str] = field(default_factory=lambda: ["camera", "object"])  # whose videos they speak of
-    fid_weights: str | None = None  # pytorch-fid's Inception-v3
-    fvd_weights: str | None = None  # I3D as TorchScript
-    reference: str | None = None  # folder of mp4 files to compare with; null = clips of the sprite world
-    num_reference: int = 256  # of them, by name; the paper takes 5,000 of WebVid
-    reference_stride: int = 1  # frames from one to the next, e.g. 3 for footage at 24 fps beside videos at 8 fps
-    shown: int = 12  # videos of an arm in the report, the worst first
+    # Tasks whose videos together form the generated set of a Fréchet distance.
+    frechet_tasks: list[str] = field(default_factory=lambda: ["camera", "object"])
+    fid_weights: str | None = None  # file of pytorch-fid's Inception-v3 weights, needed for fid
+    fvd_weights: str | None = None  # file of an I3D as TorchScript, needed for fvd
+    # Folder of mp4 files that form the reference set of a Fréchet distance; null = clips of the sprite world.
+    reference: str | None = None
+    num_reference: int = 256  # reference videos to use, the first ones by name; the paper takes 5,000 of WebVid
+    # Every n-th frame of a reference video is used, e.g. 3 for footage at 24 fps beside videos at 8 fps.
+    reference_stride: int = 1
+    shown: int = 12  # videos of each task in the report, those with the largest errors
 
     def __post_init__(self) -> None:
         for name in ("num_scenes", "num_points", "batch_size", "num_reference", "reference_stride", "shown"):
@@ -90,30 +104,34 @@ class EvaluateConfig:
                 raise ValueError(f"{name} must name at least one motion")
         if self.motions == "own" and self.images is not None:
             raise ValueError("motions=own needs scenes whose motion is known: leave images out")
-        if not self.arms:
-            self.arms = {"camera": Arm("camera", "camera"), "object": Arm("object", "object")}
-        for name in (*self.arms, *self.rows):
+        if not self.tasks:
+            self.tasks = {"camera": Task("camera", "camera"), "object": Task("object", "object")}
+        for name in (*self.tasks, *self.methods):
             if name != Path(name).name or name.startswith("."):
-                raise ValueError(f"rows and arms give folders their names; {name!r} is none")
-        for name, arm in self.arms.items():
-            if arm.camera_free_scale is not None and arm.control != "object":
-                raise ValueError(f"arm {name}: camera_free_scale goes with control object, not {arm.control}")
-        if self.frechet and (unknown := sorted(set(self.frechet_arms) - set(self.arms))):
-            raise ValueError(f"frechet_arms: there is no arm {', '.join(unknown)}; there are {', '.join(self.arms)}")
+                raise ValueError(f"methods and tasks give folders their names; {name!r} cannot be one")
+        for name, task in self.tasks.items():
+            if task.camera_free_scale is not None and task.control != "object":
+                raise ValueError(f"task {name}: camera_free_scale needs control object, not {task.control}")
+        self._check_frechet()
+        if not self.all_methods:
+            raise ValueError("nothing to evaluate: give model=FOLDER, videos=FOLDER or methods")
+
+    def _check_frechet(self) -> None:
+        if self.frechet and (unknown := sorted(set(self.frechet_tasks) - set(self.tasks))):
+            raise ValueError(f"frechet_tasks: there is no task {', '.join(unknown)}; there are {', '.join(self.tasks)}")
         if self.frechet and self.reference is None and self.images is not None:
             raise ValueError(f"{', '.join(self.frechet)} needs videos to compare with: reference=FOLDER")
         for name in ("fid", "fvd"):
             if name in self.frechet and getattr(self, f"{name}_weights") is None:
                 raise ValueError(f"{name} needs {name}_weights=FILE; docs/reproduce.md says where to get it")
-        if not self.table:
-            raise ValueError("nothing to evaluate: give model=FOLDER, videos=FOLDER or rows")
 
     @property
-    def table(self) -> dict[str, Row]:
-        """All rows by name; `model` and `videos` are called after their folders."""
-        given = [Row(model=self.model)] if self.model is not None else []
-        given += [Row(videos=self.videos)] if self.videos is not None else []
-        named = {Path(row.model or row.videos or "").resolve().name: row for row in given}
-        if len(named) < len(given) or named.keys() & self.rows.keys():
-            raise ValueError(f"two rows have the same name: {', '.join([*named, *self.rows])}; name them under rows")
-        return {**named, **self.rows}
+    def all_methods(self) -> dict[str, Method]:
+        """All methods by name; those of `model` and `videos` are named after their folders."""
+        given = [Method(model=self.model)] if self.model is not None else []
+        given += [Method(videos=self.videos)] if self.videos is not None else []
+        named = {Path(method.model or method.videos or "").resolve().name: method for method in given}
+        if len(named) < len(given) or named.keys() & self.methods.keys():
+            names = ", ".join([*named, *self.methods])
+            raise ValueError(f"two methods have the same name: {names}; give them names under methods")
+        return {**named, **self.methods}

@@ -1,9 +1,9 @@
-"""Inception-v3 as FID uses it, for the weights of pytorch-fid.
+"""The Inception-v3 of FID, with the weights of pytorch-fid.
 
 The network of Szegedy et al. (2015, "Rethinking the Inception Architecture") with the three differences that the
-TensorFlow graph of the first FID has: average pools do not count their padding, the last block pools by maximum, and
-there are 1008 classes. Libraries that have it need torchvision, which does not install beside every torch. Module
-names are those of the weights file, `pt_inception-2015-12-05-6726825d.pth`.
+original FID's TensorFlow graph has: average pools do not count their padding, the last block pools by maximum, and
+there are 1008 classes. It is written out here because the libraries that offer it need torchvision, which does not
+install beside every torch. Module names are those of the weights file, `pt_inception-2015-12-05-6726825d.pth`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WHERE = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
 
 class _Conv(nn.Module):
@@ -28,12 +28,12 @@ class _Conv(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-def _average(x: Tensor) -> Tensor:
+def _average_pool(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-class _A(nn.Module):
-    """35 x 35."""
+class _BlockA(nn.Module):
+    """Block on a 35 x 35 grid."""
 
     def __init__(self, inputs: int, pooled: int):
         super().__init__()
@@ -46,12 +46,12 @@ class _A(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
         return torch.cat(
-            [self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)), double, self.branch_pool(_average(x))], 1
+            [self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)), double, self.branch_pool(_average_pool(x))], 1
         )
 
 
-class _B(nn.Module):
-    """35 x 35 to 17 x 17."""
+class _BlockB(nn.Module):
+    """Block that reduces a 35 x 35 grid to 17 x 17."""
 
     def __init__(self, inputs: int):
         super().__init__()
@@ -64,8 +64,8 @@ class _B(nn.Module):
         return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)], 1)
 
 
-class _C(nn.Module):
-    """17 x 17, kernels of 7 in two halves."""
+class _BlockC(nn.Module):
+    """Block on a 17 x 17 grid; each 7 x 7 kernel is a row and a column."""
 
     def __init__(self, inner: int):
         super().__init__()
@@ -83,11 +83,11 @@ class _C(nn.Module):
         single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
         double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
         double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([self.branch1x1(x), single, double, self.branch_pool(_average(x))], 1)
+        return torch.cat([self.branch1x1(x), single, double, self.branch_pool(_average_pool(x))], 1)
 
 
-class _D(nn.Module):
-    """17 x 17 to 8 x 8."""
+class _BlockD(nn.Module):
+    """Block that reduces a 17 x 17 grid to 8 x 8."""
 
     def __init__(self):
         super().__init__()
@@ -102,29 +102,29 @@ class _D(nn.Module):
         return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), seven, F.max_pool2d(x, 3, stride=2)], 1)
 
 
-class _E(nn.Module):
-    """8 x 8; the last one pools by maximum."""
+class _BlockE(nn.Module):
+    """Block on an 8 x 8 grid; the network's last one pools by maximum."""
 
     def __init__(self, inputs: int, pools_by_maximum: bool):
         super().__init__()
         self.pools_by_maximum = pools_by_maximum
         self.branch1x1 = _Conv(inputs, 320, 1)
         self.branch3x3_1 = _Conv(inputs, 384, 1)
-        self.branch3x3_2a, self.branch3x3_2b = _halves()
+        self.branch3x3_2a, self.branch3x3_2b = _build_halves()
         self.branch3x3dbl_1, self.branch3x3dbl_2 = _Conv(inputs, 448, 1), _Conv(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a, self.branch3x3dbl_3b = _halves()
+        self.branch3x3dbl_3a, self.branch3x3dbl_3b = _build_halves()
         self.branch_pool = _Conv(inputs, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         single = self.branch3x3_1(x)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.pools_by_maximum else _average(x)
+        pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.pools_by_maximum else _average_pool(x)
         parts = [self.branch1x1(x), self.branch3x3_2a(single), self.branch3x3_2b(single)]
         parts += [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double), self.branch_pool(pooled)]
         return torch.cat(parts, 1)
 
 
-def _halves() -> tuple[_Conv, _Conv]:
+def _build_halves() -> tuple[_Conv, _Conv]:
     return _Conv(384, 384, (1, 3), padding=(0, 1)), _Conv(384, 384, (3, 1), padding=(1, 0))
 
 
@@ -138,23 +138,28 @@ class Inception(nn.Module):
         self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = _Conv(3, 32, 3, stride=2), _Conv(32, 32, 3)
         self.Conv2d_2b_3x3 = _Conv(32, 64, 3, padding=1)
         self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = _Conv(64, 80, 1), _Conv(80, 192, 3)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _A(192, 32), _A(256, 64), _A(288, 64)
-        self.Mixed_6a = _B(288)
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = _C(128), _C(160), _C(160), _C(192)
-        self.Mixed_7a = _D()
-        self.Mixed_7b, self.Mixed_7c = _E(1280, pools_by_maximum=False), _E(2048, pools_by_maximum=True)
-        self.fc = nn.Linear(2048, 1008)  # in the file, not used
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _BlockA(192, 32), _BlockA(256, 64), _BlockA(288, 64)
+        self.Mixed_6a = _BlockB(288)
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (
+            _BlockC(128),
+            _BlockC(160),
+            _BlockC(160),
+            _BlockC(192),
+        )
+        self.Mixed_7a = _BlockD()
+        self.Mixed_7b, self.Mixed_7c = _BlockE(1280, pools_by_maximum=False), _BlockE(2048, pools_by_maximum=True)
+        self.fc = nn.Linear(2048, 1008)  # The weights file holds it; FID does not use it.
 
     @classmethod
     def load(cls, path: Path) -> Inception:
         """The network with pytorch-fid's weights.
 
         Raises:
-            FileNotFoundError: Says where to get the file.
-            ValueError: It holds other weights.
+            FileNotFoundError: There is no file; the message says where to get it.
+            ValueError: The file holds other weights.
         """
         if not path.is_file():
-            raise FileNotFoundError(f"no Inception weights at {path}; get them from {WHERE}")
+            raise FileNotFoundError(f"no Inception weights at {path}; get them from {_URL}")
         network = cls()
         try:
             network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -163,7 +168,7 @@ class Inception(nn.Module):
         return network.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features; images are resized to 299 x 299, bilinear without antialias, as the FID does."""
+        """Features of images, which are resized to 299 x 299, bilinear without antialiasing, as the FID does."""
         x = F.interpolate(images, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))

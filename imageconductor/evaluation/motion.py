@@ -1,7 +1,7 @@
-"""Motion metrics of one video, and how they are put together over many.
+"""Motion metrics of one video, and their mean over many.
 
 CamMC and ObjMC are the paper's (section C.2): the mean Euclidean distance between the requested trajectory and the
-tracked one, in pixels. MotionCtrl's pose-based CamMC is another quantity of the same name.
+tracked one, in pixels. MotionCtrl's CamMC compares camera poses and is another quantity of the same name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def trajectory_error(requested: Points, tracked: Points, counted: Mask) -> float
     """Mean distance in pixels over the counted (track, frame) pairs after frame 0; NaN if none counts.
 
     Raises:
-        ValueError: The shapes differ; a shorter video is never cut to fit.
+        ValueError: The shapes differ; a longer track is never cut to fit.
     """
     if requested.shape != tracked.shape or requested.shape[:2] != counted.shape:
         raise ValueError(f"shapes differ: requested {requested.shape}, tracked {tracked.shape}, mask {counted.shape}")
@@ -31,19 +31,19 @@ def trajectory_error(requested: Points, tracked: Points, counted: Mask) -> float
 
 
 def still_error(requested: Points, counted: Mask) -> float:
-    """Error of a motionless video: every point stays where it began."""
+    """Trajectory error of a motionless video, in which every point stays where it started."""
     return trajectory_error(requested, np.repeat(requested[:, :1], requested.shape[1], axis=1), counted)
 
 
-def displacement(tracked: Points, counted: Mask) -> float:
-    """Leak: median over points of their mean distance from where they began, in pixels; NaN if none counts."""
+def background_displacement(tracked: Points, counted: Mask) -> float:
+    """Median over points of their mean distance from where they started, in pixels; NaN if none counts."""
     distances = np.linalg.norm(tracked - tracked[:, :1], axis=-1)[:, 1:]
-    means = [row[mask].mean() for row, mask in zip(distances, counted[:, 1:], strict=True) if mask.any()]
+    means = [point[mask].mean() for point, mask in zip(distances, counted[:, 1:], strict=True) if mask.any()]
     return float(np.median(means)) if means else float("nan")
 
 
-def coverage(followed: Mask, wanted: Mask) -> float:
-    """Share of the wanted (track, frame) pairs after frame 0 that the tracker followed; NaN if none is wanted."""
+def tracked_fraction(followed: Mask, wanted: Mask) -> float:
+    """Fraction of the wanted (track, frame) pairs after frame 0 that the tracker followed; NaN if none is wanted."""
     wanted = wanted[:, 1:]
     return float((followed[:, 1:] & wanted).sum() / wanted.sum()) if wanted.any() else float("nan")
 
@@ -56,7 +56,7 @@ def psnr(image: NDArray[np.floating], reference: NDArray[np.floating]) -> float:
 
 @dataclass(frozen=True)
 class Figure:
-    """A macro mean over videos with its bootstrap 95 % interval; videos without a value do not count."""
+    """Mean over `n` videos and its bootstrap 95 % interval, `low` to `high`; videos without a value do not count."""
 
     mean: float
     low: float

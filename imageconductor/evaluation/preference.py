@@ -1,8 +1,8 @@
 """Blinded comparison of methods by people: the last three columns of the paper's Table 1.
 
 `build_study` makes one page that needs no server and no network: videos of the same name from two methods side by side,
-in random order and under neutral names, with the paper's three questions. Answers stay in the browser until they are
-saved as CSV. `tally` reads those with the key, which the page does not hold.
+in random order and under neutral names, with the paper's three questions. Answers stay in the browser until the
+participant saves them as CSV. `tally` counts them with the key, which the page does not contain.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ QUESTIONS = {
     "quality": "Which video looks better: clearer, more natural, more stable?",
     "motion": "Which video moves more as the drawing asks?",
 }
-"""The paper's: overall performance, sample quality, motion similarity (section 3.1)."""
+"""The paper's questions: overall performance, sample quality, motion similarity (section 3.1)."""
 
 _COLUMNS = ("study", "participant", "pair", *QUESTIONS)
-_MOST_MB = 400
+_MAX_MB = 400  # of video that a browser still opens in one page
 
 
 @dataclass(frozen=True)
-class Share:
-    """How often a method was preferred, of the comparisons it took part in, with its 95 % interval (Wilson)."""
+class PreferenceRate:
+    """How many of its comparisons a method won, with the 95 % interval of that fraction (Wilson), `low` to `high`."""
 
     method: str
     question: str
@@ -53,22 +53,23 @@ def build_study(
     """The page, and its key: the study's name, and for each pair the video's name and the methods left and right.
 
     Args:
-        methods: Folder of mp4 files by method; all hold the same names.
-        drawings: Folder with NAME.png or NAME.jpg, what was asked for; shown above the pair.
-        num_pairs: Drawn from all pairs; None = all.
-        seed: Of the pairs drawn, their order and their sides.
+        methods: Folder of mp4 files by method; all folders hold the same file names.
+        drawings: Folder with a picture of each request, NAME.png or NAME.jpg, which is shown above the pair.
+        num_pairs: Number of pairs, drawn at random from all; None = all of them.
+        seed: Seed of the pairs that are drawn, their order and their sides.
 
     Raises:
-        ValueError: Fewer than two methods, folders whose names differ, a missing drawing, or a page too large to open.
+        ValueError: There are fewer than two methods, their file names differ, a drawing is missing, or the page would
+            be too large to open.
     """
     if len(methods) < 2:
         raise ValueError(f"a comparison needs at least two methods, got {', '.join(methods) or 'none'}")
-    names = _names(methods)
-    pictures = {} if drawings is None else {name: _drawing(drawings, name) for name in names}
+    names = _list_common_names(methods)
+    pictures = {} if drawings is None else {name: _find_drawing(drawings, name) for name in names}
     random = np.random.default_rng(seed)
     pairs = [(name, *pair) for name in names for pair in itertools.combinations(sorted(methods), 2)]
     chosen = random.permutation(len(pairs))[:num_pairs]
-    swapped = random.permutation(len(chosen)) % 2 == 0  # as often as not
+    swapped = random.permutation(len(chosen)) % 2 == 0  # half of the pairs
     key: dict[str, list[str]] = {}
     shown = []
     for number, index in enumerate(chosen):
@@ -79,24 +80,24 @@ def build_study(
         shown.append(
             {
                 "id": identity,
-                "videos": [_data(methods[side] / f"{name}.mp4", "video/mp4") for side in (left, right)],
-                "drawing": _data(pictures[name], f"image/{pictures[name].suffix[1:]}") if pictures else None,
+                "videos": [_encode_data_url(methods[side] / f"{name}.mp4", "video/mp4") for side in (left, right)],
+                "drawing": _encode_data_url(pictures[name], f"image/{pictures[name].suffix[1:]}") if pictures else None,
             }
         )
     size = sum(len(text) for pair in shown for text in pair["videos"]) / 1e6
-    if size > _MOST_MB:
-        raise ValueError(f"the page would hold {size:.0f} MB of video; browsers open {_MOST_MB}: take fewer pairs")
+    if size > _MAX_MB:
+        raise ValueError(f"the page would hold {size:.0f} MB of video; browsers open {_MAX_MB}: take fewer pairs")
     study = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     page = Environment(autoescape=True).from_string(_PAGE)
     text = page.render(pairs=shown, questions=QUESTIONS, columns=list(_COLUMNS), study=study)
     return text, {"study": study, "pairs": key}
 
 
-def tally(answers: Sequence[Path], key: Mapping[str, Any]) -> list[Share]:
-    """Shares by method and question over the saved answers of all participants.
+def tally(answers: Sequence[Path], key: Mapping[str, Any]) -> list[PreferenceRate]:
+    """Preference rates by method and question, over the saved answers of all participants.
 
     Args:
-        answers: CSV files that the page saved, one a participant.
+        answers: CSV files that the page saved, one of each participant.
         key: From `build_study`.
 
     Raises:
@@ -111,10 +112,10 @@ def tally(answers: Sequence[Path], key: Mapping[str, Any]) -> list[Share]:
         with path.open(newline="", encoding="utf-8") as file:
             rows = csv.DictReader(file)
             if tuple(rows.fieldnames or ()) != _COLUMNS:
-                raise ValueError(f"{path}: is not saved by the study's page; its columns are {rows.fieldnames}")
+                raise ValueError(f"{path} was not saved by the study's page; its columns are {rows.fieldnames}")
             for row in rows:
                 if row["study"] != key["study"] or row["pair"] not in pairs:
-                    raise ValueError(f"{path}: is from study {row['study']}, the key is of {key['study']}")
+                    raise ValueError(f"{path} is from study {row['study']}, the key is of {key['study']}")
                 who = (row["participant"], row["pair"])
                 if who in seen:
                     raise ValueError(f"{path}: {who[0]} has answered pair {who[1]} in {seen[who]} already")
@@ -129,34 +130,34 @@ def tally(answers: Sequence[Path], key: Mapping[str, Any]) -> list[Share]:
                         wins[left if row[question] == "left" else right, question] += 1
                         asked[left, question] += 1
                         asked[right, question] += 1
-    shares = []
+    rates = []
     for method, question in itertools.product(methods, QUESTIONS):
         count, total = wins[method, question], asked[method, question]
         low, high = (0.0, 1.0)
         if total:
             interval = binomtest(count, total).proportion_ci(0.95, method="wilson")
             low, high = float(interval.low), float(interval.high)
-        shares.append(Share(method, question, count, total, low, high))
-    return shares
+        rates.append(PreferenceRate(method, question, count, total, low, high))
+    return rates
 
 
-def format_shares(shares: Sequence[Share]) -> str:
-    """Markdown: a row a method, a column a question."""
+def format_rates(rates: Sequence[PreferenceRate]) -> str:
+    """Markdown table with a line for each method and a column for each question."""
     lines = ["| method | " + " | ".join(QUESTIONS) + " |", "|---" * (len(QUESTIONS) + 1) + "|"]
-    for method in dict.fromkeys(share.method for share in shares):
+    for method in dict.fromkeys(rate.method for rate in rates):
         cells = [
-            f"{share.wins / share.comparisons:.1%} ({share.low:.1%} .. {share.high:.1%}, n = {share.comparisons})"
-            if share.comparisons
+            f"{rate.wins / rate.comparisons:.1%} ({rate.low:.1%} .. {rate.high:.1%}, n = {rate.comparisons})"
+            if rate.comparisons
             else "no answers"
-            for share in shares
-            if share.method == method
+            for rate in rates
+            if rate.method == method
         ]
         lines.append("| " + " | ".join([method, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _names(methods: Mapping[str, Path]) -> list[str]:
-    """Names of the videos, once it is sure that every method has the same."""
+def _list_common_names(methods: Mapping[str, Path]) -> list[str]:
+    """Names of the videos, which must be the same in every folder."""
     found = {}
     for method, folder in methods.items():
         found[method] = {path.stem for path in folder.glob("*.mp4")}
@@ -169,14 +170,14 @@ def _names(methods: Mapping[str, Path]) -> list[str]:
     return sorted(everything)
 
 
-def _drawing(folder: Path, name: str) -> Path:
+def _find_drawing(folder: Path, name: str) -> Path:
     for ending in ("png", "jpg", "jpeg", "webp"):
         if (path := folder / f"{name}.{ending}").exists():
             return path
     raise ValueError(f"{folder} has no picture of {name}")
 
 
-def _data(path: Path, kind: str) -> str:
+def _encode_data_url(path: Path, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 

@@ -1,12 +1,13 @@
-"""An evaluation: videos are made where they are missing, each is scored, and the scores become figures.
+"""An evaluation: missing videos are made, each video is scored, and the scores are summarised.
 
-    OUTPUT/requests/SET/KEY.png      first frame; KEY.json trajectories; prompts.json: for other methods
-    OUTPUT/videos/ROW/ARM/KEY.mp4    what a model made, and KEY.json, how
-    OUTPUT/scores/ROW/ARM/KEY.json   what was measured on one video
-    OUTPUT/results.json              the figures
+    OUTPUT/requests/SET/KEY.png         first frame; KEY.json has the trajectories, prompts.json the prompts
+    OUTPUT/videos/METHOD/TASK/KEY.mp4   video of a model; KEY.json has its settings, made_with.json those of the method
+    OUTPUT/scores/METHOD/TASK/KEY.json  metrics of one video
+    OUTPUT/results.json                 summary
 
-Every file appears whole, so a run that was killed goes on where it stopped, and the processes of `accelerate launch`
-share the work by the number of the request. Figures come from the files alone, for our videos as for those of others.
+Every file appears at once and complete, so a run that was killed continues where it stopped, and the processes of
+`accelerate launch` share the work by the number of the request. All metrics are of the mp4 files, for models as for the
+videos of other methods.
 """
 
 from __future__ import annotations
@@ -27,54 +28,61 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm.auto import tqdm
 
-from imageconductor.checkpoints.personalise import personalise
+from imageconductor.checkpoints.model_folder import (
+    check_adapters,
+    check_shape,
+    locate_model,
+    read_sampling_defaults,
+)
+from imageconductor.conditioning import Trajectories
 from imageconductor.data.trackers import CoTracker, LucasKanadeTracker, Tracker
 from imageconductor.evaluation import motion
 from imageconductor.evaluation.appearance import ClipScorer, ssim
-from imageconductor.evaluation.evaluate_config import Arm, EvaluateConfig, RequestSet, Row
+from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, RequestSet, Task
+from imageconductor.evaluation.external_videos import FirstFrames, check_complete
 from imageconductor.evaluation.frechet import frechet_distance
-from imageconductor.evaluation.requests import Request, build_requests, reference_clips
-from imageconductor.evaluation.scores import figures, measure, named_figures, plain, px_at_384x256
-from imageconductor.evaluation.video_files import (
-    read_reference,
-    read_video,
-    remove_partial,
-    thumbnail,
-    write_text,
-    write_video,
+from imageconductor.evaluation.generation_settings import collect_settings, list_attached_files, merge_with_record
+from imageconductor.evaluation.reference_videos import list_reference_files, read_references
+from imageconductor.evaluation.requests import Request, build_requests, write_requests
+from imageconductor.evaluation.scores import (
+    measure,
+    scale_to_384x256,
+    select_headlines,
+    summarise_scores,
+    to_json_values,
 )
-from imageconductor.sampling.job import parse_lora
-from imageconductor.sampling.pipeline import ImageConductorPipeline, model_folder
-from imageconductor.sampling.video import to_uint8, upscale_for_viewing
+from imageconductor.evaluation.video_files import read_video, write_video
+from imageconductor.files import remove_partial, write_text
+from imageconductor.sampling.branches import ADAPTERS, Control
+from imageconductor.sampling.job import Inputs, SampleJob, load_pipeline, render
+from imageconductor.sampling.video import upscale_for_viewing
 
 
 class Evaluation:
     """One evaluation and its folder.
 
     Args:
-        config: What is measured.
+        config: Settings.
         output: Folder to write, new or of the same evaluation.
 
     Raises:
-        ValueError, FileNotFoundError: In one line, whatever can be known to be wrong before the first video is made.
+        ValueError, FileNotFoundError: In one line, all that can be known to be wrong before the first video is made.
     """
 
     def __init__(self, config: EvaluateConfig, output: Path):
         self.config, self.output = config, output
-        self.state = _processes(config.device)
+        self.methods = config.all_methods
+        self.state = _start_processes(config.device)
         if output.exists() and any(output.iterdir()) and not (output / "scores").is_dir():
             raise ValueError(f"{output} exists and holds something else; name another --output")
         self.size, self.num_frames = self._shape()
-        kinds: set[RequestSet] = {arm.requests for arm in config.arms.values()}
+        kinds: set[RequestSet] = {task.requests for task in config.tasks.values()}
         self.requests = {kind: build_requests(config, kind, self.size, self.num_frames) for kind in sorted(kinds)}
-        self.thumbnails = {
-            kind: np.stack([thumbnail(request.image) for request in requests])
-            for kind, requests in self.requests.items()
-        }
-        for name, row in config.table.items():
-            if row.videos is not None:
-                self._check_videos(name, row)
-        self._check_comparison()
+        self.first_frames = {kind: FirstFrames(requests) for kind, requests in self.requests.items()}
+        for name, method in self.methods.items():
+            if method.videos is not None:
+                check_complete(name, [path for task in config.tasks for path in self._video_paths(name, task)])
+        self._check_appearance()
         self.device = config.device or str(self.state.device)
         self.clip = ClipScorer(config.clip, self.device) if config.clip is not None else None
         self.tracker: Tracker = LucasKanadeTracker()
@@ -83,236 +91,185 @@ class Evaluation:
         if self.state.is_main_process:
             (output / "scores").mkdir(parents=True, exist_ok=True)
             remove_partial(output)
-            self._write_requests()
+            for kind, requests in self.requests.items():
+                write_requests(output / "requests" / kind, requests)
         self.state.wait_for_everyone()
 
     def run(self) -> dict[str, Any] | None:
-        """Makes what is missing, scores it, and returns the record of results.json; None but in the first process."""
-        for name, row in self.config.table.items():
-            if row.model is not None:
-                self._claim(name, row)
-                self._generate(name, row)
+        """Makes and scores missing videos; returns the record for results.json, or None outside the main process."""
+        for name, method in self.methods.items():
+            if method.model is not None:
+                self._record_settings(name, method)
+                self._generate(name, method)
         self.state.wait_for_everyone()
-        for name, row in self.config.table.items():
-            self._score(name, row)
+        for name, method in self.methods.items():
+            self._score(name, method)
         self.state.wait_for_everyone()
-        self.state.destroy_process_group()  # The first process goes on alone, longer than a group would wait.
-        return self._record() if self.state.is_main_process else None
+        self.state.destroy_process_group()  # The main process goes on alone, longer than a group would wait.
+        return self._build_record() if self.state.is_main_process else None
 
-    def video_path(self, name: str, row: Row, arm: str, request: Request) -> Path:
-        """Where a video lies, ours or another's."""
-        root = Path(row.videos) if row.videos is not None else self.output / "videos" / name
-        return root / arm / f"{request.key}.mp4"
+    def video_path(self, name: str, task: str, request: Request) -> Path:
+        """File of a method's video."""
+        videos = self.methods[name].videos
+        root = Path(videos) if videos is not None else self.output / "videos" / name
+        return root / task / f"{request.key}.mp4"
 
-    def read(self, path: Path) -> NDArray[np.uint8]:
-        """Frames (T, H, W, 3) of the size that is asked for; see `read_video`."""
+    def read_frames(self, path: Path) -> NDArray[np.uint8]:
+        """Frames (T, H, W, 3) of a video file in the evaluation's size; see `read_video`."""
         return read_video(path, self.size, self.num_frames)
 
-    def clip_scores(self, name: str, arm: str) -> list[dict[str, Any]]:
-        """What was measured on each video of an arm, in the order of the requests."""
-        folder = self.output / "scores" / name / arm
-        kind = self.config.arms[arm].requests
-        return [json.loads((folder / f"{request.key}.json").read_text()) for request in self.requests[kind]]
+    def read_scores(self, name: str, task: str) -> list[dict[str, Any]]:
+        """Metrics of each video that a method made for a task, in the order of the requests."""
+        folder = self.output / "scores" / name / task
+        return [json.loads((folder / f"{request.key}.json").read_text()) for request in self._task_requests(task)]
+
+    def _task_requests(self, task: str) -> list[Request]:
+        return self.requests[self.config.tasks[task].requests]
+
+    def _video_paths(self, name: str, task: str) -> list[Path]:
+        return [self.video_path(name, task, request) for request in self._task_requests(task)]
 
     # -- before anything is made
 
     def _shape(self) -> tuple[tuple[int, int], int]:
-        sizes = {}
-        for name, row in self.config.table.items():
-            if row.model is None:
-                continue
-            folder = model_folder(row.model)
-            for arm in self.config.arms.values():
-                if arm.control in ("camera", "object", "mixed"):
-                    ImageConductorPipeline.check_adapters(folder, arm.control)
-            for file in _files(row):
+        """(W, H) and T of all videos, once it is sure that every model can make them as the tasks want."""
+        folders = {name: locate_model(method.model) for name, method in self.methods.items() if method.model}
+        shapes = {}
+        for name, folder in folders.items():
+            for task in self.config.tasks.values():
+                if task.control != "none":
+                    check_adapters(folder, ADAPTERS[Control(task.control)], f"control {task.control!r}")
+            for file in list_attached_files(self.methods[name]):
                 if not Path(file).is_file():
-                    raise FileNotFoundError(f"row {name}: no file at {file}")
-            defaults = ImageConductorPipeline.read_sampling_defaults(folder)
-            sizes[name] = ((defaults["width"], defaults["height"]), defaults["num_frames"])
-        if len(set(sizes.values())) > 1 and None in (self.config.size, self.config.num_frames):
-            raise ValueError(f"the models make videos of different shapes, {sizes}: set size and num_frames")
-        size, num_frames = next(iter(sizes.values()), ((384, 256), 16))
+                    raise FileNotFoundError(f"method {name}: no file at {file}")
+            defaults = read_sampling_defaults(folder)
+            shapes[name] = ((defaults["width"], defaults["height"]), defaults["num_frames"])
+        if len(set(shapes.values())) > 1 and None in (self.config.size, self.config.num_frames):
+            raise ValueError(f"the models make videos of different shapes, {shapes}: set size and num_frames")
+        size, num_frames = next(iter(shapes.values()), ((384, 256), 16))
         width, height = self.config.size or size
         num_frames = self.config.num_frames or num_frames
-        for name in sizes:
-            folder = model_folder(self.config.table[name].model or "")
-            ImageConductorPipeline.check_shape(folder, (width, height), num_frames)
+        for folder in folders.values():
+            check_shape(folder, (width, height), num_frames)
         return (width, height), num_frames
 
-    def _check_videos(self, name: str, row: Row) -> None:
-        expected = [
-            self.video_path(name, row, arm, request)
-            for arm, asked in self.config.arms.items()
-            for request in self.requests[asked.requests]
-        ]
-        if missing := [path for path in expected if not path.is_file()]:
-            raise FileNotFoundError(
-                f"row {name} lacks {len(missing)} of {len(expected)} videos, the first one is {missing[0]}; "
-                "an evaluation of a model writes videos/ROW/ARM/KEY.mp4: use the same names"
-            )
-
-    def _check_comparison(self) -> None:
-        """What is needed to judge the frames: torchmetrics, the networks' files, the reference videos."""
+    def _check_appearance(self) -> None:
+        """Checks what metrics of appearance need: torchmetrics, the networks' files, the reference videos."""
         ssim(np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16, 3), np.uint8))
         for name in self.config.frechet:
             weights = getattr(self.config, f"{name}_weights", None)
             if weights is not None and not Path(weights).is_file():
                 raise FileNotFoundError(f"{name}_weights: no file at {weights}; docs/reproduce.md says where to get it")
-        if self.config.frechet and self.config.reference is not None and not self._reference_paths():
-            raise FileNotFoundError(f"reference: no mp4 file in {self.config.reference}")
+        if self.config.frechet and self.config.reference is not None:
+            list_reference_files(self.config)
 
-    def _check_first_frame(self, path: Path, kind: RequestSet, request: Request, frame: NDArray[np.uint8]) -> None:
-        """Refuses a video that begins with another request's picture: the names are mixed up."""
-        distances = np.abs(self.thumbnails[kind] - thumbnail(frame)).mean(axis=(1, 2, 3))
-        nearest = int(distances.argmin())
-        if 2 * distances[nearest] + 0.02 < np.abs(thumbnail(request.image) - thumbnail(frame)).mean():
-            raise ValueError(
-                f"{path} begins with the picture of {self.requests[kind][nearest].key}, not of {request.key}; "
-                "are the names mixed up?"
-            )
-
-    def _write_requests(self) -> None:
-        for kind, requests in self.requests.items():
-            folder = self.output / "requests" / kind
-            folder.mkdir(parents=True, exist_ok=True)
-            for request in requests:
-                if not (folder / f"{request.key}.json").exists():
-                    Image.fromarray(request.image).save(folder / f"{request.key}.png")
-                    request.trajectories.save(folder / f"{request.key}.json")
-            write_text(folder / "prompts.json", json.dumps({r.key: r.prompt for r in requests}, indent=1))
-
-    def _claim(self, name: str, row: Row) -> None:
-        """Refuses to go on with videos that were made with other settings."""
-        config = self.config
-        weights = {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in _weights(row)}
-        keys = (
-            "images",
-            "motions",
-            "strength",
-            "world_seed",
-            "style",
-            "num_points",
-            "seed",
-            "num_inference_steps",
-            "dtype",
-        )
-        settings = {key: getattr(config, key) for key in (*keys, "guidance_scale", "trajectory_guidance_scale")}
-        settings |= {"size": self.size, "num_frames": self.num_frames, "row": asdict(row), "weights": weights}
-        settings |= {"sampling_defaults": ImageConductorPipeline.read_sampling_defaults(model_folder(row.model or ""))}
-        if config.motions == "presets":  # Seeds count the requests.
-            settings |= {"presets": [config.camera_presets, config.object_presets]}
-            settings |= {"keys": [r.key for r in next(iter(self.requests.values()))] if config.images else None}
-        settings |= {f"arm {arm}": asdict(asked) for arm, asked in config.arms.items()}
-        new: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    def _record_settings(self, name: str, method: Method) -> None:
+        """Writes made_with.json, or refuses to go on with videos that were made with other settings."""
         record = self.output / "videos" / name / "made_with.json"
-        old = json.loads(record.read_text()) if record.exists() else {}
-        asked = {key for key in new if key in old or not key.startswith("arm ")}  # An arm may be added later.
-        if old and (changed := sorted(key for key in asked if key not in old or old[key] != new[key])):
-            raise ValueError(
-                f"{record.parent} was made with other settings ({', '.join(changed)}); name another --output"
-            )
-        self.state.wait_for_everyone()
+        settings = collect_settings(self.config, method, self.requests, self.size, self.num_frames)
+        settings = merge_with_record(record, settings)
+        self.state.wait_for_everyone()  # The others have read the record.
         if self.state.is_main_process:
-            write_text(record, json.dumps({**old, **new}, indent=1))
+            write_text(record, json.dumps(settings, indent=1))
 
     # -- videos
 
-    def _generate(self, name: str, row: Row) -> None:
-        jobs = list(self._missing(name, row))
-        if not jobs:
+    def _generate(self, name: str, method: Method) -> None:
+        batches = list(self._list_missing(name))
+        if not batches:
             return
-        pipe = self._pipeline(row)
-        for arm_name, arm, batch in self._progress(jobs, f"{name}: videos"):
+        pipe = load_pipeline(self._build_inputs(method, batches[0][1], batches[0][2][0]).job)
+        pipe.set_progress_bar_config(disable=True)
+        for task_name, task, batch in self._show_progress(batches, f"{name}: videos"):
             started = time.perf_counter()
-            frames = self._sample(pipe, arm, batch)
+            videos = render(pipe, [self._build_inputs(method, task, request) for request in batch])
             seconds = (time.perf_counter() - started) / len(batch)
-            for request, video in zip(batch, frames, strict=True):
-                path = self.video_path(name, row, arm_name, request)
-                asked = {"prompt": request.prompt, "seed": request.seed, **asdict(arm), "seconds": round(seconds, 3)}
-                asked["batch"] = len(batch)
-                write_text(path.with_suffix(".json"), json.dumps(asked, indent=1))
+            for request, (video,) in zip(batch, videos, strict=True):
+                path = self.video_path(name, task_name, request)
+                settings = {"prompt": request.prompt, "seed": request.seed, **asdict(task)}
+                settings |= {"seconds": round(seconds, 3), "batch": len(batch)}
+                write_text(path.with_suffix(".json"), json.dumps(settings, indent=1))
                 write_video(path, upscale_for_viewing(video)[0])
 
-    def _missing(self, name: str, row: Row) -> Iterator[tuple[str, Arm, list[Request]]]:
-        for arm_name, arm in self.config.arms.items():
-            mine = self.requests[arm.requests][self.state.process_index :: self.state.num_processes]
-            todo = iter([r for r in mine if not self.video_path(name, row, arm_name, r).exists()])
-            while batch := list(islice(todo, self.config.batch_size)):
-                yield arm_name, arm, batch
+    def _list_missing(self, name: str) -> Iterator[tuple[str, Task, list[Request]]]:
+        """Batches of this process's requests for which there is no video yet."""
+        for task_name, task in self.config.tasks.items():
+            missing = iter([r for r in self._own_part(task) if not self.video_path(name, task_name, r).exists()])
+            while batch := list(islice(missing, self.config.batch_size)):
+                yield task_name, task, batch
 
-    def _pipeline(self, row: Row) -> ImageConductorPipeline:
-        name = self.config.dtype or ("float16" if self.device.startswith("cuda") else "float32")
-        pipe = ImageConductorPipeline.from_pretrained(model_folder(row.model or ""), torch_dtype=getattr(torch, name))
-        loras, motion_loras = ([parse_lora(text) for text in texts] for texts in (row.lora, row.motion_lora))
-        personalise(pipe, row.base, loras, motion_loras, None)
-        pipe.to(self.device)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+    def _own_part(self, task: Task) -> list[Request]:
+        """Every n-th request of a task, where n processes share the work."""
+        return self.requests[task.requests][self.state.process_index :: self.state.num_processes]
 
-    def _sample(self, pipe: ImageConductorPipeline, arm: Arm, batch: list[Request]) -> NDArray[np.uint8]:
-        controlled = arm.control != "none"
+    def _build_inputs(self, method: Method, task: Task, request: Request) -> Inputs:
+        """The request as `sample.py` would be asked for it."""
         width, height = self.size
-        output: Any = pipe(
-            image=[Image.fromarray(request.image) for request in batch],
-            trajectories=[request.trajectories for request in batch] if controlled else None,
-            prompt=[request.prompt for request in batch],
-            control=arm.control if controlled else None,
-            camera_free_scale=arm.camera_free_scale,
+        job = SampleJob(
+            model=str(locate_model(method.model or "")),
+            base=method.base,
+            lora=method.lora,
+            motion_lora=method.motion_lora,
+            prompt=request.prompt,
+            control=None if task.control == "none" else task.control,
+            camera_free_scale=task.camera_free_scale,
             guidance_scale=self.config.guidance_scale,
             trajectory_guidance_scale=self.config.trajectory_guidance_scale,
-            num_inference_steps=self.config.num_inference_steps,
+            steps=self.config.num_inference_steps,
             num_frames=self.num_frames,
             width=width,
             height=height,
-            generator=[torch.Generator().manual_seed(request.seed) for request in batch],
-            output_type="np",
+            seed=[request.seed],
+            device=self.device,
+            dtype=self.config.dtype or ("float16" if self.device.startswith("cuda") else "float32"),
         )
-        return to_uint8(output.frames)
+        drawn = request.trajectories if task.control != "none" else Trajectories.empty(self.size, self.num_frames)
+        return Inputs(job, Image.fromarray(request.image), drawn)
 
     # -- scores
 
-    def _score(self, name: str, row: Row) -> None:
-        instrument = f"{self.tracker.name} {self.tracker.version}"
+    def _score(self, name: str, method: Method) -> None:
         jobs = []
-        for arm_name, arm in self.config.arms.items():
-            for request in self.requests[arm.requests][self.state.process_index :: self.state.num_processes]:
-                path = self.video_path(name, row, arm_name, request)
+        for task_name, task in self.config.tasks.items():
+            for request in self._own_part(task):
+                path = self.video_path(name, task_name, request)
                 stat = path.stat()
-                made = {
-                    "tracker": instrument,
+                measured_with = {
+                    "tracker": f"{self.tracker.name} {self.tracker.version}",
                     "clip": self.config.clip,
                     "video": [str(path.resolve()), stat.st_size, stat.st_mtime_ns],
                 }
-                target = self.output / "scores" / name / arm_name / f"{request.key}.json"
-                if not target.exists() or json.loads(target.read_text()).get("made_with") != made:
-                    jobs.append((path, target, arm.requests, request, made))
-        for path, target, kind, request, made in self._progress(jobs, f"{name}: scores"):
-            video = self.read(path)
-            if row.videos is not None:
-                self._check_first_frame(path, kind, request, video[0])
+                target = self.output / "scores" / name / task_name / f"{request.key}.json"
+                if not target.exists() or json.loads(target.read_text()).get("measured_with") != measured_with:
+                    jobs.append((path, target, task.requests, request, measured_with))
+        for path, target, kind, request, measured_with in self._show_progress(jobs, f"{name}: scores"):
+            video = self.read_frames(path)
+            if method.videos is not None:
+                self.first_frames[kind].check(path, request, video[0])
             score = measure(request, video, self.tracker, self.clip)
-            beside = path.with_suffix(".json")
-            if row.model is not None and beside.exists():
-                score["seconds"] = json.loads(beside.read_text())["seconds"]
-            write_text(target, json.dumps({"key": request.key, **plain(score), "made_with": made}))
+            settings = path.with_suffix(".json")
+            if method.model is not None and settings.exists():
+                score["seconds"] = json.loads(settings.read_text())["seconds"]
+            score = {"key": request.key, **to_json_values(score), "measured_with": measured_with}
+            write_text(target, json.dumps(score))
 
-    # -- figures
+    # -- summary
 
-    def _record(self) -> dict[str, Any]:
-        scale = px_at_384x256(self.size)
-        rows: dict[str, Any] = {}
-        for name, row in self.config.table.items():
-            arms = {arm: figures(self.clip_scores(name, arm), scale) for arm in self.config.arms}
-            rows[name] = {**asdict(row), "arms": arms, "frechet": self._frechet(name, row)}
-        first = next(iter(rows))
-        named = named_figures(rows[first]["arms"], {arm: self.clip_scores(first, arm) for arm in self.config.arms})
-        return plain(
+    def _build_record(self) -> dict[str, Any]:
+        scale = scale_to_384x256(self.size)
+        methods: dict[str, Any] = {}
+        for name, method in self.methods.items():
+            tasks = {task: summarise_scores(self.read_scores(name, task), scale) for task in self.config.tasks}
+            methods[name] = {**asdict(method), "tasks": tasks, "frechet": self._compute_frechet(name)}
+        first = next(iter(methods))
+        scores = {task: self.read_scores(first, task) for task in self.config.tasks}
+        headlines = select_headlines(methods[first]["tasks"], scores)
+        return to_json_values(
             {
-                **{key: figure["mean"] for key, figure in named.items()},
-                "intervals": named,
-                "rows": rows,
-                "tracker_on_the_true_clips": self._own_scores(),
+                **{key: figure["mean"] for key, figure in headlines.items()},
+                "intervals": headlines,
+                "methods": methods,
+                "tracker_on_the_true_clips": self._measure_true_clips(),
                 "settings": {
                     **asdict(self.config),
                     "size": self.size,
@@ -324,66 +281,42 @@ class Evaluation:
             }
         )
 
-    def _own_scores(self) -> dict[str, Any]:
-        """What the instrument says of the clips themselves, where they are known."""
-        scored: dict[str, Any] = {}
+    def _measure_true_clips(self) -> dict[str, Any]:
+        """The tracker's own error, from the requests whose true clip is known."""
+        summary: dict[str, Any] = {}
         for kind, requests in self.requests.items():
-            truths = [(r, r.truth) for r in requests if r.truth is not None]
-            scores = [measure(request, truth, self.tracker, None) for request, truth in truths]
-            for metric in ("error", "leak", "coverage") if scores else ():
-                scored[f"{kind}_{metric}"] = asdict(motion.summarise([score[metric] for score in scores]))
-        return scored
+            truths = [(request, request.truth) for request in requests if request.truth is not None]
+            scores = [measure(request, truth, self.tracker) for request, truth in truths]
+            for metric in ("error", "background_displacement", "tracked_fraction") if scores else ():
+                summary[f"{kind}_{metric}"] = asdict(motion.summarise([score[metric] for score in scores]))
+        return summary
 
-    def _frechet(self, name: str, row: Row) -> dict[str, Any]:
+    def _compute_frechet(self, name: str) -> dict[str, Any]:
         config = self.config
         found: dict[str, Any] = {}
         for distance in config.frechet:
-            paths = [
-                self.video_path(name, row, arm, request)
-                for arm in config.frechet_arms
-                for request in self.requests[config.arms[arm].requests]
-            ]
+            paths = [path for task in config.frechet_tasks for path in self._video_paths(name, task)]
             weights = {"fid": config.fid_weights, "fvd": config.fvd_weights}.get(distance)
-            measured = frechet_distance(
+            computed = frechet_distance(
                 distance,
-                (self.read(path) for path in paths),
-                self._reference(),
+                (self.read_frames(path) for path in paths),
+                read_references(config, self.size, self.num_frames),
                 None if weights is None else Path(weights),
                 num_frames=self.num_frames,
                 device=self.device,
             )
-            record = {**measured.record(), "reference": config.reference or "sprite world"}
-            found[distance] = {**record, "reference_stride": config.reference_stride if config.reference else 1}
+            found[distance] = {
+                **asdict(computed),
+                "reference": config.reference or "sprite world",
+                "reference_stride": config.reference_stride if config.reference else 1,
+            }
         return found
 
-    def _reference(self) -> Iterator[NDArray[np.uint8]]:
-        stride = self.config.reference_stride
-        if self.config.reference is None:
-            yield from reference_clips(self.config, self.size, self.num_frames)
-            return
-        for path in self._reference_paths():
-            yield read_reference(path, self.size, self.num_frames, stride)
-
-    def _reference_paths(self) -> list[Path]:
-        return sorted(Path(self.config.reference or "").rglob("*.mp4"))[: self.config.num_reference]
-
-    def _progress(self, jobs: list[Any], title: str) -> Any:
+    def _show_progress(self, jobs: list[Any], title: str) -> Any:
         return tqdm(jobs, desc=title, dynamic_ncols=True, disable=not jobs or not self.state.is_main_process)
 
 
-def _weights(row: Row) -> list[Path]:
-    """Files that a row's videos depend on; a style LoRA beside the model only if the row asks for it."""
-    folder = model_folder(row.model or "")
-    parts = [path for path in folder.rglob("*.safetensors") if path.relative_to(folder).parts[0] != "style_lora"]
-    return sorted([*parts, *map(Path, _files(row))])
-
-
-def _files(row: Row) -> list[str]:
-    """Files that a row puts on its model."""
-    return [*([row.base] if row.base else []), *(parse_lora(text)[0] for text in (*row.lora, *row.motion_lora))]
-
-
-def _processes(device: str | None) -> PartialState:
-    """The processes that share the work; accelerate takes several on a CPU for one each unless it is told."""
+def _start_processes(device: str | None) -> PartialState:
+    """The processes that share the work; on CPUs, accelerate lets them know of each other only if `cpu` is set."""
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     return PartialState(cpu=device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not has_gpu)

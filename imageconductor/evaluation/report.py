@@ -1,4 +1,4 @@
-"""What an evaluation shows: the tables, contact sheets, and a page with the videos, worst first."""
+"""Report of an evaluation: tables, contact sheets, and a page of videos with the largest errors first."""
 
 from __future__ import annotations
 
@@ -13,148 +13,143 @@ from numpy.typing import NDArray
 
 from imageconductor.evaluation.protocol import Evaluation
 from imageconductor.evaluation.requests import Request
-from imageconductor.evaluation.video_files import write_text, write_video
+from imageconductor.evaluation.video_files import write_video
+from imageconductor.files import write_text
 from imageconductor.sampling.video import contact_sheet, draw_trajectories, upscale_for_viewing
 
 PAPER_TABLE_1 = {
-    "DragNUWA, as the paper has it": {"fid": 237.26, "fvd": 1283.85, "cam_mc": 48.72, "obj_mc": 51.24},
-    "DragAnything, as the paper has it": {"fid": 243.17, "fvd": 1287.15, "cam_mc": 66.54, "obj_mc": 60.97},
-    "Image Conductor, as the paper has it": {"fid": 209.74, "fvd": 1116.17, "cam_mc": 33.49, "obj_mc": 42.38},
+    "DragNUWA (paper)": {"fid": 237.26, "fvd": 1283.85, "cam_mc": 48.72, "obj_mc": 51.24},
+    "DragAnything (paper)": {"fid": 243.17, "fvd": 1287.15, "cam_mc": 66.54, "obj_mc": 60.97},
+    "Image Conductor (paper)": {"fid": 209.74, "fvd": 1116.17, "cam_mc": 33.49, "obj_mc": 42.38},
 }
 """The automatic metrics of the paper's Table 1."""
 
 _COLUMNS = {"fid": "FID", "fvd": "FVD", "cam_mc": "CamMC", "obj_mc": "ObjMC"}
-_ARM_COLUMNS = {
+_TASK_COLUMNS = {
     "error_384x256": "error, px at 384x256",
     "error_of_diagonal": "error / diagonal",
-    "error_all_points_384x256": "error, lost points too",
-    "still_384x256": "a motionless video's",
-    "leak_384x256": "leak, px at 384x256",
-    "coverage": "coverage",
-    "first_frame_psnr": "first frame, dB",
-    "first_frame_ssim": "SSIM",
+    "error_all_points_384x256": "error with lost points",
+    "still_384x256": "error of a motionless video",
+    "background_displacement_384x256": "background displacement, px at 384x256",
+    "tracked_fraction": "tracked fraction",
+    "first_frame_psnr": "first frame PSNR, dB",
+    "first_frame_ssim": "first frame SSIM",
     "clip_text": "CLIP text",
     "clip_consistency": "CLIP frames",
-    "seconds": "s a video",
+    "seconds": "seconds per video",
+}
+_DIGITS = {  # 2 for all other columns
+    "error_of_diagonal": 4,
+    "first_frame_ssim": 3,
+    "clip_text": 3,
+    "clip_consistency": 3,
 }
 _NOTE = (
     "CamMC and ObjMC: mean distance in pixels at 384x256 between requested and tracked points that could be followed; "
-    "mean over videos, bootstrap 95 % interval. The paper does not say its tracker, its coverage or how lost points "
-    "count, so its rows stand beside ours for orientation; videos of the sprite world are of another world and size."
+    "mean over videos, bootstrap 95 % interval. Tracked fraction: fraction of the requested points and frames that the "
+    "tracker could follow. The paper states neither its tracker nor its tracked fraction nor how lost points count, so "
+    "its lines stand beside ours for orientation; videos of the sprite world are of another world and size."
 )
 
 
 def write_report(evaluation: Evaluation, record: dict[str, Any], folder: Path) -> None:
     """Writes results.json, table.md, table.tex, same_SET.png and report.html with its videos into a folder."""
-    write_text(folder / "table.md", markdown(record))
-    write_text(folder / "table.tex", latex(record))
+    write_text(folder / "table.md", format_markdown(record))
+    write_text(folder / "table.tex", format_latex(record))
     for kind, requests in evaluation.requests.items():
-        contact_sheet(folder / f"same_{kind}.png", _compared(evaluation, kind, requests))
+        contact_sheet(folder / f"same_{kind}.png", _collect_answers(evaluation, kind, requests))
     sections = [
-        {"row": row, "arm": arm, "videos": _worst(evaluation, row, arm, folder)}
-        for row in evaluation.config.table
-        for arm in evaluation.config.arms
+        {"method": name, "task": task, "videos": _write_worst_videos(evaluation, name, task, folder)}
+        for name in evaluation.methods
+        for task in evaluation.config.tasks
     ]
     page = Environment(autoescape=True).from_string(_PAGE)
-    tables = [_table_1(record), _arms(record)]
     html = page.render(
-        sections=sections,
-        tables=[table for table in tables if table],
-        notes=_notes(record),
-        settings=record["settings"],
+        sections=sections, tables=_build_tables(record), notes=_list_notes(record), settings=record["settings"]
     )
     write_text(folder / "report.html", html)
     write_text(folder / "results.json", json.dumps(record, indent=1))
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """Table 1 with the paper's rows, and a table of all rows and arms."""
-    tables = [table for table in (_table_1(record), _arms(record)) if table]
-    return (
-        "\n\n".join(
-            "\n".join(["| " + " | ".join(lines[0]) + " |", "|---" * len(lines[0]) + "|"])
-            + "\n"
-            + "\n".join("| " + " | ".join(line) + " |" for line in lines[1:])
-            for lines in tables
-        )
-        + "\n\n"
-        + "\n\n".join(_notes(record))
-        + "\n"
-    )
+def format_markdown(record: dict[str, Any]) -> str:
+    """Table 1 with the paper's lines, a table of all methods and tasks, and notes."""
+    tables = []
+    for heading, *body in _build_tables(record):
+        lines = ["| " + " | ".join(line) + " |" for line in (heading, *body)]
+        tables.append("\n".join([lines[0], "|---" * len(heading) + "|", *lines[1:]]))
+    return "\n\n".join([*tables, *_list_notes(record)]) + "\n"
 
 
-def latex(record: dict[str, Any]) -> str:
-    """Table 1, or all arms where the two sets were not both asked for, as a tabular for booktabs."""
-    lines = _table_1(record) or _arms(record)
-    body = [" & ".join(_escaped(cell) for cell in line) + r" \\" for line in lines]
+def format_latex(record: dict[str, Any]) -> str:
+    """Table 1, or all methods and tasks where there is no Table 1, as a tabular for booktabs."""
+    lines = _build_tables(record)[0]
+    body = [" & ".join(_escape_latex(cell) for cell in line) + r" \\" for line in lines]
     rules = [r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule"]
     return "\n".join([rf"\begin{{tabular}}{{l{'r' * (len(lines[0]) - 1)}}}", *rules, r"\end{tabular}", ""])
 
 
-def _table_1(record: dict[str, Any]) -> list[list[str]]:
-    """Cells, the heading first; empty unless camera and object were both asked for."""
-    rows = record["rows"]
-    if not all({"camera", "object"} <= row["arms"].keys() for row in rows.values()):
+def _build_tables(record: dict[str, Any]) -> list[list[list[str]]]:
+    """Cells of each table, line by line, the heading first: Table 1 if it can be filled, then all tasks."""
+    table_1 = _build_table_1(record)
+    return [*([table_1] if table_1 else []), _build_task_table(record)]
+
+
+def _build_table_1(record: dict[str, Any]) -> list[list[str]]:
+    """The paper's Table 1 with our methods; empty unless there are tasks named camera and object."""
+    methods = record["methods"]
+    if not all({"camera", "object"} <= method["tasks"].keys() for method in methods.values()):
         return []
-    lines = [["method", *_COLUMNS.values(), "coverage"]]
-    lines += [[name, *(f"{row[key]:.2f}" for key in _COLUMNS), "–"] for name, row in PAPER_TABLE_1.items()]
-    for name, row in rows.items():
-        camera, moved = row["arms"]["camera"], row["arms"]["object"]
-        distances = [_number(row["frechet"].get(key, {}).get("value")) for key in ("fid", "fvd")]
-        cells = [_cell(arm["error_384x256"]) for arm in (camera, moved)]
-        both = " and ".join(_number(arm["coverage"]["mean"]) for arm in (camera, moved))
-        lines.append([name, *distances, *cells, both])
+    lines = [["method", *_COLUMNS.values(), "tracked fraction"]]
+    lines += [[name, *(f"{figures[key]:.2f}" for key in _COLUMNS), "–"] for name, figures in PAPER_TABLE_1.items()]
+    for name, method in methods.items():
+        tasks = [method["tasks"][task] for task in ("camera", "object")]
+        distances = [_format_number(method["frechet"].get(key, {}).get("value")) for key in ("fid", "fvd")]
+        errors = [_format_figure(summary["error_384x256"]) for summary in tasks]
+        fractions = " and ".join(_format_number(summary["tracked_fraction"]["mean"]) for summary in tasks)
+        lines.append([name, *distances, *errors, fractions])
     return lines
 
 
-def _arms(record: dict[str, Any]) -> list[list[str]]:
-    shown = [
-        key
-        for key in _ARM_COLUMNS
-        if any(key in arm for row in record["rows"].values() for arm in row["arms"].values())
+def _build_task_table(record: dict[str, Any]) -> list[list[str]]:
+    """One line for each method and task, one column for each metric that was measured."""
+    summaries = [
+        (name, task, summary) for name, method in record["methods"].items() for task, summary in method["tasks"].items()
     ]
-    lines = [["method", "asked for", *(_ARM_COLUMNS[key] for key in shown), "videos"]]
-    for name, row in record["rows"].items():
-        for arm, found in row["arms"].items():
-            digits = {
-                "error_of_diagonal": 4,
-                "coverage": 2,
-                "first_frame_ssim": 3,
-                "clip_text": 3,
-                "clip_consistency": 3,
-            }
-            cells = [_cell(found[key], digits.get(key, 2)) if key in found else "–" for key in shown]
-            lines.append([name, arm, *cells, str(found["coverage"]["n"])])
+    columns = [key for key in _TASK_COLUMNS if any(key in summary for _, _, summary in summaries)]
+    lines = [["method", "task", *(_TASK_COLUMNS[key] for key in columns), "videos"]]
+    for name, task, summary in summaries:
+        cells = [_format_figure(summary[key], _DIGITS.get(key, 2)) if key in summary else "–" for key in columns]
+        lines.append([name, task, *cells, str(summary["tracked_fraction"]["n"])])
     return lines
 
 
-def _notes(record: dict[str, Any]) -> list[str]:
-    """How the figures are meant, and each Fréchet distance with its samples; the embedded one never as FID or FVD."""
+def _list_notes(record: dict[str, Any]) -> list[str]:
+    """Meaning of the figures, and each Fréchet distance with its numbers of samples."""
     names = {"fid": "FID", "fvd": "FVD", "frechet_small": "Fréchet distance of the embedded extractor"}
     return [
         _NOTE,
         *(
             f"{name}: {names[key]} {distance['value']:.4g}, {distance['num_generated']} samples against "
             f"{distance['num_reference']} of {distance['reference']}."
-            for name, row in record["rows"].items()
-            for key, distance in row["frechet"].items()
+            for name, method in record["methods"].items()
+            for key, distance in method["frechet"].items()
         ),
     ]
 
 
-def _number(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def _cell(figure: dict[str, Any], digits: int = 2) -> str:
+def _format_figure(figure: dict[str, Any], digits: int = 2) -> str:
     if figure["mean"] is None:
         return "–"
     low, high = figure["low"], figure["high"]
     return f"{figure['mean']:.{digits}f} ({low:.{digits}f} .. {high:.{digits}f})"
 
 
-def _escaped(text: str) -> str:
-    for plain, tex in (
+def _escape_latex(text: str) -> str:
+    for character, escape in (
         ("\\", r"\textbackslash{}"),
         ("_", r"\_"),
         ("%", r"\%"),
@@ -162,52 +157,54 @@ def _escaped(text: str) -> str:
         ("#", r"\#"),
         ("–", "--"),
     ):
-        text = text.replace(plain, tex)
+        text = text.replace(character, escape)
     return text
 
 
-def _compared(evaluation: Evaluation, kind: str, requests: list[Request]) -> list[tuple[str, NDArray[np.uint8]]]:
-    """The first two requests of a set under every row and arm, the clips themselves first where they are known."""
+def _collect_answers(evaluation: Evaluation, kind: str, requests: list[Request]) -> list[tuple[str, NDArray[np.uint8]]]:
+    """The first two requests of a set under every method and task, after the true clip where it is known."""
     sheet = []
     for request in requests[:2]:
         if request.truth is not None:
-            sheet.append((f"{request.key}: {request.prompt}", _drawn(request, request.truth)))
-        for name, row in evaluation.config.table.items():
-            for arm, asked in evaluation.config.arms.items():
-                if asked.requests == kind:
-                    frames = evaluation.read(evaluation.video_path(name, row, arm, request))
-                    sheet.append((f"{request.key}: {name}, {arm}", _drawn(request, frames)))
+            sheet.append((f"{request.key}: {request.prompt}", _draw_request(request, request.truth)))
+        for name in evaluation.methods:
+            for task_name, task in evaluation.config.tasks.items():
+                if task.requests == kind:
+                    frames = evaluation.read_frames(evaluation.video_path(name, task_name, request))
+                    sheet.append((f"{request.key}: {name}, {task_name}", _draw_request(request, frames)))
     return sheet
 
 
-def _drawn(request: Request, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _draw_request(request: Request, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
     large, factor = upscale_for_viewing(frames)
     return draw_trajectories(large, request.trajectories, factor)
 
 
-def _worst(evaluation: Evaluation, name: str, arm: str, folder: Path) -> list[dict[str, Any]]:
-    """The videos of an arm with the largest error over all points; each written with both tracks drawn on it."""
-    row, kind = evaluation.config.table[name], evaluation.config.arms[arm].requests
-    scores = {score["key"]: score for score in evaluation.clip_scores(name, arm)}
+def _write_worst_videos(evaluation: Evaluation, name: str, task: str, folder: Path) -> list[dict[str, Any]]:
+    """The videos of a task with the largest error over all points, written with requested and tracked points drawn."""
+    kind = evaluation.config.tasks[task].requests
+    scores = {score["key"]: score for score in evaluation.read_scores(name, task)}
     worst = sorted(evaluation.requests[kind], key=lambda r: -(scores[r.key]["error_all_points"] or 0))
-    shown = []
+    videos = []
     for request in worst[: evaluation.config.shown]:
         score = scores[request.key]
-        drawn = _drawn(request, evaluation.read(evaluation.video_path(name, row, arm, request)))
-        factor = drawn.shape[1] // request.image.shape[0]
-        for t, frame in enumerate(drawn):
-            _mark(frame, np.asarray(score["tracked"])[:, t], np.asarray(score["followed"])[:, t], factor)
-        path = folder / "report" / name / arm / f"{request.key}.mp4"
-        write_video(path, drawn)
-        facts = {key: score[key] for key in ("error", "error_all_points", "leak", "coverage")}
-        shown.append(
+        frames = _draw_request(request, evaluation.read_frames(evaluation.video_path(name, task, request)))
+        factor = frames.shape[1] // request.image.shape[0]
+        for t, frame in enumerate(frames):
+            _draw_tracked(frame, np.asarray(score["tracked"])[:, t], np.asarray(score["followed"])[:, t], factor)
+        path = folder / "report" / name / task / f"{request.key}.mp4"
+        write_video(path, frames)
+        facts = {
+            key: score[key] for key in ("error", "error_all_points", "background_displacement", "tracked_fraction")
+        }
+        videos.append(
             {"key": request.key, "prompt": request.prompt, "src": str(path.relative_to(folder)), "facts": facts}
         )
-    return shown
+    return videos
 
 
-def _mark(frame: NDArray[np.uint8], tracked: NDArray, followed: NDArray, factor: int) -> None:
-    """A white ring where the tracker sees a point; black once it has lost it."""
+def _draw_tracked(frame: NDArray[np.uint8], tracked: NDArray, followed: NDArray, factor: int) -> None:
+    """Draws a ring around each tracked point, white while the tracker follows it and black once it is lost."""
     for (x, y), seen in zip((tracked + 0.5) * factor - 0.5, followed, strict=True):
         if np.isfinite((x, y)).all() and abs(x) < 1e4 and abs(y) < 1e4:
             colour = (255, 255, 255) if seen else (0, 0, 0)
@@ -232,9 +229,9 @@ figcaption { font-size: 12.5px; } .quiet { color: #69707f; } pre { font-size: 12
 {% for line in lines[1:] %}<tr>{% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>{% endfor %}
 {% for note in notes %}<p class="quiet">{{ note }}</p>{% endfor %}
-<p>In the videos: coloured lines and dots are what was asked for; a white ring is where the tracker sees the point,
-a black one where it lost it. The largest errors come first; they are in pixels of the video.</p>
-{% for section in sections %}<h2>{{ section.row }}: {{ section.arm }}</h2>
+<p>In the videos, coloured lines and dots are the requested trajectories; a white ring is where the tracker sees the
+point, a black one where it lost it. The largest errors come first; they are in pixels of the video.</p>
+{% for section in sections %}<h2>{{ section.method }}: {{ section.task }}</h2>
 <div class="videos">{% for video in section.videos %}<figure>
 <video src="{{ video.src }}" loop muted autoplay playsinline controls preload="metadata"></video>
 <figcaption>{{ video.key }} <span class="quiet">{{ video.prompt }}</span><br>

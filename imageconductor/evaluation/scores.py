@@ -1,4 +1,4 @@
-"""What is measured on one video, and the figures that come of many."""
+"""The metrics of one video, and their summary over many."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from imageconductor.evaluation.appearance import ClipScorer, ssim
 from imageconductor.evaluation.requests import Request
 
 _PAPER_DIAGONAL_PX = math.hypot(384, 256)
-_NOT_FIGURES = ("key", "tracked", "followed", "made_with")
-# The single figures that the bundled model is judged by: name, arm, metric.
-_NAMED = {
+_NOT_METRICS = ("key", "tracked", "followed", "measured_with")
+_IN_PIXELS = ("error", "error_all_points", "still", "background_displacement")
+# Headline figures, by which a single model is judged: name -> task, metric.
+_HEADLINES = {
     "cam_mc": ("camera", "error"),
     "cam_mc_all_points": ("camera", "error_all_points"),
     "cam_mc_still": ("camera", "still"),
@@ -27,39 +28,43 @@ _NAMED = {
     "obj_mc_all_points": ("object", "error_all_points"),
     "obj_mc_still": ("object", "still"),
     "obj_mc_uncontrolled": ("object_uncontrolled", "error"),
-    "leak_object": ("object", "leak"),
-    "leak_camera": ("object_as_camera", "leak"),
-    "leak_base": ("object_as_base", "leak"),
-    "leak_uncontrolled": ("object_uncontrolled", "leak"),
+    "background_displacement_object": ("object", "background_displacement"),
+    "background_displacement_camera": ("object_as_camera", "background_displacement"),
+    "background_displacement_base": ("object_as_base", "background_displacement"),
+    "background_displacement_uncontrolled": ("object_uncontrolled", "background_displacement"),
 }
 
 
 def measure(
     request: Request, video: NDArray[np.uint8], tracker: Tracker, clip: ClipScorer | None = None
 ) -> dict[str, Any]:
-    """Metrics of one video, or of the clip itself to learn the tracker's own error.
+    """Metrics of one video. Measuring the true clip of a request gives the tracker's own error.
 
     Returns:
-        error, error_all_points, still, leak: pixels; coverage, background_coverage: shares; first_frame_psnr (dB),
-        first_frame_ssim; clip_text, clip_consistency if there is a scorer; tracked (N, T, 2) and followed (N, T) lists.
+        error, error_all_points, still, background_displacement: pixels of the video; error counts the points that the
+        tracker followed, error_all_points the lost ones too, still is the error of a motionless video.
+        tracked_fraction, background_tracked_fraction: fractions of the points and frames that the tracker followed.
+        first_frame_psnr (dB), first_frame_ssim; clip_text, clip_consistency if there is a scorer.
+        tracked: (N, T, 2) list, pixels.  followed: (N, T) list.
 
     Raises:
-        ValueError: The video has another shape than what was asked for.
+        ValueError: The video has not the shape that was requested.
     """
     expected = (request.trajectories.num_frames, *request.image.shape)
     if video.shape != expected:
         raise ValueError(f"{request.key}: expected a video of shape {expected}, got {video.shape}")
-    wanted = request.trajectories.points.numpy()
+    requested = request.trajectories.points.numpy()
     visible = request.trajectories.visible.numpy()
-    points, seen = tracker.track(video, np.concatenate([wanted[:, 0], request.background]))
-    (tracked, rest), (followed, rest_followed) = np.split(points, [len(wanted)]), np.split(seen, [len(wanted)])
+    points, seen = tracker.track(video, np.concatenate([requested[:, 0], request.background]))
+    tracked, background = np.split(points, [len(requested)])
+    followed, background_followed = np.split(seen, [len(requested)])
     score: dict[str, Any] = {
-        "error": motion.trajectory_error(wanted, tracked, visible & followed),
-        "error_all_points": motion.trajectory_error(wanted, tracked, visible),
-        "still": motion.still_error(wanted, visible),
-        "leak": motion.displacement(rest, rest_followed),
-        "coverage": motion.coverage(followed, visible),
-        "background_coverage": motion.coverage(rest_followed, np.ones_like(rest_followed)),
+        "error": motion.trajectory_error(requested, tracked, visible & followed),
+        "error_all_points": motion.trajectory_error(requested, tracked, visible),
+        "still": motion.still_error(requested, visible),
+        "background_displacement": motion.background_displacement(background, background_followed),
+        "tracked_fraction": motion.tracked_fraction(followed, visible),
+        "background_tracked_fraction": motion.tracked_fraction(background_followed, np.ones_like(background_followed)),
         "first_frame_psnr": motion.psnr(video[0] / 255, request.image / 255),
         "first_frame_ssim": ssim(video[0], request.image),
     }
@@ -68,59 +73,62 @@ def measure(
     return {**score, "tracked": np.round(tracked, 2).tolist(), "followed": followed.tolist()}
 
 
-def px_at_384x256(size: tuple[int, int]) -> float:
-    """Pixels at 384 x 256 for one of a video of `size`, by the diagonals."""
+def scale_to_384x256(size: tuple[int, int]) -> float:
+    """Pixels at 384 x 256 that one pixel of a video of `size` corresponds to, by the ratio of the diagonals."""
     return _PAPER_DIAGONAL_PX / math.hypot(*size)
 
 
-def figures(scores: Sequence[Mapping[str, Any]], scale: float) -> dict[str, dict[str, float]]:
-    """Mean over the videos of an arm and its interval, for each metric.
+def summarise_scores(scores: Sequence[Mapping[str, Any]], scale: float) -> dict[str, dict[str, float]]:
+    """Each metric's mean over the videos of a task, with its interval: `Figure` as a dict.
+
+    Metrics in pixels are given at 384 x 256 and as a fraction of the diagonal too.
 
     Args:
-        scores: One a video.
-        scale: From pixels of the videos to pixels at 384 x 256, by the diagonals.
+        scores: From `measure`, one for each video.
+        scale: From `scale_to_384x256`.
     """
-    found = {}
+    summary = {}
     for metric in scores[0]:
-        if metric in _NOT_FIGURES:
+        if metric in _NOT_METRICS:
             continue
-        figure = asdict(motion.summarise([_number(score.get(metric)) for score in scores]))
-        found[metric] = figure
-        if metric in ("error", "error_all_points", "still", "leak"):
-            share = {key: figure[key] * scale for key in ("mean", "low", "high")}
-            found[f"{metric}_384x256"] = {**share, "n": figure["n"]}
-            diagonal = {key: value / _PAPER_DIAGONAL_PX for key, value in share.items()}
-            found[f"{metric}_of_diagonal"] = {**diagonal, "n": figure["n"]}
-    return found
+        figure = asdict(motion.summarise([_to_float(score.get(metric)) for score in scores]))
+        summary[metric] = figure
+        if metric in _IN_PIXELS:
+            scaled = {key: figure[key] * scale for key in ("mean", "low", "high")}
+            summary[f"{metric}_384x256"] = {**scaled, "n": figure["n"]}
+            of_diagonal = {key: value / _PAPER_DIAGONAL_PX for key, value in scaled.items()}
+            summary[f"{metric}_of_diagonal"] = {**of_diagonal, "n": figure["n"]}
+    return summary
 
 
-def named_figures(
-    arms: Mapping[str, Mapping[str, dict[str, float]]], scores: Mapping[str, Sequence[Mapping[str, Any]]]
+def select_headlines(
+    summaries: Mapping[str, Mapping[str, dict[str, float]]], scores: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> dict[str, dict[str, float]]:
-    """The figures that a single model is judged by, under short names; in pixels of its videos.
+    """The figures by which a single model is judged, under short names; errors in pixels of its videos.
 
     Args:
-        arms: `figures` of each arm.
-        scores: What they were made of.
+        summaries: From `summarise_scores`, by task.
+        scores: The scores that they summarise, by task.
     """
-    named = {key: arms[arm][metric] for key, (arm, metric) in _NAMED.items() if arm in arms}
-    both = [score for arm in ("camera", "object") if arm in arms for score in scores[arm]]
-    for metric in ("first_frame_psnr", "first_frame_ssim", "coverage") if both else ():
-        named[metric] = asdict(motion.summarise([_number(score[metric]) for score in both]))
-    for arm in arms:
-        if arm.startswith("object_free_"):
-            named[f"leak_{arm}"], named[f"obj_mc_{arm.removeprefix('object_')}"] = arms[arm]["leak"], arms[arm]["error"]
-    return named
+    headlines = {key: summaries[task][metric] for key, (task, metric) in _HEADLINES.items() if task in summaries}
+    both = [score for task in ("camera", "object") if task in summaries for score in scores[task]]
+    for metric in ("first_frame_psnr", "first_frame_ssim", "tracked_fraction") if both else ():
+        headlines[metric] = asdict(motion.summarise([_to_float(score[metric]) for score in both]))
+    for task, summary in summaries.items():
+        if task.startswith("object_free_"):
+            headlines[f"background_displacement_{task}"] = summary["background_displacement"]
+            headlines[f"obj_mc_{task.removeprefix('object_')}"] = summary["error"]
+    return headlines
 
 
-def _number(value: Any) -> float:
-    return float("nan") if value is None else float(value)
-
-
-def plain(value: Any) -> Any:
-    """As JSON can say it: NaN and infinity are null."""
+def to_json_values(value: Any) -> Any:
+    """The same value as JSON can hold it: NaN and infinity become null."""
     if isinstance(value, Mapping):
-        return {key: plain(member) for key, member in value.items()}
+        return {key: to_json_values(member) for key, member in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(member) for member in value]
+        return [to_json_values(member) for member in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _to_float(value: Any) -> float:
+    return float("nan") if value is None else float(value)

@@ -6,7 +6,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from imageconductor.evaluation.appearance import ClipScorer, ssim
-from imageconductor.models.networks import build_tokenizer
+from imageconductor.models.small_model import build_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 from torch import nn
 
-from imageconductor.evaluation.frechet import I3D, SmallExtractor, _metric, frechet_distance
+from imageconductor.evaluation.frechet import I3D, SmallExtractor, _build_metric, frechet_distance
 from imageconductor.evaluation.inception import Inception
 
 pytest.importorskip("torchmetrics")
@@ -30,7 +30,7 @@ def test_it_is_the_formula():
     random = np.random.default_rng(0)
     a = random.normal(0, 1, (400, 6)) @ random.normal(0, 1, (6, 6))
     b = random.normal(0.5, 1.3, (300, 6)) @ random.normal(0, 1, (6, 6))
-    metric = _metric(Features(), "cpu")
+    metric = _build_metric(Features(), "cpu")
     metric.update(torch.from_numpy(a), real=True)
     metric.update(torch.from_numpy(b), real=False)
     assert float(metric.compute()) == pytest.approx(formula(a, b), rel=1e-6)
@@ -38,7 +38,7 @@ def test_it_is_the_formula():
 
 def test_shifted_gaussians_are_their_shift_apart():
     a = torch.randn(500, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    metric = _metric(Features(), "cpu")
+    metric = _build_metric(Features(), "cpu")
     metric.update(a, real=True)
     metric.update(a + 0.5, real=False)
     assert float(metric.compute()) == pytest.approx(6 * 0.25, rel=1e-6)
@@ -46,8 +46,8 @@ def test_shifted_gaussians_are_their_shift_apart():
 
 def videos(seed, count=12, shift=0):
     random = np.random.default_rng(seed)
-    made = random.integers(0, 200, (count, 8, 24, 32, 3), dtype=np.uint8)
-    return [video + np.uint8(shift) for video in made]
+    clips = random.integers(0, 200, (count, 8, 24, 32, 3), dtype=np.uint8)
+    return [video + np.uint8(shift) for video in clips]
 
 
 def test_equal_sets_are_nothing_apart_and_others_are():

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from imageconductor.evaluation.motion import coverage, displacement, psnr, still_error, summarise, trajectory_error
+from imageconductor.evaluation.motion import (
+    background_displacement,
+    psnr,
+    still_error,
+    summarise,
+    tracked_fraction,
+    trajectory_error,
+)
 
 
 def line(dx: float, dy: float, frames: int = 5) -> np.ndarray:
@@ -37,15 +44,15 @@ def test_a_shorter_video_is_an_error():
         trajectory_error(np.zeros((1, 5, 2)), np.zeros((1, 4, 2)), np.ones((1, 5), bool))
 
 
-def test_leak_is_the_median_point():
+def test_background_displacement_is_the_median_over_points():
     tracks = np.stack([line(0, 0), line(1, 0), line(100, 0)])
-    assert displacement(tracks, np.ones((3, 5), bool)) == pytest.approx(2.5)
+    assert background_displacement(tracks, np.ones((3, 5), bool)) == pytest.approx(2.5)
 
 
-def test_coverage_counts_wanted_pairs_after_frame_zero():
+def test_tracked_fraction_counts_wanted_pairs_after_frame_zero():
     followed = np.array([[True, True, False], [True, False, False]])
     wanted = np.array([[True, True, True], [False, True, False]])
-    assert coverage(followed, wanted) == pytest.approx(1 / 3)
+    assert tracked_fraction(followed, wanted) == pytest.approx(1 / 3)
 
 
 def test_psnr_and_summary():

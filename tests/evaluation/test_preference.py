@@ -1,4 +1,4 @@
-"""The study of preferences: blinded, complete, and counted right."""
+"""The preference study: it is blinded and complete, and answers are counted right."""
 
 import csv
 import importlib.util
@@ -24,14 +24,14 @@ def methods(tmp_path_factory):
     return {name: root / name for name in ("ours", "theirs", "others")}
 
 
-def command(*arguments):
+def run_command(*arguments):
     spec = importlib.util.spec_from_file_location("preference_script", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main([str(argument) for argument in arguments])
 
 
-def answers(path, key, choose, who="ann"):
+def write_answers(path, key, choose, who="ann"):
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["study", "participant", "pair", *QUESTIONS])
@@ -59,14 +59,14 @@ def test_the_page_names_no_method_and_needs_no_network(methods):
         assert word not in text.replace("yours", "")
 
 
-def test_shares_are_counted_with_their_interval(methods, tmp_path):
+def test_preferences_are_counted_with_their_interval(methods, tmp_path):
     _, key = build_study({name: methods[name] for name in ("ours", "theirs")})
     files = [
-        answers(tmp_path / "a.csv", key, lambda left, _: "left" if left == "ours" else "right", "ann"),
-        answers(tmp_path / "b.csv", key, lambda left, _: "left" if left == "theirs" else "right", "ben"),
-        answers(tmp_path / "c.csv", key, lambda left, _: "left" if left == "ours" else "right", "cem"),
+        write_answers(tmp_path / "a.csv", key, lambda left, _: "left" if left == "ours" else "right", "ann"),
+        write_answers(tmp_path / "b.csv", key, lambda left, _: "left" if left == "theirs" else "right", "ben"),
+        write_answers(tmp_path / "c.csv", key, lambda left, _: "left" if left == "ours" else "right", "cem"),
     ]
-    ours = next(share for share in tally(files, key) if (share.method, share.question) == ("ours", "motion"))
+    ours = next(rate for rate in tally(files, key) if (rate.method, rate.question) == ("ours", "motion"))
     assert (ours.wins, ours.comparisons) == (4, 6)
     # Wilson by hand: z = 1.96, p = 2/3, n = 6.
     assert (ours.low, ours.high) == pytest.approx((0.3000, 0.9032), abs=1e-3)
@@ -83,32 +83,32 @@ def test_bad_input_is_named(methods, tmp_path, capsys):
         (["ours", f"a={tmp_path}"], "expected NAME=FOLDER"),
         ([f"a={methods['ours']}", f"b={methods['theirs']}", "--drawings", tmp_path], "has no picture of okapi"),
     ):
-        assert command("build", *arguments, "--output", out) == 2
+        assert run_command("build", *arguments, "--output", out) == 2
         assert said in capsys.readouterr().err
         assert not out.exists()
     both = [f"a={methods['ours']}", f"b={methods['theirs']}"]
-    assert command("build", *both, "--output", out) == 0
+    assert run_command("build", *both, "--output", out) == 0
     key = json.loads((tmp_path / "study.key.json").read_text())
-    saved = answers(tmp_path / "x.csv", {**key, "study": "another"}, lambda *_: "left")
-    assert command("tally", saved, "--key", tmp_path / "study.key.json") == 2
+    saved = write_answers(tmp_path / "x.csv", {**key, "study": "another"}, lambda *_: "left")
+    assert run_command("tally", saved, "--key", tmp_path / "study.key.json") == 2
     assert "is from study another" in capsys.readouterr().err
-    saved = answers(tmp_path / "y.csv", key, lambda *_: "left")
-    assert command("tally", saved, saved, "--key", tmp_path / "study.key.json") == 2
+    saved = write_answers(tmp_path / "y.csv", key, lambda *_: "left")
+    assert run_command("tally", saved, saved, "--key", tmp_path / "study.key.json") == 2
     assert "has answered pair" in capsys.readouterr().err
-    assert command("tally", saved, "--key", tmp_path / "study.key.json") == 0
+    assert run_command("tally", saved, "--key", tmp_path / "study.key.json") == 0
     assert "| a | " in capsys.readouterr().out
 
 
 def test_a_person_answers_in_a_browser(methods, tmp_path):
-    browser_of = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    playwright_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("needs chromium")
     page_file, key_file = tmp_path / "study.html", tmp_path / "study.key.json"
     both = [f"ours={methods['ours']}", f"theirs={methods['theirs']}"]
-    assert command("build", *both, "--output", page_file) == 0
+    assert run_command("build", *both, "--output", page_file) == 0
     key = json.loads(key_file.read_text())
-    with browser_of.sync_playwright() as playwright:
+    with playwright_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_context(accept_downloads=True).new_page()
         page.goto(page_file.as_uri())
@@ -131,6 +131,6 @@ def test_a_person_answers_in_a_browser(methods, tmp_path):
         download.value.save_as(tmp_path / "answers.csv")
         assert download.value.suggested_filename == "answers-Ann-B-.csv"
         browser.close()
-    shares = {(share.method, share.question): share for share in tally([tmp_path / "answers.csv"], key)}
-    assert all(shares["ours", question].wins == 2 for question in QUESTIONS)
-    assert all(shares["theirs", question].wins == 0 for question in QUESTIONS)
+    rates = {(rate.method, rate.question): rate for rate in tally([tmp_path / "answers.csv"], key)}
+    assert all(rates["ours", question].wins == 2 for question in QUESTIONS)
+    assert all(rates["theirs", question].wins == 0 for question in QUESTIONS)

@@ -1,0 +1,86 @@
+"""The settings that a method's videos depend on, so that videos made with others are never taken for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from imageconductor.checkpoints.model_folder import locate_model, read_sampling_defaults
+from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method
+from imageconductor.evaluation.requests import Request
+from imageconductor.sampling.job import parse_lora
+
+_SETTINGS = (
+    "images",
+    "motions",
+    "strength",
+    "world_seed",
+    "style",
+    "num_points",
+    "seed",
+    "num_inference_steps",
+    "dtype",
+    "guidance_scale",
+    "trajectory_guidance_scale",
+)
+_TASK = "task "
+
+
+def list_attached_files(method: Method) -> list[str]:
+    """Files that a method puts on its model: base weights and LoRAs."""
+    loras = (parse_lora(text)[0] for text in (*method.lora, *method.motion_lora))
+    return [*([method.base] if method.base else []), *loras]
+
+
+def collect_settings(
+    config: EvaluateConfig,
+    method: Method,
+    requests: Mapping[str, Sequence[Request]],
+    size: tuple[int, int],
+    num_frames: int,
+) -> dict[str, Any]:
+    """All that the videos of a model depend on, in types of JSON; weights by the size and date of their files.
+
+    Args:
+        config: Settings of the evaluation.
+        method: A method with a model.
+        requests: The requests of each set.
+        size: (W, H) of the videos.
+        num_frames: Frames of each video.
+    """
+    folder = locate_model(method.model or "")
+    weights = {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in _list_weights(folder, method)}
+    settings = {key: getattr(config, key) for key in _SETTINGS}
+    settings |= {"size": size, "num_frames": num_frames, "method": asdict(method), "weights": weights}
+    settings |= {"sampling_defaults": read_sampling_defaults(folder)}
+    if config.motions == "presets":  # The seed of a request is its number, so another list changes the seeds.
+        settings |= {"presets": [config.camera_presets, config.object_presets]}
+        settings |= {"keys": [r.key for r in next(iter(requests.values()))] if config.images else None}
+    settings |= {f"{_TASK}{name}": asdict(task) for name, task in config.tasks.items()}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def merge_with_record(record: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the record keeps together with these; a task may be added later.
+
+    Args:
+        record: `made_with.json` of the method's videos, or a path where there is no file yet.
+        settings: From `collect_settings`.
+
+    Raises:
+        ValueError: The videos were made with other settings.
+    """
+    old: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
+    compared = {key for key in settings if key in old or not key.startswith(_TASK)}
+    if old and (changed := sorted(key for key in compared if key not in old or old[key] != settings[key])):
+        raise ValueError(f"{record.parent} was made with other settings ({', '.join(changed)}); name another --output")
+    return {**old, **settings}
+
+
+def _list_weights(folder: Path, method: Method) -> list[Path]:
+    """Weight files of the model and of what is attached; a style LoRA beside the model only if the method names it."""
+    parts = [path for path in folder.rglob("*.safetensors") if path.relative_to(folder).parts[0] != "style_lora"]
+    return sorted([*parts, *map(Path, list_attached_files(method))])

@@ -1,0 +1,53 @@
+"""The videos that Fréchet distances compare with: a folder of footage, or clips of the sprite world."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from imageconductor.conditioning import cover_crop
+from imageconductor.data.sprites import SpriteSet, sample_scene
+from imageconductor.evaluation.evaluate_config import EvaluateConfig
+from imageconductor.evaluation.requests import build_world, render_frames
+
+
+def list_reference_files(config: EvaluateConfig) -> list[Path]:
+    """The first `num_reference` mp4 files below the folder `reference`, by name.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    paths = sorted(Path(config.reference or "").rglob("*.mp4"))[: config.num_reference]
+    if not paths:
+        raise FileNotFoundError(f"reference: no mp4 file in {config.reference}")
+    return paths
+
+
+def read_references(config: EvaluateConfig, size: tuple[int, int], num_frames: int) -> Iterator[NDArray[np.uint8]]:
+    """Reference videos (T, H, W, 3), one at a time; no request shows a clip of the sprite world that is among them."""
+    if config.reference is not None:
+        for path in list_reference_files(config):
+            yield _read_footage(path, size, num_frames, config.reference_stride)
+        return
+    world = build_world(config, SpriteSet.MIXED, size, num_frames, seed=config.world_seed + 1)
+    for index in range(config.num_reference):
+        yield render_frames(sample_scene(world, index))
+
+
+def _read_footage(path: Path, size: tuple[int, int], num_frames: int, stride: int) -> NDArray[np.uint8]:
+    """The first frames of a file, every `stride`-th, cropped about their centre to the shape of `size`.
+
+    Raises:
+        ValueError: The file is too short.
+    """
+    needed = (num_frames - 1) * stride + 1
+    frames = list(islice(iio.imiter(path, plugin="FFMPEG"), needed))[::stride]
+    if len(frames) < num_frames:
+        raise ValueError(f"{path} has fewer than the {needed} frames that are needed; take it out of the folder")
+    return np.stack([np.asarray(cover_crop(Image.fromarray(frame), size)) for frame in frames])
