@@ -1,7 +1,7 @@
-"""CPU time of each step of the curation, one thread, against decoding the footage and nothing else.
+"""CPU time of each step of the curation in one thread, compared with decoding the footage alone.
 
-python benchmarks/curation.py                  # footage that it makes: 336p and 720p, 18 s, like WebVid's previews
-python benchmarks/curation.py --videos FOLDER  # yours
+python benchmarks/curation.py                  # generated footage: 336p and 720p, 18 s, like WebVid's previews
+python benchmarks/curation.py --videos FOLDER  # your own footage
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy as np
 
 from imageconductor.curation.curate_config import CurateConfig
 from imageconductor.curation.cuts import find_scenes
-from imageconductor.curation.footage import Limits, decode_mp4, frames
+from imageconductor.curation.footage import Limits, decode_mp4, read_frames
 from imageconductor.curation.motion_score import motion_scores
-from imageconductor.curation.sources import VIDEOS, Source
+from imageconductor.curation.sources import VIDEO_SUFFIXES, Source
 from imageconductor.curation.steps import CUT_SIDE_PX, annotate, scan
 
 _SECONDS = 18
@@ -31,22 +31,23 @@ _SECONDS = 18
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--videos", type=Path, help="folder of footage; otherwise some is made")
-    parser.add_argument("--count", type=int, default=5, help="videos of each kind")
+    parser.add_argument("--videos", type=Path, help="folder of footage; without it, footage is generated")
+    parser.add_argument("--count", type=int, default=5, help="number of videos of each size")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as folder:
         if args.videos is not None:
-            kinds = {"yours": [p for p in sorted(args.videos.rglob("*")) if p.suffix.lower() in VIDEOS][: args.count]}
+            paths = [path for path in sorted(args.videos.rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES]
+            kinds = {"yours": paths[: args.count]}
         else:
-            kinds = {f"{w}x{h}": make(Path(folder), args.count, (w, h)) for w, h in ((596, 336), (1280, 720))}
+            kinds = {f"{w}x{h}": make_videos(Path(folder), args.count, (w, h)) for w, h in ((596, 336), (1280, 720))}
         for kind, paths in kinds.items():
-            report(kind, paths)
+            print_report(kind, paths)
 
 
-def make(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
-    """Panning textures with grain, as H.264 of 30 frames a second with a cut after a third."""
+def make_videos(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
+    """Panning textures with grain, as H.264 at 30 frames per second with a cut every 10 s."""
     random = np.random.default_rng(0)
     grain = random.normal(0, 4, (8, size[1], size[0], 3)).astype(np.float32)
     paths = []
@@ -68,28 +69,28 @@ def make(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
     return paths
 
 
-def report(kind: str, paths: list[Path]) -> None:
-    """Prints CPU seconds a clip of each step."""
+def print_report(kind: str, paths: list[Path]) -> None:
+    """Prints the CPU seconds per clip of each step."""
     config = CurateConfig("", "", min_motion=0)
     seconds: dict[str, list[float]] = defaultdict(list)
     sizes, skipped = [], 0
 
-    def timed(step: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    def measure(step: str, function: Callable[..., Any], *arguments: Any) -> Any:
         start = time.process_time()
         result = function(*arguments)
         seconds[step].append(time.process_time() - start)
         return result
 
     for path in paths:
-        timed("decode alone", decode, path)
-        timed("decode, shrink, find cuts", cuts, path, config)
-        row, mp4 = timed("scan: that, the frames, encoding", scan, Source(path.name, str(path)), config)
+        measure("decode alone", decode, path)
+        measure("decode, shrink, find cuts", find_cuts, path, config)
+        row, mp4 = measure("scan: the same, then read and encode", scan, Source(path.name, str(path)), config)
         if mp4 is None:
             skipped += 1
             continue
-        clip = timed("decode the clip", decode_mp4, mp4)
-        timed("motion score (DIS)", motion_scores, [clip], config)
-        timed("annotate: decode, tracks (Lucas-Kanade)", annotate, [(row, mp4)], config)
+        clip = measure("decode the clip", decode_mp4, mp4)
+        measure("motion score (DIS)", motion_scores, [clip], config)
+        measure("annotate: decode, tracks (Lucas-Kanade)", annotate, [(row, mp4)], config)
         sizes.append(len(mp4))
     total = sum(float(np.mean(seconds[name])) for name in seconds if name.startswith(("scan", "motion", "annotate")))
     print(f"\n{kind}: {len(paths)} videos, {skipped} without a clip; clips of {np.mean(sizes) / 1e3:.0f} kB")
@@ -100,20 +101,20 @@ def report(kind: str, paths: list[Path]) -> None:
 
 
 def decode(path: Path) -> None:
-    """Every frame, and nothing done with it."""
+    """Decodes every frame of a video."""
     with av.open(str(path)) as container:
         container.streams.video[0].codec_context.thread_count = 1
         for _ in container.decode(video=0):
             pass
 
 
-def cuts(path: Path, config: CurateConfig) -> None:
-    """What `scan` does first."""
+def find_cuts(path: Path, config: CurateConfig) -> None:
+    """The first part of `scan`."""
 
-    def small(size: tuple[int, int]) -> tuple[int, int]:
+    def reduce(size: tuple[int, int]) -> tuple[int, int]:
         return round(size[0] * CUT_SIDE_PX / min(size)), round(size[1] * CUT_SIDE_PX / min(size))
 
-    find_scenes((picture for _, picture in frames(path, small, Limits(1, 8192))), config)
+    find_scenes((picture for _, picture in read_frames(path, reduce, Limits(1, 8192))), config)
 
 
 if __name__ == "__main__":

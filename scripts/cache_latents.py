@@ -1,8 +1,8 @@
-"""Encodes the clips of shards or folders once, so that training need not: VAE moments and text embeddings.
+"""Encodes the clips of shards or folders once before training: VAE moments and text embeddings.
 
-Writes shards of the same keys with KEY.latents.npz and KEY.text.npz in place of KEY.mp4; train with data=[OUTPUT].
-Run it again after an interruption: shards that are there are not made again. To share the work, give every process its
-`part`, e.g. part=0 parts=8.
+Writes shards with the same keys, but with KEY.latents.npz and KEY.text.npz in place of KEY.mp4; train with
+data=[OUTPUT]. After an interruption, the same command continues with the missing shards. Several processes can divide
+the work: each makes one `part`, e.g. part=0 parts=8.
 """
 
 from __future__ import annotations
@@ -15,23 +15,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from imageconductor import config as config_file
+from imageconductor.command_line import parse_command_line
+from imageconductor.files import atomic_path, remove_partial
 
 
 @dataclass
 class CacheConfig:
-    """What is encoded, with which networks, and where it goes."""
+    """Settings of the cache."""
 
-    data: list[str] = field(default_factory=list)  # shards or folders of clips, as the training settings'
-    output: str = "cache"  # folder of the new shards
-    model: str = "models/sprites"  # model folder whose autoencoder and text encoder the training will use
-    size: tuple[int, int] = (384, 256)  # (W, H) that clips are resized and cropped to
-    clips_per_shard: int = 200
-    frames_per_batch: int = 32  # encoded at a time
-    dtype: str = "float16"  # of what is stored; float32 doubles the size and is exact
-    device: str | None = None  # None = cuda where there is one
-    part: int = 0  # of `parts`, which this process makes
-    parts: int = 1
+    data: list[str] = field(default_factory=list)  # shards or folders of clips, as in the training settings
+    output: str = "cache"  # folder that receives the new shards
+    model: str = (
+        "models/sprites"  # model folder whose autoencoder and text encoder encode the clips; the same as in training
+    )
+    size: tuple[int, int] = (384, 256)  # (W, H) in pixels to which clips are resized and cropped
+    clips_per_shard: int = 200  # clips in each new shard
+    frames_per_batch: int = 32  # frames that the autoencoder encodes at a time
+    dtype: str = "float16"  # of the stored arrays; float32 is exact at twice the size
+    device: str | None = None  # of the networks, such as cuda:0; null = cuda if available
+    part: int = 0  # number of the part that this process makes, from 0 to parts - 1
+    parts: int = 1  # number of parts into which the work is divided
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -46,8 +49,8 @@ class CacheConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; 2 = bad input."""
-    config, _ = config_file.command_line(CacheConfig, __doc__ or "", argv)
+    """Runs the command; returns 0, or 2 for bad input."""
+    config, _ = parse_command_line(CacheConfig, __doc__ or "", argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         cache(config)
@@ -59,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def cache(config: CacheConfig) -> None:
-    """Writes the shards."""
+    """Writes the missing shards of this process's part."""
     import torch
     from tqdm.auto import tqdm
     from webdataset.writer import TarWriter
@@ -77,6 +80,8 @@ def cache(config: CacheConfig) -> None:
         cast("Any", network).to(device)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
+    if config.parts == 1:  # Otherwise other processes may be writing there.
+        remove_partial(output)
     starts = range(0, len(records), config.clips_per_shard)
     mine = list(enumerate(starts))[config.part :: config.parts]
     bar = tqdm(total=sum(len(records[s : s + config.clips_per_shard]) for _, s in mine), unit="clip")
@@ -85,16 +90,14 @@ def cache(config: CacheConfig) -> None:
         shard = output / f"clips-{number:06d}.tar"
         chosen = records[start : start + config.clips_per_shard]
         if not shard.exists():
-            temporary = shard.with_name(f".{shard.name}")
-            with TarWriter(str(temporary)) as writer:
+            with atomic_path(shard) as path, TarWriter(str(path)) as writer:
                 for record in chosen:
                     try:
-                        writer.write(_encoded(record, networks, config, device))
-                    except Exception as error:  # Damage shows in as many ways as there are decoders.
+                        writer.write(_encode(record, networks, config, device))
+                    except Exception as error:  # Decoders report damage by many kinds of exceptions.
                         skipped += 1
                         logging.warning("skipped %s: %s", record.key, error)
                     bar.update()
-            temporary.rename(shard)
         else:
             bar.update(len(chosen))
     bar.close()
@@ -102,8 +105,8 @@ def cache(config: CacheConfig) -> None:
         logging.warning("%d of %d clips could not be encoded", skipped, len(records))
 
 
-def _encoded(record: Any, networks: Any, config: CacheConfig, device: str) -> dict[str, Any]:
-    """One record of the cache, as WebDataset writes it."""
+def _encode(record: Any, networks: Any, config: CacheConfig, device: str) -> dict[str, Any]:
+    """One record of the cache, in the form that WebDataset writes."""
     import numpy as np
     import torch
 
@@ -118,23 +121,23 @@ def _encoded(record: Any, networks: Any, config: CacheConfig, device: str) -> di
         posteriors = [networks.vae.encode(batch).latent_dist for batch in batches]
         text = networks.text_encoder(networks.tokenize([info["caption"]]).to(device)).last_hidden_state[0]
 
-    def arrays(**values: Any) -> bytes:
+    def to_npz(**values: Any) -> bytes:
         file = io.BytesIO()
         np.savez(file, **values)
         return file.getvalue()
 
-    def stored(values: Any) -> Any:
+    def to_numpy(values: Any) -> Any:
         return values.float().cpu().numpy().astype(config.dtype)
 
     return {
         "__key__": record.key,
-        "latents.npz": arrays(
-            mean=stored(torch.cat([p.mean for p in posteriors])),
-            std=stored(torch.cat([p.std for p in posteriors])),
+        "latents.npz": to_npz(
+            mean=to_numpy(torch.cat([p.mean for p in posteriors])),
+            std=to_numpy(torch.cat([p.std for p in posteriors])),
             size=np.array(config.size),
         ),
-        "text.npz": arrays(text=stored(text)),
-        "tracks.npz": arrays(points=tracks.points.numpy().astype(np.float32), visible=tracks.visible.numpy()),
+        "text.npz": to_npz(text=to_numpy(text)),
+        "tracks.npz": to_npz(points=tracks.points.numpy().astype(np.float32), visible=tracks.visible.numpy()),
         "json": json.dumps(info).encode(),
     }
 

@@ -1,4 +1,4 @@
-"""Footage with known cuts and known motion, written as real files."""
+"""Video files with known cuts and known motion, and a stand-in for CoTracker."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +11,7 @@ SIZE = (192, 128)  # (W, H)
 
 
 def texture(seed, size=SIZE, margin=200):
-    """A picture larger than the frame, with structure at several scales."""
+    """A picture with structure at several scales, `margin` pixels larger than the frame on each side."""
     random = np.random.default_rng(seed)
     width, height = size[0] + 2 * margin, size[1] + 2 * margin
     picture = np.zeros((height, width, 3), np.float32)
@@ -22,7 +22,7 @@ def texture(seed, size=SIZE, margin=200):
 
 
 def pan(seed, num_frames, velocity, size=SIZE, margin=200):
-    """(T, H, W, 3): a texture whose points move by `velocity` (x, y) pixels a frame."""
+    """(T, H, W, 3): a texture whose points move by `velocity` (x, y) pixels per frame."""
     picture = texture(seed, size, margin)
     centre = np.array([picture.shape[1], picture.shape[0]]) / 2 - 0.5
     middle = (num_frames - 1) / 2
@@ -34,7 +34,7 @@ def pan(seed, num_frames, velocity, size=SIZE, margin=200):
 
 
 def write(path, frames, fps=25, times=None, codec="libx264", **options):
-    """A video file; `times` in milliseconds make its rate variable."""
+    """Writes a video file; `times` in milliseconds make its frame rate variable."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options={"crf": "16", **options})
@@ -52,7 +52,7 @@ def write(path, frames, fps=25, times=None, codec="libx264", **options):
 
 
 def write_sound(path):
-    """A file without video."""
+    """Writes a file with sound but no video."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000)
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
@@ -62,8 +62,11 @@ def write_sound(path):
     return path
 
 
-def cotracker(clone: Path) -> None:
-    """A clone of CoTracker's repository whose network moves every point by (1, 1) a frame, and by the first pixel."""
+def write_cotracker(clone: Path) -> None:
+    """Writes a repository like CoTracker's.
+
+    Its network moves every point by (1, 1) per frame, and from frame 1 on also by the value of the video's first pixel.
+    """
     clone.mkdir()
     (clone / "hubconf.py").write_text(
         "import torch\n"

@@ -1,4 +1,4 @@
-"""What steers a video: drawn trajectories, their flow map, and the first frame."""
+"""The conditions of a video: drawn trajectories, their flow maps, and the first frame."""
 
 from imageconductor.conditioning.first_frame import (
     cover_crop,

@@ -1,4 +1,4 @@
-"""The first frame: from a picture file to the condition of the image ControlNet."""
+"""The first frame, from a picture file to the condition of the image ControlNet."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -8,14 +8,14 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from imageconductor.conditioning.trajectory_json import checked_size
+from imageconductor.conditioning.trajectory_json import check_size
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """The RGB picture in a file, turned upright as its EXIF orientation says.
+    """The RGB picture in a file, upright according to its EXIF orientation.
 
     Raises:
         FileNotFoundError: no such file.
@@ -38,11 +38,11 @@ def cover_scale(old: tuple[int, int], new: tuple[int, int]) -> float:
 
 
 def cover_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """`image` resized to cover `size` (W, H), bicubic with antialias, and cropped around its centre.
+    """`image` resized to cover `size` (W, H), bicubic and antialiased, and cropped around its centre.
 
-    One resampling does both, so the crop is centred exactly; `Trajectories.cover_crop` moves points by the same rule.
+    A single resampling does both, so the crop is exactly centred. `Trajectories.cover_crop` moves points accordingly.
     """
-    width, height = checked_size(size)
+    width, height = check_size(size)
     if image.size == (width, height):
         return image
     scale = cover_scale(image.size, (width, height))
@@ -59,44 +59,36 @@ def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def encode_first_frame(
-    vae: "AutoencoderKL",
-    pixels: Tensor,
-    *,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    sample: bool = False,
-    device: torch.device | str | None = None,
-) -> Tensor:
+def encode_first_frame(vae: "AutoencoderKL", pixels: Tensor, *, device: torch.device | str | None = None) -> Tensor:
     """Scaled latent of the first frame, without gradient.
 
-    The published release samples from the posterior, and before it seeds, so its runs do not repeat; the mode does.
+    It is the mode of the posterior, so equal pictures give equal latents; the published release draws an unseeded
+    sample.
 
     Args:
         vae: frozen autoencoder; runs in its own dtype and on its own device.
         pixels: (B, 3, H, W) in [-1, 1].
-        generator: for `sample`; a list holds one per picture.
-        sample: draw from the posterior instead of its mode.
-        device: where the autoencoder will compute; None = where it is, which is not the same while it is offloaded.
+        device: where the autoencoder computes; None = where it is, which differs while it is offloaded.
 
     Returns:
         (B, C, h, w) in the VAE's dtype: (z - shift_factor) * scaling_factor.
     """
     posterior = cast("Any", vae.encode(pixels.to(device or vae.device, vae.dtype))).latent_dist
-    latent: Tensor = posterior.sample(generator) if sample else posterior.mode()
+    latent: Tensor = posterior.mode()
     config = cast("Any", vae.config)
     shift = getattr(config, "shift_factor", None)
     return (latent if shift is None else latent - shift) * config.scaling_factor
 
 
 def first_frame_condition(latent: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
-    """The latent as frame 0 of an otherwise empty clip, and the mask that says so.
+    """A clip of zeros with the latent as frame 0, and the mask of that frame.
 
     Args:
         latent: (B, C, h, w), scaled.
         num_frames: T.
 
     Returns:
-        (B, C, T, h, w) zeros with frame 0 filled; (B, 1, T, h, w) zeros with ones at frame 0. dtype of `latent`.
+        (B, C, T, h, w) zeros with `latent` at frame 0; (B, 1, T, h, w) zeros with ones at frame 0. dtype of `latent`.
     """
     if latent.ndim != 4 or num_frames < 1:
         raise ValueError(

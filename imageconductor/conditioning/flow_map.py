@@ -1,8 +1,9 @@
 """Flow maps: trajectories drawn as blurred displacement fields, the input of the motion ControlNet.
 
 The release scatters each frame's displacements into an H x W map and filters it with a 99 x 99 Gaussian. The filter is
-linear and separable, so what one displacement d at pixel (x, y) leaves is d * outer(G_y[y], G_x[x]), where row j of G
-is the answer of the one-dimensional filter, border included, to a unit at j. A frame is one matrix product over tracks.
+linear and separable, so a displacement d at pixel (x, y) contributes d * outer(G_y[y], G_x[x]), where row j of G is the
+response of the one-dimensional filter, with its border, to a unit impulse at j. A frame is one matrix product over
+tracks.
 """
 
 import math
@@ -19,16 +20,16 @@ from imageconductor.conditioning.trajectories import Trajectories, inside
 
 @dataclass(frozen=True)
 class FlowMapConvention:
-    """How a model wants its flow maps drawn; stored with its weights. The defaults are the published release.
+    """The convention by which a model's flow maps are drawn, stored with its weights; the defaults are the release's.
 
     Attributes:
         kernel_size: odd width of the Gaussian's support, pixels.
         sigma_px: its standard deviation.
         normalisation: "sum", the kernel sums to 1; "peak", its centre is 1, so values are displacements in pixels.
-        accumulate: value of step i is p_{i+1} - p_0 (the paper's text) instead of p_{i+1} - p_i (the release);
-            both are written where step i starts.
-        still_drift_px: a track that holds still is drawn as moving by this much along x and y over the clip, as the
-            release does; at 0 it leaves no mark but what it overwrites.
+        accumulate: whether the value of step i is p_{i+1} - p_0 (the paper's text) instead of p_{i+1} - p_i (the
+            release); both are written at the start of step i.
+        still_drift_px: distance in x and in y over which a still track is drawn to move during the clip, as in the
+            release; at 0 a still track only overwrites others.
         scale: factor on the displacement.
     """
 
@@ -60,17 +61,17 @@ def flow_map(
     *,
     still: Tensor | None = None,
 ) -> Tensor:
-    """Flow maps of a batch, drawn on the device of `points`.
+    """Flow maps of a batch of clips, given as tensors of points, drawn on their device.
 
-    Step i, from p_i to p_{i+1}, is written at the truncated pixel of p_i and shows in frame i + 1. It is left out when
-    p_i lies outside the frame or either end is invisible. Where two tracks write one pixel in a frame, the later wins.
+    Step i, from p_i to p_{i+1}, is written into frame i + 1 at the truncated pixel of p_i. It is left out if p_i lies
+    outside the frame or either end is invisible. If two tracks write the same pixel of a frame, the later one wins.
 
     Args:
         points: (B, N, T, 2) float, xy in pixels of `size`.
         visible: (B, N, T) bool.
         size: (W, H).
-        convention: what the model was trained on.
-        still: (B, N) bool, tracks that hold still; None = none does.
+        convention: the convention that the model was trained with.
+        still: (B, N) bool, tracks that hold still; None = no track.
 
     Returns:
         (B, 2, T, H, W) float32, channel 0 = x; frame 0 is zero.
@@ -98,7 +99,7 @@ def flow_map(
 def build_flow_map(
     trajectories: Trajectories, convention: FlowMapConvention, device: torch.device | str | None = None
 ) -> Tensor:
-    """Flow map of one clip's trajectories on `device` (default: theirs): (1, 2, T, H, W) float32."""
+    """Flow map of one clip, given as `Trajectories`, drawn on `device` (default: theirs): (1, 2, T, H, W) float32."""
     device = trajectories.points.device if device is None else torch.device(device)
     return flow_map(
         trajectories.points[None].to(device, _precision(device)),
@@ -112,7 +113,7 @@ def build_flow_map(
 def _steps(
     points: Tensor, visible: Tensor, size: tuple[int, int], convention: FlowMapConvention, still: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Pixels (B, N, T - 1, 2) int64 and displacements (B, N, T - 1, 2); the latter are zero for steps not written."""
+    """Pixels (B, N, T - 1, 2) int64 and displacements (B, N, T - 1, 2), which are zero for steps that are left out."""
     points = points.to(_precision(points.device))
     written = inside(points[:, :, :-1], size) & visible[:, :, :-1] & visible[:, :, 1:]
     if still is not None:
@@ -120,18 +121,18 @@ def _steps(
         points = points + still[:, :, None, None] * ramp[:, None]
     start = points[:, :, :1] if convention.accumulate else points[:, :, :-1]
     displacements = (points[:, :, 1:] - start) * convention.scale
-    # Invisible points may be NaN, which has no pixel and which a product with zero would keep.
+    # Invisible points may be NaN, which has no pixel and survives a product with zero.
     pixels = points[:, :, :-1].where(written[..., None], 0.0).long()
-    # A point that holds still on the border drifts out of the frame, yet marks its pixel to the end.
+    # A still point on the border drifts out of the frame but is written at its pixel to the end.
     pixels = pixels.minimum(pixels.new_tensor(size) - 1)
     written = written & ~_overwritten(pixels, written, size[0])
     return pixels, displacements.where(written[..., None], 0.0)
 
 
 def _overwritten(pixels: Tensor, written: Tensor, width: int) -> Tensor:
-    """(B, N, T - 1) bool: steps at whose pixel a later track is written in the same frame.
+    """(B, N, T - 1) bool: steps whose pixel a later track writes in the same frame.
 
-    Dropping them beforehand gives the same map on every device, which a scatter with repeated indices does not.
+    Dropping them beforehand gives the same map on every device; a scatter with repeated indices would not.
     """
     index = pixels[..., 1] * width + pixels[..., 0]
     num_tracks = index.shape[1]
@@ -144,11 +145,11 @@ def _overwritten(pixels: Tensor, written: Tensor, width: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # A cached tensor born in inference mode could not take part in training later.
+@torch.inference_mode(False)  # Training could not use a cached tensor that was made in inference mode.
 def _filter_matrix(length: int, kernel_size: int, sigma_px: float, normalisation: str, device: torch.device) -> Tensor:
-    """(length, length), row j = what the filter makes of a unit at j, with the border reflected as often as needed.
+    """(length, length), row j = response of the filter to a unit impulse at j; the border is reflected repeatedly.
 
-    The border is OpenCV's default, reflect-101: the edge pixel itself is not repeated.
+    The border is OpenCV's default, reflect-101: the edge pixel is not repeated.
     """
     offsets = np.arange(kernel_size) - kernel_size // 2
     kernel = np.exp(-(offsets**2) / (2 * sigma_px**2))
@@ -164,7 +165,7 @@ def _filter_matrix(length: int, kernel_size: int, sigma_px: float, normalisation
 
 
 def _precision(device: torch.device) -> torch.dtype:
-    """float64 where the device has it: it is exempt from TF32 and autocast, and the products here are small."""
+    """float64 if the device has it: TF32 and autocast do not affect it, and the products here are small."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

@@ -1,9 +1,9 @@
-"""The evaluation motions: 10 camera and 10 object trajectories, for any frame size and clip length.
+"""The motions of the evaluation: 10 camera and 10 object trajectories, for any frame size and clip length.
 
 The paper (section 3) names pans and zooms, and straight lines, curves, shaking lines and their combinations, without
-coordinates; the layouts here are ours. At strength 1 a motion reaches 0.225 of the frame's shorter side.
+coordinates; the coordinates here are our choice. At strength 1 a motion reaches 0.225 of the frame's shorter side.
 
-Camera presets are named after the *camera*: "pan-left" turns the camera left, so the scene moves right in the picture.
+Camera presets are named after the *camera*: "pan-left" turns the camera to the left, and the scene moves to the right.
 """
 
 import difflib
@@ -27,7 +27,7 @@ _Preset = TypeVar("_Preset")
 
 @dataclass(frozen=True)
 class _CameraMotion:
-    """What the scene does: `shift` its direction (y down), `zoom` 1 grows, -1 shrinks, `roll` 1 turns clockwise."""
+    """Motion of the scene: direction of its shift (y down), zoom (1 = grows, -1 = shrinks), roll (1 = clockwise)."""
 
     help: str
     shift: tuple[float, float] = (0.0, 0.0)
@@ -38,7 +38,7 @@ class _CameraMotion:
 
 @dataclass(frozen=True)
 class _ObjectMotion:
-    """`path`: phase (T,) in [0, 1] -> x and y offsets (T,) from the start, in units of the reach, y down."""
+    """Motion of a point: `path` maps phases (T,) in [0, 1] to x and y offsets (T,) in units of the reach, y down."""
 
     help: str
     path: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -87,15 +87,15 @@ _OBJECT: Mapping[str, _ObjectMotion] = {
 CAMERA_PRESETS: tuple[str, ...] = tuple(_CAMERA)
 OBJECT_PRESETS: tuple[str, ...] = tuple(_OBJECT)
 PRESET_HELP: Mapping[str, str] = {name: motion.help for name, motion in (*_CAMERA.items(), *_OBJECT.items())}
-"""One line per preset, for menus and --help."""
+"""One line of description per preset, for menus and --help."""
 
 
 def camera_preset(
     name: str, size: tuple[int, int], num_frames: int, *, strength: float = 1.0, grid: tuple[int, int] = (3, 3)
 ) -> Trajectories:
-    """Tracks of scene points under a camera motion, started on a grid over the frame.
+    """Tracks of scene points under a camera motion, starting on a grid over the frame.
 
-    The name says what the camera does; the scene, and with it the tracks, does the opposite. A track that leaves the
+    The name describes the camera; the scene, and with it the tracks, moves the opposite way. A track that leaves the
     frame is invisible from then on, even if it returns.
 
     Args:
@@ -109,7 +109,7 @@ def camera_preset(
     Raises:
         ValueError: an unknown name, or a strength, grid or number of frames that is not positive.
     """
-    motion = _named(name, _CAMERA, "camera")
+    motion = _look_up(name, _CAMERA, "camera")
     columns, rows = grid
     if columns < 1 or rows < 1:
         raise ValueError(f"grid must have at least one column and row, got {grid}")
@@ -122,7 +122,7 @@ def camera_preset(
         for count, length in zip(grid, size, strict=True)
     )
     start = torch.cartesian_prod(y, x).flip(-1) - centre  # (N, 2), row by row
-    turn = 2 * _REACH * strength * u  # At half the shorter side from the centre, this angle or growth makes the reach.
+    turn = 2 * _REACH * strength * u  # This angle or growth gives the reach at half the shorter side from the centre.
     angle, growth = motion.roll * turn, (1 + turn) ** motion.zoom
     cos, sin = growth * torch.cos(angle), growth * torch.sin(angle)
     shift = torch.tensor(motion.shift, dtype=torch.float64) * reach * u[:, None]  # (T, 2)
@@ -135,10 +135,10 @@ def camera_preset(
 def object_preset(
     name: str, size: tuple[int, int], num_frames: int, *, start: tuple[float, float], strength: float = 1.0
 ) -> Trajectories:
-    """One track that starts at a point of the frame and stays inside it.
+    """One track that starts at a point of the frame and stays inside the frame.
 
-    A path that would leave the frame is scaled down as a whole, direction and form unchanged, and a warning says by how
-    much; from a point on the border nothing may be left of it.
+    A path that would leave the frame is scaled down as a whole, with its direction and shape unchanged, and a warning
+    states the factor. From a point on the border the path may shrink to nothing.
 
     Args:
         name: one of OBJECT_PRESETS.
@@ -150,13 +150,13 @@ def object_preset(
     Raises:
         ValueError: an unknown name, a start outside the frame, or a strength or number of frames that is not positive.
     """
-    motion = _named(name, _OBJECT, "object")
+    motion = _look_up(name, _OBJECT, "object")
     origin = torch.tensor(start, dtype=torch.float64)
     if not inside(origin, size):
         raise ValueError(f"start ({start[0]:g}, {start[1]:g}) lies outside the {size[0]}x{size[1]} frame")
     path = torch.stack(motion.path(_phase(num_frames)), dim=-1) * _reach(size, strength)  # (T, 2)
     last = (torch.tensor(size, dtype=torch.float64) - 1).maximum(origin)
-    room = torch.where(path > 0, last - origin, origin)  # (T, 2), what each offset may use up
+    room = torch.where(path > 0, last - origin, origin)  # (T, 2), distance to the border on that side
     fits = min(1.0, float((room / path.abs().clamp(min=1e-9)).min()))
     if fits < 1:
         logger.warning("%s from (%g, %g) is drawn at %.0f %% to stay in the frame", name, *start, 100 * fits)
@@ -164,7 +164,7 @@ def object_preset(
     return Trajectories(points, torch.ones(points.shape[:2], dtype=torch.bool), size)
 
 
-def _named(name: str, presets: Mapping[str, _Preset], kind: str) -> _Preset:
+def _look_up(name: str, presets: Mapping[str, _Preset], kind: str) -> _Preset:
     if name in presets:
         return presets[name]
     close = difflib.get_close_matches(name, presets)

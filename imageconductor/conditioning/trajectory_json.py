@@ -1,11 +1,10 @@
-"""Drawn tracks as they come from a person: the two JSON forms, and every check with a message that says where.
+"""Drawn tracks in the two JSON forms, and checks whose messages name the track and the point.
 
-A drawing holds control points; `trajectories.py` turns them into one point per frame.
-Tracks and points are counted from 0 in messages, as JSON tools count them.
+A file holds control points; `trajectories.py` interpolates them to one point per frame. Messages count tracks and
+points from 0, as JSON tools do.
 """
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +14,10 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from imageconductor.files import write_text
+
 PUBLISHED_SIZE = (384, 256)
-"""(W, H) of the published release, whose JSON form carries no size."""
+"""(W, H) of the published release, whose JSON form states no size."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,12 @@ class Track:
     visible: npt.NDArray[np.bool_]
 
 
-def checked_size(size: object, source: str = "size") -> tuple[int, int]:
-    """`size` as (W, H), or a ValueError that names `source`."""
+def check_size(size: object, source: str = "size") -> tuple[int, int]:
+    """`size` as (W, H).
+
+    Raises:
+        ValueError: it is not a pair of positive whole numbers; names `source`.
+    """
     values = list(cast("Sequence[Any]", size)) if isinstance(size, (list, tuple)) else []
     if len(values) != 2 or not all(
         isinstance(v, (int, np.integer)) and not isinstance(v, bool) and v > 0 for v in values
@@ -42,39 +47,41 @@ def checked_size(size: object, source: str = "size") -> tuple[int, int]:
     return int(values[0]), int(values[1])
 
 
-def checked_tracks(tracks: object, size: tuple[int, int], max_tracks: int, source: str) -> list[Track]:
-    """Control points of every track, once each of them is a finite [x, y] inside the frame.
+def check_tracks(tracks: object, size: tuple[int, int], max_tracks: int, source: str) -> list[Track]:
+    """The control points of every track, each a finite [x, y] inside the frame.
 
     Args:
         tracks: list of tracks; a track is a list of [x, y] pixels, or {"points": [[x, y], ...]} with an optional
             "visible" list of booleans. Tracks that state their visibility were measured, not drawn, and may leave
             the frame.
-        size: (W, H). A point is inside when 0 <= x < W and 0 <= y < H.
-        max_tracks: most tracks accepted.
-        source: the name that messages start with, such as the file's.
+        size: (W, H). A point is inside if 0 <= x < W and 0 <= y < H.
+        max_tracks: largest number of tracks accepted.
+        source: name at the start of messages, such as that of the file.
 
     Raises:
-        ValueError: naming source, track and point.
+        ValueError: malformed tracks; names source, track and point.
     """
     listed = _as_list(tracks)
     if listed is None:
-        raise ValueError(f"{source}: expected a list of tracks, got {_shown(tracks)}")
+        raise ValueError(f"{source}: expected a list of tracks, got {_abbreviate(tracks)}")
     if len(listed) > max_tracks:
         raise ValueError(
             f"{source}: {len(listed)} tracks, at most {max_tracks} are accepted; raise max_tracks or draw fewer"
         )
-    return [_checked_track(track, size, f"{source}: track {n}") for n, track in enumerate(listed)]
+    return [_check_track(track, size, f"{source}: track {n}") for n, track in enumerate(listed)]
 
 
-def read_drawing(path: Path, size: tuple[int, int] | None, max_tracks: int) -> tuple[list[Track], tuple[int, int]]:
-    """Tracks of a JSON file and the (W, H) they are drawn in.
+def read_trajectory_json(
+    path: Path, size: tuple[int, int] | None, max_tracks: int
+) -> tuple[list[Track], tuple[int, int]]:
+    """The tracks of a JSON file, and the (W, H) of the frame they are drawn in.
 
-    The published form is a bare list of tracks, taken to be drawn at `size`, else at 384x256. Ours is
-    {"width": W, "height": H, "tracks": [{"points": [[x, y], ...]}]}.
+    The published form is a bare list of tracks, whose frame is taken to be `size`, or 384x256 if that is None. Our form
+    is {"width": W, "height": H, "tracks": [{"points": [[x, y], ...]}]}.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: malformed content, naming file, track and point.
+        ValueError: malformed content; names file, track and point.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such trajectory file")
@@ -83,21 +90,19 @@ def read_drawing(path: Path, size: tuple[int, int] | None, max_tracks: int) -> t
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if isinstance(content, list):
-        drawn_at = checked_size(size or PUBLISHED_SIZE)
-        return checked_tracks(cast("object", content), drawn_at, max_tracks, str(path)), drawn_at
+        drawn_at = check_size(size or PUBLISHED_SIZE)
+        return check_tracks(cast("object", content), drawn_at, max_tracks, str(path)), drawn_at
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a list of tracks or an object with width, height and tracks")
     fields = cast("dict[str, Any]", content)
     if missing := [key for key in ("width", "height", "tracks") if key not in fields]:
         raise ValueError(f"{path}: lacks {', '.join(missing)}")
-    drawn_at = checked_size((fields["width"], fields["height"]), str(path))
-    return checked_tracks(fields["tracks"], drawn_at, max_tracks, str(path)), drawn_at
+    drawn_at = check_size((fields["width"], fields["height"]), str(path))
+    return check_tracks(fields["tracks"], drawn_at, max_tracks, str(path)), drawn_at
 
 
-def write_drawing(path: Path, tracks: Sequence[Track], size: tuple[int, int]) -> None:
-    """Write our JSON form; a reader never sees half a file.
-
-    "visible" is written only for tracks that hide or leave the frame somewhere.
+def write_trajectory_json(path: Path, tracks: Sequence[Track], size: tuple[int, int]) -> None:
+    """Writes our JSON form atomically, with "visible" only for tracks that are hidden or outside the frame somewhere.
 
     Raises:
         ValueError: a point is not finite.
@@ -111,39 +116,34 @@ def write_drawing(path: Path, tracks: Sequence[Track], size: tuple[int, int]) ->
         if not (track.visible.all() and inside.all()):
             entry["visible"] = track.visible.tolist()
         entries.append(entry)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps({"width": size[0], "height": size[1], "tracks": entries}), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, json.dumps({"width": size[0], "height": size[1], "tracks": entries}))
 
 
-def _checked_track(track: object, size: tuple[int, int], where: str) -> Track:
+def _check_track(track: object, size: tuple[int, int], where: str) -> Track:
     flags: object = None
     if isinstance(track, dict):
         fields = cast("dict[str, Any]", track)
         track, flags = fields.get("points"), fields.get("visible")
     points = _as_list(track)
     if points is None:
-        raise ValueError(f"{where} must be a list of [x, y] points, got {_shown(track)}")
+        raise ValueError(f"{where} must be a list of [x, y] points, got {_abbreviate(track)}")
     if not points:
         raise ValueError(f"{where} has no points; a track needs at least one")
     frame = size if flags is None else None
-    controls = [_checked_point(point, frame, f"{where}, point {k}") for k, point in enumerate(points)]
+    controls = [_check_point(point, frame, f"{where}, point {k}") for k, point in enumerate(points)]
     visible = [True] * len(points) if flags is None else _as_list(flags)
     if visible is None or len(visible) != len(points) or not all(isinstance(v, (bool, np.bool_)) for v in visible):
-        raise ValueError(f"{where}: visible must be a list of {len(points)} booleans, got {_shown(flags)}")
+        raise ValueError(f"{where}: visible must be a list of {len(points)} booleans, got {_abbreviate(flags)}")
     return Track(np.asarray(controls, np.float64), np.asarray(visible, np.bool_))
 
 
-def _checked_point(point: object, size: tuple[int, int] | None, where: str) -> list[float]:
+def _check_point(point: object, size: tuple[int, int] | None, where: str) -> list[float]:
     values = _as_list(point)
     if values is None or len(values) != 2 or not all(_is_number(v) for v in values):
-        raise ValueError(f"{where} must be [x, y], two numbers, got {_shown(point)}")
-    # The bound also catches whole numbers too long for a float; a NaN fails every comparison.
+        raise ValueError(f"{where} must be [x, y], two numbers, got {_abbreviate(point)}")
+    # The bound also excludes integers too large for a float, and NaN, which fails every comparison.
     if not all(abs(v) <= sys.float_info.max for v in values):
-        raise ValueError(f"{where} must be finite, got {_shown(point)}")
+        raise ValueError(f"{where} must be finite, got {_abbreviate(point)}")
     x, y = float(values[0]), float(values[1])
     if size is not None and not (0 <= x < size[0] and 0 <= y < size[1]):
         raise ValueError(
@@ -161,6 +161,6 @@ def _as_list(value: object) -> list[Any] | None:
     return list(cast("Sequence[Any]", value)) if isinstance(value, (list, tuple, np.ndarray)) else None
 
 
-def _shown(value: object) -> str:
+def _abbreviate(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

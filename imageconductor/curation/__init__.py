@@ -1,1 +1,1 @@
-"""Raw video -> shards of clips with tracks (section 2.2)."""
+"""Curation: from raw video to shards of clips with tracks (section 2.2)."""

@@ -16,13 +16,13 @@ _MAX_WORDS = 30
 
 
 def describe(clips: Sequence[NDArray[np.uint8]], config: CurateConfig) -> list[str]:
-    """Of each clip (T, H, W, 3), descriptions of `caption_frames` evenly spaced frames, each once, joined by commas.
+    """Captions of clips (T, H, W, 3): the descriptions of `caption_frames` evenly spaced frames, joined by commas.
 
-    The frames of all clips are described together.
+    A description that several frames share appears once. The frames of all clips form one batch.
     """
     if not clips:
         return []
-    processor, network, device = blip2(config.blip2, config.device)
+    processor, network, device = load_blip2(config.blip2, config.device)
     pictures = []
     for clip in clips:
         chosen = np.linspace(0, len(clip) - 1, config.caption_frames + 2).round().astype(int)[1:-1]
@@ -30,13 +30,17 @@ def describe(clips: Sequence[NDArray[np.uint8]], config: CurateConfig) -> list[s
     inputs = processor(images=pictures, return_tensors="pt")
     tokens = network.generate(**inputs.to(device, network.dtype), max_new_tokens=_MAX_WORDS, do_sample=False)
     texts = [" ".join(text.split()) for text in processor.batch_decode(tokens, skip_special_tokens=True)]
-    of_clips = (texts[i : i + config.caption_frames] for i in range(0, len(texts), config.caption_frames))
-    return [", ".join(dict.fromkeys(text for text in own if text)) for own in of_clips]
+    by_clip = (texts[i : i + config.caption_frames] for i in range(0, len(texts), config.caption_frames))
+    return [", ".join(dict.fromkeys(text for text in own if text)) for own in by_clip]
 
 
 @lru_cache(maxsize=1)
-def blip2(name: str, device: str | None) -> tuple[Any, Any, str]:
-    """Processor and network, loaded once a process, and their device."""
+def load_blip2(name: str, device: str | None) -> tuple[Any, Any, str]:
+    """BLIP-2's processor and network, loaded once per process, and their device.
+
+    Raises:
+        ValueError: The folder or hub name `name` holds no BLIP-2.
+    """
     import torch
     from transformers import Blip2ForConditionalGeneration, Blip2Processor
 

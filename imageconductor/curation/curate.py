@@ -1,12 +1,12 @@
-"""The curation of a whole data set: three passes over chunks of sources, then the index and the report.
+"""The curation of a data set: three passes over chunks of sources, then the index and the report.
 
     scan      footage -> the frames of each clip, encoded      work/scanned/000000.tar
     score     clip -> motion score                             work/scores/000000.json
-              all scores -> what moves least                   work/threshold.json
+              all scores -> threshold of the motion filter     work/threshold.json
     annotate  clip -> tracks, caption, shard                   clips-000000.tar, work/rows/000000.jsonl
 
-Every file appears whole and is a function of (sources, settings) alone, so that a run that was killed goes on with the
-chunks that are missing and ends with the same bytes as one that was not.
+Every file is written atomically and depends on the sources and settings alone. A run that was killed therefore
+continues with the missing chunks and ends with the same bytes as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from tqdm.auto import tqdm
 
 from imageconductor import config as config_file
 from imageconductor.curation import executors
-from imageconductor.curation.curate_config import RUNNING, CurateConfig
+from imageconductor.curation.curate_config import EXECUTION_FIELDS, CurateConfig
 from imageconductor.curation.executors import Failure, Workers
-from imageconductor.curation.motion_score import least_moving
+from imageconductor.curation.motion_score import motion_threshold
 from imageconductor.curation.passes import Annotate, Scan, Score
-from imageconductor.curation.run_folder import Run, whole
+from imageconductor.curation.run_folder import Run
 from imageconductor.curation.sources import Source, find_sources
+from imageconductor.files import atomic_path, remove_partial, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -55,49 +56,44 @@ SCHEMA = pa.schema(
         ("interval", pa.int32()),
         *((name, pa.float64()) for name in ("fps", "motion_score")),
         *((name, pa.string()) for name in ("tracker", "tracker_version")),
-        *((name, pa.float64()) for name in ("track_length_px", "tracked")),
+        *((name, pa.float64()) for name in ("track_length_px", "tracked_fraction")),
     ]
 )
-"""Of the index, whose columns are the fields of `Row`."""
+"""Schema of the index, whose columns are the fields of `Row`."""
 
-_ROWS_TOGETHER = 50_000
+_ROWS_PER_GROUP = 50_000
 
 
 def curate(config: CurateConfig) -> Counter[str]:
-    """Turns footage into shards, an index and a report; goes on where an interrupted run of the same settings was.
+    """Turns footage into shards, an index and a report; continues an interrupted run of the same settings.
 
     Returns:
-        How many were "accepted", and rejected for each reason.
+        Number of sources that were "accepted", and that were rejected for each reason.
 
     Raises:
-        FileNotFoundError: There is no input.
-        ValueError: The settings, the input or the output folder cannot be used; nothing is written then.
+        FileNotFoundError: The input is missing or empty.
+        ValueError: The settings, the input or the output folder cannot be used; nothing has been written then.
     """
-    config = _resolved(config)
+    config = _resolve_paths(config)
     sources = find_sources(config)
     run = Run(config, Path(config.output).absolute())
-    digest = _digest(sources)
+    digest = _hash_sources(sources)
     _check_folder(run, digest)
     if not run.index.exists():
         _check_models(run)
-    with _begun(run, sources, digest):
+    with _lock_output(run, sources, digest):
         if not run.index.exists():
-            _pass("scan", Scan(run), run)
-            _pass("score", Score(run), run)
-            _pass("annotate", Annotate(run, _threshold(run)), run)
-            _finish(run)
+            _run_pass("scan", Scan(run), run)
+            _run_pass("score", Score(run), run)
+            _run_pass("annotate", Annotate(run, _find_threshold(run)), run)
+            _write_results(run)
         shutil.rmtree(run.work, ignore_errors=True)
-        return summary(run.index)
+        table = pq.read_table(run.index, columns=["accepted", "reason"])
+        return Counter("accepted" if row["accepted"] else row["reason"] for row in table.to_pylist())
 
 
-def summary(index: Path) -> Counter[str]:
-    """Clips by what became of them."""
-    table = pq.read_table(index, columns=["accepted", "reason"])
-    return Counter("accepted" if row["accepted"] else row["reason"] for row in table.to_pylist())
-
-
-def _digest(sources: Sequence[Source]) -> str:
-    """Of all that the result depends on but the footage itself, which may move."""
+def _hash_sources(sources: Sequence[Source]) -> str:
+    """SHA-256 of all properties of the sources that affect the result; paths do not, so footage may move."""
     digest = hashlib.sha256()
     for source in sources:
         known = (source.id, source.caption, source.camera_only, source.start_s, source.end_s)
@@ -106,27 +102,37 @@ def _digest(sources: Sequence[Source]) -> str:
 
 
 def _check_folder(run: Run, digest: str) -> None:
-    """Refuses an output folder that was begun with other settings or sources, or that is not ours."""
-    settings, mark = run.settings, run.mark
-    if run.output.exists() and not mark.exists() and any(run.output.iterdir()):
-        raise ValueError(f"output={run.output}: holds other files; name a folder that is new or empty")
-    if mark.exists() and settings.exists():
-        before = config_file.load(CurateConfig, settings)
-        for field in dataclasses.fields(CurateConfig):
-            old, new = getattr(before, field.name), getattr(run.config, field.name)
-            if field.name not in (*RUNNING, "input", "output", "videos") and old != new:
-                raise ValueError(
-                    f"output={run.output}: was begun with {field.name}={old}, not {new}; name another folder"
-                )
-        if mark.read_text() not in ("", digest):
-            raise ValueError(f"output={run.output}: was begun with other sources than input={run.config.input} has now")
+    """Refuses an output folder that was begun with other settings or sources, or that holds other files.
+
+    Raises:
+        ValueError: The folder is refused.
+    """
+    place = f"output={run.output}"
+    if not run.source_digest.exists():
+        if run.output.exists() and any(run.output.iterdir()):
+            raise ValueError(f"{place}: holds other files; name a folder that is new or empty")
+        return
+    if not run.settings.exists():
+        return
+    try:
+        before = config_file.load(CurateConfig, run.settings)
+    except ValueError as error:
+        raise ValueError(
+            f"{place}: was begun with an earlier version whose settings have other names; name another folder ({error})"
+        ) from error
+    for field in dataclasses.fields(CurateConfig):
+        old, new = getattr(before, field.name), getattr(run.config, field.name)
+        if field.name not in (*EXECUTION_FIELDS, "input", "output", "videos") and old != new:
+            raise ValueError(f"{place}: was begun with {field.name}={old}, not {new}; name another folder")
+    if run.source_digest.read_text() not in ("", digest):
+        raise ValueError(f"{place}: was begun with other sources than input={run.config.input} has now")
 
 
 @contextmanager
-def _begun(run: Run, sources: Sequence[Source], digest: str) -> Iterator[None]:
-    """Holds the output folder alone and prepares it."""
+def _lock_output(run: Run, sources: Sequence[Source], digest: str) -> Iterator[None]:
+    """Locks the output folder, so that no other process curates into it, and prepares it."""
     run.output.mkdir(parents=True, exist_ok=True)
-    with run.mark.open("a") as lock:
+    with run.source_digest.open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -135,35 +141,35 @@ def _begun(run: Run, sources: Sequence[Source], digest: str) -> Iterator[None]:
         if not run.index.exists():
             for folder in ("scanned", "scores", "rows"):
                 (run.work / folder).mkdir(parents=True, exist_ok=True)
-            for left in [*run.output.glob(".*.tmp"), *run.work.rglob(".*.tmp")]:
-                left.unlink()
+            remove_partial(run.output)
             run.write_sources(sources)
-        run.mark.write_text(digest)
+        run.source_digest.write_text(digest)
         yield
 
 
-def _pass(name: str, chunks: Scan | Score | Annotate, run: Run) -> None:
-    """One pass over the chunks that are not done, with a progress bar."""
-    sizes = [chunks.num_clips(chunk) for chunk in range(run.num_chunks)]
-    todo = [chunk for chunk in range(run.num_chunks) if not chunks.is_done(chunk)]
-    left = sum(sizes[chunk] for chunk in todo)
+def _run_pass(name: str, chunk_pass: Scan | Score | Annotate, run: Run) -> None:
+    """Runs a pass over its missing chunks, with a progress bar."""
+    sizes = [chunk_pass.num_clips(chunk) for chunk in range(run.num_chunks)]
+    todo = [chunk for chunk in range(run.num_chunks) if not chunk_pass.is_done(chunk)]
+    remaining = sum(sizes[chunk] for chunk in todo)
     counts: Counter[str] = Counter()
     lock = threading.Lock()
-    with tqdm(total=sum(sizes), initial=sum(sizes) - left, desc=f"{name:>8}", unit="clip", dynamic_ncols=True) as bar:
+    done = sum(sizes) - remaining
+    with tqdm(total=sum(sizes), initial=done, desc=f"{name:>8}", unit="clip", dynamic_ncols=True) as bar:
 
-        def tick(what: str) -> None:
+        def tick(outcome: str) -> None:
             with lock:
-                counts[what] += 1
+                counts[outcome] += 1
                 bar.update()
                 shown = {key: counts[key] for key in ("accepted", "rejected", "failed") if counts[key]}
                 bar.set_postfix(shown, refresh=False)
 
         if todo:
-            executors.run(chunks, todo, tick)
+            executors.run(chunk_pass, todo, tick)
 
 
-def _threshold(run: Run) -> tuple[float, str] | None:
-    """The highest (score, key) that is dropped, over the whole data set."""
+def _find_threshold(run: Run) -> tuple[float, str] | None:
+    """The highest (score, key) that is dropped, over the whole data set; None if no clip is."""
     if not run.threshold.exists():
         scores: list[NDArray[np.float64]] = []
         keys: list[NDArray[np.bytes_]] = []
@@ -172,44 +178,45 @@ def _threshold(run: Run) -> tuple[float, str] | None:
             kept = {key: value for key, value in found.items() if not isinstance(value, dict)}
             scores.append(np.array(list(kept.values()), np.float64))
             keys.append(np.array(list(kept), "S16"))
-        with whole(run.threshold) as file:
-            lowest = least_moving(np.concatenate(scores), np.concatenate(keys), run.config.drop_fraction)
-            file.write(json.dumps(lowest).encode())
+        threshold = motion_threshold(np.concatenate(scores), np.concatenate(keys), run.config.drop_fraction)
+        write_text(run.threshold, json.dumps(threshold))
     found = json.loads(run.threshold.read_text())
     return None if found is None else (found[0], found[1])
 
 
-def _finish(run: Run) -> None:
-    """The report, then the index, which says that all is there."""
-    from imageconductor.curation.curation_report import write_report
+def _write_results(run: Run) -> None:
+    """Writes the report, then the index, whose presence marks a finished run."""
+    from imageconductor.curation.curation_report import render_report
 
-    table = run.output / ".index.parquet.tmp"
-    waiting: list[dict[str, Any]] = []
-    with pq.ParquetWriter(table, SCHEMA) as writer:
-        for chunk in range(run.num_chunks):
-            waiting += [json.loads(line) for line in run.rows(chunk).read_text().splitlines()]
-            if len(waiting) >= _ROWS_TOGETHER or chunk == run.num_chunks - 1:
-                writer.write_table(pa.Table.from_pylist(waiting, schema=SCHEMA))
-                waiting.clear()
-    with whole(run.output / "report.html") as file:
-        file.write(write_report(table, run).encode())
-    table.rename(run.index)
+    with atomic_path(run.index) as index:
+        group: list[dict[str, Any]] = []
+        with pq.ParquetWriter(index, SCHEMA) as writer:
+            for chunk in range(run.num_chunks):
+                group += [json.loads(line) for line in run.rows(chunk).read_text().splitlines()]
+                if len(group) >= _ROWS_PER_GROUP or chunk == run.num_chunks - 1:
+                    writer.write_table(pa.Table.from_pylist(group, schema=SCHEMA))
+                    group.clear()
+        write_text(run.output / "report.html", render_report(index, run))
 
 
 def _check_models(run: Run) -> None:
-    """Loads, in a process of their own, the networks that the settings ask for, before anything depends on them."""
+    """Loads the networks that the settings name, in a process of their own, to find mistakes before any work is done.
+
+    Raises:
+        ValueError: A network cannot be loaded.
+    """
     if run.config.tracker == "cotracker":
         logger.warning("CoTracker's weights are CC-BY-NC: clips that it annotates are not for commercial use")
-    for chunks in (Score(run), Annotate(run, None)):
-        if chunks.uses_networks:
+    for chunk_pass in (Score(run), Annotate(run, None)):
+        if chunk_pass.uses_networks:
             with Workers(1, 3600.0) as workers:
-                for result in workers.map(chunks.prepare, [()]):
+                for result in workers.map(chunk_pass.prepare, [()]):
                     if isinstance(result, Failure):
                         raise ValueError(result.detail)
 
 
-def _resolved(config: CurateConfig) -> CurateConfig:
-    """With absolute paths: a cluster's processes start elsewhere."""
+def _resolve_paths(config: CurateConfig) -> CurateConfig:
+    """The settings with absolute paths, since a cluster's processes start in another folder."""
     local = {name: getattr(config, name) for name in ("cotracker", "blip2")}
     local = {name: path for name, path in local.items() if Path(path).exists()}
     files = {name: getattr(config, name) for name in ("input", "output", "videos", "raft_weights")} | local

@@ -3,55 +3,55 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 @dataclass
 class CurateConfig:
-    """From raw video to annotated shards."""
+    """Settings of one curation, from raw video to annotated shards."""
 
-    input: str  # folder of videos; CSV of id, caption, path; or RealEstate10K folder
+    RENAMED: ClassVar[dict[str, str]] = {"drop_share": "drop_fraction", "min_tracked": "min_tracked_fraction"}
+
+    input: str  # folder of videos, CSV file of id, caption and path, or RealEstate10K folder
     output: str  # folder of the shards, the index and the report; an unfinished one is continued
-    source: Literal["folder", "csv", "realestate10k"] = "folder"
-    videos: str | None = (
-        None  # where the CSV's paths, or RealEstate10K's videos or frames, lie; None = beside the input
-    )
-    camera_only: bool = False  # nothing moves but the camera; RealEstate10K always
+    source: Literal["folder", "csv", "realestate10k"] = "folder"  # kind of `input`
+    videos: str | None = None  # folder of the footage that a CSV or RealEstate10K refers to; null = beside `input`
+    camera_only: bool = False  # marks all clips as showing camera motion only; RealEstate10K's always are
     # Clips
-    size: tuple[int, int] = (384, 256)  # (W, H); section 2.2
-    num_frames: int = 32  # section 2.2
-    max_interval: int = 16  # frames of the source between two of a clip, drawn from 1..this; section 2.2
-    cut_detector: Literal["adaptive", "content"] = "adaptive"  # PySceneDetect's
-    cut_threshold: float | None = None  # None = the detector's own, 3 or 27; less finds more cuts
-    max_scan_s: float = 600.0  # only so much of a source is looked at, from its start
-    min_side_px: int = 64  # footage with a shorter side is rejected; it would have to be blown up
-    max_side_px: int = 8192  # a longer side is rejected, so that memory stays bounded
+    size: tuple[int, int] = (384, 256)  # (W, H) of the clips in pixels; section 2.2
+    num_frames: int = 32  # frames per clip; section 2.2
+    max_interval: int = 16  # the spacing of a clip's frames is drawn from 1..this many source frames; section 2.2
+    cut_detector: Literal["adaptive", "content"] = "adaptive"  # PySceneDetect's detector
+    cut_threshold: float | None = None  # a lower one finds more cuts; null = 3 for adaptive, 27 for content
+    max_scan_s: float = 600.0  # seconds of each source that are read, from its start
+    min_side_px: int = 64  # footage whose shorter side is below this is rejected, for it would be enlarged too much
+    max_side_px: int = 8192  # footage whose longer side exceeds this is rejected, which bounds the memory
     # Motion
-    flow: Literal["dis", "raft"] = "dis"  # raft: needs torchvision and `raft_weights`
-    raft_weights: str | None = None  # torchvision's raft_large state dict
-    raft_batch: int = 8  # pairs of frames that RAFT takes at a time, of one clip or several
-    drop_fraction: float = 0.25  # of the data set, the clips that move least; section 2.2
-    min_motion: float = 10.0  # a lower motion score is a still picture (10 = 0.03 px a frame at 384x256)
+    flow: Literal["dis", "raft"] = "dis"  # optical flow of the motion score; raft needs torchvision and `raft_weights`
+    raft_weights: str | None = None  # file of torchvision's raft_large state dict
+    raft_batch: int = 8  # pairs of frames per RAFT evaluation, from one clip or several
+    drop_fraction: float = 0.25  # fraction of all clips, those with the least motion, that is dropped; section 2.2
+    min_motion: float = 10.0  # clips with a lower motion score are still (10 = 0.03 px a frame at 384x256)
     # Tracks
-    tracker: Literal["lucas_kanade", "cotracker"] = "lucas_kanade"
+    tracker: Literal["lucas_kanade", "cotracker"] = "lucas_kanade"  # lucas_kanade needs no weights
     cotracker: str = "facebookresearch/co-tracker"  # torch.hub repository, or a local clone of it
-    cotracker_model: str = "cotracker3_offline"  # its weights are CC-BY-NC
-    grid: int = 16  # points a side; section 2.2
-    min_tracked: float = 0.1  # clips whose tracks are visible less than this on average are rejected
-    # Captions where the source has none
-    captioner: Literal["none", "blip2"] = "none"
-    blip2: str = "Salesforce/blip2-opt-2.7b"  # folder or hub name
-    caption_frames: int = 3  # frames described, evenly spaced; their descriptions are joined
+    cotracker_model: str = "cotracker3_offline"  # entry point of the repository; the weights are CC-BY-NC
+    grid: int = 16  # tracked points along each side of the first frame; section 2.2
+    min_tracked_fraction: float = 0.1  # clips whose tracks are visible in a smaller fraction of frames are rejected
+    # Captions of sources that have none
+    captioner: Literal["none", "blip2"] = "none"  # none leaves the caption empty
+    blip2: str = "Salesforce/blip2-opt-2.7b"  # folder or hub name of BLIP-2
+    caption_frames: int = 3  # evenly spaced frames that BLIP-2 describes; the descriptions are joined
     # Running
-    seed: int = 0
-    clips_per_shard: int = 64  # sources a shard is made of; what is rejected leaves it smaller
-    executor: Literal["local", "ray"] = "local"
-    workers: int = 0  # processes; 0 = one a core, one a GPU where networks are used, all there is on a cluster
-    ray_address: str | None = None  # of a running cluster; None = start one here
-    gpus_per_worker: float = 0.0  # ray: for RAFT, CoTracker and BLIP-2; a fraction shares a GPU
-    device: str | None = None  # of these three; None = cuda where there is one
-    batch_size: int = 4  # clips that these three take at a time; what needs no network takes one
-    time_limit_s: float = 1200.0  # for one clip in one step; what takes longer, twice, is rejected
+    seed: int = 0  # seed of the random choice of frames in each source
+    clips_per_shard: int = 64  # sources per shard; rejected ones leave it smaller
+    executor: Literal["local", "ray"] = "local"  # processes of this machine, or Ray's
+    workers: int = 0  # processes; 0 = one per core, one per GPU for networks, and the whole cluster with `ray_address`
+    ray_address: str | None = None  # address of a running cluster; null = a local one is started
+    gpus_per_worker: float = 0.0  # GPUs that each Ray process with networks reserves; below 1 they share one
+    device: str | None = None  # device of RAFT, CoTracker and BLIP-2; null = cuda if available
+    batch_size: int = 4  # clips per call of RAFT, CoTracker and BLIP-2; passes without networks take one
+    time_limit_s: float = 1200.0  # seconds for one clip in one pass; a clip that exceeds it twice is rejected
 
     def __post_init__(self) -> None:
         for name in (
@@ -69,7 +69,7 @@ class CurateConfig:
             raise ValueError(f"num_frames must be at least 2, got {self.num_frames}")
         if min(self.size) < 16 or any(side % 2 for side in self.size):
             raise ValueError(f"size must be two even numbers from 16 on, got {self.size}")
-        for name in ("drop_fraction", "min_tracked"):
+        for name in ("drop_fraction", "min_tracked_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         for name in ("workers", "gpus_per_worker", "min_motion"):
@@ -82,5 +82,5 @@ class CurateConfig:
             raise ValueError("flow=raft needs raft_weights=FILE, torchvision's raft_large state dict")
 
 
-RUNNING = ("executor", "workers", "ray_address", "gpus_per_worker", "time_limit_s", "raft_batch", "batch_size")
-"""Settings that say how the work is done, not what comes out; they may change when a run is continued."""
+EXECUTION_FIELDS = ("executor", "workers", "ray_address", "gpus_per_worker", "time_limit_s", "raft_batch", "batch_size")
+"""Settings that change how a curation runs but not its result; they may differ when a run is continued."""

@@ -1,4 +1,4 @@
-"""The report: one self-contained page to look at the result of a curation."""
+"""The report of a curation: one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from imageconductor.curation.footage import decode_mp4
 from imageconductor.curation.steps import grid_points
 from imageconductor.data.trackers import LucasKanadeTracker
 
-pc: Any = pyarrow.compute  # Its functions are made at run time.
+pc: Any = pyarrow.compute  # Its functions are generated at import, which type checkers do not see.
 
 if TYPE_CHECKING:
     from imageconductor.curation.run_folder import Run
 
-_SHOWN = 12  # clips of each kind
-_FRAMES = 4  # of each clip
+_NUM_EXAMPLES = 12  # clips per gallery
+_FRAMES_PER_EXAMPLE = 4
+_TRAIL_FRAMES = 8  # length of the path drawn behind a point
 _COLUMNS = ["key", "source", "caption", "accepted", "shard", "reason", "detail", "interval", "motion_score"]
-_COLUMNS += ["track_length_px", "tracked", "camera_only"]
+_COLUMNS += ["track_length_px", "tracked_fraction", "camera_only"]
 _BINS = 24
 
 
-def write_report(index: Path, run: Run) -> str:
-    """HTML with counts, histograms and pictures of accepted and of dropped clips.
+def render_report(index: Path, run: Run) -> str:
+    """HTML page with counts, histograms and pictures of accepted and of dropped clips.
 
     Args:
         index: Parquet file of the rows.
-        run: Whose shards, and clips before they were dropped, are read.
+        run: The curation; its shards and its clips before the motion filter are read.
     """
     table = pq.read_table(index, columns=_COLUMNS)
     table = table.append_column("chunk", pa.array(np.arange(len(table)) // run.config.clips_per_shard))
@@ -54,11 +55,11 @@ def write_report(index: Path, run: Run) -> str:
     charts = [
         (
             "Motion score (root of the sum of squared flow, px)",
-            histogram(_values(table, "motion_score"), pc.max(slow).as_py()),
+            _draw_histogram(_values(table, "motion_score"), pc.max(slow).as_py()),
         ),
-        ("Interval between frames", histogram(_values(table, "interval"))),
-        ("Track length in accepted clips (px)", histogram(_values(accepted, "track_length_px"))),
-        ("Share of points tracked in accepted clips", histogram(_values(accepted, "tracked"))),
+        ("Interval between frames", _draw_histogram(_values(table, "interval"))),
+        ("Track length in accepted clips (px)", _draw_histogram(_values(accepted, "track_length_px"))),
+        ("Tracked fraction of accepted clips", _draw_histogram(_values(accepted, "tracked_fraction"))),
     ]
     return (
         Environment(autoescape=True)
@@ -72,8 +73,8 @@ def write_report(index: Path, run: Run) -> str:
             examples=examples,
             charts=charts,
             galleries=[
-                ("Accepted", [_accepted(row, run) for row in _spread(accepted)]),
-                ("Dropped", [_dropped(row, run) for row in _spread(dropped)]),
+                ("Accepted", [_accepted_figure(row, run) for row in _choose_examples(accepted)]),
+                ("Dropped", [_dropped_figure(row, run) for row in _choose_examples(dropped)]),
             ],
             settings=(run.output / "config.yaml").read_text(),
         )
@@ -84,8 +85,8 @@ def _values(table: pa.Table, column: str) -> NDArray[np.float64]:
     return table[column].drop_null().to_numpy().astype(np.float64)
 
 
-def histogram(values: NDArray[np.float64], mark: float | None = None) -> str:
-    """An SVG of how often values occur, with a line at `mark`; values beyond the 99th percentile join the last bar."""
+def _draw_histogram(values: NDArray[np.float64], mark: float | None = None) -> str:
+    """An SVG histogram with a line at `mark`; values beyond the 99th percentile are counted in the last bin."""
     if not len(values):
         return "<p>none</p>"
     low, high = float(values.min()), float(np.quantile(values, 0.99))
@@ -112,29 +113,30 @@ def histogram(values: NDArray[np.float64], mark: float | None = None) -> str:
     return f'<svg viewBox="0 0 {width} {height + 20}">{"".join(shapes)}{axis}</svg>'
 
 
-def _spread(clips: pa.Table) -> list[dict[str, Any]]:
-    """A few rows, from the least to the most moving."""
+def _choose_examples(clips: pa.Table) -> list[dict[str, Any]]:
+    """A few rows with motion scores evenly spaced in rank, lowest first."""
     ranked = pc.sort_indices(clips, sort_keys=[("motion_score", "ascending"), ("key", "ascending")]).to_numpy()
-    chosen = np.unique(np.linspace(0, len(ranked) - 1, min(_SHOWN, len(ranked))).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(ranked) - 1, min(_NUM_EXAMPLES, len(ranked))).round().astype(int))
     return clips.take(ranked[chosen]).to_pylist() if len(ranked) else []
 
 
-def _accepted(row: dict[str, Any], run: Run) -> dict[str, str]:
+def _accepted_figure(row: dict[str, Any], run: Run) -> dict[str, str]:
     with tarfile.open(run.output / row["shard"]) as tar:
-        mp4, tracks = (_member(tar, f"{row['key']}.{ending}") for ending in ("mp4", "tracks.npz"))
+        mp4, tracks = (_read_member(tar, f"{row['key']}.{ending}") for ending in ("mp4", "tracks.npz"))
     with np.load(io.BytesIO(tracks)) as arrays:
-        picture = _strip(decode_mp4(mp4), arrays["points"].astype(np.float32), arrays["visible"])
+        picture = _draw_strip(decode_mp4(mp4), arrays["points"].astype(np.float32), arrays["visible"])
     return _figure(row, picture, f"{row['caption'] or 'no caption'}")
 
 
-def _dropped(row: dict[str, Any], run: Run) -> dict[str, str]:
-    with tarfile.open(run.scanned(row["chunk"])) as tar:
-        clip = decode_mp4(_member(tar, f"{row['key']}.mp4"))
+def _dropped_figure(row: dict[str, Any], run: Run) -> dict[str, str]:
+    with tarfile.open(run.scanned_clips(row["chunk"])) as tar:
+        clip = decode_mp4(_read_member(tar, f"{row['key']}.mp4"))
     tracks = LucasKanadeTracker().track(clip, grid_points((clip.shape[2], clip.shape[1]), run.config.grid))
-    return _figure(row, _strip(clip, *tracks), f"{row['reason']}: {row['detail']}")
+    return _figure(row, _draw_strip(clip, *tracks), f"{row['reason']}: {row['detail']}")
 
 
 def _figure(row: dict[str, Any], picture: NDArray[np.uint8], text: str) -> dict[str, str]:
+    """The template's fields for one picture."""
     _, content = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 80])
     facts = f"motion {row['motion_score']:.0f}, every {row['interval']}"
     return {
@@ -145,28 +147,28 @@ def _figure(row: dict[str, Any], picture: NDArray[np.uint8], text: str) -> dict[
     }
 
 
-def _strip(clip: NDArray[np.uint8], points: NDArray[np.floating], visible: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """A few frames side by side, each with the way that its points came."""
-    numbers = np.linspace(0, len(clip) - 1, _FRAMES).round().astype(int)
+def _draw_strip(clip: NDArray[np.uint8], points: NDArray[np.floating], visible: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """A few frames side by side, each with the recent paths of every second point of the grid."""
+    numbers = np.linspace(0, len(clip) - 1, _FRAMES_PER_EXAMPLE).round().astype(int)
     pictures = []
     for number in numbers:
         picture = clip[number].copy()
         side = int(np.sqrt(len(points)))
         for track in (n for n in range(len(points)) if n % side % 2 == 0 and n // side % 2 == 0):
-            _draw(picture, points[track, : number + 1], visible[track, : number + 1])
+            _draw_track(picture, points[track, : number + 1], visible[track, : number + 1])
         pictures.append(picture)
     return np.concatenate(pictures, axis=1)
 
 
-def _draw(picture: NDArray[np.uint8], points: NDArray[np.floating], visible: NDArray[np.bool_]) -> None:
+def _draw_track(picture: NDArray[np.uint8], points: NDArray[np.floating], visible: NDArray[np.bool_]) -> None:
     if not visible[-1]:
         return
-    path = np.round(points[max(0, len(points) - 8) :]).astype(np.int32)
+    path = np.round(points[-_TRAIL_FRAMES:]).astype(np.int32)
     cv2.polylines(picture, [path], False, (255, 210, 60), 1, cv2.LINE_AA)
     cv2.circle(picture, path[-1].tolist(), 2, (255, 70, 70), -1, cv2.LINE_AA)
 
 
-def _member(tar: tarfile.TarFile, name: str) -> bytes:
+def _read_member(tar: tarfile.TarFile, name: str) -> bytes:
     file = tar.extractfile(name)
     if file is None:
         raise FileNotFoundError(name)
@@ -189,8 +191,8 @@ figure { margin: 0 } figure img { width: 100%; display: block; border-radius: 4p
 figcaption { overflow-wrap: anywhere } pre { background: #f6f6f6; padding: 1rem; overflow: auto; font-size: .8rem }
 </style>
 <h1>{{ accepted }} of {{ total }} sources became clips</h1>
-<p>{{ camera_only }} of them show camera motion only; {{ uncaptioned }} have no caption.</p>
-<h2>What became of them</h2>
+<p>{{ camera_only }} of the clips show camera motion only; {{ uncaptioned }} have no caption.</p>
+<h2>Outcomes</h2>
 <table>
 {% for reason, count in reasons %}<tr class="{{ 'accepted' if reason == 'accepted' else '' }}">
 <td>{{ reason }}</td><td class="number">{{ count }}</td>

@@ -1,4 +1,4 @@
-"""Cuts, the longest scene between them, and the frames of it that become a clip."""
+"""Finds the cuts of footage, the longest scene, and the frames of it that become a clip."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from imageconductor.curation.curate_config import CurateConfig
 from imageconductor.curation.footage import Picture, Rejected
 
 _MIN_SCENE_FRAMES = 2
-_RATE = 25.0  # Detectors count frames; a rate is only asked for.
+_RATE = 25.0  # PySceneDetect demands a frame rate; its detectors use frame numbers alone.
 
 
 class Scene(NamedTuple):
-    """Frames first..last of the footage, both included."""
+    """Frames first..last of the footage, both inclusive."""
 
     first: int
     last: int
 
     @property
     def num_frames(self) -> int:
-        """How many they are."""
+        """Number of frames."""
         return self.last - self.first + 1
 
 
 def find_scenes(pictures: Iterable[Picture], config: CurateConfig) -> list[Scene]:
-    """The stretches between cuts, found by PySceneDetect.
+    """The scenes between the cuts that PySceneDetect finds.
 
     Args:
-        pictures: All frames, small: (H, W, 3) RGB.
+        pictures: All frames, reduced in size: (H, W, 3) RGB.
         config: `cut_detector` and `cut_threshold` are used.
     """
     from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode
@@ -51,23 +51,24 @@ def find_scenes(pictures: Iterable[Picture], config: CurateConfig) -> list[Scene
     return [Scene(first, after - 1) for first, after in zip(starts, [*starts[1:], count], strict=True)]
 
 
-def longest(scenes: Sequence[Scene]) -> Scene:
-    """The longest consistent scene (section 2.2), the first of several."""
+def find_longest(scenes: Sequence[Scene]) -> Scene:
+    """The longest scene (section 2.2); of equally long ones, the first."""
     return max(scenes, key=lambda scene: scene.num_frames)
 
 
 def choose_frames(times: Sequence[float], config: CurateConfig, random: np.random.Generator) -> tuple[list[int], int]:
-    """Which frames of a scene become the clip, and their interval, drawn from 1..`max_interval` as the scene allows.
+    """The frames of a scene that become the clip, and the interval between them in source frames.
 
-    The steps are equal in time: of footage with a variable rate the frames nearest to those times are taken.
+    The interval is drawn from 1..`max_interval`, as far as the length of the scene allows. Steps are equal in time: of
+    footage with a variable frame rate, the frames nearest to the wanted times are taken.
 
     Args:
-        times: Of the scene's frames, in seconds.
+        times: Times of the scene's frames in seconds.
         config: `num_frames` and `max_interval` are used.
-        random: Draws interval and start.
+        random: Draws the interval and the first frame.
 
     Raises:
-        Rejected: The scene is too short, or its frames too uneven.
+        Rejected: The scene is too short, or its frame rate too uneven.
     """
     seconds = np.asarray(times)
     if len(seconds) < config.num_frames:

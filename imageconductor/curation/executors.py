@@ -1,7 +1,7 @@
-"""Where the work is done: processes of this machine, or Ray. What is done, and what comes out, does not depend on it.
+"""Runs a pass of the curation in processes of this machine or on Ray; the results are the same.
 
-The unit of work is a chunk: the sources of one shard. A chunk's files are written by whoever works on it and appear
-whole, so that a chunk that was interrupted is simply done again.
+The unit of work is a chunk: the sources of one shard. The process that works on a chunk also writes its files, and
+writes them atomically, so an interrupted chunk can be done again from its start.
 """
 
 from __future__ import annotations
@@ -22,51 +22,51 @@ from pebble import ProcessExpired, ProcessPool
 
 from imageconductor.curation.curate_config import CurateConfig
 
-OUTCOMES = ("accepted", "rejected", "failed", "done")
+_OUTCOMES = ("accepted", "rejected", "failed", "done")
 Tick = Callable[[str], None]
-"""Told of every clip that is through with one of `OUTCOMES`; "done" where it is not yet known."""
+"""Called once per clip with its outcome; "done" where it is not yet known whether the clip is accepted."""
 
 _BROKEN = "broken pool"
-_LOOK_EVERY_S = 1.0
+_POLL_S = 1.0
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What stands in for the result of a clip that raised, hung or took its process down, twice."""
+    """Stands for the result of a clip that twice raised an exception, hung or ended its process."""
 
     reason: str
     detail: str
 
 
-class Chunks(Protocol):
+class ChunkPass(Protocol):
     """A pass over the data, chunk by chunk."""
 
     @property
     def config(self) -> CurateConfig:
-        """The settings."""
+        """Settings of the curation."""
         ...
 
     @property
     def uses_networks(self) -> bool:
-        """Whether networks are loaded, so that processes should live long and may want a GPU."""
+        """Whether the pass evaluates networks, whose processes should live long and may need a GPU."""
         ...
 
     def prepare(self) -> None:
-        """Loads the networks, in a process that is about to work."""
+        """Loads the networks into the current process."""
         ...
 
     def work(self, chunk: int, workers: Workers, tick: Tick) -> None:
-        """Does a chunk and writes its files."""
+        """Processes the clips of a chunk in `workers` and writes the chunk's files."""
         ...
 
 
 class Workers:
-    """Processes that each work on one clip, or one batch, at a time. One that exceeds the limit, or dies, is replaced.
+    """Processes that each work on one clip, or one batch, at a time and are replaced if they hang or die.
 
     Args:
-        count: Processes.
-        limit_s: Seconds for one clip.
-        prepare: Called in each process before its first clip, outside the limit.
+        count: Number of processes.
+        limit_s: Time limit for one clip in seconds.
+        prepare: Called in each process before its first clip; the time limit does not cover it.
     """
 
     def __init__(self, count: int, limit_s: float, prepare: Callable[[], None] | None = None):
@@ -79,11 +79,11 @@ class Workers:
     def map(self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """`function(*item)` for each item in order, or a `Failure`.
 
-        What fails is tried once more: the machine may have been at fault.
+        A failed item is tried once more, in case the machine was at fault.
 
         Raises:
-            RuntimeError: The workers were stopped, die as they start, lack a module or run out of GPU memory. None of
-                this is a clip's fault.
+            RuntimeError: For a reason that lies in no clip: the workers were stopped, die as they start, lack a module
+                or run out of GPU memory.
         """
         listed = list(items)
         futures = [self._schedule(function, item) for item in listed]
@@ -98,9 +98,9 @@ class Workers:
     def map_batches(
         self, function: Callable[..., list[Any]], items: Sequence[Any], *args: Any, size: int
     ) -> Iterator[Any]:
-        """`function(items, *args)` for `size` items at a time, item by item in order; a `Failure` for one that fails.
+        """The results of `function(items, *args)` for `size` items at a time, in order; a `Failure` where one fails.
 
-        A batch that fails is done again one by one, so that one bad clip costs the others nothing but time.
+        The items of a failed batch are done again one by one, so a bad clip does not take others with it.
 
         Raises:
             RuntimeError: As `map`.
@@ -127,7 +127,7 @@ class Workers:
             limit_s = self.limit_s * clips
             try:
                 future = self._pool.schedule(function, args=item, timeout=limit_s)
-            except RuntimeError:  # It broke.
+            except RuntimeError:  # The pool is broken.
                 self._pool = self._new_pool()
                 future = self._pool.schedule(function, args=item, timeout=limit_s)
             self._waiting.add(future)
@@ -136,7 +136,7 @@ class Workers:
     def _result(self, future: Future[Any], pool: ProcessPool) -> Any:
         try:
             while not future.done():
-                wait([future], timeout=_LOOK_EVERY_S)
+                wait([future], timeout=_POLL_S)
                 if not pool.active and not future.done():  # A pool that breaks forgets futures.
                     raise BrokenExecutor("the pool is gone")
             result = future.result()
@@ -151,23 +151,24 @@ class Workers:
             with self._lock:
                 if self._pool is pool:
                     self._pool = self._new_pool()
-        except Exception as error:  # The footage of strangers.
+        except Exception as error:  # Unknown footage can raise anything.
             is_full = type(error).__name__ == "OutOfMemoryError"
             if is_full or isinstance(error, ImportError):
                 remedy = "; a smaller batch_size or raft_batch needs less" if is_full else ""
                 raise RuntimeError(f"{type(error).__name__}: {error}{remedy}") from error
             result = Failure("failed", f"{type(error).__name__}: {error}")
         self._waiting.discard(future)
-        if self._is_closed:  # An interrupted run must not take its own end for the clip's fault.
+        if self._is_closed:  # After an interruption the result is no fault of the clip.
             raise RuntimeError("the workers were stopped")
         return result
 
     def _new_pool(self) -> ProcessPool:
-        # Not forked: the process has threads, and networks may hold a GPU.
-        return ProcessPool(self.count, context=get_context("spawn"), initializer=_settle, initargs=(self.prepare,))
+        # "spawn" and not "fork": this process has threads, and networks may hold a GPU.
+        context = get_context("spawn")
+        return ProcessPool(self.count, context=context, initializer=_initialise_worker, initargs=(self.prepare,))
 
     def close(self) -> None:
-        """Ends the processes, whatever they are doing; a `map` that is under way raises."""
+        """Ends the processes at once; a `map` in progress raises."""
         with self._lock:
             self._is_closed = True
         for future in list(self._waiting):
@@ -182,8 +183,8 @@ class Workers:
         self.close()
 
 
-def _settle(prepare: Callable[[], None] | None) -> None:
-    """One thread each; and an interrupt is the parent's to handle."""
+def _initialise_worker(prepare: Callable[[], None] | None) -> None:
+    """Restricts a worker process to one thread and leaves the handling of interrupts to its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["OMP_NUM_THREADS"] = "1"
     import cv2
@@ -193,29 +194,29 @@ def _settle(prepare: Callable[[], None] | None) -> None:
         prepare()
 
 
-def num_workers(chunks: Chunks) -> int:
-    """Processes of this machine for a pass."""
-    if chunks.config.workers:
-        return chunks.config.workers
-    if chunks.uses_networks:
+def _num_workers(chunk_pass: ChunkPass) -> int:
+    """Number of processes of this machine for a pass."""
+    if chunk_pass.config.workers:
+        return chunk_pass.config.workers
+    if chunk_pass.uses_networks:
         import torch
 
         return max(1, torch.cuda.device_count())
     return os.cpu_count() or 1
 
 
-def run(chunks: Chunks, todo: Sequence[int], tick: Tick) -> None:
-    """Works on all chunks, in any order."""
-    {"local": _local, "ray": _ray}[chunks.config.executor](chunks, todo, tick)
+def run(chunk_pass: ChunkPass, todo: Sequence[int], tick: Tick) -> None:
+    """Works on the chunks `todo` in any order, as `executor` says."""
+    {"local": _run_local, "ray": _run_ray}[chunk_pass.config.executor](chunk_pass, todo, tick)
 
 
-def _local(chunks: Chunks, todo: Sequence[int], tick: Tick) -> None:
-    config, count = chunks.config, num_workers(chunks)
-    # Enough that the processes stay busy while the last clips of a chunk are awaited.
-    at_a_time = 2 + 2 * count // config.clips_per_shard
-    prepare = chunks.prepare if chunks.uses_networks else None
-    with Workers(count, config.time_limit_s, prepare) as workers, ThreadPoolExecutor(at_a_time) as threads:
-        futures = [threads.submit(chunks.work, chunk, workers, tick) for chunk in todo]
+def _run_local(chunk_pass: ChunkPass, todo: Sequence[int], tick: Tick) -> None:
+    config, count = chunk_pass.config, _num_workers(chunk_pass)
+    # Several chunks at once keep the processes busy while the last clips of a chunk are awaited.
+    num_threads = 2 + 2 * count // config.clips_per_shard
+    prepare = chunk_pass.prepare if chunk_pass.uses_networks else None
+    with Workers(count, config.time_limit_s, prepare) as workers, ThreadPoolExecutor(num_threads) as threads:
+        futures = [threads.submit(chunk_pass.work, chunk, workers, tick) for chunk in todo]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:
@@ -226,47 +227,48 @@ def _local(chunks: Chunks, todo: Sequence[int], tick: Tick) -> None:
             raise
 
 
-def _ray(chunks: Chunks, todo: Sequence[int], tick: Tick) -> None:
-    config = chunks.config
-    data = start_ray(chunks)
+def _run_ray(chunk_pass: ChunkPass, todo: Sequence[int], tick: Tick) -> None:
+    config = chunk_pass.config
+    data = _connect_ray(config)
     ray_data: Any = data.from_items([{"chunk": chunk} for chunk in todo], override_num_blocks=len(todo))
-    # Of a cluster, as much as it has.
-    count = None if config.ray_address and not config.workers else num_workers(chunks)
-    if chunks.uses_networks:
+    # On an existing cluster the default is all of its resources.
+    uses_all = config.ray_address is not None and not config.workers
+    count = None if uses_all else min(_num_workers(chunk_pass), len(todo))
+    if chunk_pass.uses_networks:
         results = ray_data.map(
             _ChunkActor,
-            fn_constructor_args=(chunks,),
+            fn_constructor_args=(chunk_pass,),
             num_gpus=config.gpus_per_worker or None,
             num_cpus=1,
             compute=data.ActorPoolStrategy(min_size=1, max_size=count),
         )
     else:
-        results = ray_data.map(_chunk_task, fn_args=(chunks,), num_cpus=1, compute=data.TaskPoolStrategy(size=count))
+        strategy = data.TaskPoolStrategy(size=count)
+        results = ray_data.map(_chunk_task, fn_args=(chunk_pass,), num_cpus=1, compute=strategy)
     for row in results.iter_rows():
-        for what in OUTCOMES:
-            for _ in range(row[what]):
-                tick(what)
+        for outcome in _OUTCOMES:
+            for _ in range(row[outcome]):
+                tick(outcome)
 
 
-def start_ray(chunks: Chunks) -> Any:
-    """The module `ray.data`, connected to the cluster, or to one that is started here."""
-    config = chunks.config
+def _connect_ray(config: CurateConfig) -> Any:
+    """The module `ray.data`, connected to the cluster at `ray_address` or to a local one that is started."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
         import ray.data
     except ImportError as error:
         raise ValueError(f"executor=ray needs the extra `curate`: {error}") from error
-    logging.getLogger("ray").setLevel(logging.ERROR)  # It tells of each pass; the bar does that.
+    logging.getLogger("ray").setLevel(logging.ERROR)  # Progress is shown by the bar alone.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if not ray.is_initialized():
-        here: dict[str, Any] = {"num_cpus": config.workers or os.cpu_count(), "include_dashboard": False}
+        local: dict[str, Any] = {"num_cpus": config.workers or os.cpu_count(), "include_dashboard": False}
         try:
             ray.init(
                 address=config.ray_address or "local",
                 log_to_driver=False,
                 logging_level=logging.WARNING,
-                **({} if config.ray_address else here),
+                **({} if config.ray_address else local),
             )
         except (ConnectionError, RuntimeError) as error:
             raise ValueError(f"ray_address={config.ray_address}: {error}") from error
@@ -276,22 +278,24 @@ def start_ray(chunks: Chunks) -> Any:
     return ray.data
 
 
-def _worked(chunks: Chunks, chunk: int, workers: Workers) -> dict[str, int]:
+def _count_outcomes(chunk_pass: ChunkPass, chunk: int, workers: Workers) -> dict[str, int]:
+    """Works on a chunk and counts its clips by outcome."""
     counts: Counter[str] = Counter()
-    chunks.work(chunk, workers, lambda what: counts.update([what]))
-    return {what: counts[what] for what in OUTCOMES}
+    chunk_pass.work(chunk, workers, lambda outcome: counts.update([outcome]))
+    return {outcome: counts[outcome] for outcome in _OUTCOMES}
 
 
-def _chunk_task(row: dict[str, Any], chunks: Chunks) -> dict[str, int]:
-    with Workers(1, chunks.config.time_limit_s) as workers:
-        return _worked(chunks, int(row["chunk"]), workers)
+def _chunk_task(row: dict[str, Any], chunk_pass: ChunkPass) -> dict[str, int]:
+    with Workers(1, chunk_pass.config.time_limit_s) as workers:
+        return _count_outcomes(chunk_pass, int(row["chunk"]), workers)
 
 
 class _ChunkActor:
-    """Keeps its process, and the networks in it, from chunk to chunk."""
+    """A Ray actor whose process, with the networks in it, serves one chunk after another."""
 
-    def __init__(self, chunks: Chunks):
-        self.chunks, self.workers = chunks, Workers(1, chunks.config.time_limit_s, chunks.prepare)
+    def __init__(self, chunk_pass: ChunkPass):
+        self.chunk_pass = chunk_pass
+        self.workers = Workers(1, chunk_pass.config.time_limit_s, chunk_pass.prepare)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, int]:
-        return _worked(self.chunks, int(row["chunk"]), self.workers)
+        return _count_outcomes(self.chunk_pass, int(row["chunk"]), self.workers)

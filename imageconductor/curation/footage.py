@@ -1,4 +1,4 @@
-"""Frames of a video file or of a folder of pictures: upright, with their times, one at a time."""
+"""Reads the frames of a video file or of a folder of pictures one at a time, upright and with their times."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from numpy.typing import NDArray
 
 Picture = NDArray[np.uint8]  # (H, W, 3) RGB
 Resize = Callable[[tuple[int, int]], tuple[int, int]]
-"""From the (W, H) that footage has, upright and with square pixels, to the (W, H) that is wanted."""
+"""Maps the (W, H) of footage, upright and with square pixels, to the (W, H) that its frames are resized to."""
 
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-_MISSING_SHARE = 0.1
+_PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_MAX_MISSING_FRACTION = 0.1  # of the stated duration, at its end
 _EPSILON_S = 1e-4
-_SEEK_EARLY_S = 3.0
+_SEEK_MARGIN_S = 3.0  # seeks go to this long before the wanted time
 
 
-class Rejected(Exception):  # noqa: N818 - not an error: most footage is rejected for some reason
-    """This footage gives no clip.
+class Rejected(Exception):  # noqa: N818 - not an error: much footage is rejected
+    """The footage gives no clip.
 
     Attributes:
-        reason: One of a few, to be counted.
-        detail: What was found.
+        reason: One of a few fixed texts, which are counted.
+        detail: The facts behind it, such as a size.
     """
 
     def __init__(self, reason: str, detail: str = ""):
@@ -41,62 +41,62 @@ class Rejected(Exception):  # noqa: N818 - not an error: most footage is rejecte
 
 @dataclass(frozen=True)
 class Limits:
-    """Sides in pixels within which footage is taken."""
+    """Bounds on the sides of footage in pixels."""
 
     min_side_px: int
     max_side_px: int
 
     def check(self, size: tuple[int, int]) -> None:
-        """Rejects footage of another size, before any of its frames is decoded."""
+        """Rejects a (W, H) outside the bounds."""
         if min(size) < self.min_side_px:
             raise Rejected("too small", f"{size[0]}x{size[1]}")
         if max(size) > self.max_side_px:
             raise Rejected("too large", f"{size[0]}x{size[1]}")
 
 
-def frames(
+def read_frames(
     path: Path, resize: Resize, limits: Limits, start_s: float | None = None, end_s: float | None = None
 ) -> Iterator[tuple[float, Picture]]:
-    """Frames from `start_s` to `end_s`, each with its time in seconds, resized as it is decoded.
+    """The frames from `start_s` to `end_s`, resized, each with its time in seconds.
 
     Raises:
-        Rejected: It cannot be read, ends before it should, or is too small or too large.
+        Rejected: The footage cannot be read, ends before its stated duration, or is too small or too large.
     """
     if not path.exists():
         raise Rejected("missing", str(path))
     start, end = start_s or 0.0, math.inf if end_s is None else end_s
-    reader = _pictures if path.is_dir() else _video
+    reader = _read_pictures if path.is_dir() else _read_video
     yield from reader(path, resize, limits, start - _EPSILON_S, end + _EPSILON_S)
 
 
-def frames_at(
+def read_frames_at(
     path: Path, times: Sequence[float], resize: Resize, limits: Limits, crop: tuple[int, int] | None = None
 ) -> NDArray[np.uint8]:
-    """The frames at `times`, which `frames` gave, and the middle `crop` (W, H) of each: (T, H, W, 3).
+    """The frames at `times`, which `read_frames` gave, cropped to their central `crop` (W, H): (T, H, W, 3).
 
     Raises:
-        Rejected: As `frames`.
+        Rejected: As `read_frames`.
     """
-    reader = _pictures if path.is_dir() else _video
-    # Some containers seek badly. What is missing then is looked for from the beginning.
+    reader = _read_pictures if path.is_dir() else _read_video
+    # Seeking is imprecise in some containers. If frames are missing afterwards, decoding restarts from the beginning.
     for seeks in (True, False):
         chosen: list[Picture] = []
-        # Frames between those that are wanted are decoded, as the codec demands, but neither converted nor resized.
+        # The codec needs the frames in between as well; they are decoded, but neither converted nor resized.
         first, last = times[0] - _EPSILON_S, times[-1] + _EPSILON_S
         for time, picture in reader(path, resize, limits, first, last, wanted=times, seeks=seeks):
             if abs(time - times[len(chosen)]) < _EPSILON_S:
-                chosen.append(picture if crop is None else _middle(picture, crop))
+                chosen.append(picture if crop is None else _crop_centre(picture, crop))
             if len(chosen) == len(times):
                 return np.stack(chosen)
     raise Rejected("damaged", f"gave {len(chosen)} of the {len(times)} frames that it gave before")
 
 
-def _middle(picture: Picture, size: tuple[int, int]) -> Picture:
+def _crop_centre(picture: Picture, size: tuple[int, int]) -> Picture:
     left, top = (picture.shape[1] - size[0]) // 2, (picture.shape[0] - size[1]) // 2
     return np.ascontiguousarray(picture[top : top + size[1], left : left + size[0]])
 
 
-def _video(
+def _read_video(
     path: Path,
     resize: Resize,
     limits: Limits,
@@ -105,27 +105,28 @@ def _video(
     wanted: Sequence[float] | None = None,
     seeks: bool = True,
 ) -> Iterator[tuple[float, Picture]]:
+    """The frames of a video file from `start` to `end` in seconds, or those of them at the times `wanted`."""
     try:
         container = av.open(str(path), metadata_errors="replace")
     except (av.FFmpegError, ValueError) as error:
-        raise Rejected("unreadable", _words(error)) from error
+        raise Rejected("unreadable", _error_text(error)) from error
     with container:
-        stream = _stream(container, limits)
+        stream = _find_stream(container, limits)
         tick = float(stream.time_base or 0)
         origin = (stream.start_time or 0) * tick
         size: tuple[int, int] | None = None
         count, place, last = 0, 0, -math.inf
-        has_sought = seeks and start > _SEEK_EARLY_S and tick > 0
+        has_sought = seeks and start > _SEEK_MARGIN_S and tick > 0
         try:
             if has_sought:
-                container.seek(int((start - _SEEK_EARLY_S + origin) / tick), stream=stream)
+                container.seek(int((start - _SEEK_MARGIN_S + origin) / tick), stream=stream)
             for frame in container.decode(stream):
                 if frame.time is None:
                     raise Rejected("unreadable", "frames without timestamps")
                 time = frame.time - origin
                 count += 1
                 if has_sought and count == 1 and time > start:
-                    break  # It went too far, and frames may be missing.
+                    break  # The seek went too far: frames may be missing.
                 if time > end:
                     return
                 if time < start or time <= last:
@@ -136,45 +137,45 @@ def _video(
                     if place == len(wanted) or wanted[place] > time + _EPSILON_S:
                         continue
                 if size is None:
-                    size = _shown_size(frame, stream)
+                    size = _display_size(frame, stream)
                     limits.check(size)
-                yield time, _picture(frame, resize(size))
+                yield time, _convert_frame(frame, resize(size))
             else:
                 duration = (stream.duration or 0) * tick
-                if count and min(end, duration) - last > max(1.0, _MISSING_SHARE * duration):
+                if count and min(end, duration) - last > max(1.0, _MAX_MISSING_FRACTION * duration):
                     raise Rejected("damaged", f"ends after {max(last, 0):.1f} of {duration:.1f} s")
                 if count or not has_sought:
                     return
         except (av.FFmpegError, ValueError) as error:
-            raise Rejected("damaged", f"after {count} frames: {_words(error)}") from error
-    yield from _video(path, resize, limits, start, end, wanted, seeks=False)
+            raise Rejected("damaged", f"after {count} frames: {_error_text(error)}") from error
+    yield from _read_video(path, resize, limits, start, end, wanted, seeks=False)
 
 
-def _stream(container: Any, limits: Limits) -> Any:
-    """The video of a container, once it is sure that it can be decoded within the limits."""
+def _find_stream(container: Any, limits: Limits) -> Any:
+    """The video stream of a container, which has a decoder and a size within the limits."""
     if not container.streams.video:
         raise Rejected("no video", "only " + ", ".join(sorted({s.type for s in container.streams})))
     stream = container.streams.video[0]
     codec = stream.codec_context
     if codec is None or not codec.width or not codec.height:
         raise Rejected("unreadable", "no decoder, or no picture size")
-    codec.thread_count = 1  # The clips are what is parallel.
+    codec.thread_count = 1  # Clips are decoded in parallel, not frames.
     limits.check((codec.width, codec.height))
     return stream
 
 
 def _orientation(frame: Any) -> tuple[bool, bool, bool]:
-    """What makes a frame upright: whether to exchange x and y, then to mirror x, to mirror y."""
+    """The operations that turn a frame upright: whether to exchange x and y, then to mirror x, to mirror y."""
     for side in frame.side_data:
         if side.type == SideType.DISPLAYMATRIX:
             (a, b, _), (c, d, _), _ = np.frombuffer(bytes(side), np.int32).reshape(3, 3)
-            # x' = a x + c y, y' = b x + d y; turns by other angles than right ones are not made.
+            # x' = a x + c y, y' = b x + d y; other angles are rounded to the nearest right one.
             return (True, c < 0, b < 0) if abs(b) > abs(a) else (False, a < 0, d < 0)
     return False, False, False
 
 
-def _shown_size(frame: Any, stream: Any) -> tuple[int, int]:
-    """(W, H) as a player shows it: pixels made square, turned upright."""
+def _display_size(frame: Any, stream: Any) -> tuple[int, int]:
+    """(W, H) of a frame as players display it: upright and with square pixels."""
     aspect = stream.sample_aspect_ratio or Fraction(1)
     width, height = frame.width, frame.height
     if 0 < aspect < 100:
@@ -182,29 +183,30 @@ def _shown_size(frame: Any, stream: Any) -> tuple[int, int]:
     return (height, width) if _orientation(frame)[0] else (width, height)
 
 
-def _picture(frame: Any, size: tuple[int, int]) -> Picture:
+def _convert_frame(frame: Any, size: tuple[int, int]) -> Picture:
+    """A decoded frame as an upright RGB picture of `size` (W, H)."""
     exchanged, mirrors_x, mirrors_y = _orientation(frame)
     width, height = size[::-1] if exchanged else size
     shrinks = width * height < frame.width * frame.height
     interpolation = "AREA" if shrinks else "BICUBIC"
-    # One thread: a context with threads is made anew for every frame.
+    # One thread: with several, a new context would be made for every frame.
     picture = frame.reformat(width, height, "rgb24", interpolation=interpolation, threads=1).to_ndarray()
     if exchanged:
         picture = picture.transpose(1, 0, 2)
     return np.ascontiguousarray(picture[:: -1 if mirrors_y else 1, :: -1 if mirrors_x else 1])
 
 
-def _pictures(
+def _read_pictures(
     path: Path,
     resize: Resize,
     limits: Limits,
     start: float,
     end: float,
     wanted: Sequence[float] | None = None,
-    seeks: bool = True,  # noqa: ARG001 - as `_video`
+    seeks: bool = True,  # noqa: ARG001 - the signature of `_read_video`
 ) -> Iterator[tuple[float, Picture]]:
-    """Pictures named by their time in microseconds, as RealEstate10K's frames are."""
-    files = [file for file in path.iterdir() if file.suffix.lower() in _PICTURES]
+    """The pictures of a folder, whose names are their times in microseconds, as RealEstate10K's frames."""
+    files = [file for file in path.iterdir() if file.suffix.lower() in _PICTURE_SUFFIXES]
     try:
         timed = sorted((int(file.stem) / 1e6, file) for file in files)
     except ValueError as error:
@@ -223,12 +225,16 @@ def _pictures(
         limits.check(size)
         picture = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
         target = resize(size)
-        how = cv2.INTER_AREA if target[0] * target[1] < size[0] * size[1] else cv2.INTER_CUBIC
-        yield time, np.asarray(cv2.resize(picture, target, interpolation=how), np.uint8)
+        interpolation = cv2.INTER_AREA if target[0] * target[1] < size[0] * size[1] else cv2.INTER_CUBIC
+        yield time, np.asarray(cv2.resize(picture, target, interpolation=interpolation), np.uint8)
 
 
 def encode_mp4(clip: NDArray[np.uint8], fps: float) -> bytes:
-    """H.264 of (T, H, W, 3), the same bytes every time; nearly without visible loss."""
+    """H.264 of (T, H, W, 3) without visible loss.
+
+    Equal clips give equal bytes if W is a multiple of 128. At other widths x264's macroblock tree (`mbtree`) may read
+    uninitialised memory and choose slightly different quantisers.
+    """
     file = BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream: Any = container.add_stream(
@@ -245,11 +251,11 @@ def encode_mp4(clip: NDArray[np.uint8], fps: float) -> bytes:
 
 
 def decode_mp4(content: bytes) -> NDArray[np.uint8]:
-    """(T, H, W, 3) of what `encode_mp4` wrote."""
+    """The frames (T, H, W, 3) of a file that `encode_mp4` made."""
     with av.open(BytesIO(content)) as container:
         pictures = [f.reformat(format="rgb24", threads=1).to_ndarray() for f in container.decode(video=0)]
         return np.stack(pictures)
 
 
-def _words(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

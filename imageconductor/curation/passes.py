@@ -1,4 +1,4 @@
-"""The three passes over chunks of sources. Each writes a file a chunk, which is all that the next one needs."""
+"""The three passes over chunks of sources. Each reads a chunk's files of the previous pass and writes its own."""
 
 from __future__ import annotations
 
@@ -10,168 +10,177 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from imageconductor.curation.captions import blip2
+from imageconductor.curation.captions import load_blip2
 from imageconductor.curation.curate_config import CurateConfig
 from imageconductor.curation.executors import Failure, Tick, Workers
-from imageconductor.curation.motion_score import raft
-from imageconductor.curation.run_folder import Run, whole
+from imageconductor.curation.motion_score import load_raft
+from imageconductor.curation.run_folder import Run
 from imageconductor.curation.steps import Row, annotate, build_tracker, scan, score
+from imageconductor.files import atomic_path, write_text
 
 _STILL, _SLOW = "still", "moves least"
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """What the passes share; `Chunks` says what each is for."""
+    """Base of the passes: the common part of an `executors.ChunkPass`."""
 
     run: Run
 
     @property
     def config(self) -> CurateConfig:
-        """See `Chunks`."""
+        """Settings of the curation."""
         return self.run.config
 
     @property
     def uses_networks(self) -> bool:
-        """See `Chunks`."""
+        """Whether the pass evaluates networks."""
         return False
 
     @property
     def batch_size(self) -> int:
-        """Clips that a process takes at a time."""
+        """Number of clips that a process takes at a time."""
         return self.config.batch_size if self.uses_networks else 1
 
     def prepare(self) -> None:
-        """See `Chunks`."""
+        """Loads the networks into the current process."""
 
     def num_clips(self, chunk: int) -> int:
-        """Of a chunk, that are ticked."""
+        """Number of clips in a chunk, for the progress bar."""
         return self.run.num_clips(chunk)
 
 
 @dataclass(frozen=True)
 class Scan(_Pass):
-    """First pass."""
+    """First pass: finds the cuts of each source and encodes the frames of its clip."""
 
     def num_clips(self, chunk: int) -> int:
-        """Of a chunk, that are ticked."""
+        """Number of sources in a chunk, for the progress bar."""
         return len(self.run.sources(chunk))
 
     def is_done(self, chunk: int) -> bool:
-        """Whether the chunk's file is there."""
-        return self.run.scanned(chunk).exists()
+        """Whether the chunk was scanned."""
+        return self.run.scanned_clips(chunk).exists()
 
     def work(self, chunk: int, workers: Workers, tick: Tick) -> None:
-        """See `Chunks`."""
-        sources, clips = self.run.sources(chunk), 0
-        with whole(self.run.scanned(chunk)) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        """Scans the sources of a chunk."""
+        sources, num_clips = self.run.sources(chunk), 0
+        with atomic_path(self.run.scanned_clips(chunk)) as path, tarfile.open(path, "w") as tar:
             for source, result in zip(sources, workers.map(scan, [(s, self.config) for s in sources]), strict=True):
-                row, mp4 = (_failed(Row.of(source), result), None) if isinstance(result, Failure) else result
+                has_failed = isinstance(result, Failure)
+                row, mp4 = (_reject_failure(Row.from_source(source), result), None) if has_failed else result
                 if mp4 is not None:
-                    _add(tar, f"{row.key}.mp4", mp4)
-                    clips += 1
-                _add(tar, f"{row.key}.json", json.dumps(asdict(row)).encode())
-                tick("failed" if isinstance(result, Failure) else "rejected" if row.reason else "done")
-            with whole(self.run.clips(chunk)) as count:
-                count.write(str(clips).encode())
+                    _add_member(tar, f"{row.key}.mp4", mp4)
+                    num_clips += 1
+                _add_member(tar, f"{row.key}.json", json.dumps(asdict(row)).encode())
+                tick("failed" if has_failed else "rejected" if row.reason else "done")
+            write_text(self.run.clip_count(chunk), str(num_clips))
 
 
 @dataclass(frozen=True)
 class Score(_Pass):
-    """Second pass: cheap, but for RAFT."""
+    """Second pass: computes the motion score of each clip."""
 
     @property
     def uses_networks(self) -> bool:
-        """See `Chunks`."""
+        """Whether RAFT computes the optical flow."""
         return self.config.flow == "raft"
 
     def prepare(self) -> None:
-        """See `Chunks`."""
+        """Loads RAFT if it is used."""
         if self.uses_networks:
-            raft(str(self.config.raft_weights), self.config.device)
+            load_raft(str(self.config.raft_weights), self.config.device)
 
     def is_done(self, chunk: int) -> bool:
-        """Whether the chunk's file is there."""
+        """Whether the chunk was scored."""
         return self.run.scores(chunk).exists()
 
     def work(self, chunk: int, workers: Workers, tick: Tick) -> None:
-        """See `Chunks`."""
-        clips = [(row.key, mp4) for row, mp4 in _scanned(self.run.scanned(chunk)) if mp4 is not None]
+        """Scores the clips of a chunk."""
+        clips = [(row.key, mp4) for row, mp4 in _read_scanned(self.run.scanned_clips(chunk)) if mp4 is not None]
         results = workers.map_batches(score, [mp4 for _, mp4 in clips], self.config, size=self.batch_size)
         scores: dict[str, Any] = {}
         for (key, _), result in zip(clips, results, strict=True):
-            scores[key] = asdict(result) if isinstance(result, Failure) else result
-            tick("failed" if isinstance(result, Failure) else "done")
-        with whole(self.run.scores(chunk)) as file:
-            file.write(json.dumps(scores).encode())
+            has_failed = isinstance(result, Failure)
+            scores[key] = asdict(result) if has_failed else result
+            tick("failed" if has_failed else "done")
+        write_text(self.run.scores(chunk), json.dumps(scores))
 
 
 @dataclass(frozen=True)
 class Annotate(_Pass):
-    """Last pass: of the clips that move enough."""
+    """Third pass: drops clips with little motion, gives the others tracks and captions, and writes the shards."""
 
     threshold: tuple[float, str] | None  # the highest (score, key) that is dropped
 
     @property
     def uses_networks(self) -> bool:
-        """See `Chunks`."""
+        """Whether CoTracker or BLIP-2 is used."""
         return self.config.tracker == "cotracker" or self.config.captioner != "none"
 
     def prepare(self) -> None:
-        """See `Chunks`."""
+        """Builds the tracker and loads BLIP-2 if it is used."""
         config = self.config
         build_tracker(config.tracker, config.cotracker, config.cotracker_model, config.device)
         if config.captioner == "blip2":
-            blip2(config.blip2, config.device)
+            load_blip2(config.blip2, config.device)
 
     def is_done(self, chunk: int) -> bool:
-        """Whether the chunk's rows are there."""
+        """Whether the chunk was annotated."""
         return self.run.rows(chunk).exists()
 
     def work(self, chunk: int, workers: Workers, tick: Tick) -> None:
-        """See `Chunks`."""
+        """Annotates the clips of a chunk and writes its shard, then its rows."""
+        rows, taken = self._filter_by_motion(chunk, tick)
+        shard, num_accepted = self.run.shard(chunk), 0
+        with atomic_path(shard) as path:
+            with tarfile.open(path, "w") as tar:
+                results = workers.map_batches(annotate, taken, self.config, size=self.batch_size)
+                for (row, _), result in zip(taken, results, strict=True):
+                    has_failed = isinstance(result, Failure)
+                    row, record = (_reject_failure(row, result), None) if has_failed else result
+                    if record is not None:
+                        row = replace(row, shard=shard.name)
+                        for ending, content in record.items():
+                            _add_member(tar, f"{row.key}.{ending}", content)
+                        num_accepted += 1
+                    rows[row.key] = row
+                    tick("failed" if has_failed else "accepted" if row.accepted else "rejected")
+            if not num_accepted:
+                path.unlink()
+        write_text(self.run.rows(chunk), "".join(json.dumps(asdict(row)) + "\n" for row in rows.values()))
+
+    def _filter_by_motion(self, chunk: int, tick: Tick) -> tuple[dict[str, Row], list[tuple[Row, bytes]]]:
+        """The rows of a chunk by key, and the (row, mp4) of the clips that move enough."""
         scores = json.loads(self.run.scores(chunk).read_text())
         rows: dict[str, Row] = {}
         taken: list[tuple[Row, bytes]] = []
-        for row, mp4 in _scanned(self.run.scanned(chunk)):
-            rows[row.key] = row if mp4 is None else self._judged(row, scores[row.key])
+        for row, mp4 in _read_scanned(self.run.scanned_clips(chunk)):
+            rows[row.key] = row if mp4 is None else self._apply_score(row, scores[row.key])
             if mp4 is not None and rows[row.key].reason is None:
                 taken.append((rows[row.key], mp4))
             elif mp4 is not None:
                 tick("rejected")
-        shard, files = self.run.shard(chunk), 0
-        with whole(shard, keep=lambda: files > 0) as file, tarfile.open(fileobj=file, mode="w") as tar:
-            results = workers.map_batches(annotate, taken, self.config, size=self.batch_size)
-            for (row, _), result in zip(taken, results, strict=True):
-                failed = isinstance(result, Failure)
-                row, record = (_failed(row, result), None) if failed else result
-                if record is not None:
-                    row = replace(row, shard=shard.name)
-                    for ending, content in record.items():
-                        _add(tar, f"{row.key}.{ending}", content)
-                        files += 1
-                rows[row.key] = row
-                tick("failed" if failed else "accepted" if row.accepted else "rejected")
-        with whole(self.run.rows(chunk)) as file:
-            file.write("".join(json.dumps(asdict(row)) + "\n" for row in rows.values()).encode())
+        return rows, taken
 
-    def _judged(self, row: Row, found: Any) -> Row:
+    def _apply_score(self, row: Row, found: Any) -> Row:
+        """The row with its motion score, rejected if the clip could not be scored or moves too little."""
         if isinstance(found, dict):
-            return _failed(row, Failure(**found))
+            return _reject_failure(row, Failure(**found))
         row = replace(row, motion_score=found)
         if found < self.config.min_motion:
-            return row.rejected(_STILL, f"motion score {found:.2f}")
+            return row.reject(_STILL, f"motion score {found:.2f}")
         if self.threshold is not None and (found, row.key) <= self.threshold:
-            return row.rejected(_SLOW, f"motion score {found:.2f}")
+            return row.reject(_SLOW, f"motion score {found:.2f}")
         return row
 
 
-def _failed(row: Row, failure: Failure) -> Row:
-    return row.rejected(failure.reason, failure.detail)
+def _reject_failure(row: Row, failure: Failure) -> Row:
+    return row.reject(failure.reason, failure.detail)
 
 
-def _scanned(path: Path) -> Iterator[tuple[Row, bytes | None]]:
-    """Rows of a chunk and their clips, in order."""
+def _read_scanned(path: Path) -> Iterator[tuple[Row, bytes | None]]:
+    """The rows of a scanned chunk in order, each with its encoded clip, None if there is none."""
     mp4: bytes | None = None
     with tarfile.open(path) as tar:
         for member in tar:
@@ -184,7 +193,8 @@ def _scanned(path: Path) -> Iterator[tuple[Row, bytes | None]]:
                 mp4 = None
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)  # Without time and owner: the same clip gives the same shard.
+def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Adds a file without time and owner, so that equal clips give equal shards."""
+    member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))

@@ -1,50 +1,52 @@
-"""The folder of a curation: where things are in it, and files that appear whole."""
+"""The output folder of a curation: paths of its files, and the list of sources by chunk."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imageconductor.curation.curate_config import CurateConfig
 from imageconductor.curation.sources import Source
+from imageconductor.files import atomic_write
 
 
 @dataclass(frozen=True)
 class Run:
-    """An output folder, and where things are in it."""
+    """One curation and the files in its output folder."""
 
     config: CurateConfig
     output: Path
 
     @property
     def work(self) -> Path:
-        """What is deleted at the end."""
+        """Folder of intermediate files, deleted at the end."""
         return self.output / "work"
 
-    def scanned(self, chunk: int) -> Path:
-        """Clips before it is known which are taken, and the rows of all."""
+    def scanned_clips(self, chunk: int) -> Path:
+        """Tar of a chunk's rows and, before the motion filter, its encoded clips."""
         return self.work / "scanned" / f"{chunk:06d}.tar"
 
+    def clip_count(self, chunk: int) -> Path:
+        """Number of clips in `scanned_clips`."""
+        return self.work / "scanned" / f"{chunk:06d}.count"
+
     def scores(self, chunk: int) -> Path:
-        """Motion scores by key, and failures."""
+        """Motion scores, or failures, of a chunk's clips by key."""
         return self.work / "scores" / f"{chunk:06d}.json"
 
     def rows(self, chunk: int) -> Path:
-        """Lines of the index; written last, when the chunk's shard is there."""
+        """Index rows of a chunk, one JSON object per line; written after the chunk's shard."""
         return self.work / "rows" / f"{chunk:06d}.jsonl"
 
     def shard(self, chunk: int) -> Path:
-        """The accepted clips, if there are any."""
+        """Accepted clips of a chunk; a chunk without any has no shard."""
         return self.output / f"clips-{chunk:06d}.tar"
 
     @property
@@ -54,28 +56,28 @@ class Run:
 
     @property
     def index(self) -> Path:
-        """A row for each source; the run is finished when it is there."""
+        """Table with a row for each source; it exists once the curation is finished."""
         return self.output / "index.parquet"
 
     @property
     def settings(self) -> Path:
-        """What the folder was begun with."""
+        """Settings that the curation began with."""
         return self.output / "config.yaml"
 
     @property
-    def mark(self) -> Path:
-        """Digest of the sources it was begun with; locked while somebody works."""
+    def source_digest(self) -> Path:
+        """Digest of the sources that the curation began with; the running process holds a lock on the file."""
         return self.output / ".sources"
 
     def write_sources(self, sources: Sequence[Source]) -> None:
-        """A line for each source, and where the lines of each chunk begin."""
+        """Writes the sources, one JSON object per line, and the file position at which each chunk begins."""
         starts = []
-        with whole(self.work / "sources.jsonl") as file:
+        with atomic_write(self.work / "sources.jsonl") as file:
             for number, source in enumerate(sources):
                 if number % self.config.clips_per_shard == 0:
                     starts.append(file.tell())
                 file.write(json.dumps(asdict(source)).encode() + b"\n")
-        with whole(self.work / "sources.npy") as file:
+        with atomic_write(self.work / "sources.npy") as file:
             np.save(file, np.array(starts))
 
     @cached_property
@@ -84,37 +86,16 @@ class Run:
 
     @property
     def num_chunks(self) -> int:
-        """Chunks, some of which may give no shard."""
+        """Number of chunks; some may give no shard."""
         return len(self._starts)
 
     def sources(self, chunk: int) -> list[Source]:
-        """Those of a chunk."""
+        """The sources of a chunk."""
         with (self.work / "sources.jsonl").open("rb") as file:
             file.seek(int(self._starts[chunk]))
             lines = itertools.islice(file, self.config.clips_per_shard)
             return [Source(**json.loads(line)) for line in lines]
 
     def num_clips(self, chunk: int) -> int:
-        """Clips that the scan of a chunk gave."""
-        return int(self.clips(chunk).read_text())
-
-    def clips(self, chunk: int) -> Path:
-        """Their number."""
-        return self.work / "scanned" / f"{chunk:06d}.count"
-
-
-@contextmanager
-def whole(path: Path, keep: Callable[[], bool] = lambda: True) -> Iterator[IO[bytes]]:
-    """A file that appears under its name when it is complete, if `keep` then says so."""
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if keep():
-            temporary.replace(path)
-        else:
-            path.unlink(missing_ok=True)  # An attempt before this one may have left it.
-    finally:
-        temporary.unlink(missing_ok=True)
+        """Number of clips that the scan of a chunk gave."""
+        return int(self.clip_count(chunk).read_text())

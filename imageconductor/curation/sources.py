@@ -1,4 +1,4 @@
-"""What there is to curate: one `Source` for each clip-to-be, from a folder, a CSV or RealEstate10K."""
+"""Lists the sources of a curation, each of which may become one clip, from a folder, a CSV or RealEstate10K."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from imageconductor.curation.curate_config import CurateConfig
 
 logger = logging.getLogger(__name__)
 
-VIDEOS = (
+VIDEO_SUFFIXES = (
     ".mp4",
     ".mov",
     ".mkv",
@@ -35,14 +35,14 @@ _COLUMNS = {"id": ("id", "videoid"), "caption": ("caption", "name")}
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A stretch of footage that becomes one clip, or none.
+    """A stretch of footage from which at most one clip is taken.
 
     Attributes:
-        id: Names it among all sources; seeds derive from it.
-        path: A video, or a folder of frames.
+        id: Unique name; seeds derive from it.
+        path: Video file, or folder of frames.
         caption: Empty if the source has none.
-        camera_only: Nothing moves but the camera.
-        start_s, end_s: The stretch in seconds; None = from the beginning, to the end.
+        camera_only: Whether only the camera moves.
+        start_s, end_s: Bounds of the stretch in seconds; None = the beginning, the end.
     """
 
     id: str
@@ -54,21 +54,21 @@ class Source:
 
     @property
     def key(self) -> str:
-        """Its name in shards: 16 hexadecimal digits."""
+        """The name of its clip in shards: 16 hexadecimal digits."""
         return hashlib.sha256(self.id.encode()).hexdigest()[:16]
 
 
 def find_sources(config: CurateConfig) -> list[Source]:
-    """All sources, sorted by id, each id once.
+    """All sources, sorted by id; of several with one id, the first.
 
     Raises:
-        FileNotFoundError: The input is not there, or nothing is in it.
-        ValueError: A CSV lacks a column, or a RealEstate10K file is none.
+        FileNotFoundError: The input is missing or holds no source.
+        ValueError: A CSV lacks a column, or a text file is not in RealEstate10K's format.
     """
     root = Path(config.input)
     if not root.exists():
         raise FileNotFoundError(f"input={root}: no such file or folder")
-    reader = {"folder": _folder, "csv": _csv, "realestate10k": _realestate10k}[config.source]
+    reader = {"folder": _read_folder, "csv": _read_csv, "realestate10k": _read_realestate10k}[config.source]
     sources: dict[str, Source] = {}
     repeated = 0
     for source in reader(root, config):
@@ -81,19 +81,19 @@ def find_sources(config: CurateConfig) -> list[Source]:
     return [sources[name] for name in sorted(sources)]
 
 
-def _folder(root: Path, config: CurateConfig) -> Iterator[Source]:
-    """Videos below a folder; `NAME.txt` beside `NAME.mp4` is its caption."""
+def _read_folder(root: Path, config: CurateConfig) -> Iterator[Source]:
+    """The videos below a folder; `NAME.txt` beside `NAME.mp4` holds its caption."""
     if not root.is_dir():
         raise FileNotFoundError(f"input={root}: not a folder; for a table of clips set source=csv")
     for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in VIDEOS and path.is_file():
+        if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
             text = path.with_suffix(".txt")
             caption = " ".join(text.read_text(encoding="utf-8", errors="replace").split()) if text.is_file() else ""
-            yield Source(_text(path.relative_to(root)), str(path), caption, config.camera_only)
+            yield Source(_to_text(path.relative_to(root)), str(path), caption, config.camera_only)
 
 
-def _csv(path: Path, config: CurateConfig) -> Iterator[Source]:
-    """Rows of id, caption and path; WebVid's own columns (videoid, name, page_dir) are read too."""
+def _read_csv(path: Path, config: CurateConfig) -> Iterator[Source]:
+    """The rows of a table with the columns id, caption and path, or WebVid's videoid, name and page_dir."""
     if not path.is_file():
         raise FileNotFoundError(f"input={path}: source=csv needs a CSV file")
     root = Path(config.videos) if config.videos else path.parent
@@ -114,10 +114,10 @@ def _csv(path: Path, config: CurateConfig) -> Iterator[Source]:
                 yield Source(name, str(root / place), " ".join(caption.split()), config.camera_only)
 
 
-def _realestate10k(root: Path, config: CurateConfig) -> Iterator[Source]:
-    """Its text files: the video's address, then a line a frame that begins with microseconds.
+def _read_realestate10k(root: Path, config: CurateConfig) -> Iterator[Source]:
+    """RealEstate10K's text files: the address of a video, then a line per frame that begins with its microseconds.
 
-    Footage is looked for as `VIDEOS/YOUTUBE_ID.*`, or as a folder `VIDEOS/CLIP` of frames named by their microseconds.
+    The footage is `VIDEOS/YOUTUBE_ID.*`, or a folder `VIDEOS/CLIP` of frames that are named by their microseconds.
     """
     videos = Path(config.videos) if config.videos else root
     for path in sorted(root.rglob("*.txt")):
@@ -131,13 +131,13 @@ def _realestate10k(root: Path, config: CurateConfig) -> Iterator[Source]:
         if not times:
             continue
         youtube = lines[0].strip().rpartition("v=")[2].split("&")[0]
-        name = _text(path.relative_to(root).with_suffix(""))
+        name = _to_text(path.relative_to(root).with_suffix(""))
         folders = [videos / name, videos / path.stem]
-        files = [videos / f"{youtube}{suffix}" for suffix in VIDEOS]
+        files = [videos / f"{youtube}{suffix}" for suffix in VIDEO_SUFFIXES]
         found = next((place for place in [*folders, *files] if place.exists()), videos / f"{youtube}.mp4")
         yield Source(name, str(found), "", True, min(times), max(times))
 
 
-def _text(path: Path) -> str:
-    """A path as text that can be written anywhere, even if its name is not UTF-8."""
+def _to_text(path: Path) -> str:
+    """A path as valid UTF-8 text; bytes of its name that are not UTF-8 are escaped."""
     return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")

@@ -1,1 +1,1 @@
-"""Clips as training reads them; the sprite world."""
+"""Clips for training, from disk or from the sprite world, and the trackers that annotate them."""

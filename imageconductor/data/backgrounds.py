@@ -1,8 +1,8 @@
 """Procedural backgrounds: smooth functions of world coordinates without a border.
 
-Everything is a sum of plane waves. A wave is separable under a similarity,
-sin(a x + b y) = sin(a x) cos(b y) + cos(a x) sin(b y), so a frame of a moving camera costs one small matrix product,
-and striped, checked, dotted and cloudy differ only in their waves.
+A background is a sum of plane waves. A wave is separable under a similarity,
+sin(a x + b y) = sin(a x) cos(b y) + cos(a x) sin(b y), so a frame of a moving camera costs one small matrix product.
+Striped, checked, dotted and cloudy backgrounds differ only in their waves.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ BACKGROUND_COLOURS: dict[str, tuple[int, int, int]] = {
     "navy": (66, 82, 132),
 }
 
-
 _Wave = tuple[float, float, float, float]
 
 
@@ -38,12 +37,12 @@ class Background:
     """Two colours mixed by a pattern, under a slow change of light and tint.
 
     Attributes:
-        pattern: what the caption calls it; the waves say what it is.
+        pattern: name of the pattern in the caption.
         colours: (2, 3) in [0, 255], where the pattern is low and high.
-        tint: (3,) in [0, 255] units, added times the tint wave.
+        tint: (3,) in [0, 255] units, multiplied by the tint wave and added.
         waves: (K, 4) rows (kx, ky, phase, amplitude), radians per world pixel.
-        num_pattern_waves: the first rows form the pattern, the last is the tint, those between are the light.
-        bias, sharpness: the pattern's share of the second colour is (1 + tanh(sharpness * (waves + bias))) / 2.
+        num_pattern_waves: number of rows that form the pattern; rows of the light and one of the tint follow them.
+        bias, sharpness: the fraction of the second colour is (1 + tanh(sharpness * (pattern waves + bias))) / 2.
     """
 
     pattern: str
@@ -85,9 +84,9 @@ def sample_background(
     """A background and the names of its two colours.
 
     Args:
-        rng: every draw comes from it.
+        rng: source of all random draws.
         unit: short side of the frame, pixels; features are about 1/6 to 1/3 of it.
-        avoid: sprite colours by name; no background colour shares a name with or comes near to one.
+        avoid: sprite colours by name; the background's colours have other names and are clearly different.
     """
     names = [
         name
@@ -99,7 +98,7 @@ def sample_background(
     high = apart[rng.integers(len(apart))]
     pattern = PATTERNS[rng.integers(len(PATTERNS))]
     waves, bias, sharpness = _pattern_waves(pattern, rng, unit)
-    # Light across and along a random direction: even inside a stripe, motion along the stripe can be seen.
+    # Light varies along and across a random direction, so that even motion along a stripe is visible.
     angle = rng.uniform(0, math.pi)
     light = [
         _wave(angle + turn, unit * rng.uniform(0.5, 0.9), rng.uniform(0, 2 * math.pi), 0.12)
@@ -120,7 +119,7 @@ def sample_background(
 
 
 def render_background(background: Background, pixel_to_world: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """What a moving camera sees of a background.
+    """A background as a moving camera sees it.
 
     Args:
         background: the function of world coordinates.
@@ -148,11 +147,11 @@ def render_background(background: Background, pixel_to_world: np.ndarray, size: 
     left = torch.from_numpy((channel[:, None] * rows[None]).astype(np.float32)).transpose(-1, -2)  # (3, T, H, 2K)
     right = torch.from_numpy(columns.astype(np.float32)).expand(3, num_frames, -1, -1)
     pattern, light, tint = torch.matmul(left, right)  # each (T, H, W)
-    share = torch.tanh_((pattern + background.bias) * background.sharpness).mul_(0.5).add_(0.5)
+    fraction = torch.tanh_((pattern + background.bias) * background.sharpness).mul_(0.5).add_(0.5)
     light = light.add_(1.0)
     low, high = background.colours
     frames = torch.empty(3, num_frames, height, width)
     for c in range(3):
-        torch.mul(share, float(high[c] - low[c]), out=frames[c])
+        torch.mul(fraction, float(high[c] - low[c]), out=frames[c])
         frames[c].add_(float(low[c])).mul_(light).add_(tint, alpha=float(background.tint[c]))
     return frames

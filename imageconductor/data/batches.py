@@ -1,7 +1,7 @@
-"""Batches that are a function of their number, which is what makes a resumed run repeat exactly.
+"""Batches that are a pure function of their number, so that a resumed run sees the same data.
 
-Sample p of a source is a function of p alone, and batch i holds samples i*B .. (i+1)*B - 1. So one process with a batch
-of 4, two with 2 each, and one that accumulates over 4 batches of 1 see the same samples in a step.
+Sample p of a source depends on p alone, and batch i holds samples i*B .. (i+1)*B - 1. One process with a batch of 4,
+two with 2 each, and one that accumulates over 4 batches of 1 therefore see the same samples in a step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from imageconductor.data.sprites import SpriteDataset, SpriteSet, SpriteWorldCon
 
 
 class Samples(Protocol):
-    """An endless sequence of samples; training asks for each number once."""
+    """An endless sequence of samples, of which training takes each once."""
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """pixel_values (3, T, H, W) in [-1, 1], points (N, T, 2) px, visible (N, T) bool, caption, key."""
@@ -39,12 +39,12 @@ class Batches(Dataset[dict[str, Any]]):
 
 
 class SpriteSamples:
-    """The sprite world without end; several sets take turns from sample to sample.
+    """An endless sequence of sprite clips; consecutive samples come from alternating sets.
 
     Args:
-        world: Size, frames and seed of the clips; `world.kind` is replaced by the sets.
-        sets: Sets to take in turn.
-        num_frames: Frames of each clip that are kept; None = all.
+        world: Settings of the clips; `kind` is replaced by each of the sets.
+        sets: Sets to alternate between.
+        num_frames: Number of frames drawn from each clip; None = all.
     """
 
     def __init__(self, world: SpriteWorldConfig, sets: Sequence[SpriteSet], num_frames: int | None = None):
@@ -62,7 +62,7 @@ class SpriteSamples:
 
 
 def sample_frames(available: int, wanted: int, random: np.random.Generator) -> list[int]:
-    """Numbers of `wanted` evenly spaced frames out of `available`, the spacing and the first one drawn."""
+    """Indices of `wanted` evenly spaced frames out of `available`, with the spacing and the first index drawn."""
     steps = max(1, wanted - 1)
     stride = int(random.integers(1, max(1, (available - 1) // steps) + 1))
     first = int(random.integers(available - stride * (wanted - 1)))
@@ -70,16 +70,16 @@ def sample_frames(available: int, wanted: int, random: np.random.Generator) -> l
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Samples stacked along a new first axis; texts become lists, and missing tracks are filled up with hidden ones."""
+    """Samples stacked along a new first axis; texts become lists, and clips with fewer tracks get hidden ones added."""
     most = max(len(sample["points"]) for sample in samples)
     batch: dict[str, Any] = {}
     for name, first in samples[0].items():
         values = [sample[name] for sample in samples]
         if name in ("points", "visible"):
-            values = [_filled(value, most) for value in values]
+            values = [_pad_tracks(value, most) for value in values]
         batch[name] = torch.stack(values) if isinstance(first, Tensor) else values
     return batch
 
 
-def _filled(tracks: Tensor, count: int) -> Tensor:
+def _pad_tracks(tracks: Tensor, count: int) -> Tensor:
     return torch.cat([tracks, tracks.new_zeros(count - len(tracks), *tracks.shape[1:])])

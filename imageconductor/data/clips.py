@@ -1,8 +1,8 @@
-"""Clip records on disk: a plain folder, or WebDataset shards, read at random places in an order fixed in advance.
+"""Clip records in a plain folder or in WebDataset shards, read by random access in a seeded order.
 
-A record is the files of one key (docs/data.md): `KEY.mp4`, `KEY.tracks.npz` (points (N, F, 2) in the video's pixels,
-visible (N, F)) and `KEY.json` (caption and provenance). In a cache made by `scripts/cache_latents.py`,
-`KEY.latents.npz` (mean and std, (F, C, h, w)) and `KEY.text.npz` (text, (L, D)) stand in for the mp4.
+A record consists of the files of one key (docs/data.md): `KEY.mp4`, `KEY.tracks.npz` (points (N, F, 2) in the video's
+pixels, visible (N, F)) and `KEY.json` (caption and provenance). In a cache made by `scripts/cache_latents.py`,
+`KEY.latents.npz` (mean and std, (F, C, h, w)) and `KEY.text.npz` (text, (L, D)) replace the mp4.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ _ATTEMPTS = 20
 
 
 class CorruptClipError(ValueError):
-    """A clip cannot be used; the message names it and says why."""
+    """A clip that cannot be used; the message names it and the reason."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes of one file of a record, which may lie inside a shard."""
+    """Location of one file of a record, which may lie inside a shard."""
 
     path: Path
     offset: int
     size: int
 
     def read(self) -> bytes:
-        """The bytes.
+        """The bytes of the file.
 
         Raises:
-            CorruptClipError: The file ends early or is gone.
+            CorruptClipError: The file ends early or is missing.
         """
         try:
             with self.path.open("rb") as file:
@@ -67,18 +67,18 @@ class Part:
 
 @dataclass(frozen=True)
 class ClipRecord:
-    """Where the files of one clip are."""
+    """Locations of the files of one clip."""
 
     key: str
     parts: dict[str, Part]
 
     @property
     def is_cached(self) -> bool:
-        """Whether it holds latents instead of a video."""
+        """Whether the record holds latents instead of a video."""
         return "latents.npz" in self.parts
 
     def read(self, part: str) -> bytes:
-        """Bytes of a part, such as "mp4"."""
+        """The bytes of a part, such as "mp4"."""
         if part not in self.parts:
             raise CorruptClipError(f"no {self.key}.{part}")
         return self.parts[part].read()
@@ -91,7 +91,7 @@ class ClipRecord:
         return info
 
     def tracks(self, size: tuple[int, int]) -> Trajectories:
-        """Its tracks over all frames, on a frame of `size` (W, H); points that are not finite are hidden."""
+        """The tracks over all frames of `size` (W, H); points that are not finite are hidden."""
         with np.load(io.BytesIO(self.read("tracks.npz"))) as arrays:
             points = torch.from_numpy(arrays["points"].astype(np.float64))
             visible = torch.from_numpy(arrays["visible"].astype(np.bool_))
@@ -99,7 +99,7 @@ class ClipRecord:
 
 
 def find_clips(sources: Sequence[str | Path]) -> list[list[ClipRecord]]:
-    """Records by shard; a clip of a plain folder is a shard of its own.
+    """Records grouped by shard; each clip of a plain folder forms a shard of its own.
 
     Args:
         sources: Folders of shards or of records, shards, or patterns of shards such as `train-{000..099}.tar`.
@@ -110,11 +110,11 @@ def find_clips(sources: Sequence[str | Path]) -> list[list[ClipRecord]]:
     shards: list[list[ClipRecord]] = []
     for source in sources:
         paths = [Path(name) for name in braceexpand(str(source))]
-        paths = [match for path in paths for match in ([path] if path.exists() else sorted(_glob(path)))]
+        paths = [match for path in paths for match in ([path] if path.exists() else _glob(path))]
         found: list[list[ClipRecord]] = []
         for path in paths:
-            tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
-            found += [_shard(tar) for tar in tars] or [[record] for record in _folder(path)]
+            tars = [path] if path.is_file() else _glob(path / "*.tar")
+            found += [_list_shard(tar) for tar in tars] or [[record] for record in _list_folder(path)]
         if not any(found):
             raise FileNotFoundError(
                 f"no clips at {source}: expected .tar shards, or a folder of KEY.mp4, KEY.tracks.npz and KEY.json"
@@ -123,12 +123,14 @@ def find_clips(sources: Sequence[str | Path]) -> list[list[ClipRecord]]:
     return shards
 
 
-def _glob(path: Path) -> Iterable[Path]:
-    return path.parent.glob(path.name) if path.parent.is_dir() else ()
+def _glob(pattern: Path) -> list[Path]:
+    """Matches in the pattern's folder, sorted, without hidden files, which `files.atomic_path` may have left."""
+    matches = pattern.parent.glob(pattern.name) if pattern.parent.is_dir() else ()
+    return sorted(path for path in matches if not path.name.startswith("."))
 
 
-def _records(files: Iterable[tuple[str, Part]]) -> list[ClipRecord]:
-    """Files grouped by key: what stands before the first dot of the name, as in WebDataset."""
+def _group_by_key(files: Iterable[tuple[str, Part]]) -> list[ClipRecord]:
+    """Records of files; the key is the name up to the first dot, as in WebDataset."""
     parts: dict[str, dict[str, Part]] = {}
     for name, part in files:
         folder, _, base = name.rpartition("/")
@@ -138,7 +140,7 @@ def _records(files: Iterable[tuple[str, Part]]) -> list[ClipRecord]:
     return [ClipRecord(key, found) for key, found in parts.items()]
 
 
-def _shard(path: Path) -> list[ClipRecord]:
+def _list_shard(path: Path) -> list[ClipRecord]:
     files: list[tuple[str, Part]] = []
     try:
         with tarfile.open(path) as tar:
@@ -147,25 +149,25 @@ def _shard(path: Path) -> list[ClipRecord]:
                     files.append((member.name.removeprefix("./"), Part(path, member.offset_data, member.size)))
     except tarfile.TarError as error:
         logger.warning("%s is damaged (%s); %d files before the damage are used", path, error, len(files))
-    return _records(files)
+    return _group_by_key(files)
 
 
-def _folder(path: Path) -> list[ClipRecord]:
+def _list_folder(path: Path) -> list[ClipRecord]:
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    return _records((file.relative_to(path).as_posix(), Part(file, 0, file.stat().st_size)) for file in files)
+    return _group_by_key((file.relative_to(path).as_posix(), Part(file, 0, file.stat().st_size)) for file in files)
 
 
 class ShuffledOrder:
-    """Which clip stands at position p of an endless shuffled sequence: each clip once in every epoch.
+    """The clip at each position of an endless shuffled sequence, which holds every clip once per epoch.
 
-    Shards are shuffled, and clips within windows of a few shards, which is what a shuffle buffer does. But position ->
-    clip is a pure function: a run can go on anywhere, and any split of the positions over processes and workers reads
-    every clip exactly once.
+    Shards are shuffled, and clips within windows of a few shards, as by a shuffle buffer. Unlike with a buffer, the
+    clip is a pure function of the position: a run can resume anywhere, and however the positions are split over
+    processes and workers, every clip is read exactly once.
 
     Args:
-        shard_sizes: Clips in each shard.
-        window: Shards whose clips are mixed.
-        seed: Of all epochs.
+        shard_sizes: Number of clips in each shard.
+        window: Number of shards whose clips are mixed.
+        seed: Seed of the order in all epochs.
     """
 
     def __init__(self, shard_sizes: Sequence[int], window: int, seed: int):
@@ -195,21 +197,21 @@ class ShuffledOrder:
 
 
 class ClipSamples:
-    """Clips of shards or folders as training sees them, shuffled, without end.
+    """An endless shuffled sequence of training samples from shards or folders of clips.
 
-    A clip that cannot be read is replaced by another; the sample's `skipped` says so.
+    A clip that cannot be read is replaced by another and named in the sample's `skipped`.
 
     Args:
-        sources: As `find_clips`.
-        size: (W, H) in pixels; other clips are resized and cropped, their tracks with them. A cache keeps its size.
-        num_frames: T, evenly spaced out of a clip's frames.
-        horizontal_flip: How often a clip is mirrored; one whose caption tells left from right never is.
+        sources: As in `find_clips`.
+        size: (W, H) in pixels; clips of another size are resized and cropped with their tracks. A cache keeps its size.
+        num_frames: T; that many evenly spaced frames are drawn from each clip.
+        horizontal_flip: Probability of mirroring a clip; clips whose captions tell left from right are never mirrored.
         shuffle_shards: Window of `ShuffledOrder`.
-        seed: Of order, frames and flips.
+        seed: Seed of the order, the frames and the flips.
 
     Raises:
         FileNotFoundError: A source holds no clip.
-        ValueError: Flips are asked of a cache, or videos and caches are mixed.
+        ValueError: `horizontal_flip` is not 0 for a cache, or videos and caches are mixed.
     """
 
     def __init__(
@@ -240,24 +242,24 @@ class ClipSamples:
         while len(skipped) < _ATTEMPTS:
             record = self.records[index]
             try:
-                sample = self._cached(record, random) if self.is_cached else self._decoded(record, random)
+                sample = self._read_latents(record, random) if self.is_cached else self._read_video(record, random)
                 return sample | {"key": record.key, "skipped": skipped}
-            except Exception as error:  # Damage shows in as many ways as there are decoders.
+            except Exception as error:  # Decoders report damage by many kinds of exceptions.
                 skipped.append(f"{record.key}: {error}")
                 index = int(random.integers(len(self.records)))
         raise CorruptClipError(f"{_ATTEMPTS} clips in a row cannot be read, the last being {skipped[-1]}")
 
-    def _decoded(self, record: ClipRecord, random: np.random.Generator) -> dict[str, Any]:
+    def _read_video(self, record: ClipRecord, random: np.random.Generator) -> dict[str, Any]:
         caption = record.info()["caption"]
         video = Video(record)
         tracks = record.tracks(video.size)
-        chosen = self._frames(len(video), tracks.num_frames, random)
-        pixels, tracks = fit_to_size(video.frames(chosen), _at(tracks, chosen), self.size)
+        chosen = self._draw_frames(len(video), tracks.num_frames, random)
+        pixels, tracks = fit_to_size(video.frames(chosen), _select_frames(tracks, chosen), self.size)
         if random.random() < self.horizontal_flip and not _SIDES.search(caption):
             pixels, tracks = pixels.flip(-1), tracks.flip_horizontal()
-        return {"pixel_values": pixels, **_fields(tracks), "caption": caption}
+        return {"pixel_values": pixels, **_track_fields(tracks), "caption": caption}
 
-    def _cached(self, record: ClipRecord, random: np.random.Generator) -> dict[str, Any]:
+    def _read_latents(self, record: ClipRecord, random: np.random.Generator) -> dict[str, Any]:
         caption = record.info()["caption"]
         with np.load(io.BytesIO(record.read("latents.npz"))) as arrays:
             mean, std, size = arrays["mean"], arrays["std"], arrays["size"]
@@ -265,27 +267,28 @@ class ClipSamples:
             text = torch.from_numpy(arrays["text"].astype(np.float32))
         width, height = (int(side) for side in size)
         tracks = record.tracks((width, height))
-        chosen = self._frames(len(mean), tracks.num_frames, random)
+        chosen = self._draw_frames(len(mean), tracks.num_frames, random)
         latents = {
             name: torch.from_numpy(values[chosen].astype(np.float32)).transpose(0, 1)
             for name, values in (("latent_mean", mean), ("latent_std", std))
         }
         size = torch.tensor([width, height])
-        return {**latents, "size": size, "text": text, **_fields(_at(tracks, chosen)), "caption": caption}
+        fields = _track_fields(_select_frames(tracks, chosen))
+        return {**latents, "size": size, "text": text, **fields, "caption": caption}
 
-    def _frames(self, available: int, tracked: int, random: np.random.Generator) -> list[int]:
-        if available != tracked:
-            raise CorruptClipError(f"{available} frames but tracks over {tracked}")
+    def _draw_frames(self, available: int, num_tracked: int, random: np.random.Generator) -> list[int]:
+        if available != num_tracked:
+            raise CorruptClipError(f"{available} frames but tracks over {num_tracked}")
         if available < self.num_frames:
             raise CorruptClipError(f"{available} frames, {self.num_frames} are needed")
         return sample_frames(available, self.num_frames, random)
 
 
 class Video:
-    """The mp4 of a record, decoded where it is asked for.
+    """The mp4 of a record, of which only the requested frames are decoded.
 
     Raises:
-        CorruptClipError: It is no video.
+        CorruptClipError: The file is not a readable video.
     """
 
     def __init__(self, record: ClipRecord):
@@ -302,26 +305,26 @@ class Video:
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """(W, H)."""
+        """(W, H) in pixels."""
         height, width = self._reader[0].shape[:2]
         return width, height
 
     def frames(self, numbers: Sequence[int]) -> NDArray[np.uint8]:
-        """(T, H, W, 3)."""
+        """The frames at `numbers`: (T, H, W, 3)."""
         return self._reader.get_batch(list(numbers)).asnumpy()
 
 
 def fit_to_size(frames: NDArray[np.uint8], tracks: Trajectories, size: tuple[int, int]) -> tuple[Tensor, Trajectories]:
-    """(3, T, H, W) in [-1, 1] and tracks, from frames (T, H, W, 3), both resized and cropped to `size` (W, H)."""
+    """Frames (T, H, W, 3) and tracks resized and cropped to `size` (W, H); the frames as (3, T, H, W) in [-1, 1]."""
     if tracks.size != size:
         frames = np.stack([np.asarray(cover_crop(Image.fromarray(frame), size)) for frame in frames])
     pixels = torch.from_numpy(frames).permute(3, 0, 1, 2).float().div_(127.5).sub_(1.0)
     return pixels, tracks.cover_crop(size)
 
 
-def _at(tracks: Trajectories, frames: Sequence[int]) -> Trajectories:
+def _select_frames(tracks: Trajectories, frames: Sequence[int]) -> Trajectories:
     return Trajectories(tracks.points[:, list(frames)], tracks.visible[:, list(frames)], tracks.size)
 
 
-def _fields(tracks: Trajectories) -> dict[str, Tensor]:
+def _track_fields(tracks: Trajectories) -> dict[str, Tensor]:
     return {"points": tracks.points.float(), "visible": tracks.visible}

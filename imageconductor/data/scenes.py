@@ -1,7 +1,7 @@
-"""One clip of the sprite world: its exact tracks, and its picture.
+"""One clip of the sprite world: its description, its exact tracks, and its pixels.
 
-World coordinates are the pixels of frame 0. A similarity per frame (the camera) takes them to the pixels of that frame;
-a sprite adds a translation of its own. So the track of any point, and whether it is visible, follow in closed form.
+World coordinates are the pixels of frame 0. The camera is a similarity per frame that maps them to the pixels of that
+frame; a sprite adds a translation of its own. The track of any point and its visibility follow in closed form.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Sprite:
     """A coloured shape that moves without turning.
 
     Attributes:
-        shape, colour: names.
+        shape, colour: keys of `SHAPES` and `SPRITE_COLOURS`.
         outline: RGB in [0, 255].
         radius: world pixels.
         tilt: radians, clockwise on the screen.
-        path: (T, 2), its centre per frame, world coordinates.
-        motion: as captions say it, "moves left".
+        path: (T, 2), its centre in each frame, world coordinates.
+        motion: phrase for captions, such as "moves left".
     """
 
     shape: str
@@ -43,7 +43,7 @@ class Sprite:
 
     @property
     def name(self) -> str:
-        """As captions say it, "red circle"."""
+        """Phrase for captions, such as "red circle"."""
         return f"{self.colour} {self.shape}"
 
 
@@ -57,8 +57,8 @@ class Scene:
         sprites: later ones are in front.
         background: a function of world coordinates.
         caption: lower case.
-        camera_motion: as captions say it, "pans left".
-        style: "colour", or "ink", which has the brightness of that in blue ink on cream paper.
+        camera_motion: phrase for captions, such as "pans left".
+        style: "colour", or "ink": the brightness of "colour" in blue ink on cream paper.
     """
 
     size: tuple[int, int]
@@ -71,11 +71,11 @@ class Scene:
 
     @property
     def num_frames(self) -> int:
-        """T."""
+        """Number of frames, T."""
         return len(self.camera)
 
     def on_sprite(self, points: Tensor | np.ndarray) -> Tensor:
-        """(N,) int64: the foremost sprite under each point of frame 0, -1 for the background; points (N, 2) pixels."""
+        """(N,) int64: index of the foremost sprite at each of the points (N, 2) of frame 0, -1 for the background."""
         world = torch.as_tensor(points, dtype=torch.float64)
         index = torch.full(world.shape[:-1], -1, dtype=torch.int64)
         for s in range(len(self.sprites)):
@@ -83,11 +83,11 @@ class Scene:
         return index
 
     def track(self, points: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
-        """Where points of frame 0 go.
+        """Tracks of points of frame 0.
 
         Args:
-            points: (N, 2) xy in pixels of frame 0. A point on a sprite moves with it and the camera, others
-                with the camera.
+            points: (N, 2) xy in pixels of frame 0. A point on a sprite moves with the sprite and the camera, any other
+                with the camera alone.
 
         Returns:
             points (N, T, 2) float32 pixels, and visible (N, T) bool: inside the frame, which is
@@ -119,7 +119,7 @@ class Scene:
         return pixels.float(), visible
 
     def _inside(self, s: int, world: Tensor) -> Tensor:
-        """(N, T) bool: is the world point (N, T, 2) of frame t inside sprite s in frame t; T = 1 means frame 0."""
+        """(N, T) bool: whether the world points (N, T, 2) lie in sprite s in their frames; T = 1 means frame 0."""
         sprite = self.sprites[s]
         offset = world - torch.from_numpy(sprite.path[: world.shape[1]])
         turn = torch.from_numpy(rotation(-sprite.tilt) / sprite.radius)
@@ -132,7 +132,7 @@ def rotation(angle: float) -> np.ndarray:
 
 
 def _paint(frames: Tensor, sprite: Sprite, camera: np.ndarray) -> None:
-    """Blend one sprite over frames (3, T, H, W) float, in place, looking only at a window around it."""
+    """Blends one sprite over frames (3, T, H, W) float, in place, within a window around the sprite."""
     height, width = frames.shape[2:]
     scale = np.hypot(camera[:, 0, 0], camera[:, 1, 0])  # (T,)
     centre = np.einsum("tij,tj->ti", camera[:, :, :2], sprite.path) + camera[:, :, 2]
@@ -151,7 +151,7 @@ def _paint(frames: Tensor, sprite: Sprite, camera: np.ndarray) -> None:
     distance = signed_distance(sprite.shape, torch.from_numpy(local)) * size_px
     near = torch.nonzero(distance < 0.5)[:, 0]
     distance, size_px = distance[near], size_px[near]
-    cover = (0.5 - distance).clamp_(0, 1)  # the share of the pixel inside an edge at that distance
+    cover = (0.5 - distance).clamp_(0, 1)  # covered fraction of a pixel at that distance from an edge
     fill = (0.5 - distance - 0.15 * size_px).clamp_(0, 1)
     where = torch.from_numpy((t * height + y) * width + x)[near]
     for c in range(3):
@@ -162,9 +162,9 @@ def _paint(frames: Tensor, sprite: Sprite, camera: np.ndarray) -> None:
 
 
 def render(scenes: Sequence[Scene], frames: Sequence[int] | None = None) -> Tensor:
-    """Draw scenes of one size and length, or some frames of them.
+    """Pixels of scenes of one size and length, or of some of their frames.
 
-    Clips are drawn one by one: that keeps each in the cache, and makes a clip's bytes independent of its batch.
+    Clips are drawn one by one, which is faster (a clip fits the CPU cache) and makes a clip independent of its batch.
 
     Returns:
         (B, 3, T, H, W) uint8.
@@ -185,13 +185,13 @@ def render(scenes: Sequence[Scene], frames: Sequence[int] | None = None) -> Tens
         for sprite in scene.sprites:
             _paint(clip, replace(sprite, path=sprite.path[chosen]), camera)
         if scene.style == "ink":
-            clip = _in_ink(clip)
+            clip = _apply_ink(clip)
         clips.append(clip.add_(0.5).clamp_(0, 255).to(torch.uint8))
     return torch.stack(clips)
 
 
-def _in_ink(clip: Tensor) -> Tensor:
-    """Brightness (Rec. 601) of (3, T, H, W) in [0, 255] as ink on paper."""
+def _apply_ink(clip: Tensor) -> Tensor:
+    """A clip (3, T, H, W) in [0, 255] as ink on paper of the same brightness (Rec. 601)."""
     brightness = torch.einsum("c...,c->...", clip, clip.new_tensor((0.299, 0.587, 0.114))) / 255
     ink, paper = (clip.new_tensor(colour).view(3, 1, 1, 1) for colour in (_INK, _PAPER))
     return ink + (paper - ink) * brightness

@@ -1,8 +1,7 @@
 """Signed distances and colours of the sprites.
 
-Every shape has its area centroid at the origin, fits into a circle of radius `EXTENT`, and is upright in image axes (y
-down).
-Outside a shape the distances are exact along its edges only, which is all that one pixel of antialiasing looks at.
+Every shape has its area centroid at the origin, fits into a circle of radius `EXTENT`, and is upright when y points
+down. Outside a shape the distances are exact near its edges only, which suffices for one pixel of antialiasing.
 """
 
 from __future__ import annotations
@@ -88,13 +87,13 @@ SPRITE_COLOURS: dict[str, tuple[int, int, int]] = {
 
 
 def signed_distance(shape: str, points: Tensor) -> Tensor:
-    """Distance to the outline of a shape of radius 1, negative inside.
+    """Signed distance to the outline of a shape of radius 1, negative inside.
 
     Args:
         shape: a key of `SHAPES`.
-        points: (..., 2), from the shape's centre, in units of its radius, y down.
+        points: (..., 2), relative to the shape's centre, in units of its radius, y down.
 
     Returns:
-        (...), same unit.
+        (...), in the same unit.
     """
     return SHAPES[shape](points[..., 0], points[..., 1])

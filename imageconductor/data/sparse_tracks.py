@@ -1,4 +1,4 @@
-"""Which of a clip's tracks a training step shows to the model (section 2.2, "Sampling and Gaussian Filter")."""
+"""Samples the sparse tracks that a training step shows to the model (section 2.2, "Sampling and Gaussian Filter")."""
 
 from collections.abc import Sequence
 
@@ -7,22 +7,22 @@ from torch import Tensor
 
 
 def motion_intensity(points: Tensor, visible: Tensor) -> Tensor:
-    """Length of each track's visible path in pixels, (B, N), from points (B, N, T, 2) and visible (B, N, T)."""
+    """Length in pixels of the visible path of each track: (B, N), of points (B, N, T, 2) and visible (B, N, T)."""
     steps = (points[..., 1:, :] - points[..., :-1, :]).norm(dim=-1)
     return (steps * (visible[..., 1:] & visible[..., :-1])).sum(dim=-1)
 
 
 def sample_sparse(points: Tensor, visible: Tensor, max_tracks: int, generators: Sequence[torch.Generator]) -> Tensor:
-    """Mask of 1..max_tracks tracks of each clip, drawn with probability proportional to their motion.
+    """Mask of 1..max_tracks tracks per clip, drawn with probability proportional to their motion intensity.
 
     Args:
         points: (B, N, T, 2) pixels.
         visible: (B, N, T) bool.
-        max_tracks: Upper limit of n; the paper's is 8.
-        generators: One a clip, on the CPU, whatever the device of the points.
+        max_tracks: Upper bound of n; 8 in the paper.
+        generators: One per clip, on the CPU for points on any device.
 
     Returns:
-        (B, N) bool. A clip in which nothing moves draws evenly among the tracks visible in its first frame.
+        (B, N) bool. If no track of a clip moves, those visible in its first frame are equally likely.
 
     Source: Image Conductor, section 2.2: n in [1, 8], "normalized motion intensity ... as the sampling probability".
     """

@@ -1,6 +1,7 @@
-"""The sprite world: endless synthetic clips with exact trajectories, on which the whole method is trained and measured.
+"""The sprite world: endless synthetic clips with exact trajectories, for training and evaluating the whole method.
 
-This file draws the lots; `scenes.py` says what a clip is and draws it, `shapes.py` and `backgrounds.py` what it holds.
+This file samples scene parameters at random. `scenes.py` defines a scene and renders it; `shapes.py` and
+`backgrounds.py` define its parts.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ __all__ = [
 
 _STILL = "stays still"
 _CAMERA_MOVES = (("pan",), ("zoom",), ("roll",), ("pan", "zoom"), ("pan", "roll"))
-_CAMERA_SHARES = (0.5, 0.16, 0.1, 0.14, 0.1)
+_CAMERA_PROBABILITIES = (0.5, 0.16, 0.1, 0.14, 0.1)
 
 
 class SpriteSet(str, Enum):
-    """What moves: the camera (the RealEstate10K role), both (the WebVid role), or the sprites alone (evaluation)."""
+    """The moving parts: the camera (as in RealEstate10K), both (as in WebVid), or the sprites (for evaluation)."""
 
     CAMERA = "camera"
     MIXED = "mixed"
@@ -45,37 +46,25 @@ class SpriteSet(str, Enum):
 
 @dataclass(frozen=True)
 class SpriteWorldConfig:
-    """One endless set of clips.
+    """Settings of one endless set of clips.
 
-    Lengths are fractions of the frame's short side, ranges are (low, high) over a whole clip.
-
-    Attributes:
-        size: (W, H) in pixels.
-        kind: which motions occur.
-        max_sprites: 1..3, each count equally often.
-        camera_pan, camera_zoom, camera_roll_deg: how far the camera goes (fraction, ratio >= 1, degrees).
-        sprite_radius, sprite_travel: fractions.
-        still_prob: in the mixed set, how often the camera (and, apart from the first, a sprite) stays still.
-        caption_motion_prob: how often a caption also says what moves.
-        grid: the dataset gives grid x grid tracks.
-        seed: of the whole set.
-        style: how it is drawn, see `Scene`.
+    Lengths are fractions of the frame's shorter side; ranges are (low, high) over a whole clip.
     """
 
-    size: tuple[int, int] = (64, 64)
-    num_frames: int = 16
-    kind: SpriteSet = SpriteSet.MIXED
-    max_sprites: int = 2
-    camera_pan: tuple[float, float] = (0.15, 0.35)
-    camera_zoom: tuple[float, float] = (1.2, 1.5)
-    camera_roll_deg: tuple[float, float] = (12.0, 28.0)
-    sprite_radius: tuple[float, float] = (0.09, 0.15)
-    sprite_travel: tuple[float, float] = (0.15, 0.4)
-    still_prob: float = 0.15
-    caption_motion_prob: float = 0.5
-    grid: int = 8
-    seed: int = 0
-    style: Literal["colour", "ink"] = "colour"
+    size: tuple[int, int] = (64, 64)  # (W, H) in pixels
+    num_frames: int = 16  # frames per clip
+    kind: SpriteSet = SpriteSet.MIXED  # what moves: camera, object (the sprites), or mixed (both)
+    max_sprites: int = 2  # a clip has 1..this many sprites, each number equally likely; at most 3
+    camera_pan: tuple[float, float] = (0.15, 0.35)  # range of a pan, as a fraction of the shorter side
+    camera_zoom: tuple[float, float] = (1.2, 1.5)  # range of the zoom ratio, at least 1; half of the zooms go out
+    camera_roll_deg: tuple[float, float] = (12.0, 28.0)  # range of a roll in degrees, in either direction
+    sprite_radius: tuple[float, float] = (0.09, 0.15)  # range of the radii, as fractions of the shorter side
+    sprite_travel: tuple[float, float] = (0.15, 0.4)  # range of the distances that sprites move, as such fractions
+    still_prob: float = 0.15  # mixed set: probability that the camera, or any sprite but the first, stays still
+    caption_motion_prob: float = 0.5  # probability that a caption also names the motion
+    grid: int = 8  # tracked points along each side of the first frame
+    seed: int = 0  # seed of the set; another one gives a validation set
+    style: Literal["colour", "ink"] = "colour"  # ink: the same brightness in blue ink on cream paper
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", SpriteSet(self.kind))
@@ -105,8 +94,8 @@ class SpriteWorldConfig:
             raise ValueError(f"seed must not be negative, got {self.seed}")
 
 
-def _profile(rng: np.random.Generator, num_frames: int) -> tuple[np.ndarray, bool]:
-    """How a motion unfolds, (T,) from 0 to at most 1: constant, eased, or there and back (then the flag is true)."""
+def _sample_profile(rng: np.random.Generator, num_frames: int) -> tuple[np.ndarray, bool]:
+    """Progress of a motion, (T,) from 0 to at most 1: constant, eased, or there and back, when the flag is true."""
     time = np.linspace(0, 1, num_frames) if num_frames > 1 else np.zeros(1)
     form = rng.choice(3, p=(0.45, 0.45, 0.1))
     if form == 2:
@@ -115,7 +104,7 @@ def _profile(rng: np.random.Generator, num_frames: int) -> tuple[np.ndarray, boo
 
 
 def _direction_words(direction: np.ndarray) -> str:
-    """Image directions in words: "left", "up and left"."""
+    """An image direction in words, such as "left" or "up and left"."""
     across = "right" if direction[0] > 0 else "left"
     along = "down" if direction[1] > 0 else "up"
     slope = abs(direction[1]) / max(abs(direction[0]), 1e-9)
@@ -124,7 +113,8 @@ def _direction_words(direction: np.ndarray) -> str:
     return along if slope > math.tan(3 * math.pi / 8) else f"{along} and {across}"
 
 
-def _direction(rng: np.random.Generator) -> np.ndarray:
+def _sample_direction(rng: np.random.Generator) -> np.ndarray:
+    """A unit vector (2,)."""
     angle = rng.uniform(0, 2 * math.pi)
     return np.array([math.cos(angle), math.sin(angle)])
 
@@ -134,15 +124,15 @@ def _still_camera(num_frames: int) -> np.ndarray:
 
 
 def _sample_camera(rng: np.random.Generator, config: SpriteWorldConfig) -> tuple[np.ndarray, str]:
-    """World to pixels, (T, 2, 3), and words: a pan, a zoom, a roll, or a pan with a little of another."""
-    moves = _CAMERA_MOVES[rng.choice(len(_CAMERA_MOVES), p=_CAMERA_SHARES)]
-    profile, returns = _profile(rng, config.num_frames)
+    """A camera, (T, 2, 3), world to pixels, and its words: a pan, a zoom, a roll, or a pan with one of the others."""
+    moves = _CAMERA_MOVES[rng.choice(len(_CAMERA_MOVES), p=_CAMERA_PROBABILITIES)]
+    profile, returns = _sample_profile(rng, config.num_frames)
     strength = profile * (1.0 if len(moves) == 1 else 0.7)
     short = min(config.size)
     centre = (np.array(config.size) - 1) / 2
     pan, log_zoom, roll, words = np.zeros(2), 0.0, 0.0, []
     if "pan" in moves:
-        direction = _direction(rng)
+        direction = _sample_direction(rng)
         pan = direction * short * rng.uniform(*config.camera_pan)
         words.append(f"pans {_direction_words(direction)}")
     if "zoom" in moves:
@@ -154,16 +144,16 @@ def _sample_camera(rng: np.random.Generator, config: SpriteWorldConfig) -> tuple
         roll = math.radians(rng.uniform(*config.camera_roll_deg)) * (1 if clockwise else -1)
         words.append("rolls clockwise" if clockwise else "rolls counterclockwise")
     camera = _still_camera(config.num_frames)
-    for t in range(1, config.num_frames):  # the picture turns and shifts against the camera
+    for t in range(1, config.num_frames):  # the picture turns and shifts opposite to the camera
         camera[t, :, :2] = math.exp(log_zoom * strength[t]) * rotation(-roll * strength[t])
         camera[t, :, 2] = centre - camera[t, :, :2] @ (centre + pan * strength[t])
     return camera, " and ".join(words) + (" and returns" if returns else "")
 
 
 def _sample_path(rng: np.random.Generator, config: SpriteWorldConfig, start: np.ndarray) -> tuple[np.ndarray, str]:
-    """A sprite's centre per frame, (T, 2) world coordinates, and words: straight, an arc or an s-curve."""
-    profile, returns = _profile(rng, config.num_frames)
-    direction = _direction(rng)
+    """A sprite's centre in each frame, (T, 2) world coordinates, and its words: a line, an arc or an s-curve."""
+    profile, returns = _sample_profile(rng, config.num_frames)
+    direction = _sample_direction(rng)
     distance = min(config.size) * rng.uniform(*config.sprite_travel)
     half_waves = rng.integers(3)  # 0 straight, 1 arc, 2 s-curve
     bend = np.sin(half_waves * np.pi * profile) * rng.uniform(0.12, 0.3) * rng.choice((-1, 1))
@@ -172,13 +162,15 @@ def _sample_path(rng: np.random.Generator, config: SpriteWorldConfig, start: np.
     return path, f"moves {_direction_words(direction)}" + (" and returns" if returns else "")
 
 
-def _place(
+def _sample_placement(
     rng: np.random.Generator, config: SpriteWorldConfig, camera: np.ndarray, others: list[Sprite], radius: float
 ) -> tuple[np.ndarray, str] | None:
-    """A path that starts inside the frame and clear of the others, and that stays in view if one such is soon found.
+    """A path that starts inside the frame and away from the other sprites.
+
+    Of up to 32 attempts, the first whose path stays in view is taken; otherwise the last that found room.
 
     Returns:
-        (T, 2) world coordinates and words, or None if there is no room.
+        (T, 2) world coordinates and words, or None if no attempt found room.
     """
     size = np.array(config.size)
     moves = config.kind != SpriteSet.CAMERA
@@ -200,11 +192,11 @@ def _place(
 def _sample_sprites(rng: np.random.Generator, config: SpriteWorldConfig, camera: np.ndarray) -> list[Sprite]:
     sprites: list[Sprite] = []
     count = rng.integers(1, config.max_sprites + 1)
-    colours = rng.permutation(list(SPRITE_COLOURS))  # no colour twice, so that a caption is never ambiguous
+    colours = rng.permutation(list(SPRITE_COLOURS))  # each colour at most once: captions stay unambiguous
     shapes = rng.choice(list(SHAPES), size=count)
     for colour, shape in zip(colours[:count], shapes, strict=True):
         radius = min(config.size) * rng.uniform(*config.sprite_radius)
-        placed = _place(rng, config, camera, sprites, radius)
+        placed = _sample_placement(rng, config, camera, sprites, radius)
         light, tilt = rng.random() < 0.4, math.radians(rng.uniform(-12, 12))
         if placed is None:
             continue
@@ -216,7 +208,7 @@ def _sample_sprites(rng: np.random.Generator, config: SpriteWorldConfig, camera:
 
 
 def sample_scene(config: SpriteWorldConfig, index: int) -> Scene:
-    """Clip number `index` of the set, the same for ever: all draws come from (config.seed, config.kind, index)."""
+    """Clip number `index` of the set; all random draws derive from (config.seed, config.kind, index)."""
     if index < 0:
         raise ValueError(f"index must not be negative, got {index}")
     rng = np.random.default_rng([config.seed, list(SpriteSet).index(config.kind), index])
@@ -243,22 +235,22 @@ def _describe(sprites: list[Sprite], colours: tuple[str, str], pattern: str) -> 
 
 
 def captions(config: SpriteWorldConfig, count: int) -> Iterator[str]:
-    """The captions of the first `count` clips, without drawing them: what a tokenizer is trained on."""
+    """The captions of the first `count` clips, which are not rendered; a tokenizer is trained on them."""
     return (sample_scene(config, index).caption for index in range(count))
 
 
 def caption_words() -> list[str]:
-    """Every word a caption can hold, sorted; captions hold commas besides."""
+    """Every word that a caption can hold, sorted; its only other characters are spaces and commas."""
     frame = "a an and on background the camera stays still pans moves left right up down returns"
     turns = "zooms in out rolls clockwise counterclockwise"
     return sorted({*frame.split(), *turns.split(), *SHAPES, *SPRITE_COLOURS, *BACKGROUND_COLOURS, *PATTERNS})
 
 
 class SpriteDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """The first `length` clips of a sprite world, drawn on demand.
+    """The first `length` clips of a sprite world, rendered on demand.
 
     A sample holds pixel_values (3, T, H, W) float32 in [-1, 1]; points (N, T, 2) float32 pixels and visible (N, T) bool
-    for a grid of N = config.grid ** 2 points of frame 0; caption; key. Take another `config.seed` for validation.
+    for a grid of N = config.grid ** 2 points of frame 0; caption; key. Another `config.seed` gives a validation set.
     """
 
     def __init__(self, config: SpriteWorldConfig, length: int = 100_000) -> None:

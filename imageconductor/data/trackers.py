@@ -1,4 +1,4 @@
-"""Where the points of a video's first frame went."""
+"""Point trackers: the curation annotates clips with them, and the evaluation measures motion with them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 
 class Tracker(Protocol):
-    """Follows points of frame 0 through a video."""
+    """Tracks points of frame 0 through a video."""
 
     name: str
     version: str
@@ -21,14 +21,14 @@ class Tracker(Protocol):
     def track(
         self, frames: NDArray[np.uint8], points: NDArray[np.floating]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Positions and whether they could be followed.
+        """Positions of the points in every frame, and whether they could be tracked there.
 
         Args:
             frames: (T, H, W, 3).
             points: (N, 2) xy pixels of frame 0, (0, 0) = centre of the top-left pixel.
 
         Returns:
-            (N, T, 2) pixels, (N, T) bool. A point once lost stays lost.
+            (N, T, 2) pixels, (N, T) bool.
         """
         ...
 
@@ -36,11 +36,15 @@ class Tracker(Protocol):
 class LucasKanadeTracker:
     """Pyramidal Lucas-Kanade from frame to frame, with a forward-backward check; needs no weights.
 
+    A lost point stays lost.
+
     Args:
-        min_side_px: Smaller videos are enlarged to this short side first: the windows then hold enough pixels.
-        window_px: Side of the window after enlargement. On true clips of the sprite world 45 px follow 98 % of the
-            points, 31 px about 92 %, at the same error: smaller windows lose the insides of plain objects.
-        max_round_trip_px: A step is trusted if going back ends within this distance, in pixels of the video.
+        min_side_px: Videos whose shorter side is smaller are enlarged to at least this, so that windows hold enough
+            pixels.
+        window_px: Side of the window after enlargement. In rendered clips of the sprite world, 45 px track 98 % of the
+            points and 31 px about 92 %, at the same error; smaller windows lose the interiors of plain objects.
+        max_round_trip_px: Largest distance, in pixels of the video, between a point and its position after a step
+            forward and back; beyond it the point counts as lost.
     """
 
     name = "opencv-lucas-kanade"
@@ -54,7 +58,7 @@ class LucasKanadeTracker:
     def track(
         self, frames: NDArray[np.uint8], points: NDArray[np.floating]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """See `Tracker.track`."""
+        """As `Tracker.track`."""
         num_frames, height, width = frames.shape[:3]
         factor = max(1, -(-self.min_side_px // min(height, width)))
         size = (width * factor, height * factor)
@@ -65,7 +69,7 @@ class LucasKanadeTracker:
         followed = np.ones((len(points), num_frames), bool)
         tracks[:, 0] = points
         here = ((np.asarray(points) + 0.5) * factor - 0.5).astype(np.float32).reshape(-1, 1, 2)
-        # The default threshold on the window's structure gives up the soft textures of enlarged videos.
+        # OpenCV's default threshold on the window's texture would reject the soft textures of enlarged videos.
         options: dict[str, Any] = {
             "winSize": (self.window_px, self.window_px),
             "maxLevel": 3,
@@ -84,19 +88,20 @@ class LucasKanadeTracker:
 
 
 class CoTracker:
-    """CoTracker through torch.hub: the user's download. Its weights are CC-BY-NC.
+    """CoTracker, loaded through torch.hub by the user. Its weights are CC-BY-NC.
+
+    A hidden point may become visible again. `version` names the repository, and the weights by the beginning of their
+    SHA-256.
 
     Args:
         repository: A local clone, or `owner/name` on GitHub.
         model: Entry point of the repository.
-        device: None = cuda where there is one.
-
-    Its `version` names the repository and the weights, by the beginning of their SHA-256.
+        device: None = cuda if available.
 
     Raises:
         ValueError: The repository cannot be loaded.
 
-    Source: Karaev et al., 2023, which section 2.2 annotates with.
+    Source: Karaev et al., 2023, the tracker of section 2.2.
     """
 
     def __init__(self, repository: str, model: str = "cotracker3_offline", device: str | None = None):
@@ -107,7 +112,7 @@ class CoTracker:
         is_local = Path(repository).is_dir()
         try:
             network: Any = torch.hub.load(repository, model, source="local" if is_local else "github", trust_repo=True)  # type: ignore[arg-type]
-        except Exception as error:  # Network, archive, Python code and weights of others: anything.
+        except Exception as error:  # A download and foreign code can raise anything.
             raise ValueError(f"CoTracker cannot be loaded from {repository}: {error}") from error
         digest = hashlib.sha256()
         for value in network.state_dict().values():
@@ -118,13 +123,13 @@ class CoTracker:
     def track(
         self, frames: NDArray[np.uint8], points: NDArray[np.floating]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """See `Tracker.track`; a point that was hidden may be seen again."""
+        """As `Tracker.track`."""
         return self.track_together([frames], points)[0]
 
     def track_together(
         self, clips: Sequence[NDArray[np.uint8]], points: NDArray[np.floating]
     ) -> list[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
-        """The same points through several videos (T, H, W, 3) of one shape, in one batch."""
+        """Tracks the same points through several videos (T, H, W, 3) of one shape, in one batch."""
         import torch
 
         video = torch.from_numpy(np.stack(clips)).to(self.device).permute(0, 1, 4, 2, 3).float()

@@ -178,27 +178,10 @@ def test_the_mirror_image_of_the_first_pixel_is_the_last():
     assert one_point(0, 3, (8, 4)).flip_horizontal().points.tolist() == [[[7, 3]]]
 
 
-def test_crop_shifts_points_and_hides_those_outside():
-    tracks = Trajectories.from_tracks([[[10, 5], [30, 5]], [[2, 2], [2, 2]]], (40, 20), 3)
-    cropped = tracks.crop(5, 4, (20, 10))
-    assert cropped.points[0].tolist() == [[5, 1], [15, 1], [25, 1]]
-    assert cropped.visible.tolist() == [[True, True, False], [False, False, False]]
-    with pytest.raises(ValueError, match="does not lie in the 40x20 frame"):
-        tracks.crop(25, 0, (20, 10))
-
-
 def test_operations_that_change_nothing():
     tracks = Trajectories.from_tracks([[[383.999, 0], [0.1, 255.999]]], SIZE, 16)
     assert torch.equal(tracks.resize(SIZE).points, tracks.points)
-    torch.testing.assert_close(tracks.crop(0, 0, SIZE).points, tracks.points, rtol=0, atol=1 / 64)
     assert tracks.cover_crop(SIZE).visible.all()
-
-
-def test_select_keeps_still_marks_and_order():
-    tracks = Trajectories.from_tracks([[[1, 1]], [[2, 2], [3, 3]], [[4, 4]]], (8, 8), 2)
-    assert tracks.select([2, 1]).still.tolist() == [True, False]
-    assert torch.equal(tracks.select(torch.tensor([True, False, True])).points, tracks.points[[0, 2]])
-    assert tracks.select([]).num_tracks == 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Clips that hang or kill their process, and models of others."""
+"""Clips that hang or end their process, the motion score, and external models."""
 
 import contextlib
 import importlib
@@ -30,46 +30,96 @@ from imageconductor.curation import motion_score
 from imageconductor.curation.captions import describe
 from imageconductor.curation.curate_config import CurateConfig
 from imageconductor.curation.executors import Workers
-from imageconductor.curation.motion_score import least_moving, motion_scores
+from imageconductor.curation.motion_score import motion_scores, motion_threshold
 from imageconductor.data.trackers import CoTracker
 
+FAULTY = """
+import os, signal, time
 
-def test_a_clip_that_hangs_or_dies_is_told_and_the_next_one_is_done():
-    with Workers(1, limit_s=1.0) as workers:
-        assert list(workers.map(math.sqrt, [(4.0,)])) == [2.0]
-        assert [f.reason for f in workers.map(time.sleep, [(60.0,)])] == ["time limit"]
-        assert [f.reason for f in workers.map(os._exit, [(3,)])] == ["crashed"]
-        wrong, root = workers.map(math.sqrt, [(-1.0,), (9.0,)])
-        assert (wrong.reason, root) == ("failed", 3.0)
-        assert wrong.detail.startswith("ValueError: ")
+def die_once(marker):
+    if not os.path.exists(marker):
+        open(marker, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "done"
+
+def divide(items, log):
+    with open(log, "a") as file:
+        print(len(items), file=file)
+    if "kills" in items:
+        os._exit(3)
+    return [10 / item for item in items]
+
+def sleep(items):
+    time.sleep(1.3)
+    return items
+"""
 
 
-def test_a_killed_process_costs_no_clip(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "dies_once.py").write_text(
-        "import os, signal\n"
-        "def work(marker):\n"
-        "    if not os.path.exists(marker):\n"
-        "        open(marker, 'w').close()\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return 'done'\n"
-    )
-    import dies_once
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    """A module, which worker processes can import, of functions that fail."""
+    folder = tmp_path_factory.mktemp("faulty")
+    (folder / "faulty.py").write_text(FAULTY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield importlib.import_module("faulty")
 
+
+@pytest.fixture(scope="module")
+def patient_worker(faulty):
     with Workers(1, limit_s=20.0) as workers:
-        markers = [str(tmp_path / "a"), str(tmp_path / "b")]
-        assert list(workers.map(dies_once.work, [(marker,) for marker in markers])) == ["done", "done"]
+        yield workers
+
+
+@pytest.fixture(scope="module")
+def hasty_worker(faulty):
+    with Workers(1, limit_s=1.0) as workers:
+        yield workers
+
+
+def test_a_clip_that_hangs_or_dies_is_named_and_the_next_one_is_done(hasty_worker):
+    assert list(hasty_worker.map(math.sqrt, [(4.0,)])) == [2.0]
+    assert [f.reason for f in hasty_worker.map(time.sleep, [(60.0,)])] == ["time limit"]
+    assert [f.reason for f in hasty_worker.map(os._exit, [(3,)])] == ["crashed"]
+    wrong, root = hasty_worker.map(math.sqrt, [(-1.0,), (9.0,)])
+    assert (wrong.reason, root) == ("failed", 3.0)
+    assert wrong.detail.startswith("ValueError: ")
+
+
+def test_a_batch_has_the_time_of_its_clips(hasty_worker, faulty):
+    assert list(hasty_worker.map_batches(faulty.sleep, [1, 2], size=2)) == [1, 2]
+    assert [r.reason for r in hasty_worker.map_batches(faulty.sleep, [1], size=1)] == ["time limit"]
+
+
+def test_a_killed_process_costs_no_clip(patient_worker, faulty, tmp_path):
+    markers = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert list(patient_worker.map(faulty.die_once, [(marker,) for marker in markers])) == ["done", "done"]
+
+
+def test_one_bad_clip_costs_its_batch_no_other(patient_worker, faulty, tmp_path):
+    log = tmp_path / "log"
+    items = [1, 2, 0, 5, 10, "kills", 20]
+    results = list(patient_worker.map_batches(faulty.divide, items, str(log), size=3))
+    assert [results[i] for i in (0, 1, 3, 4, 6)] == [10, 5, 2, 1, 0.5]
+    assert (results[2].reason, results[5].reason) == ("failed", "crashed")
+    assert log.read_text().split().count("3") == 2, "the last batch has one"
+
+
+def test_a_missing_module_is_no_fault_of_a_clip(patient_worker):
+    with pytest.raises(RuntimeError, match="ModuleNotFoundError"):
+        list(patient_worker.map(importlib.import_module, [("no_such_module",)]))
 
 
 def test_processes_killed_as_they_start_are_replaced():
     results, killed = [], []
+    others = psutil.Process().children()
     with Workers(1, limit_s=20.0) as workers:
         worker = threading.Thread(target=lambda: results.extend(workers.map(math.sqrt, [(4.0,), (9.0,), (16.0,)])))
         worker.start()
         while worker.is_alive() and not killed:
             for process in psutil.Process().children():
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    if "spawn_main" in " ".join(process.cmdline()):
+                    if process not in others and "spawn_main" in " ".join(process.cmdline()):
                         process.kill()
                         killed.append(process)
         worker.join()
@@ -77,50 +127,13 @@ def test_processes_killed_as_they_start_are_replaced():
     assert results == [2.0, 3.0, 4.0]
 
 
-def test_one_bad_clip_costs_its_batch_no_other(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "batched.py").write_text(
-        "import os\n"
-        "def work(items, log):\n"
-        "    with open(log, 'a') as file:\n"
-        "        print(len(items), file=file)\n"
-        "    if 'kills' in items:\n"
-        "        os._exit(3)\n"
-        "    return [10 / item for item in items]\n"
-    )
-    import batched
-
-    log = tmp_path / "log"
-    with Workers(1, limit_s=20.0) as workers:
-        items = [1, 2, 0, 5, 10, "kills", 20]
-        results = list(workers.map_batches(batched.work, items, str(log), size=3))
-    assert [results[i] for i in (0, 1, 3, 4, 6)] == [10, 5, 2, 1, 0.5]
-    assert (results[2].reason, results[5].reason) == ("failed", "crashed")
-    assert log.read_text().split().count("3") == 2, "the last batch has one"
-
-
-def test_a_batch_has_the_time_of_its_clips(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "slow.py").write_text("import time\ndef work(items):\n    time.sleep(1.5)\n    return items\n")
-    import slow
-
-    with Workers(1, limit_s=1.0) as workers:
-        assert list(workers.map_batches(slow.work, [1, 2], size=2)) == [1, 2]
-        assert [r.reason for r in workers.map_batches(slow.work, [1], size=2)] == ["time limit"]
-
-
-def test_a_missing_module_is_nobodys_footage():
-    with Workers(1, limit_s=20.0) as workers, pytest.raises(RuntimeError, match="ModuleNotFoundError"):
-        list(workers.map(importlib.import_module, [("no_such_module",)]))
-
-
-def test_the_lowest_share_is_exact_and_ties_go_by_key():
+def test_the_dropped_fraction_is_exact_and_among_equal_scores_the_key_decides():
     scores = {f"{n:02d}": float(n % 5) for n in range(20)}
     arrays = np.array(list(scores.values())), np.array(list(scores), "S16")
-    limit = least_moving(*arrays, 0.25)
+    limit = motion_threshold(*arrays, 0.25)
     assert sorted(key for key, score in scores.items() if (score, key) <= limit) == ["00", "01", "05", "10", "15"]
-    assert least_moving(*arrays, 0.0) is None
-    assert least_moving(arrays[0][:3], arrays[1][:3], 0.25) is None
+    assert motion_threshold(*arrays, 0.0) is None
+    assert motion_threshold(arrays[0][:3], arrays[1][:3], 0.25) is None
 
 
 def test_the_motion_score_of_a_shift():
@@ -129,7 +142,7 @@ def test_the_motion_score_of_a_shift():
 
 
 def test_raft_is_called_on_adjacent_frames(monkeypatch, tmp_path):
-    """torchvision does not install beside a CPU build of torch, so a network of the same face stands in."""
+    """torchvision does not install beside a CPU build of torch, so a network with the same interface replaces RAFT."""
 
     calls = []
 
@@ -152,17 +165,17 @@ def test_raft_is_called_on_adjacent_frames(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
     monkeypatch.setitem(sys.modules, "torchvision.models", ModuleType("torchvision.models"))
     monkeypatch.setitem(sys.modules, "torchvision.models.optical_flow", module)
-    motion_score.raft.cache_clear()
+    motion_score.load_raft.cache_clear()
     config = CurateConfig("", "", flow="raft", raft_weights=str(tmp_path / "raft.pth"), device="cpu")
     clip = footage.pan(0, 20, (1, 0))
     scores = motion_scores([clip, 0 * clip, clip[:6]], config)
-    motion_score.raft.cache_clear()
+    motion_score.load_raft.cache_clear()
     assert scores == pytest.approx([size * np.sqrt(192 * 128) for size in (5, 10, 5)])
     assert calls == [8, 8, 8, 8, 8, 3], "pairs of all clips, eight at a time"
 
 
 def test_cotracker_from_a_local_clone(tmp_path):
-    footage.cotracker(tmp_path / "clone")
+    footage.write_cotracker(tmp_path / "clone")
     tracker = CoTracker(str(tmp_path / "clone"), device="cpu")
     points, visible = tracker.track(np.zeros((4, 32, 48, 3), np.uint8), np.array([[5.0, 6.0], [28.0, 9.0]]))
     assert points.shape == (2, 4, 2)
@@ -183,7 +196,7 @@ def test_cotracker_from_a_local_clone(tmp_path):
 
 @pytest.fixture
 def blip2(tmp_path):
-    """A BLIP-2 of a few thousand random weights that says words only."""
+    """Folder of a BLIP-2 with a few thousand random weights and a vocabulary of five words."""
     words = {
         word: number
         for number, word in enumerate(["<pad>", "</s>", "<s>", "<unk>", "<image>", "a", "dog", "cat", "runs", "grass"])
@@ -221,7 +234,7 @@ def blip2(tmp_path):
     return tmp_path
 
 
-def test_blip2_describes_frames_and_equal_descriptions_are_said_once(blip2):
+def test_blip2_describes_frames_and_equal_descriptions_appear_once(blip2):
     clip = np.random.default_rng(0).integers(0, 255, (33, 64, 96, 3), np.uint8)
     [one] = describe([clip], CurateConfig("", "", blip2=str(blip2), caption_frames=1, device="cpu"))
     assert set(one.split()) <= {"a", "dog", "cat", "runs", "grass"}

@@ -1,4 +1,4 @@
-"""Reading what strangers filmed."""
+"""Footage of many kinds: orientation, containers, damage, timestamps, and lists of sources."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 
 from imageconductor.curation.curate_config import CurateConfig
 from imageconductor.curation.cuts import choose_frames
-from imageconductor.curation.footage import Limits, Rejected, decode_mp4, encode_mp4, frames, frames_at
+from imageconductor.curation.footage import Limits, Rejected, decode_mp4, encode_mp4, read_frames, read_frames_at
 from imageconductor.curation.sources import Source, find_sources
 from imageconductor.curation.steps import grid_points, scan
 
@@ -41,7 +41,7 @@ def corners(width=96, height=64):
 def test_a_turned_phone_gives_upright_frames(degrees, tmp_path):
     footage.write(tmp_path / "plain.mp4", corners())
     ffmpeg("-display_rotation", degrees, "-i", tmp_path / "plain.mp4", "-c", "copy", tmp_path / "turned.mp4")
-    _, picture = next(frames(tmp_path / "turned.mp4", same, LIMITS))
+    _, picture = next(read_frames(tmp_path / "turned.mp4", same, LIMITS))
     expected = np.rot90(corners()[0], degrees // 90)  # ffmpeg's angle is counterclockwise, as numpy's
     assert picture.shape == expected.shape
     assert np.abs(picture.astype(int) - expected).mean() < 12
@@ -51,7 +51,7 @@ def test_a_turned_phone_gives_upright_frames(degrees, tmp_path):
 def test_a_mirrored_video_is_mirrored_back(flip, tmp_path):
     footage.write(tmp_path / "plain.mp4", corners())
     ffmpeg(f"-display_{flip}", "-i", tmp_path / "plain.mp4", "-c", "copy", tmp_path / "mirrored.mp4")
-    _, picture = next(frames(tmp_path / "mirrored.mp4", same, LIMITS))
+    _, picture = next(read_frames(tmp_path / "mirrored.mp4", same, LIMITS))
     expected = corners()[0][:, ::-1] if flip == "hflip" else corners()[0][::-1]
     assert np.abs(picture.astype(int) - expected).mean() < 12
 
@@ -63,13 +63,13 @@ def test_a_mirrored_video_is_mirrored_back(flip, tmp_path):
 def test_every_place_of_every_container_is_found_again(name, codec, tmp_path):
     shown = np.stack([np.full((32, 48, 3), 20 + t, np.uint8) for t in range(200)])
     path = footage.write(tmp_path / name, shown, codec=codec, g="25", bf="2")
-    times = [time for time, _ in frames(path, same, LIMITS)]
-    every = frames_at(path, times, same, LIMITS)
+    times = [time for time, _ in read_frames(path, same, LIMITS)]
+    every = read_frames_at(path, times, same, LIMITS)
     assert len(times) >= 198
     for first in range(30, len(times) - 20, 7):
         wanted = [first, first + 4, first + 11]
-        assert np.array_equal(frames_at(path, [times[n] for n in wanted], same, LIMITS), every[wanted])
-    ranged = [time for time, _ in frames(path, same, LIMITS, times[110], times[150])]
+        assert np.array_equal(read_frames_at(path, [times[n] for n in wanted], same, LIMITS), every[wanted])
+    ranged = [time for time, _ in read_frames(path, same, LIMITS, times[110], times[150])]
     assert ranged == times[110:151]
 
 
@@ -109,7 +109,7 @@ def test_only_the_first_of_long_footage_is_looked_at(tmp_path):
 def test_pixels_that_are_not_square_are_made_square(tmp_path):
     footage.write(tmp_path / "plain.mp4", corners())
     ffmpeg("-i", tmp_path / "plain.mp4", "-c", "copy", "-aspect", "3:1", tmp_path / "wide.mp4")
-    _, picture = next(frames(tmp_path / "wide.mp4", same, LIMITS))
+    _, picture = next(read_frames(tmp_path / "wide.mp4", same, LIMITS))
     assert picture.shape == (64, 192, 3)
 
 
@@ -117,10 +117,10 @@ def test_pixels_that_are_not_square_are_made_square(tmp_path):
 def test_frames_come_back_by_their_times(place, tmp_path):
     shown = np.stack([np.full((32, 48, 3), 2 * t, np.uint8) for t in range(100)])
     path = footage.write(tmp_path / "counted.mp4", shown, g="12", bf="2")
-    times = [time for time, _ in frames(path, same, LIMITS, place)]
+    times = [time for time, _ in read_frames(path, same, LIMITS, place)]
     first = 0 if place is None else 50
     assert times == pytest.approx([t / 25 for t in range(first, 100)])
-    chosen = frames_at(path, [times[3], times[10], times[40]], same, LIMITS)
+    chosen = read_frames_at(path, [times[3], times[10], times[40]], same, LIMITS)
     assert chosen.mean(axis=(1, 2, 3)) == pytest.approx([2 * (first + t) for t in (3, 10, 40)], abs=2)
 
 
@@ -134,9 +134,9 @@ def test_an_mp4_keeps_its_pictures_and_its_bytes():
 def test_limits_hold_before_frames_are_decoded(tmp_path):
     path = footage.write(tmp_path / "large.mp4", np.zeros((1, 32, 512, 3), np.uint8))
     with pytest.raises(Rejected, match="too large"):
-        next(frames(path, same, Limits(16, 256)))
+        next(read_frames(path, same, Limits(16, 256)))
     with pytest.raises(Rejected, match="too small"):
-        next(frames(path, same, Limits(64, 4096)))
+        next(read_frames(path, same, Limits(64, 4096)))
 
 
 def test_an_unknown_codec_and_a_damaged_stream_are_told_apart(tmp_path):
@@ -151,7 +151,7 @@ def test_an_unknown_codec_and_a_damaged_stream_are_told_apart(tmp_path):
     assert row.reason == "damaged"
 
 
-def test_a_missing_file_is_told(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     row, mp4 = scan(Source("gone", str(tmp_path / "gone.mp4")), CurateConfig("", ""))
     assert (row.reason, mp4) == ("missing", None)
 

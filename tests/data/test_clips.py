@@ -1,4 +1,4 @@
-"""Clips on disk: both containers, the order they are read in, damage, and the cache of their latents."""
+"""Clips on disk: folders and shards, the order of reading, damage, and the cache of latents."""
 
 import io
 import json
@@ -13,8 +13,7 @@ from imageconductor.data.batches import Batches, sample_frames
 from imageconductor.data.clips import ClipSamples, CorruptClipError, ShuffledOrder, find_clips
 from imageconductor.data.sprites import SpriteDataset, SpriteSet, SpriteWorldConfig
 from imageconductor.models.networks import Networks
-from imageconductor.training.stages import STAGES
-from imageconductor.training.train_config import StageName, TrainConfig
+from imageconductor.training.stages.registry import find_stage
 from scripts import cache_latents
 
 SIZE = (32, 32)
@@ -87,7 +86,14 @@ def test_shards_and_a_folder_hold_the_same(folder, records, tmp_path):
     assert {shard[0].key for shard in find_clips([folder])} == set(records)
 
 
-def test_nothing_found_is_said(tmp_path):
+def test_a_shard_that_a_killed_process_left_unfinished_is_not_read(records, tmp_path):
+    write_shard(tmp_path / "clips-000.tar", records)
+    write_shard(tmp_path / ".clips-000.host.1.partial.tar", records)
+    for source in (tmp_path, f"{tmp_path}/*.tar"):
+        assert sum(len(shard) for shard in find_clips([source])) == len(records)
+
+
+def test_a_source_without_clips_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no clips at .*expected \.tar shards"):
         find_clips([tmp_path / "nowhere"])
 
@@ -124,7 +130,7 @@ def test_frames_are_evenly_spaced_and_every_place_occurs():
 
 def test_a_mirrored_clip_mirrors_its_tracks(records, tmp_path):
     asymmetric = write_folder(tmp_path / "clips", {"a": record(0, "a thing"), "b": record(0, "it moves left")})
-    plain, mirrored = (ClipSamples([asymmetric], SIZE, 8, horizontal_flip=share) for share in (0.0, 1.0))
+    plain, mirrored = (ClipSamples([asymmetric], SIZE, 8, horizontal_flip=probability) for probability in (0.0, 1.0))
     for position in range(2):
         before, after = plain[position], mirrored[position]
         assert before["key"] == after["key"]
@@ -203,6 +209,8 @@ def cached(folder, tiny_model, tmp_path_factory):
     made = {}
     for dtype in ("float32", "float16"):
         made[dtype] = output / dtype
+        made[dtype].mkdir()
+        (made[dtype] / ".clips-000000.host.1.partial.tar").write_text("of a killed run")
         arguments = [f"data=[{folder}]", f"output={made[dtype]}", f"model={tiny_model}", "size=[32,32]"]
         assert cache_latents.main([*arguments, "clips_per_shard=2", f"dtype={dtype}"]) == 0
     assert cache_latents.main([f"data=[{folder}/nothing]", f"output={output / 'none'}", f"model={tiny_model}"]) == 2
@@ -213,7 +221,8 @@ def cached(folder, tiny_model, tmp_path_factory):
 def test_cached_latents_train_as_clips_do(folder, cached, tiny_model, dtype, tolerance):
     shards = sorted(path.name for path in cached[dtype].iterdir())
     assert shards == [f"clips-{number:06d}.tar" for number in range(3)]
-    stage = STAGES[StageName.MOTION_CONTROLNET](Networks.load(tiny_model), TrainConfig(model=str(tiny_model)))
+    kind = find_stage("motion_controlnet")
+    stage = kind(Networks.load(tiny_model), kind.Config(model=str(tiny_model)))
     found = {}
     for source in (folder, cached[dtype]):
         samples = ClipSamples([source], SIZE, num_frames=8)
@@ -227,7 +236,7 @@ def test_cached_latents_train_as_clips_do(folder, cached, tiny_model, dtype, tol
             torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
-def test_what_a_cache_cannot_do_is_said(folder, cached):
+def test_options_that_a_cache_cannot_serve_are_errors(folder, cached):
     with pytest.raises(ValueError, match="horizontal_flip=0"):
         ClipSamples([cached["float16"]], SIZE, 8, horizontal_flip=0.5)
     with pytest.raises(ValueError, match="mix videos and cached"):

@@ -1,4 +1,4 @@
-"""Which tracks a sparse step shows."""
+"""Sampling of the sparse tracks that a training step shows."""
 
 import torch
 
@@ -27,12 +27,12 @@ def test_one_to_eight_moving_tracks():
     counts = set()
     for seed in range(80):
         keep = sample_sparse(points, visible, 8, generator(seed))
-        assert not keep[0, 20:].any(), "a resting track has no share while others move"
+        assert not keep[0, 20:].any(), "still tracks are never drawn while others move"
         counts.add(int(keep.sum()))
     assert counts == set(range(1, 9))
 
 
-def test_share_is_proportional_to_motion():
+def test_the_probability_is_proportional_to_motion():
     points, visible = tracks(1.0, 3.0)
     drawn = torch.stack([sample_sparse(points, visible, 1, generator(seed))[0] for seed in range(600)])
     assert abs(drawn[:, 1].float().mean().item() - 0.75) < 0.06
