@@ -8,7 +8,8 @@ from hypothesis import settings
 
 from imageconductor.data.sprites import SpriteWorldConfig, caption_words
 from imageconductor.models.adapters import Adapter, adapter_parameters, add_adapter
-from imageconductor.models.networks import Networks, SmallModelConfig, build_small_model
+from imageconductor.models.networks import Networks
+from imageconductor.models.small_model import SmallModelConfig, build_small_model
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 
 settings.register_profile("shared-machine", deadline=None, derandomize=True)

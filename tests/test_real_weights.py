@@ -31,7 +31,7 @@ def picture():
 def test_the_published_model_keeps_the_first_image():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
-    pipe = ImageConductorPipeline.from_pretrained(folder("IMAGE_CONDUCTOR_MODEL"), torch_dtype=dtype).to(device)
+    pipe = ImageConductorPipeline.from_pretrained(folder("IMAGE_CONDUCTOR_MODEL"), dtype=dtype).to(device)
     assert attached_adapters(pipe.motion_controlnet) == set(Adapter)
     assert round(sum(p.numel() for p in pipe.unet.parameters()) / 1e6, 1) == 1276.7
     video = pipe(
