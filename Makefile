@@ -9,6 +9,9 @@ DEV := $(VENV)/.installed-dev
 # Threads that spin while they wait make everything many times slower on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# Tests share the cores, a thread each.
+TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help sample test check format
@@ -21,13 +24,13 @@ sample: $(CORE) ## turn a picture and drawn trajectories into a video; ARGS="--h
 	$(BIN)/python sample.py $(ARGS)
 
 test: $(DEV) ## run the tests; ARGS="-k config" chooses among them
-	$(BIN)/python -m pytest $(ARGS)
+	$(TESTS) $(ARGS)
 
-check: $(DEV) ## what CI runs: formatting, lint, types, tests
+check: $(DEV) ## what CI runs: formatting, lint, types, all tests that need no GPU and no downloaded weights
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest
+	$(TESTS) -m "not gpu and not weights"
 
 format: $(DEV) ## format the code and mend what ruff can mend
 	$(BIN)/ruff format .

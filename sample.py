@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from imageconductor.command_line import add_arguments
+from imageconductor.files import atomic_folder
 from imageconductor.sampling.job import SampleJob, check_output, load_job, load_pipeline, prepare, render, write
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "sample" / "sprites.yaml"
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; 2 = bad input, told in one line."""
+    """Runs the command and gives its exit code: 2 = bad input, 1 = the machine's fault, 130 = interrupted."""
     args = vars(parser().parse_args(argv))
     output: Path = args.pop("output") or Path("outputs") / time.strftime("%Y-%m-%d-%H%M%S")
     config = args.pop("config")
@@ -43,17 +44,19 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_output(output)
         inputs = prepare(build_job(config, args))
-        files = write(inputs, render(load_pipeline(inputs.job), [inputs])[0], output)
+        with atomic_folder(output) as folder:  # opened first, so that a place that cannot be written costs no video
+            videos = render(load_pipeline(inputs.job), [inputs])[0]
+            write(inputs, videos, folder)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # of the output: it appeared meanwhile, or the disk is full
+    except OSError as error:  # A full disk, or something that appeared at the output meanwhile.
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    print("\n".join(str(path) for path in files))
+    print("\n".join(str(path) for path in sorted(output.iterdir())))
     return 0
 
 

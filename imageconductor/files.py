@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The folder is made if it is not there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.uname().nodename}.{os.getpid()}{_PARTIAL}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{platform.node()}.{os.getpid()}{_PARTIAL}{path.suffix}")
     try:
         yield temporary
         if temporary.exists():
@@ -57,8 +59,9 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         FileExistsError: Something lies at `path`. If it appeared meanwhile, what was written is kept, and the message
             says where.
     """
+    path = path.absolute()
     _check_free(path, replace)
-    root = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}{_PARTIAL}")
+    root = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}{_PARTIAL}")
     temporary = root / path.name
     shutil.rmtree(root, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -80,7 +83,12 @@ def replace_folder(complete: Path, path: Path) -> None:
     old = complete.with_name(f"{complete.name}.old")
     if path.exists():
         path.rename(old)
-    complete.rename(path)
+    try:
+        complete.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -99,9 +107,12 @@ def _check_free(path: Path, replace: bool) -> None:
 
 
 def _flush(path: Path) -> None:
-    """The rename must not reach the disk before the content."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """The rename must not reach the disk before the content; some network file systems cannot promise that."""
+    descriptor = os.open(path, os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
     finally:
         os.close(descriptor)

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, plan in plans.items():
             methods[name] = Method(model=str(train_model(config, name, plan, fresh)))
         record = evaluate_models(replace(evaluation, model=None, methods=methods), output / "evaluation")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     table = format_table(config, evaluation.tasks, record)

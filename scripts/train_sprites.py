@@ -62,6 +62,8 @@ def main() -> None:
     recipe, args = parse_command_line(SpriteRecipe, __doc__ or "", parents=[extra])
     runs, model = Path(recipe.runs), Path(recipe.runs) / "model"
 
+    if model.is_dir() and not (model / "model_index.json").is_file():
+        raise SystemExit(f"{model} is of an earlier version, or not whole; name other runs=FOLDER, or delete it")
     if not model.is_dir():
         networks = starting_networks(recipe)
         with atomic_folder(model) as folder:

@@ -1,6 +1,7 @@
 """Files and folders appear whole or not at all."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -113,3 +114,19 @@ def test_what_a_killed_process_left_can_be_swept_away(tmp_path):
     write_text(tmp_path / "deep" / "kept", "")
     remove_partial(tmp_path)
     assert names(tmp_path / "deep") == ["kept"]
+
+
+def test_a_folder_that_cannot_be_moved_leaves_the_one_before(tmp_path, monkeypatch):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "kept").touch()
+    with pytest.raises(FileNotFoundError):
+        replace_folder(tmp_path / "nowhere", tmp_path / "old")
+    assert names(tmp_path / "old") == ["kept"]
+
+
+def test_the_working_folder_can_be_filled_by_its_short_name(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with atomic_folder(Path()) as folder:
+        (folder / "video.mp4").touch()
+    assert names(tmp_path / "empty") == ["video.mp4"]

@@ -33,7 +33,7 @@ from imageconductor.checkpoints.model_folder import (
     read_sampling_defaults,
 )
 from imageconductor.checkpoints.published import load_published, rename_motion_modules
-from imageconductor.models.adapters import Adapter, adapter_parameters, load_adapter
+from imageconductor.models.adapters import DIFFUSERS_WEIGHTS_NAME, Adapter, adapter_parameters, load_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
 from imageconductor.models.networks import Networks
@@ -110,13 +110,18 @@ def assemble(config: AssemblyConfig) -> Assembly:
         FileNotFoundError: A part is not there.
         ValueError: A part does not fit; names its file and every key that is missing, left over or mis-shaped.
     """
+    style_lora = None if config.style_lora is None else locate(config.style_lora)
+    if style_lora is not None and not (style_lora / DIFFUSERS_WEIGHTS_NAME).is_file():
+        raise FileNotFoundError(f"style_lora={style_lora}: no folder with {DIFFUSERS_WEIGHTS_NAME}")
     if config.recipe == "trained":
         networks, sources, assembly = _trained(config)
     else:
         networks, sources, assembly = _downloaded(config)
     networks.to(getattr(torch, config.dtype))
     networks.freeze()
-    assembly.style_lora = None if config.style_lora is None else locate(config.style_lora)
+    if style_lora is not None:
+        assembly.style_lora = style_lora
+        sources["style_lora"] = _source(style_lora, len(read_checkpoint(style_lora / DIFFUSERS_WEIGHTS_NAME)))
     record = {"recipe": asdict(config), "sources": {name: asdict(source) for name, source in sources.items()}}
     assembly.provenance["sources.json"] = json.dumps(record, indent=1)
     return assembly

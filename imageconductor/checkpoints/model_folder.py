@@ -137,7 +137,7 @@ def check_shape(folder: str | Path, size: tuple[int, int], num_frames: int) -> N
     try:
         vae, unet = (json.loads((Path(folder) / part / "config.json").read_text()) for part in ("vae", "unet"))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder} is not whole, there is no {error.filename}") from None
+        raise FileNotFoundError(f"{folder} is incomplete, there is no {error.filename}") from None
     check_video_shape(size, num_frames, 2 ** (len(vae["block_out_channels"]) - 1), unet["motion_max_seq_length"])
 
 

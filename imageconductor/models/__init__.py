@@ -1,1 +1,1 @@
-"""What computes: denoiser, UNet, ControlNets, motion modules, LoRAs."""
+"""The networks: denoiser, UNet, motion modules, ControlNets, LoRAs."""

@@ -7,13 +7,14 @@ UNet, which `load_lora_weights` takes).
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -36,6 +37,7 @@ class Adapter(str, Enum):
     OBJECT = "object"
 
 
+_Net = TypeVar("_Net", bound=nn.Module)
 TargetSet = Literal["all", "linear", "spatial", "temporal"]
 _SPATIAL = re.compile(r"\.attentions\..*\.(to_q|to_k|to_v|to_out\.0)$")
 _CHOOSE: dict[TargetSet, Callable[[str, nn.Module], bool]] = {
@@ -160,27 +162,31 @@ def unmerge(network: nn.Module) -> None:
             layer.unmerge()
 
 
-@contextmanager
-def merge_temporarily(network: nn.Module, *names: str) -> Iterator[None]:
-    """Inside the block these adapters act from copies of the weights that hold them; afterwards all is as it was.
+def merge_copy(network: _Net, *names: str) -> _Net:
+    """A copy of the network without LoRAs, in whose weights these adapters are merged; all else is shared.
 
-    The products of the LoRA are then paid for once, not at each evaluation. The network's own weights are put back, so
-    nothing is rounded; the copies take as much memory as the adapted layers.
+    The products of the LoRA are then paid for once, not at each evaluation. The network itself stays as it is; the copy
+    takes as much memory as the adapted layers.
+
+    Raises:
+        ValueError: An adapter is not attached, or adapters are merged into the network already.
     """
-    before = active_adapters(network)
-    layers = list(_lora_layers(network))
-    weights = [cast(nn.Parameter, layer.get_base_layer().weight) for layer in layers]
-    own = [weight.data for weight in weights]
-    try:
-        for weight in weights:
-            weight.data = weight.data.clone()
-        merge(network, *names)
-        yield
-    finally:
-        for layer, weight, data in zip(layers, weights, own, strict=True):
-            weight.data = data
-            layer.merged_adapters.clear()
-        activate(network, *before)
+    names = tuple(_plain_name(name) for name in names)
+    if missing := set(names) - set(attached_adapters(network)):
+        raise ValueError(f"the model has no {describe_adapters(missing)}")
+    if any(layer.merged for layer in _lora_layers(network)):
+        raise ValueError("adapters are merged into the network; unmerge it first")
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    merged = copy.deepcopy(network, shared)
+    for path, layer in list(merged.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            plain = layer.get_base_layer()
+            deltas = [cast(Any, layer).get_delta_weight(name) for name in names if name in cast(Any, layer).lora_A]
+            weight = cast(Tensor, plain.weight)
+            plain.weight = nn.Parameter(sum(deltas, start=weight.data), requires_grad=False)
+            parent, _, child = path.rpartition(".")
+            setattr(merged.get_submodule(parent), child, plain)
+    return merged
 
 
 def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]:
@@ -218,7 +224,14 @@ def save_adapter(network: nn.Module, name: str, folder: str | Path, dtype: torch
 
 
 def save_for_diffusers(network: nn.Module, name: str, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Writes a UNet's LoRA (alpha = rank) as the file that `load_lora_weights` and `sample.py --lora` take."""
+    """Writes a UNet's LoRA as the file that `load_lora_weights` and `sample.py --lora` take.
+
+    Raises:
+        ValueError: There is no such LoRA, or its alpha is not its rank.
+    """
+    config: LoraConfig = network.lora_configs[_plain_name(name)]  # type: ignore[index, assignment]
+    if config.lora_alpha != config.r:
+        raise ValueError(f"the file has no place for alpha {config.lora_alpha}, which must equal the rank {config.r}")
     with atomic_path(Path(folder) / DIFFUSERS_WEIGHTS_NAME) as path:
         save_file(_tensors_to_save(network, name, "unet.", dtype), path, metadata={"format": "pt"})
 

@@ -45,10 +45,16 @@ class Condition:
 
     @staticmethod
     def stack(conditions: Sequence[Condition]) -> Condition:
-        """The clips of several conditions, one after the other; the same fields must be given in all."""
+        """The clips of several conditions, one after the other.
+
+        Raises:
+            ValueError: A field is given in some and not in others.
+        """
         stacked: dict[str, Any] = {}
         for field in fields(Condition):
             values = [getattr(condition, field.name) for condition in conditions]
+            if len({value is None for value in values}) > 1:
+                raise ValueError(f"{field.name} is given in some of the conditions and not in others")
             stacked[field.name] = None if values[0] is None else torch.cat(values)
         return Condition(**stacked)
 
@@ -82,7 +88,7 @@ class Denoiser:
 
     def encode(self, x_t: Tensor, t: Tensor, text: Tensor) -> UNetFeatures:
         """Features of the UNet's first half, which no ControlNet can change."""
-        with _autograd_if_learning(self.unet, text):
+        with _autograd_if_learning(self.unet, x_t, text):
             return self.unet.encode(x_t, t, text)
 
     def residuals(self, t: Tensor, condition: Condition) -> Residuals:
@@ -92,7 +98,7 @@ class Denoiser:
 
     def image_residuals(self, t: Tensor, condition: Condition) -> Residuals:
         """What carries the first frame; depends on (t, text, first frame)."""
-        with _autograd_if_learning(self.image_controlnet, condition.text):
+        with _autograd_if_learning(self.image_controlnet, condition.text, condition.first_frame):
             return self.image_controlnet(t, condition.text, condition.first_frame, condition.mask)
 
     def motion_residuals(self, t: Tensor, condition: Condition, adapters: Sequence[str] | None = None) -> Residuals:
@@ -117,7 +123,7 @@ class Denoiser:
         return self.unet.decode(features, residuals)
 
 
-def _autograd_if_learning(network: nn.Module, text: Tensor) -> Any:
-    """Autograd off where nothing learns: a frozen network with a fixed text keeps no activations."""
-    learns = text.requires_grad or any(parameter.requires_grad for parameter in network.parameters())
+def _autograd_if_learning(network: nn.Module, *inputs: Tensor) -> Any:
+    """Autograd off where nothing learns: a frozen network with fixed inputs keeps no activations."""
+    learns = any(x.requires_grad for x in inputs) or any(parameter.requires_grad for parameter in network.parameters())
     return nullcontext() if learns else torch.no_grad()

@@ -1,6 +1,7 @@
 """The temporal transformer of AnimateDiff, normalised the way AnimateDiff and the published weights do."""
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+from imageconductor.models.adapters import active, active_adapters
 
 
 class MotionModule(AnimateDiffTransformer3D):
@@ -75,9 +78,19 @@ def adopt_motion_modules_(model: nn.Module, norm_num_groups: int | None = None) 
 
 
 def run_block(model: Any, block: nn.Module, **inputs: Any) -> Any:
-    """Output of one block of `model`, computed again in the backward pass where `model.checkpoint_blocks` says so."""
+    """Output of one block of `model`, computed again in the backward pass where `model.checkpoint_blocks` says so.
+
+    It is computed again under the LoRAs that act now, whichever act by then.
+    """
     if model.checkpoint_blocks and torch.is_grad_enabled():
-        return checkpoint(block, use_reentrant=False, **inputs)
+        names = active_adapters(block)
+        contexts = lambda: (nullcontext(), active(block, *names))  # noqa: E731
+        return checkpoint(
+            block,
+            use_reentrant=False,
+            context_fn=contexts if names and not torch.compiler.is_compiling() else noop_context_fn,
+            **inputs,
+        )
     return block(**inputs)
 
 

@@ -10,18 +10,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Literal
+from typing import Literal, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from imageconductor.diffusion.guidance import camera_free_guidance, classifier_free_guidance, trajectory_guidance
-from imageconductor.models.adapters import Adapter, merge_temporarily
-from imageconductor.models.controlnets import Residuals
+from imageconductor.models.adapters import Adapter, merge_copy
+from imageconductor.models.controlnets import MotionControlNet, Residuals
 from imageconductor.models.denoiser import Condition, Denoiser
 
 Text = Literal["uncond", "prompt"]
@@ -103,6 +103,8 @@ def plan(
 class GuidedDenoiser:
     """Guided prediction `denoise(x_t, t)` for P conditions, built once for all steps of a call.
 
+    In half precision, LoRAs that act in every branch with trajectories are merged into a copy (docs/decisions.md, 29).
+
     Args:
         denoiser: The networks, the motion ControlNet with the adapters that the branches name.
         branches: From `plan`.
@@ -110,36 +112,22 @@ class GuidedDenoiser:
     """
 
     def __init__(self, denoiser: Denoiser, branches: Sequence[Branch], conditions: Mapping[Text, Condition]):
-        self.denoiser = denoiser
         self.branches = branches
         self.texts: list[Text] = list(dict.fromkeys(branch.text for branch in branches))
         self.conditions = Condition.stack([conditions[text] for text in self.texts])
         self.num_conditions = len(self.conditions.text) // len(self.texts)
         # Branches under the same adapters are one evaluation of the motion ControlNet.
         self.groups = {branch.adapters: [b for b in branches if b.adapters == branch.adapters] for branch in branches}
+        sets = [adapters for adapters in self.groups if adapters is not None]
+        self.merges = len(sets) == 1 and bool(sets[0]) and _can_merge(denoiser.motion_controlnet)
+        if self.merges:
+            merged = merge_copy(denoiser.motion_controlnet, *(sets[0] or ()))
+            denoiser = replace(denoiser, motion_controlnet=merged)
+        self.denoiser = denoiser
         self.group_conditions = {
             adapters: Condition.stack([conditions[branch.text] for branch in group])
             for adapters, group in self.groups.items()
         }
-
-    @contextmanager
-    def merged_adapters(self) -> Iterator[None]:
-        """Inside the block, LoRAs that stay active through all steps act from merged weights (docs/decisions.md, 29).
-
-        They do so in half precision, where networks are large and rounding is coarser than that of a merge; in float32
-        the result stays that of theta_0 + Delta theta, layer by layer. Networks that are offloaded piece by piece have
-        no weights to merge into.
-        """
-        network = self.denoiser.motion_controlnet
-        sets = [adapters for adapters in self.groups if adapters is not None]
-        is_half = network.dtype in (torch.float16, torch.bfloat16)
-        is_resident = not any(parameter.is_meta for parameter in network.parameters())
-        with (
-            merge_temporarily(network, *sets[0])
-            if len(sets) == 1 and sets[0] and is_half and is_resident
-            else nullcontext()
-        ):
-            yield
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Weighted sum of the branches' predictions.
@@ -154,7 +142,7 @@ class GuidedDenoiser:
         videos, num_frames = x_t.shape[0], x_t.shape[2]
         per_condition = videos // self.num_conditions
 
-        def of_row(residuals: Residuals, row: int) -> Residuals:
+        def repeat_row(residuals: Residuals, row: int) -> Residuals:
             rows = residuals.videos(row * self.num_conditions, (row + 1) * self.num_conditions, num_frames)
             return rows.repeat_videos(per_condition, num_frames)
 
@@ -165,12 +153,27 @@ class GuidedDenoiser:
         for adapters, group in self.groups.items():
             motion = None
             if adapters is not None and self.conditions.flow is not None:
-                motion = self.denoiser.motion_residuals(t, self.group_conditions[adapters], adapters)
+                acting = None if self.merges else adapters
+                motion = self.denoiser.motion_residuals(t, self.group_conditions[adapters], acting)
             for index, branch in enumerate(group):
                 row = self.texts.index(branch.text)
-                residuals = of_row(image, row)
+                residuals = repeat_row(image, row)
                 if motion is not None:
-                    residuals = residuals + of_row(motion, index)
+                    residuals = residuals + repeat_row(motion, index)
                 output = self.denoiser.decode(features.videos(row * videos, (row + 1) * videos), residuals)
                 prediction = prediction + branch.weight * output
         return prediction
+
+
+def _can_merge(network: MotionControlNet) -> bool:
+    """Whether LoRAs may be merged into a copy: in half precision, where a copy is what is evaluated.
+
+    In float32 the output stays that of theta_0 + Delta theta, layer by layer. A copy of a compiled network is not
+    compiled, one of an offloaded network is not moved.
+    """
+    modules = list(network.modules())
+    hooked = any(hasattr(module, name) for module in modules for name in ("_hf_hook", "_diffusers_hook"))
+    layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
+    dtypes = {cast(Tensor, layer.get_base_layer().weight).dtype for layer in layers}
+    is_merged = any(layer.merged for layer in layers)
+    return dtypes <= {torch.float16, torch.bfloat16} and not (hooked or is_merged or network._compiled_call_impl)

@@ -63,23 +63,23 @@ def check_inputs(
     unet: MotionUNet = pipe.unet
     width, height = size[0] or defaults.width, size[1] or defaults.height
     num_frames = num_frames or defaults.num_frames
-    steps = _or(num_inference_steps, defaults.num_inference_steps)
+    steps = _given(num_inference_steps, defaults.num_inference_steps)
     if steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
     check_video_shape((width, height), num_frames, pipe.vae_scale_factor, unet.config["motion_max_seq_length"])
-    control = parse_control(_or(control, defaults.control))
+    control = parse_control(_given(control, defaults.control))
     drawn = [] if trajectories is None else _as_list(trajectories)
     branches = plan(
         control,
-        _or(guidance_scale, defaults.guidance_scale),
+        _given(guidance_scale, defaults.guidance_scale),
         camera_free_scale,
-        _or(trajectory_guidance_scale, defaults.trajectory_guidance_scale),
+        _given(trajectory_guidance_scale, defaults.trajectory_guidance_scale),
         has_trajectories=bool(drawn),
     )
     if drawn:
         _check_trajectories(pipe, drawn, num_frames, control)
     images, prompts = _as_list(image), _as_list(prompt)
-    negatives = _as_list(_or(negative_prompt, defaults.negative_prompt))
+    negatives = _as_list(_given(negative_prompt, defaults.negative_prompt))
     given = {"image": images, "prompt": prompts, "negative_prompt": negatives, "trajectories": drawn}
     count = max(map(len, given.values()))
     for name, values in given.items():
@@ -114,7 +114,8 @@ def _check_trajectories(pipe: Any, drawn: list[Trajectories], num_frames: int, c
         raise ValueError(f"control {control.value!r} needs the {names}, which this model does not have")
 
 
-def _or(value: Any, default: Any) -> Any:
+def _given(value: Any, default: Any) -> Any:
+    """The value, or the default in place of None."""
     return default if value is None else value
 
 

@@ -9,14 +9,13 @@ files = write(inputs, videos[0], folder)
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from imageconductor import config as config_file
 from imageconductor.conditioning.presets import CAMERA_PRESETS, OBJECT_PRESETS
-from imageconductor.files import atomic_folder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -199,13 +198,16 @@ def load_pipeline(job: SampleJob) -> ImageConductorPipeline:
     return pipe
 
 
-def render(pipe: ImageConductorPipeline, inputs: Sequence[Inputs]) -> list[list[Frames]]:
+def render(
+    pipe: ImageConductorPipeline, inputs: Sequence[Inputs], on_step: Callable[..., Any] | None = None
+) -> list[list[Frames]]:
     """Videos of several inputs in one call: for each of them one for each of its seeds, (T, H, W, 3) uint8.
 
     Args:
         pipe: From `load_pipeline`; the inputs' models, LoRAs and memory settings are not looked at again.
         inputs: Equal in all but image, trajectories, prompts and seeds, and in the number of seeds. Either all of them
             have trajectories or none.
+        on_step: The pipeline's `callback_on_step_end`, for progress.
 
     Raises:
         ValueError: They differ in something else.
@@ -242,6 +244,7 @@ def render(pipe: ImageConductorPipeline, inputs: Sequence[Inputs]) -> list[list[
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         decode_chunk_size=job.decode_chunk_size,
         output_type="np",
+        callback_on_step_end=on_step,
     )
     videos = [to_uint8(video) for video in result.frames]
     each = len(videos) // len(inputs)
@@ -257,16 +260,13 @@ def check_output(folder: Path) -> None:
         raise ValueError(f"{folder} cannot be written: {above} is no folder that this user may write to")
 
 
-def write(inputs: Inputs, videos: Sequence[Frames], output: Path) -> list[Path]:
-    """Writes the folder of a job, which appears when it is complete.
+def write(inputs: Inputs, videos: Sequence[Frames], folder: Path) -> None:
+    """Writes video-SEED.mp4 and overlay-SEED.mp4 for each seed, first_frame.png, trajectories.json and run.yaml.
 
     Args:
         inputs: From `prepare`.
         videos: From `render`, one for each seed.
-        output: New or empty folder.
-
-    Returns:
-        The files: video-SEED.mp4 and overlay-SEED.mp4 for each seed, first_frame.png, trajectories.json, run.yaml.
+        folder: An existing folder; `files.atomic_folder` gives one that appears when it is complete.
     """
     from imageconductor.sampling.video import draw_trajectories, upscale_for_viewing, write_mp4
 
@@ -283,15 +283,13 @@ def write(inputs: Inputs, videos: Sequence[Frames], output: Path) -> list[Path]:
         motion_lora=[str(Path(text).resolve()) for text in job.motion_lora],
     )
     fps = cast(int, job.fps)
-    with atomic_folder(output) as folder:
-        inputs.image.save(folder / "first_frame.png")
-        trajectories.save(folder / "trajectories.json")
-        config_file.save(record, folder / "run.yaml")
-        for seed, video in zip(job.seeds, videos, strict=True):
-            large, factor = upscale_for_viewing(video)
-            write_mp4(folder / f"video-{seed}.mp4", large, fps)
-            write_mp4(folder / f"overlay-{seed}.mp4", draw_trajectories(large, trajectories, factor), fps)
-    return sorted(output.iterdir())
+    inputs.image.save(folder / "first_frame.png")
+    trajectories.save(folder / "trajectories.json")
+    config_file.save(record, folder / "run.yaml")
+    for seed, video in zip(job.seeds, videos, strict=True):
+        large, factor = upscale_for_viewing(video)
+        write_mp4(folder / f"video-{seed}.mp4", large, fps)
+        write_mp4(folder / f"overlay-{seed}.mp4", draw_trajectories(large, trajectories, factor), fps)
 
 
 def _with_defaults(job: SampleJob) -> SampleJob:

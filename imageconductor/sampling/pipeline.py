@@ -325,7 +325,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         accepted = inspect.signature(self.scheduler.step).parameters.keys()
         arguments: dict[str, Any] = {"return_dict": False} | ({"eta": eta} if "eta" in accepted else {})
         bar = cast("Any", self).progress_bar(total=inputs.num_inference_steps)
-        with denoise.merged_adapters(), bar:
+        with bar:
             for index, t in enumerate(self.scheduler.timesteps):
                 x_t = self.scheduler.scale_model_input(sample, t).to(self.unet.dtype)
                 prediction = denoise(x_t, t)  # Eq. 5, or classifier-free guidance

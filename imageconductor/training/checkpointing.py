@@ -59,7 +59,7 @@ def latest(folder: Path) -> Checkpoint | None:
 
 def save_result(folder: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a folder and moves each part of it into `folder`, in the place of an older one."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".result.") as temporary:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".result.", suffix=".partial") as temporary:
         write(Path(temporary))
         for part in sorted(Path(temporary).iterdir()):
             replace_folder(part, folder / part.name)

@@ -1,4 +1,4 @@
-"""What `train.py` and the doors to it do: settings in, a trained part out."""
+"""The command of `train.py` and of the three scripts that train one stage each."""
 
 from __future__ import annotations
 

@@ -56,6 +56,9 @@ class Replicated:
         self.parameters = {name: p for group in self.groups.values() for name, p in group.parameters.items()}
         if len(self.parameters) < sum(len(group.parameters) for group in self.groups.values()):
             raise ValueError(f"stage {stage.name} has a parameter in two of its groups {', '.join(self.groups)}")
+        chosen = {id(parameter) for parameter in self.parameters.values()}
+        if lost := [name for name, p in stage.named_parameters() if p.requires_grad and id(p) not in chosen]:
+            raise ValueError(f"stage {stage.name} has {lost[0]} in none of its groups, though it requires a gradient")
         return self.parameters
 
     def prepare(

@@ -73,8 +73,11 @@ class Log:
             return
         micro_steps = self.config.gradient_accumulation_steps * self.accelerator.num_processes
         clips_per_second = self.config.batch_size * micro_steps / seconds
+        rates = {
+            f"learning_rate_{i}" if i else "learning_rate": r for i, r in enumerate(self.lr_scheduler.get_last_lr())
+        }
         measured = {
-            "learning_rate": float(self.lr_scheduler.get_last_lr()[0]),
+            **{name: float(rate) for name, rate in rates.items()},
             "seconds": round(seconds, 4),
             "clips_per_second": round(clips_per_second, 3),
             "corrupt_clips": float(corrupt),

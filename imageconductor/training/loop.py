@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from imageconductor.data.clips import CorruptClipError
+from imageconductor.files import remove_partial
 from imageconductor.models.motion_module import Float32Attention
 from imageconductor.models.networks import cast_network
 from imageconductor.training import checkpointing, sharding
@@ -64,6 +65,8 @@ def train(
     module = engine.prepare(stage, optimizer, checkpoint.optimizer if checkpoint else None)
     _set_step(lr_scheduler, state.step)
 
+    if accelerator.is_main_process:
+        remove_partial(output)  # of a run that was killed while it wrote
     log = Log(config, engine, lr_scheduler, state, stage.name.replace("_", " "))
     hooks = (log, Save(config, engine, average), ShowPreview(config, engine, average, stage.networks, preview))
     batches = _batches(data, config, accelerator, start=state.step)

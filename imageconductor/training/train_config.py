@@ -10,7 +10,7 @@ from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig
 
 @dataclass
 class LoopConfig:
-    """How a stage is optimised."""
+    """Settings of the loop: optimisation, precision, checkpoints, logging."""
 
     stage: str = ""  # name of the stage that these settings are for
     output: str = "runs/stage"  # run folder; an unfinished run found there is continued
@@ -66,7 +66,7 @@ class LoopConfig:
 
 @dataclass
 class TrainConfig(LoopConfig):
-    """What a stage starts from and what it sees."""
+    """Settings of every stage: the model that it starts from and the clips that it sees."""
 
     model: str = "models/sprites"  # model folder that gives every part the stage does not train
     # Shards or folders of clips (docs/training.md); none = the sprite world, which `world` and `sets` describe.

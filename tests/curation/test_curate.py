@@ -239,6 +239,7 @@ def ray():
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_batches_and_actors_change_nothing(ray, tmp_path):
     """CoTracker, whose stand-in looks at the clip, with clips one by one, and in threes by an actor of Ray."""
     footage.write_cotracker(tmp_path / "clone")
@@ -254,6 +255,7 @@ def test_batches_and_actors_change_nothing(ray, tmp_path):
     assert len({row["track_length_px"] for row in batched[0]}) > 1
 
 
+@pytest.mark.slow
 def test_ray_makes_the_same_though_its_workers_are_killed(ray, videos, curated, tmp_path):
     killed, over = [], threading.Event()
 

@@ -248,6 +248,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(tiny_model, tmp_path, one_thread):
     config = tmp_path / "run.yaml"
     config.write_text(

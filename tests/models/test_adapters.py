@@ -18,7 +18,7 @@ from imageconductor.models.adapters import (
     load_adapter,
     lora_targets,
     merge,
-    merge_temporarily,
+    merge_copy,
     save_adapter,
     save_for_diffusers,
     unmerge,
@@ -138,21 +138,22 @@ def test_merged_equals_unmerged(network, names):
 
 
 @pytest.mark.parametrize("names", [(CAMERA,), (CAMERA, OBJECT)])
-def test_merged_for_a_while_leaves_no_trace(network, names):
+def test_a_merged_copy_leaves_the_network_alone(network, names):
     fill(network, CAMERA, OBJECT)
     before = {key: value.clone() for key, value in network.state_dict().items()}
+    base = output(network)
     with active(network, *names):
         loose = output(network)
-    base = output(network)
-    with pytest.raises(RuntimeError), merge_temporarily(network, *names):  # noqa: PT012
-        assert all(layer.merged for layer in network.modules() if hasattr(layer, "lora_A"))
-        torch.testing.assert_close(output(network), loose, rtol=1e-4, atol=1e-4)
-        with active(network, *names):  # as a step of sampling does
-            torch.testing.assert_close(output(network), loose, rtol=1e-4, atol=1e-4)
-        raise RuntimeError
+    copied = merge_copy(network, *names)
+    torch.testing.assert_close(output(copied), loose, rtol=1e-4, atol=1e-4)
+    assert not [key for key in copied.state_dict() if ".lora_" in key]
+    assert copied.conv_in.weight is network.conv_in.weight, "what is not adapted is shared"
     assert active_adapters(network) == ()
     assert torch.equal(output(network), base)
-    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items()), "not even rounding"
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    merge(network, CAMERA)
+    with pytest.raises(ValueError, match="unmerge it first"):
+        merge_copy(network, CAMERA)
 
 
 def test_adapters_of_any_network_by_any_name(tmp_path):
@@ -174,6 +175,9 @@ def test_adapters_of_any_network_by_any_name(tmp_path):
     saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
     assert {key.partition(".lora_")[0].removeprefix("unet.") for key in saved} == set(spatial)
     assert {value.dtype for value in saved.values()} == {torch.float16}
+    add_adapter(unet, "loud", rank=2, alpha=4, targets=spatial)
+    with pytest.raises(ValueError, match="alpha 4, which must equal the rank 2"):
+        save_for_diffusers(unet, "loud", tmp_path)
 
 
 def test_absent_adapters_are_told(network):

@@ -66,6 +66,7 @@ def test_trajectory_guidance_is_off_unless_the_model_says_otherwise(tiny_model, 
     assert np.array_equal(run(other, image, track, control="camera"), guided)
 
 
+@pytest.mark.slow
 def test_compiled_networks_make_the_same_video(tiny_model, image):
     """The halves of the UNet too: with them left out, Dynamo would see two graphs of four."""
     compiled, graphs = ImageConductorPipeline.from_pretrained(tiny_model), []

@@ -55,6 +55,12 @@ REFUSED = {
         ["camera_lora.yaml is for stage camera_lora, this command trains object_lora"],
     ),
     "another stage by name": ("object_lora", ["stage=camera_lora"], ["is for stage camera_lora"]),
+    "a YAML and another name": (
+        None,
+        ["--config", f"{SPRITES}/camera_lora.yaml", "stage=object_lora"],
+        ["camera_lora.yaml is for stage camera_lora, which stage=object_lora cannot change"],
+    ),
+    "an empty stage": (None, ["stage="], ["unknown stage ''"]),
     "a misplaced setting": (
         "camera_lora",
         ["--config", f"{SPRITES}/camera_lora.yaml", "orthogonal_weight=0.1"],
@@ -65,7 +71,7 @@ REFUSED = {
         ["--config", f"{SPRITES}/foundation.yaml", "steered=true"],
         ["unknown key 'steered'; it is called 'train_motion_controlnet' now"],
     ),
-    "no stage": (None, ["max_steps=3"], ["does not say its stage", "foundation, motion_controlnet"]),
+    "no stage": (None, ["max_steps=3"], ["does not say its stage; add stage=one of foundation, motion_controlnet"]),
     "a mistyped stage": (None, ["stage=camera_lra"], ["unknown stage 'camera_lra'; did you mean 'camera_lora'"]),
     "a wrong value": ("camera_lora", ["max_steps=0"], ["max_steps must be at least 1, got 0"]),
     "no file": (None, ["--config", "nowhere.yaml"], ["nowhere.yaml: no such config file"]),

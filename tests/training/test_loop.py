@@ -113,6 +113,17 @@ def test_a_parameter_in_two_groups_is_refused(configure, build):
     stage.trainable = lambda: {"one": group, "two": group}
     with pytest.raises(ValueError, match="a parameter in two of its groups one, two"):
         build_engine(config).take(stage)
+    stage.trainable = lambda: {}
+    with pytest.raises(ValueError, match=r"motion_controlnet\..* in none of its groups"):
+        build_engine(config).take(stage)
+
+
+def test_what_a_killed_run_left_half_written_goes(configure, build):
+    config = configure("camera_lora")
+    for name in (".checkpoint-00000001.host.1.partial", ".result.abc.partial"):
+        (Path(config.output) / name).mkdir(parents=True)
+    train(*build(config), config)
+    assert not list(Path(config.output).glob(".*"))
 
 
 def test_an_optimiser_knows_its_groups(configure, build):

@@ -78,6 +78,7 @@ NEEDS_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="nee
 ENGINES = [pytest.param(FSDP, id="fsdp"), pytest.param(ZERO, id="deepspeed", marks=NEEDS_DEEPSPEED)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("sharded_first", [True, False])
 def test_sharding_changes_nothing_and_a_run_may_begin_or_end_with_it(engine, sharded_first, two, tiny_model, tmp_path):
@@ -105,6 +106,7 @@ def test_the_orthogonal_loss_and_averages_are_sharded_too(tiny_model, tmp_path):
     torch.testing.assert_close(adapters[1], adapters[0], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "precision"),
     [
@@ -141,7 +143,7 @@ def test_the_launchers_configurations_are_what_they_say(path):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes to kill in /proc")
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_and_resumed_is_never_killed(processes, two, tiny_model, tmp_path):
     arguments = {"batch_size": 1, "max_steps": STEPS, "save_every": 1, "log_every": 1}
     whole = two

@@ -105,6 +105,35 @@ def test_checkpointed_blocks_give_the_same_gradients(configure, build, parameter
         torch.testing.assert_close(plain, again)
 
 
+def test_a_checkpointed_block_is_computed_again_under_the_loras_that_acted(configure, build, parameters):
+    """Two passes under different LoRAs and one backward pass, as a stage with two paths has them."""
+    found = []
+    for checkpointed in (False, True):
+        stage, data = build(configure("object_lora"))
+        stage.unet.checkpoint_blocks = stage.motion_controlnet.checkpoint_blocks = checkpointed
+        for parameter in parameters(stage).values():
+            parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+        x_0, condition = stage.encode(data[0], generators())
+        both = stage.denoise(x_0, T, condition).square().sum()
+        with active(stage.motion_controlnet, "object"):
+            alone = stage.denoise(x_0, T, condition).square().sum()
+        (both + 2 * alone).backward()
+        found.append([parameter.grad for parameter in parameters(stage).values()])
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+def test_a_gradient_reaches_the_noisy_latents_through_a_frozen_unet(configure, build):
+    stage, data = build(configure("camera_lora"))
+    x_0, condition = stage.encode(data[0], generators())
+    x_t = x_0.clone().requires_grad_(True)
+    stage.denoise(x_t, T, condition).square().sum().backward()
+    step = 1e-2 * torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ahead, behind = (stage.denoise(x_0 + sign * step, T, condition).square().sum() for sign in (1, -1))
+    torch.testing.assert_close((x_t.grad * step).sum(), (ahead - behind) / 2, rtol=1e-2, atol=1e-2)
+
+
 def kept_bytes(stage, batch):
     """Bytes kept for the backward pass, by the part of the model whose forward pass made them."""
     parameters = {parameter.data_ptr() for parameter in stage.parameters()}

@@ -1,6 +1,6 @@
 """What a stage is: networks of which some learn, a way from clips to a condition, and named losses.
 
-The loop is the same for all stages and knows nothing of them but `encode`, `loss_terms`, `trainable` and `save`.
+The loop is the same for all stages: it asks them for `encode`, `loss_terms`, `trainable` and `save`.
 """
 
 from __future__ import annotations

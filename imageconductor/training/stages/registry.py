@@ -38,17 +38,16 @@ def find_stage(name: str) -> type[Stage]:
 
 
 def stated_stage(path: Path | None, overrides: Sequence[str] = ()) -> str | None:
-    """The `stage` of a YAML file, or of a `stage=NAME` that overrides it; None if neither says one.
+    """The `stage` of a YAML file, or of a `stage=NAME` beside it; None if neither says one.
 
     Raises:
-        ValueError: The file cannot be read.
+        ValueError: The file cannot be read, or the two differ.
     """
-    for text in reversed(overrides):
-        key, _, value = text.partition("=")
-        if key == "stage":
-            return value
+    named = next((value for key, _, value in (text.partition("=") for text in overrides) if key == "stage"), None)
     stage = None if path is None else config_file.read_yaml(path).get("stage")
-    return None if stage is None else str(stage)
+    if stage is not None and named is not None and named != stage:
+        raise ValueError(f"{path} is for stage {stage}, which stage={named} cannot change; take the YAML of {named}")
+    return named if stage is None else str(stage)
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = (), stage: str | None = None) -> TrainConfig:
@@ -65,9 +64,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), stage: str | N
     stated = stated_stage(path, overrides)
     source = path or "the command line"
     if stated is None and (path is not None or stage is None):
-        wanted = f"stage: {stage}" if stage else f"stage: one of {', '.join(STAGES)}"
-        raise ValueError(f"{source} does not say its stage; add {wanted}")
-    found = find_stage(stated or str(stage))
+        mark = "stage: " if path else "stage="
+        raise ValueError(f"{source} does not say its stage; add {mark}{stage or 'one of ' + ', '.join(STAGES)}")
+    found = find_stage(stated if stated is not None else str(stage))
     if stage is not None and found.name != stage:
         raise ValueError(f"{source} is for stage {found.name}, this command trains {stage}; python train.py takes both")
     return config_file.load(found.Config, path, overrides)
