@@ -196,7 +196,7 @@ def format_table(config: AblationConfig, tasks: Mapping[str, Task], record: dict
         cells = []
         for task, metric in columns:
             models = [record["methods"][f"{name}-{seed}"] for seed in config.seeds]
-            means = [model["tasks"][task][metric]["mean"] for model in models]
+            means = [model["tasks"][task].get(metric, {}).get("mean") for model in models]
             values = [mean for mean in means if mean is not None]
             cells.append(f"{np.mean(values):.2f} ({min(values):.2f} .. {max(values):.2f})" if values else "–")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

@@ -2,7 +2,7 @@
 
 Makes the videos that are missing, scores them, and writes results.json, table.md, table.tex, report.html with the worst
 videos first, and contact sheets. Run it again after an interruption, or with one more method or task: finished videos
-and scores are kept.
+and scores are kept. Exit code 1: something could not be measured; the reason is printed, and all else is written.
 `accelerate launch scripts/evaluate.py ...` spreads the work over GPUs. docs/reproduce.md has the commands.
 """
 
@@ -17,7 +17,7 @@ from imageconductor.evaluation.evaluate_config import EvaluateConfig
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns 2 after one line about bad input, else 0."""
+    """Runs the command and gives its exit code: 2 = bad input, 1 = something could not be measured."""
     extra = argparse.ArgumentParser(add_help=False)
     extra.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder for videos, scores and results"
@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     config, args = parse_command_line(EvaluateConfig, __doc__ or "", argv, parents=[extra])
     from imageconductor.evaluation.protocol import Evaluation
     from imageconductor.evaluation.report import format_markdown, write_report
+    from imageconductor.evaluation.summary import list_failures
 
     output: Path = args.output
     try:
@@ -37,6 +38,12 @@ def main(argv: list[str] | None = None) -> int:
         write_report(evaluation, record, output)
         print(format_markdown(record))
         print(output / "report.html")
+        failures = list_failures(record)
+        for failure in failures:
+            print(f"not measured: {failure}", file=sys.stderr)
+        if failures:
+            print("all else is written; the same command measures what is missing", file=sys.stderr)
+            return 1
     return 0
 
 

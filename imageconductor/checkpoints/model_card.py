@@ -95,8 +95,13 @@ def _training(stages: dict[str, str]) -> str:
 
 def _results(record: dict[str, Any]) -> str:
     rows = [
-        (name, f"{figure['mean']:.2f}", f"{figure['low']:.2f} .. {figure['high']:.2f}", figure["n"])
+        (name, f"{figure['mean']:.2f}", _format_interval(figure), figure["n"])
         for name, figure in record["intervals"].items()
         if figure["mean"] is not None
     ]
     return "## Measured\n\n" + _table(("figure", "mean", "95 %", "n"), rows)
+
+
+def _format_interval(figure: dict[str, Any]) -> str:
+    """The interval; a dash where all videos come from one image."""
+    return "–" if figure["low"] is None else f"{figure['low']:.2f} .. {figure['high']:.2f}"

@@ -24,12 +24,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from imageconductor.evaluation.inception import Inception
+from imageconductor.files import atomic_path
 
 _I3D_SOURCE = "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt (StyleGAN-V's port)"
 _BATCH_SIZE = 16
+_RESIZE = {"fid": "bilinear to 299 x 299", "fvd": "bilinear to 224 x 224", "frechet_small": "none"}
 
 
 @dataclass(frozen=True)
@@ -110,21 +113,45 @@ class SmallExtractor(nn.Module):
         return clips.mean(dim=(2, 3, 4))
 
 
-def frechet_distance(
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over the features of a set, of which its mean and covariance are made.
+
+    Attributes:
+        count: Samples: frames for `fid`, else clips.
+        total: (D,) float64, sum of the features.
+        products: (D, D) float64, sum of their outer products.
+    """
+
+    count: int
+    total: Tensor
+    products: Tensor
+
+    def save(self, path: Path) -> None:
+        """Writes the statistics as safetensors."""
+        with atomic_path(path) as temporary:
+            save_file({"count": torch.tensor(self.count), "total": self.total, "products": self.products}, temporary)
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        """Statistics that `save` wrote."""
+        state = load_file(path)
+        return cls(int(state["count"]), state["total"], state["products"])
+
+
+def collect_statistics(
     name: str,
-    generated: Iterable[NDArray[np.uint8]],
-    reference: Iterable[NDArray[np.uint8]],
+    videos: Iterable[NDArray[np.uint8]],
     weights: Path | None = None,
     num_frames: int = 16,
     stride: int = 1,
     device: str | None = None,
-) -> FrechetDistance:
-    """Fréchet distance between two sets of videos, which are read one at a time.
+) -> Statistics:
+    """Statistics of a set of videos, which are read one at a time.
 
     Args:
         name: `fid`, `fvd` or `frechet_small`.
-        generated: Videos (T, H, W, 3), T at least (num_frames - 1) * stride + 1.
-        reference: Videos to compare with, of the same shapes.
+        videos: Each (T, H, W, 3), T at least (num_frames - 1) * stride + 1.
         weights: File of the network's weights; not needed for `frechet_small`.
         num_frames: Frames to use of each video.
         stride: Distance between the frames that are used; 1 = every frame.
@@ -132,33 +159,61 @@ def frechet_distance(
 
     Raises:
         FileNotFoundError: There are no weights; the message says where to get them.
-        ValueError: The name is another one, a video is too short, or a set has fewer than two samples.
+        ValueError: The name is another one, or a video is too short.
     """
-    if name not in ("fid", "fvd", "frechet_small"):
+    if name not in _RESIZE:
         raise ValueError(f"name must be fid, fvd or frechet_small, got {name!r}")
     if name != "frechet_small" and weights is None:
         raise FileNotFoundError(f"{name} needs the weights of its network, a file you have downloaded")
     path = Path(weights) if weights is not None and name != "frechet_small" else None
     network: Any = Inception.load(path) if name == "fid" and path else I3D(path) if path else SmallExtractor()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    metric = _build_metric(network.to(device), device)
-    counts = []
-    for videos, is_reference in ((reference, True), (generated, False)):
-        count = 0
-        for video in videos:
-            frames = _select_frames(video, num_frames, stride)
-            clip = torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float() / 255
-            samples = clip if name == "fid" else clip.transpose(0, 1)[None]
-            for batch in samples.split(_BATCH_SIZE):
-                metric.update(batch, real=is_reference)
-                count += len(batch)
-        if count < 2:
-            kind = "reference" if is_reference else "generated"
-            raise ValueError(f"{name} needs at least two samples in each set, the {kind} one has {count}")
-        counts.append(count)
-    resize = {"fid": "bilinear to 299 x 299", "fvd": "bilinear to 224 x 224", "frechet_small": "none"}[name]
-    value = float(metric.compute())
-    return FrechetDistance(name, value, counts[1], counts[0], str(path or ""), resize, num_frames, stride)
+    metric = _build_metric(network).to(device)
+    for video in videos:
+        frames = _select_frames(video, num_frames, stride)
+        clip = torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float() / 255
+        samples = clip if name == "fid" else clip.transpose(0, 1)[None]
+        for batch in samples.split(_BATCH_SIZE):
+            metric.update(batch, real=True)
+    sums = (metric.real_features_sum, metric.real_features_cov_sum)
+    return Statistics(int(metric.real_features_num_samples), *(value.cpu() for value in sums))
+
+
+def frechet_distance(
+    name: str,
+    generated: Statistics,
+    reference: Statistics,
+    weights: Path | None = None,
+    num_frames: int = 16,
+    stride: int = 1,
+) -> FrechetDistance:
+    """Fréchet distance between two sets by their statistics.
+
+    Args:
+        name: As for `collect_statistics`, like all that follows but the statistics.
+        generated: Of the videos that are judged.
+        reference: Of the videos to compare with.
+        weights: File of the network's weights.
+        num_frames: Frames that were used of each video.
+        stride: Distance between these frames.
+
+    Raises:
+        ValueError: A set has fewer than two samples.
+    """
+    for kind, statistics in (("reference", reference), ("generated", generated)):
+        if statistics.count < 2:
+            raise ValueError(f"{name} needs at least two samples in each set, the {kind} one has {statistics.count}")
+    metric = _build_metric(_Identity(len(reference.total)))
+    metric.orig_dtype = torch.float64
+    for prefix, statistics in (("real", reference), ("fake", generated)):
+        setattr(metric, f"{prefix}_features_num_samples", torch.tensor(statistics.count))
+        setattr(metric, f"{prefix}_features_sum", statistics.total)
+        setattr(metric, f"{prefix}_features_cov_sum", statistics.products)
+    metric._update_count = 1  # It would warn that nothing was given to it.
+    used = "" if name == "frechet_small" else str(weights or "")
+    counts = (generated.count, reference.count)
+    value = max(0.0, float(metric.compute()))  # Rounding takes that of equal sets below zero.
+    return FrechetDistance(name, value, *counts, used, _RESIZE[name], num_frames, stride)
 
 
 def _select_frames(video: NDArray[np.uint8], num_frames: int, stride: int) -> NDArray[np.uint8]:
@@ -168,11 +223,21 @@ def _select_frames(video: NDArray[np.uint8], num_frames: int, stride: int) -> ND
     return np.ascontiguousarray(video[:needed:stride])
 
 
-def _build_metric(network: nn.Module, device: str) -> Any:
+class _Identity(nn.Module):
+    """Stands in for the network where there are features already."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def _build_metric(network: nn.Module) -> Any:
+    """Torchmetrics' distance over a network, which stays in its own precision; sums are kept in float64."""
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ImportError as error:
         raise ValueError("Fréchet distances need torchmetrics: pip install -e '.[metrics]'") from error
-    # Only the main process of an evaluation computes it, so it must not wait for the others to synchronise.
-    metric = FrechetInceptionDistance(feature=network, normalize=True, sync_on_compute=False)
-    return metric.set_dtype(torch.float64).to(device)
+    return FrechetInceptionDistance(feature=network, normalize=True, sync_on_compute=False)

@@ -1,13 +1,10 @@
-"""Motion metrics of one video, and their mean over many.
+"""Motion metrics of one video.
 
 CamMC and ObjMC are the paper's (section C.2): the mean Euclidean distance between the requested trajectory and the
 tracked one, in pixels. MotionCtrl's CamMC compares camera poses and is another quantity of the same name.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,23 +49,3 @@ def psnr(image: NDArray[np.floating], reference: NDArray[np.floating]) -> float:
     """Peak signal-to-noise ratio in dB of images in [0, 1]."""
     error = float(np.mean((np.asarray(image, np.float64) - reference) ** 2))
     return float("inf") if error == 0 else -10 * float(np.log10(error))
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Mean over `n` videos and its bootstrap 95 % interval, `low` to `high`; videos without a value do not count."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-
-def summarise(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> Figure:
-    """Mean over videos; the interval is the percentile bootstrap over videos."""
-    kept = np.array([value for value in values if np.isfinite(value)])
-    if not len(kept):
-        return Figure(float("nan"), float("nan"), float("nan"), 0)
-    draws = np.random.default_rng(seed).integers(len(kept), size=(resamples, len(kept)))
-    low, high = np.percentile(kept[draws].mean(axis=1), [2.5, 97.5])
-    return Figure(float(kept.mean()), float(low), float(high), len(kept))

@@ -2,7 +2,8 @@
 
     OUTPUT/requests/SET/KEY.png         first frame; KEY.json has the trajectories, prompts.json the prompts
     OUTPUT/videos/METHOD/TASK/KEY.mp4   video of a model; KEY.json has its settings, made_with.json those of the method
-    OUTPUT/scores/METHOD/TASK/KEY.json  metrics of one video
+    OUTPUT/scores/METHOD/TASK/KEY.json  metrics of one video; METHOD/NAME.json is a Fréchet distance
+    OUTPUT/reference/                   statistics of the reference videos
     OUTPUT/results.json                 summary
 
 Every file appears at once and complete, so a run that was killed continues where it stopped, and the processes of
@@ -36,21 +37,14 @@ from imageconductor.checkpoints.model_folder import (
 )
 from imageconductor.conditioning import Trajectories
 from imageconductor.data.trackers import CoTracker, LucasKanadeTracker, Tracker
-from imageconductor.evaluation import motion
 from imageconductor.evaluation.appearance import ClipScorer, ssim
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, RequestSet, Task
 from imageconductor.evaluation.external_videos import FirstFrames, check_complete
-from imageconductor.evaluation.frechet import frechet_distance
 from imageconductor.evaluation.generation_settings import collect_settings, list_attached_files, merge_with_record
-from imageconductor.evaluation.reference_videos import list_reference_files, read_references
+from imageconductor.evaluation.reference_videos import list_reference_files
 from imageconductor.evaluation.requests import Request, build_requests, write_requests
-from imageconductor.evaluation.scores import (
-    measure,
-    scale_to_384x256,
-    select_headlines,
-    summarise_scores,
-    to_json_values,
-)
+from imageconductor.evaluation.scores import measure, to_json_values
+from imageconductor.evaluation.summary import summarise_evaluation
 from imageconductor.evaluation.video_files import read_video, write_video
 from imageconductor.files import remove_partial, write_text
 from imageconductor.sampling.branches import ADAPTERS, Control
@@ -81,7 +75,7 @@ class Evaluation:
         self.first_frames = {kind: FirstFrames(requests) for kind, requests in self.requests.items()}
         for name, method in self.methods.items():
             if method.videos is not None:
-                check_complete(name, [path for task in config.tasks for path in self._video_paths(name, task)])
+                check_complete(name, [path for task in config.tasks for path in self.video_paths(name, task)])
         self._check_appearance()
         self.device = config.device or str(self.state.device)
         self.clip = ClipScorer(config.clip, self.device) if config.clip is not None else None
@@ -106,7 +100,7 @@ class Evaluation:
             self._score(name, method)
         self.state.wait_for_everyone()
         self.state.destroy_process_group()  # The main process goes on alone, longer than a group would wait.
-        return self._build_record() if self.state.is_main_process else None
+        return summarise_evaluation(self) if self.state.is_main_process else None
 
     def video_path(self, name: str, task: str, request: Request) -> Path:
         """File of a method's video."""
@@ -121,12 +115,16 @@ class Evaluation:
     def read_scores(self, name: str, task: str) -> list[dict[str, Any]]:
         """Metrics of each video that a method made for a task, in the order of the requests."""
         folder = self.output / "scores" / name / task
-        return [json.loads((folder / f"{request.key}.json").read_text()) for request in self._task_requests(task)]
+        return [
+            {**json.loads((folder / f"{request.key}.json").read_text()), "source": request.source}
+            for request in self._task_requests(task)
+        ]
 
     def _task_requests(self, task: str) -> list[Request]:
         return self.requests[self.config.tasks[task].requests]
 
-    def _video_paths(self, name: str, task: str) -> list[Path]:
+    def video_paths(self, name: str, task: str) -> list[Path]:
+        """Files of all videos of a method for a task, in the order of the requests."""
         return [self.video_path(name, task, request) for request in self._task_requests(task)]
 
     # -- before anything is made
@@ -240,7 +238,8 @@ class Evaluation:
                     "video": [str(path.resolve()), stat.st_size, stat.st_mtime_ns],
                 }
                 target = self.output / "scores" / name / task_name / f"{request.key}.json"
-                if not target.exists() or json.loads(target.read_text()).get("measured_with") != measured_with:
+                old = json.loads(target.read_text()) if target.exists() else {"failed": "not measured yet"}
+                if "failed" in old or old.get("measured_with") != measured_with:
                     jobs.append((path, target, task.requests, request, measured_with))
         for path, target, kind, request, measured_with in self._show_progress(jobs, f"{name}: scores"):
             video = self.read_frames(path)
@@ -252,65 +251,6 @@ class Evaluation:
                 score["seconds"] = json.loads(settings.read_text())["seconds"]
             score = {"key": request.key, **to_json_values(score), "measured_with": measured_with}
             write_text(target, json.dumps(score))
-
-    # -- summary
-
-    def _build_record(self) -> dict[str, Any]:
-        scale = scale_to_384x256(self.size)
-        methods: dict[str, Any] = {}
-        for name, method in self.methods.items():
-            tasks = {task: summarise_scores(self.read_scores(name, task), scale) for task in self.config.tasks}
-            methods[name] = {**asdict(method), "tasks": tasks, "frechet": self._compute_frechet(name)}
-        first = next(iter(methods))
-        scores = {task: self.read_scores(first, task) for task in self.config.tasks}
-        headlines = select_headlines(methods[first]["tasks"], scores)
-        return to_json_values(
-            {
-                **{key: figure["mean"] for key, figure in headlines.items()},
-                "intervals": headlines,
-                "methods": methods,
-                "tracker_on_the_true_clips": self._measure_true_clips(),
-                "settings": {
-                    **asdict(self.config),
-                    "size": self.size,
-                    "num_frames": self.num_frames,
-                    "tracker": f"{self.tracker.name} {self.tracker.version}",
-                    "px_at_384x256_per_px": scale,
-                    "num_processes": self.state.num_processes,
-                },
-            }
-        )
-
-    def _measure_true_clips(self) -> dict[str, Any]:
-        """The tracker's own error, from the requests whose true clip is known."""
-        summary: dict[str, Any] = {}
-        for kind, requests in self.requests.items():
-            truths = [(request, request.truth) for request in requests if request.truth is not None]
-            scores = [measure(request, truth, self.tracker) for request, truth in truths]
-            for metric in ("error", "background_displacement", "tracked_fraction") if scores else ():
-                summary[f"{kind}_{metric}"] = asdict(motion.summarise([score[metric] for score in scores]))
-        return summary
-
-    def _compute_frechet(self, name: str) -> dict[str, Any]:
-        config = self.config
-        found: dict[str, Any] = {}
-        for distance in config.frechet:
-            paths = [path for task in config.frechet_tasks for path in self._video_paths(name, task)]
-            weights = {"fid": config.fid_weights, "fvd": config.fvd_weights}.get(distance)
-            computed = frechet_distance(
-                distance,
-                (self.read_frames(path) for path in paths),
-                read_references(config, self.size, self.num_frames),
-                None if weights is None else Path(weights),
-                num_frames=self.num_frames,
-                device=self.device,
-            )
-            found[distance] = {
-                **asdict(computed),
-                "reference": config.reference or "sprite world",
-                "reference_stride": config.reference_stride if config.reference else 1,
-            }
-        return found
 
     def _show_progress(self, jobs: list[Any], title: str) -> Any:
         return tqdm(jobs, desc=title, dynamic_ncols=True, disable=not jobs or not self.state.is_main_process)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from imageconductor.evaluation.protocol import Evaluation
 from imageconductor.evaluation.requests import Request
+from imageconductor.evaluation.summary import list_failures
 from imageconductor.evaluation.video_files import write_video
 from imageconductor.files import write_text
 from imageconductor.sampling.video import contact_sheet, draw_trajectories, upscale_for_viewing
@@ -24,7 +24,17 @@ PAPER_TABLE_1 = {
 }
 """The automatic metrics of the paper's Table 1."""
 
-_COLUMNS = {"fid": "FID", "fvd": "FVD", "cam_mc": "CamMC", "obj_mc": "ObjMC"}
+_PAPER_COLUMNS: tuple[str, ...] = ("fid", "fvd", "cam_mc", "obj_mc")
+_TABLE_1: tuple[str, ...] = (
+    "method",
+    "FID",
+    "FVD",
+    "CamMC",
+    "ObjMC",
+    "CamMC, all points",
+    "ObjMC, all points",
+    "tracked fraction",
+)
 _TASK_COLUMNS = {
     "error_384x256": "error, px at 384x256",
     "error_of_diagonal": "error / diagonal",
@@ -46,14 +56,15 @@ _DIGITS = {  # 2 for all other columns
 }
 _NOTE = (
     "CamMC and ObjMC: mean distance in pixels at 384x256 between requested and tracked points that could be followed; "
-    "mean over videos, bootstrap 95 % interval. Tracked fraction: fraction of the requested points and frames that the "
-    "tracker could follow. The paper states neither its tracker nor its tracked fraction nor how lost points count, so "
-    "its lines stand beside ours for orientation; videos of the sprite world are of another world and size."
+    "mean over videos, bootstrap 95 % interval over the images that they come from (none for a single image). "
+    "Tracked fraction: fraction of the requested points and frames that the tracker could follow. The paper states "
+    "neither its tracker nor its tracked fraction nor how lost points count, so its lines stand beside ours for "
+    "orientation; videos of the sprite world are of another world and size."
 )
 
 
 def write_report(evaluation: Evaluation, record: dict[str, Any], folder: Path) -> None:
-    """Writes results.json, table.md, table.tex, same_SET.png and report.html with its videos into a folder."""
+    """Writes table.md, table.tex, same_SET.png and report.html with its videos into a folder."""
     write_text(folder / "table.md", format_markdown(record))
     write_text(folder / "table.tex", format_latex(record))
     for kind, requests in evaluation.requests.items():
@@ -68,7 +79,6 @@ def write_report(evaluation: Evaluation, record: dict[str, Any], folder: Path) -
         sections=sections, tables=_build_tables(record), notes=_list_notes(record), settings=record["settings"]
     )
     write_text(folder / "report.html", html)
-    write_text(folder / "results.json", json.dumps(record, indent=1))
 
 
 def format_markdown(record: dict[str, Any]) -> str:
@@ -89,9 +99,9 @@ def format_latex(record: dict[str, Any]) -> str:
 
 
 def _build_tables(record: dict[str, Any]) -> list[list[list[str]]]:
-    """Cells of each table, line by line, the heading first: Table 1 if it can be filled, then all tasks."""
-    table_1 = _build_table_1(record)
-    return [*([table_1] if table_1 else []), _build_task_table(record)]
+    """Cells of each table, line by line, the heading first: Table 1 if it can be filled, all tasks, differences."""
+    tables = (_build_table_1(record), _build_task_table(record), _build_difference_table(record))
+    return [table for table in tables if table]
 
 
 def _build_table_1(record: dict[str, Any]) -> list[list[str]]:
@@ -99,15 +109,34 @@ def _build_table_1(record: dict[str, Any]) -> list[list[str]]:
     methods = record["methods"]
     if not all({"camera", "object"} <= method["tasks"].keys() for method in methods.values()):
         return []
-    lines = [["method", *_COLUMNS.values(), "tracked fraction"]]
-    lines += [[name, *(f"{figures[key]:.2f}" for key in _COLUMNS), "–"] for name, figures in PAPER_TABLE_1.items()]
+    lines = [list(_TABLE_1)]
+    for name, figures in PAPER_TABLE_1.items():
+        lines.append([name, *(f"{figures[key]:.2f}" for key in _PAPER_COLUMNS), "–", "–", "–"])
     for name, method in methods.items():
         tasks = [method["tasks"][task] for task in ("camera", "object")]
-        distances = [_format_number(method["frechet"].get(key, {}).get("value")) for key in ("fid", "fvd")]
-        errors = [_format_figure(summary["error_384x256"]) for summary in tasks]
-        fractions = " and ".join(_format_number(summary["tracked_fraction"]["mean"]) for summary in tasks)
+        distances = [_format_distance(method["frechet"].get(key)) for key in ("fid", "fvd")]
+        errors = [
+            _format_figure(summary.get(metric))
+            for metric in ("error_384x256", "error_all_points_384x256")
+            for summary in tasks
+        ]
+        fractions = " and ".join(_format_mean(summary.get("tracked_fraction")) for summary in tasks)
         lines.append([name, *distances, *errors, fractions])
     return lines
+
+
+def _build_difference_table(record: dict[str, Any]) -> list[list[str]]:
+    """Each method's mean difference to the first one on the same requests; empty for a single method."""
+    first, *others = record["methods"]
+    summaries = [
+        (name, task, summary) for name in others for task, summary in record["methods"][name]["differences"].items()
+    ]
+    columns = [key for key in _TASK_COLUMNS if key != "seconds" and any(key in summary for *_, summary in summaries)]
+    lines = [[f"difference to {first}", "task", *(_TASK_COLUMNS[key] for key in columns)]]
+    for name, task, summary in summaries:
+        cells = [_format_figure(summary.get(key), _DIGITS.get(key, 2), "+") for key in columns]
+        lines.append([name, task, *cells])
+    return lines if others else []
 
 
 def _build_task_table(record: dict[str, Any]) -> list[list[str]]:
@@ -118,8 +147,9 @@ def _build_task_table(record: dict[str, Any]) -> list[list[str]]:
     columns = [key for key in _TASK_COLUMNS if any(key in summary for _, _, summary in summaries)]
     lines = [["method", "task", *(_TASK_COLUMNS[key] for key in columns), "videos"]]
     for name, task, summary in summaries:
-        cells = [_format_figure(summary[key], _DIGITS.get(key, 2)) if key in summary else "–" for key in columns]
-        lines.append([name, task, *cells, str(summary["tracked_fraction"]["n"])])
+        count = summary["first_frame_psnr"]["n"]
+        cells = [_format_figure(summary.get(key), _DIGITS.get(key, 2), count=count) for key in columns]
+        lines.append([name, task, *cells, str(count)])
     return lines
 
 
@@ -133,19 +163,31 @@ def _list_notes(record: dict[str, Any]) -> list[str]:
             f"{distance['num_reference']} of {distance['reference']}."
             for name, method in record["methods"].items()
             for key, distance in method["frechet"].items()
+            if "failed" not in distance
         ),
+        *(f"NOT MEASURED: {failure}" for failure in list_failures(record)),
     ]
 
 
-def _format_number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+def _format_distance(distance: dict[str, Any] | None) -> str:
+    if distance is None:
+        return "–"
+    return "failed" if "failed" in distance else f"{distance['value']:.2f}"
 
 
-def _format_figure(figure: dict[str, Any], digits: int = 2) -> str:
-    if figure["mean"] is None:
+def _format_mean(figure: dict[str, Any] | None) -> str:
+    return "–" if figure is None or figure["mean"] is None else f"{figure['mean']:.2f}"
+
+
+def _format_figure(figure: dict[str, Any] | None, digits: int = 2, sign: str = "", count: int | None = None) -> str:
+    """Mean and interval; the number of videos behind it where that is not `count`."""
+    if figure is None or figure["mean"] is None:
         return "–"
     low, high = figure["low"], figure["high"]
-    return f"{figure['mean']:.{digits}f} ({low:.{digits}f} .. {high:.{digits}f})"
+    text = f"{figure['mean']:{sign}.{digits}f}"
+    if low is not None:
+        text += f" ({low:{sign}.{digits}f} .. {high:{sign}.{digits}f})"
+    return text if count in (None, figure["n"]) else f"{text}, n = {figure['n']}"
 
 
 def _escape_latex(text: str) -> str:
@@ -184,18 +226,18 @@ def _write_worst_videos(evaluation: Evaluation, name: str, task: str, folder: Pa
     """The videos of a task with the largest error over all points, written with requested and tracked points drawn."""
     kind = evaluation.config.tasks[task].requests
     scores = {score["key"]: score for score in evaluation.read_scores(name, task)}
-    worst = sorted(evaluation.requests[kind], key=lambda r: -(scores[r.key]["error_all_points"] or 0))
+    worst = sorted(evaluation.requests[kind], key=lambda r: -(scores[r.key].get("error_all_points") or 0))
     videos = []
     for request in worst[: evaluation.config.shown]:
         score = scores[request.key]
         frames = _draw_request(request, evaluation.read_frames(evaluation.video_path(name, task, request)))
         factor = frames.shape[1] // request.image.shape[0]
-        for t, frame in enumerate(frames):
+        for t, frame in enumerate(frames if "tracked" in score else ()):
             _draw_tracked(frame, np.asarray(score["tracked"])[:, t], np.asarray(score["followed"])[:, t], factor)
         path = folder / "report" / name / task / f"{request.key}.mp4"
         write_video(path, frames)
         facts = {
-            key: score[key] for key in ("error", "error_all_points", "background_displacement", "tracked_fraction")
+            key: score.get(key) for key in ("error", "error_all_points", "background_displacement", "tracked_fraction")
         }
         videos.append(
             {"key": request.key, "prompt": request.prompt, "src": str(path.relative_to(folder)), "facts": facts}

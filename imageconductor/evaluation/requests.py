@@ -44,6 +44,7 @@ class Request:
         background: (M, 2) points of the first frame in pixels, away from the objects, that should stay where they are;
             M = 0 in the camera set.
         seed: Seed of the initial noise.
+        source: Name of the image or scene that the request begins with; intervals draw these.
         truth: (T, H, W, 3) uint8, the clip that really begins so, where it is known.
     """
 
@@ -53,6 +54,7 @@ class Request:
     trajectories: Trajectories
     background: NDArray[np.float64]
     seed: int
+    source: str
     truth: NDArray[np.uint8] | None = None
 
 
@@ -119,7 +121,8 @@ def _build_scene_requests(
         if trajectories.num_tracks and len(background):
             truth = render_frames(scene)
             seed = config.seed + len(requests)
-            requests.append(Request(f"{kind}-{index}", truth[0], scene.caption, trajectories, still, seed, truth))
+            key = f"{kind}-{index}"
+            requests.append(Request(key, truth[0], scene.caption, trajectories, still, seed, key, truth))
         index += 1
     return requests
 
@@ -142,7 +145,8 @@ def _build_preset_requests(
                 paths = [trajectories.points[0].numpy(), *centres[1:, None]]
                 background = _keep_distant(_build_grid(size).numpy(), paths, margins)
             key = f"scene-{index}_{preset}"
-            requests.append(Request(key, image, scene.caption, trajectories, background, config.seed + len(requests)))
+            seed, source = config.seed + len(requests), f"scene-{index}"
+            requests.append(Request(key, image, scene.caption, trajectories, background, seed, source))
     return requests
 
 
@@ -177,7 +181,7 @@ def _build_image_requests(
                 paths = list(trajectories.points.numpy())
                 background = _keep_distant(_build_grid(size).numpy(), paths, [margin] * len(paths))
             key, seed = f"{path.stem}_{preset}", config.seed + len(requests)
-            requests.append(Request(key, image, caption, trajectories, background, seed))
+            requests.append(Request(key, image, caption, trajectories, background, seed, path.stem))
     if not requests:
         raise ValueError(f'no image in {folder} names an object: "objects": [[x, y], ...] in NAME.json')
     return requests

@@ -14,9 +14,10 @@ from imageconductor.data.trackers import Tracker
 from imageconductor.evaluation import motion
 from imageconductor.evaluation.appearance import ClipScorer, ssim
 from imageconductor.evaluation.requests import Request
+from imageconductor.evaluation.statistics import summarise, summarise_differences
 
 _PAPER_DIAGONAL_PX = math.hypot(384, 256)
-_NOT_METRICS = ("key", "tracked", "followed", "measured_with")
+_NOT_METRICS = ("key", "source", "tracked", "followed", "failed", "measured_with")
 _IN_PIXELS = ("error", "error_all_points", "still", "background_displacement")
 # Headline figures, by which a single model is judged: name -> task, metric.
 _HEADLINES = {
@@ -46,6 +47,7 @@ def measure(
         tracked_fraction, background_tracked_fraction: fractions of the points and frames that the tracker followed.
         first_frame_psnr (dB), first_frame_ssim; clip_text, clip_consistency if there is a scorer.
         tracked: (N, T, 2) list, pixels.  followed: (N, T) list.
+        failed: reason by instrument ("tracker", "clip"); the metrics of an instrument that fails are absent.
 
     Raises:
         ValueError: The video has not the shape that was requested.
@@ -53,24 +55,44 @@ def measure(
     expected = (request.trajectories.num_frames, *request.image.shape)
     if video.shape != expected:
         raise ValueError(f"{request.key}: expected a video of shape {expected}, got {video.shape}")
+    score: dict[str, Any] = {
+        "first_frame_psnr": motion.psnr(video[0] / 255, request.image / 255),
+        "first_frame_ssim": ssim(video[0], request.image),
+    }
+    failed: dict[str, str] = {}
+    try:
+        score |= _measure_motion(request, video, tracker)
+    except Exception as error:  # Networks of others fail in many ways, and what else was measured should stay.
+        failed["tracker"] = describe_failure(error)
+    if clip is not None:
+        try:
+            score["clip_text"], score["clip_consistency"] = clip(video, request.prompt)
+        except Exception as error:
+            failed["clip"] = describe_failure(error)
+    return {**score, **({"failed": failed} if failed else {})}
+
+
+def describe_failure(error: Exception) -> str:
+    """Type and first line of an error's message."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
+
+
+def _measure_motion(request: Request, video: NDArray[np.uint8], tracker: Tracker) -> dict[str, Any]:
     requested = request.trajectories.points.numpy()
     visible = request.trajectories.visible.numpy()
     points, seen = tracker.track(video, np.concatenate([requested[:, 0], request.background]))
     tracked, background = np.split(points, [len(requested)])
     followed, background_followed = np.split(seen, [len(requested)])
-    score: dict[str, Any] = {
+    return {
         "error": motion.trajectory_error(requested, tracked, visible & followed),
         "error_all_points": motion.trajectory_error(requested, tracked, visible),
         "still": motion.still_error(requested, visible),
         "background_displacement": motion.background_displacement(background, background_followed),
         "tracked_fraction": motion.tracked_fraction(followed, visible),
         "background_tracked_fraction": motion.tracked_fraction(background_followed, np.ones_like(background_followed)),
-        "first_frame_psnr": motion.psnr(video[0] / 255, request.image / 255),
-        "first_frame_ssim": ssim(video[0], request.image),
+        "tracked": np.round(tracked, 2).tolist(),
+        "followed": followed.tolist(),
     }
-    if clip is not None:
-        score["clip_text"], score["clip_consistency"] = clip(video, request.prompt)
-    return {**score, "tracked": np.round(tracked, 2).tolist(), "followed": followed.tolist()}
 
 
 def scale_to_384x256(size: tuple[int, int]) -> float:
@@ -78,26 +100,35 @@ def scale_to_384x256(size: tuple[int, int]) -> float:
     return _PAPER_DIAGONAL_PX / math.hypot(*size)
 
 
-def summarise_scores(scores: Sequence[Mapping[str, Any]], scale: float) -> dict[str, dict[str, float]]:
+def summarise_scores(
+    scores: Sequence[Mapping[str, Any]], scale: float, baseline: Sequence[Mapping[str, Any]] | None = None
+) -> dict[str, dict[str, float]]:
     """Each metric's mean over the videos of a task, with its interval: `Figure` as a dict.
 
     Metrics in pixels are given at 384 x 256 and as a fraction of the diagonal too.
 
     Args:
-        scores: From `measure`, one for each video.
+        scores: From `measure`, one for each video, each with the `source` of its request.
         scale: From `scale_to_384x256`.
+        baseline: Scores of the same requests; then the differences to them are summarised.
     """
-    summary = {}
-    for metric in scores[0]:
+    summary: dict[str, dict[str, float]] = {}
+    sources = [score["source"] for score in scores]
+    metrics = dict.fromkeys(metric for score in scores for metric in score)
+    for metric in metrics:
         if metric in _NOT_METRICS:
             continue
-        figure = asdict(motion.summarise([_to_float(score.get(metric)) for score in scores]))
+        values = [_to_float(score.get(metric)) for score in scores]
+        if baseline is None:
+            figure = asdict(summarise(values, sources))
+        else:
+            others = [_to_float(score.get(metric)) for score in baseline]
+            figure = asdict(summarise_differences(values, others, sources))
         summary[metric] = figure
         if metric in _IN_PIXELS:
             scaled = {key: figure[key] * scale for key in ("mean", "low", "high")}
-            summary[f"{metric}_384x256"] = {**scaled, "n": figure["n"]}
-            of_diagonal = {key: value / _PAPER_DIAGONAL_PX for key, value in scaled.items()}
-            summary[f"{metric}_of_diagonal"] = {**of_diagonal, "n": figure["n"]}
+            summary[f"{metric}_384x256"] = figure | scaled
+            summary[f"{metric}_of_diagonal"] = figure | {k: v / _PAPER_DIAGONAL_PX for k, v in scaled.items()}
     return summary
 
 
@@ -110,14 +141,20 @@ def select_headlines(
         summaries: From `summarise_scores`, by task.
         scores: The scores that they summarise, by task.
     """
-    headlines = {key: summaries[task][metric] for key, (task, metric) in _HEADLINES.items() if task in summaries}
+    wanted = dict(_HEADLINES)
+    for task in summaries:
+        if task.startswith("object_free_"):
+            wanted[f"background_displacement_{task}"] = (task, "background_displacement")
+            wanted[f"obj_mc_{task.removeprefix('object_')}"] = (task, "error")
+    headlines = {
+        key: summaries[task][metric]
+        for key, (task, metric) in wanted.items()
+        if task in summaries and metric in summaries[task]
+    }
     both = [score for task in ("camera", "object") if task in summaries for score in scores[task]]
     for metric in ("first_frame_psnr", "first_frame_ssim", "tracked_fraction") if both else ():
-        headlines[metric] = asdict(motion.summarise([_to_float(score[metric]) for score in both]))
-    for task, summary in summaries.items():
-        if task.startswith("object_free_"):
-            headlines[f"background_displacement_{task}"] = summary["background_displacement"]
-            headlines[f"obj_mc_{task.removeprefix('object_')}"] = summary["error"]
+        values = [_to_float(score.get(metric)) for score in both]
+        headlines[metric] = asdict(summarise(values, [score["source"] for score in both]))
     return headlines
 
 

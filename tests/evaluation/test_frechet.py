@@ -6,7 +6,15 @@ import scipy.linalg
 import torch
 from torch import nn
 
-from imageconductor.evaluation.frechet import I3D, SmallExtractor, _build_metric, frechet_distance
+from imageconductor.evaluation.frechet import (
+    I3D,
+    FrechetDistance,
+    SmallExtractor,
+    Statistics,
+    _build_metric,
+    collect_statistics,
+    frechet_distance,
+)
 from imageconductor.evaluation.inception import Inception
 
 pytest.importorskip("torchmetrics")
@@ -26,22 +34,41 @@ class Features(nn.Module):
         return x
 
 
+def distance(name, generated, reference, weights=None, num_frames=16, stride=1) -> FrechetDistance:
+    """The distance between two sets of videos."""
+    sets = (collect_statistics(name, videos, weights, num_frames, stride, "cpu") for videos in (generated, reference))
+    return frechet_distance(name, *sets, weights, num_frames, stride)
+
+
+def statistics_of(features) -> Statistics:
+    metric = _build_metric(Features())
+    metric.update(torch.as_tensor(features), real=True)
+    return Statistics(len(features), metric.real_features_sum, metric.real_features_cov_sum)
+
+
 def test_it_is_the_formula():
     random = np.random.default_rng(0)
     a = random.normal(0, 1, (400, 6)) @ random.normal(0, 1, (6, 6))
     b = random.normal(0.5, 1.3, (300, 6)) @ random.normal(0, 1, (6, 6))
-    metric = _build_metric(Features(), "cpu")
-    metric.update(torch.from_numpy(a), real=True)
-    metric.update(torch.from_numpy(b), real=False)
-    assert float(metric.compute()) == pytest.approx(formula(a, b), rel=1e-6)
+    found = frechet_distance("frechet_small", statistics_of(a), statistics_of(b))
+    assert found.value == pytest.approx(formula(a, b), rel=1e-6)
+    assert (found.num_generated, found.num_reference) == (400, 300)
 
 
 def test_shifted_gaussians_are_their_shift_apart():
     a = torch.randn(500, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    metric = _build_metric(Features(), "cpu")
-    metric.update(a, real=True)
-    metric.update(a + 0.5, real=False)
-    assert float(metric.compute()) == pytest.approx(6 * 0.25, rel=1e-6)
+    found = frechet_distance("frechet_small", statistics_of(a + 0.5), statistics_of(a))
+    assert found.value == pytest.approx(6 * 0.25, rel=1e-6)
+
+
+def test_statistics_come_back_from_their_file(tmp_path):
+    statistics = collect_statistics("frechet_small", videos(0), num_frames=8)
+    statistics.save(tmp_path / "reference.safetensors")
+    loaded = Statistics.load(tmp_path / "reference.safetensors")
+    assert loaded.count == 12
+    assert loaded.products.dtype == torch.float64
+    assert torch.equal(loaded.total, statistics.total)
+    assert torch.equal(loaded.products, statistics.products)
 
 
 def videos(seed, count=12, shift=0):
@@ -51,11 +78,11 @@ def videos(seed, count=12, shift=0):
 
 
 def test_equal_sets_are_nothing_apart_and_others_are():
-    equal = frechet_distance("frechet_small", videos(0), videos(0), num_frames=8)
+    equal = distance("frechet_small", videos(0), videos(0), num_frames=8)
     assert equal.value == pytest.approx(0, abs=1e-6)
     assert (equal.num_generated, equal.num_reference, equal.weights) == (12, 12, "")
-    near = frechet_distance("frechet_small", videos(0, shift=10), videos(0), num_frames=8).value
-    far = frechet_distance("frechet_small", videos(0, shift=50), videos(0), num_frames=8).value
+    near = distance("frechet_small", videos(0, shift=10), videos(0), num_frames=8).value
+    far = distance("frechet_small", videos(0, shift=50), videos(0), num_frames=8).value
     assert 1e-6 < near < far
 
 
@@ -90,9 +117,55 @@ def test_both_ports_of_i3d_are_called_as_they_want(port, tmp_path):
     features = I3D(tmp_path / "i3d.pt")(clips)
     assert features.shape == (2, 400)
     assert features[:, :3] == pytest.approx(clips.mean(dim=(2, 3, 4)) * 2 - 1, abs=1e-2)
-    distance = frechet_distance("fvd", videos(0), videos(0), tmp_path / "i3d.pt", num_frames=4, stride=2)
-    assert distance.value == pytest.approx(0, abs=1e-6)
-    assert (distance.num_frames, distance.stride, distance.resize) == (4, 2, "bilinear to 224 x 224")
+    found = distance("fvd", videos(0), videos(0), tmp_path / "i3d.pt", num_frames=4, stride=2)
+    assert found.value == pytest.approx(0, abs=1e-6)
+    assert (found.num_frames, found.stride, found.resize) == (4, 2, "bilinear to 224 x 224")
+
+
+class Convolutions(nn.Module):
+    """A port of I3D's kind: parameters in float32, normalisation with buffers, 400 logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv3d(3, 8, 3, (1, 4, 4)), nn.BatchNorm3d(8), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten()
+        )
+        self.logits = nn.Linear(8, 400)
+
+    def forward(self, x: torch.Tensor):
+        return self.logits(self.layers(x))
+
+
+def test_fvd_of_a_network_with_parameters_is_the_formula_over_its_features(tmp_path):
+    torch.manual_seed(0)
+    torch.jit.script(Convolutions().eval()).save(str(tmp_path / "i3d.pt"))
+    network = I3D(tmp_path / "i3d.pt")
+    sets = (videos(0), videos(1, shift=40))
+    found = distance("fvd", *sets, tmp_path / "i3d.pt", num_frames=8)
+    with torch.no_grad():
+        clips = [torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 255 for clips in sets]
+        features = [network(batch).double().numpy() for batch in clips]
+    (m1, c1), (m2, c2) = ((x.mean(0), np.cov(x, rowvar=False)) for x in features)
+    # Twelve clips in 400 dimensions: tr (C1 C2)^(1/2) is the nuclear norm of the product of the square roots.
+    roots = [np.linalg.svd((x - x.mean(0)) / 11**0.5, full_matrices=False) for x in features]
+    cross = (roots[0][1][:, None] * roots[0][2]) @ (roots[1][1][:, None] * roots[1][2]).T
+    expected = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2) - 2 * np.linalg.svd(cross, compute_uv=False).sum()
+    assert expected > 1e-6
+    assert found.value == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.slow
+def test_fid_of_the_full_network_is_finite_and_nothing_for_equal_sets(tmp_path):
+    """Inception-v3 of the published size with random weights: 2048 features in float32."""
+    torch.manual_seed(0)
+    torch.save(Inception().state_dict(), tmp_path / "inception.pth")
+    sets = (videos(0, count=2), videos(1, count=2, shift=40))
+    found = distance("fid", *sets, tmp_path / "inception.pth", num_frames=2)
+    assert (found.num_generated, found.num_reference) == (4, 4)
+    assert np.isfinite(found.value)
+    assert found.value > 0
+    equal = distance("fid", sets[0], sets[0], tmp_path / "inception.pth", num_frames=2)
+    assert equal.value == pytest.approx(0, abs=1e-3 * found.value)
 
 
 def test_inception_has_the_published_size_and_loads_its_own_weights(tmp_path):
@@ -123,9 +196,9 @@ def test_inception_has_the_published_size_and_loads_its_own_weights(tmp_path):
 )
 def test_bad_input_says_what_to_do(name, arguments, error, said):
     with pytest.raises(error, match=said):
-        frechet_distance(name, videos(0), videos(1), **{"num_frames": 8, **arguments})
+        distance(name, videos(0), videos(1), **{"num_frames": 8, **arguments})
 
 
 def test_a_single_video_has_no_distribution():
     with pytest.raises(ValueError, match="the generated one has 1"):
-        frechet_distance("frechet_small", videos(0)[:1], videos(1), num_frames=8)
+        distance("frechet_small", videos(0)[:1], videos(1), num_frames=8)

@@ -7,7 +7,6 @@ from imageconductor.evaluation.motion import (
     background_displacement,
     psnr,
     still_error,
-    summarise,
     tracked_fraction,
     trajectory_error,
 )
@@ -55,8 +54,5 @@ def test_tracked_fraction_counts_wanted_pairs_after_frame_zero():
     assert tracked_fraction(followed, wanted) == pytest.approx(1 / 3)
 
 
-def test_psnr_and_summary():
+def test_psnr():
     assert psnr(np.full((4, 4), 0.6), np.full((4, 4), 0.5)) == pytest.approx(20)
-    figure = summarise([1.0, 2.0, 3.0, float("nan")])
-    assert (figure.mean, figure.n) == (2.0, 3)
-    assert 1 <= figure.low < 2 < figure.high <= 3
