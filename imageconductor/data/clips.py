@@ -7,6 +7,8 @@ pixels, visible (N, F)) and `KEY.json` (caption and provenance). In a cache made
 
 from __future__ import annotations
 
+import hashlib
+import heapq
 import io
 import itertools
 import json
@@ -196,6 +198,26 @@ class ShuffledOrder:
         return np.concatenate(windows)
 
 
+def hold_out(shards: Sequence[list[ClipRecord]], count: int) -> tuple[list[list[ClipRecord]], list[ClipRecord]]:
+    """Shards without the held-out clips, and the held-out clips.
+
+    Keys with the smallest hashes are held out: the same clips in every process and run, however the data are sorted
+    into shards, and nearly the same ones when clips are added. A key that occurs several times is held out everywhere.
+
+    Raises:
+        ValueError: No other clip would be left.
+    """
+    if not count:
+        return list(shards), []
+    keys = {record.key for shard in shards for record in shard}
+    if count >= len(keys):
+        raise ValueError(f"held_out_clips must be less than the {len(keys)} clips of data, got {count}")
+    chosen = dict.fromkeys(heapq.nsmallest(count, keys, lambda key: hashlib.sha256(key.encode()).digest()))
+    held_out = {record.key: record for shard in shards for record in shard if record.key in chosen}
+    kept = [[record for record in shard if record.key not in held_out] for shard in shards]
+    return [shard for shard in kept if shard], [held_out[key] for key in chosen]
+
+
 class ClipSamples:
     """An endless shuffled sequence of training samples from shards or folders of clips.
 
@@ -208,10 +230,12 @@ class ClipSamples:
         horizontal_flip: Probability of mirroring a clip; clips whose captions tell left from right are never mirrored.
         shuffle_shards: Window of `ShuffledOrder`.
         seed: Seed of the order, the frames and the flips.
+        held_out_clips: Clips that are left out; see `hold_out`.
+        shows_held_out: Gives the clips that are held out, and no others.
 
     Raises:
         FileNotFoundError: A source holds no clip.
-        ValueError: `horizontal_flip` is not 0 for a cache, or videos and caches are mixed.
+        ValueError: `horizontal_flip` is not 0 for a cache, videos and caches are mixed, or all clips are held out.
     """
 
     def __init__(
@@ -222,8 +246,12 @@ class ClipSamples:
         horizontal_flip: float = 0.0,
         shuffle_shards: int = 16,
         seed: int = 0,
+        held_out_clips: int = 0,
+        shows_held_out: bool = False,
     ):
-        shards = find_clips(sources)
+        shards, held_out = hold_out(find_clips(sources), held_out_clips)
+        if shows_held_out:
+            shards = [held_out]
         self.records = [record for shard in shards for record in shard]
         self.order = ShuffledOrder([len(shard) for shard in shards], shuffle_shards, seed)
         self.size, self.num_frames, self.horizontal_flip, self.seed = size, num_frames, horizontal_flip, seed

@@ -38,11 +38,7 @@ class Networks:
         Raises:
             FileNotFoundError: The folder, or a part of it, is missing.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no model folder at {folder}")
-        if missing := [name for name in cls.__annotations__ if not (folder / name).is_dir()]:
-            raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
+        folder = cls.check_folder(folder)
         with single_progress_bar():
             networks = cls(
                 vae=AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32),
@@ -55,6 +51,20 @@ class Networks:
             )
         networks.freeze()
         return networks
+
+    @classmethod
+    def check_folder(cls, folder: str | Path) -> Path:
+        """The folder of a model, once it is sure that no part is missing.
+
+        Raises:
+            FileNotFoundError: The folder, or a part of it, is missing.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no model folder at {folder}")
+        if missing := [name for name in cls.__annotations__ if not (folder / name).is_dir()]:
+            raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
+        return folder
 
     @property
     def modules(self) -> dict[str, nn.Module]:

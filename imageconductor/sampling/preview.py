@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from imageconductor.conditioning import Trajectories
@@ -23,7 +24,8 @@ class VideoPreview:
     """Writes `FOLDER/step-NNNNNNNN.png`, a contact sheet, and `FOLDER/step-NNNNNNNN-I.mp4`.
 
     Args:
-        clips: Samples that are not trained on: pixel_values (3, T, H, W), points, visible, caption.
+        clips: Samples that are not trained on: pixel_values (3, T, H, W), or from a cache latent_mean (C, T, h, w) and
+            size; points, visible, caption.
         control: Control under which the videos are made; None = without trajectories.
         folder: Of the files.
         sampling: Arguments of the pipeline's call, such as `num_inference_steps` and `guidance_scale`.
@@ -48,7 +50,7 @@ class VideoPreview:
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = []
         for i, (clip, drawn) in enumerate(zip(self.clips, self.drawn, strict=True)):
-            truth = ((clip["pixel_values"].permute(1, 2, 3, 0) + 1) / 2).numpy()
+            truth = _read_frames(clip, networks)
             height, width = truth.shape[1:3]
             output = pipe(
                 Image.fromarray(to_uint8(truth[0])),
@@ -74,9 +76,20 @@ class VideoPreview:
         contact_sheet(self.folder / f"step-{step:08d}.png", rows)
 
 
+@torch.no_grad()
+def _read_frames(clip: dict[str, Any], networks: Networks) -> NDArray[np.float32]:
+    """Frames (T, H, W, 3) of a clip in [0, 1]; those of a cache are decoded, one at a time."""
+    pixels = clip.get("pixel_values")
+    if pixels is None:
+        vae = networks.vae
+        latents = clip["latent_mean"].to(vae.device, vae.dtype).transpose(0, 1)
+        pixels = torch.cat([vae.decode(latent[None]).sample.float().cpu() for latent in latents]).transpose(0, 1)
+    return ((pixels.permute(1, 2, 3, 0) + 1) / 2).clamp(0, 1).numpy()
+
+
 def _draw_tracks(clip: dict[str, Any], max_tracks: int, seed: int) -> Trajectories:
     """Moving tracks of a clip, as a person might draw them."""
     points, visible = clip["points"], clip["visible"]
-    height, width = clip["pixel_values"].shape[-2:]
+    width, height = clip["size"].tolist() if "size" in clip else reversed(clip["pixel_values"].shape[-2:])
     keep = sample_sparse(points[None], visible[None], max_tracks, [torch.Generator().manual_seed(seed)])[0]
     return Trajectories(points[keep], visible[keep], (width, height))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from imageconductor.checkpoints.model_folder import check_shape
 from imageconductor.data.batches import Batches, Samples, SpriteSamples
 from imageconductor.data.clips import ClipSamples
 from imageconductor.models.networks import Networks
@@ -29,25 +30,51 @@ def run_stage(config: TrainConfig, previews: PreviewFactory | None = None) -> Tr
         previews: Makes the preview videos; sampling is not training's business.
 
     Raises:
-        FileNotFoundError: The model folder, or a network named in the settings, is missing.
+        FileNotFoundError: The model folder, a network named in the settings, or a source of clips is missing.
+        ValueError: The model does not fit the clips.
     """
-    stage = find_stage(config.stage)(Networks.load(config.model), config)
+    stage_class = find_stage(config.stage)
+    check_inputs(config)
     data = Batches(build_samples(config), config.batch_size)
+    shows_previews = previews is not None and config.preview_every
+    clips = read_held_out(config, _PREVIEWED_CLIPS) if shows_previews else []
+    stage = stage_class(Networks.load(config.model), config)
     preview = None
-    if previews is not None and config.preview_every:
-        held_out = build_samples(
-            replace(
-                config,
-                data=config.preview_data,
-                horizontal_flip=0.0,
-                num_frames=config.num_frames if config.data else None,
-                world=replace(config.world, seed=config.world.seed + _HELD_OUT_SEED),
-            )
-        )
-        clips = [held_out[position] for position in range(_PREVIEWED_CLIPS)]
+    if previews is not None and clips:
         sampling = {"num_inference_steps": config.preview_steps, "guidance_scale": config.preview_guidance_scale}
         preview = previews(clips, stage.preview_control, Path(config.output) / "previews", sampling)
     return train(stage, data, config, preview)
+
+
+def check_inputs(config: TrainConfig) -> None:
+    """Makes sure, before any weights are read, that a stage's model fits its clips and that the files it names exist.
+
+    Raises:
+        FileNotFoundError: A part of the model, or a network named in the settings, is missing.
+        ValueError: The model cannot make videos of the clips' shape.
+    """
+    folder = Networks.check_folder(config.model)
+    size = config.size if config.data else config.world.size
+    num_frames = config.num_frames or (16 if config.data else config.world.num_frames)
+    check_shape(folder, size, num_frames)
+    find_stage(config.stage).check(config)
+
+
+def read_held_out(config: TrainConfig, count: int) -> list[dict[str, Any]]:
+    """The first held-out samples: of `data`, or of scenes of the sprite world that no stage is trained on."""
+    if config.data:
+        samples: Samples = ClipSamples(
+            config.data,
+            config.size,
+            config.num_frames or 16,
+            held_out_clips=config.held_out_clips,
+            shows_held_out=True,
+        )
+        count = min(count, config.held_out_clips)
+    else:
+        world = replace(config.world, seed=config.world.seed + _HELD_OUT_SEED)
+        samples = SpriteSamples(world, config.sets)
+    return [samples[position] for position in range(count)]
 
 
 def build_samples(config: TrainConfig) -> Samples:
@@ -55,9 +82,16 @@ def build_samples(config: TrainConfig) -> Samples:
 
     Raises:
         FileNotFoundError: A source holds no clip.
+        ValueError: The clips cannot be used together, or all of them are held out.
     """
     if not config.data:
         return SpriteSamples(config.world, config.sets, config.num_frames)
     return ClipSamples(
-        config.data, config.size, config.num_frames or 16, config.horizontal_flip, config.shuffle_shards, config.seed
+        config.data,
+        config.size,
+        config.num_frames or 16,
+        config.horizontal_flip,
+        config.shuffle_shards,
+        config.seed,
+        config.held_out_clips,
     )

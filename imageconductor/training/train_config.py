@@ -71,7 +71,7 @@ class TrainConfig(LoopConfig):
     model: str = "models/sprites"  # model folder that gives every part the stage does not train
     # Shards or folders of clips (docs/training.md); none = the sprite world, which `world` and `sets` describe.
     data: list[str] = field(default_factory=list)
-    preview_data: list[str] = field(default_factory=list)  # as `data`, and not trained on
+    held_out_clips: int = 0  # clips of `data`, chosen by their keys, that are not trained on; previews show some
     size: tuple[int, int] = (384, 256)  # (W, H) that clips of `data` are resized and cropped to
     horizontal_flip: float = 0.0  # probability that a clip of `data` is mirrored, its tracks with it
     shuffle_shards: int = 16  # shards of `data` whose clips are mixed
@@ -84,14 +84,17 @@ class TrainConfig(LoopConfig):
     preview_steps: int = 25  # denoising steps of preview videos, paper C.1
     preview_guidance_scale: float = 8.5  # lambda_cfg of preview videos
 
+    RENAMED: ClassVar[dict[str, str]] = {**LoopConfig.RENAMED, "preview_data": "held_out_clips"}
     ELSEWHERE: ClassVar[dict[str, str]] = {}  # settings of other stages by name; `registry` fills it
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.sets:
             raise ValueError("sets must name at least one of camera, mixed, object")
-        if self.data and self.preview_every and not self.preview_data:
-            raise ValueError("previews show clips that are not trained on: set preview_data, or preview_every=0")
+        if self.held_out_clips < 0:
+            raise ValueError(f"held_out_clips must not be negative, got {self.held_out_clips}")
+        if self.data and self.preview_every and not self.held_out_clips:
+            raise ValueError("previews show clips that are not trained on: set held_out_clips, or preview_every=0")
         if self.shuffle_shards < 1:
             raise ValueError(f"shuffle_shards must be at least 1, got {self.shuffle_shards}")
         check_fractions(self, "text_dropout", "image_dropout", "horizontal_flip")

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 import torch
 
 from imageconductor.data.batches import Batches, sample_frames
-from imageconductor.data.clips import ClipSamples, CorruptClipError, ShuffledOrder, find_clips
+from imageconductor.data.clips import ClipSamples, CorruptClipError, ShuffledOrder, find_clips, hold_out
 from imageconductor.data.sprites import SpriteDataset, SpriteSet, SpriteWorldConfig
 from imageconductor.models.networks import Networks
-from imageconductor.training.stages.registry import find_stage
+from imageconductor.sampling.preview import VideoPreview
+from imageconductor.training.run import run_stage
+from imageconductor.training.stages.registry import find_stage, load_config
 from scripts import cache_latents
 
 SIZE = (32, 32)
@@ -241,3 +244,86 @@ def test_options_that_a_cache_cannot_serve_are_errors(folder, cached):
         ClipSamples([cached["float16"]], SIZE, 8, horizontal_flip=0.5)
     with pytest.raises(ValueError, match="mix videos and cached"):
         ClipSamples([cached["float16"], folder], SIZE, 8)
+
+
+def test_held_out_clips_are_never_trained_on(folder, records, tmp_path):
+    def keys(samples):
+        return {record.key for record in samples.records}
+
+    train = ClipSamples([folder], SIZE, 8, held_out_clips=2)
+    shown = ClipSamples([folder], SIZE, 8, held_out_clips=2, shows_held_out=True)
+    assert len(keys(train)) == len(train) == 3
+    assert {train[position]["key"] for position in range(3)} == keys(train)
+    assert len(keys(shown)) == len(shown) == 2
+    assert not keys(train) & keys(shown)
+    shard = write_shard(tmp_path / "clips.tar", records)
+    assert keys(ClipSamples([shard], SIZE, 8, held_out_clips=2, shows_held_out=True)) == keys(shown)
+    twice = ClipSamples([folder, shard], SIZE, 8, held_out_clips=2)
+    assert len(twice) == 6
+    assert not keys(twice) & keys(shown), "a copy in another source is held out too"
+    more = hold_out(find_clips([folder]), 3)[1]
+    assert keys(shown) < {record.key for record in more}
+    with pytest.raises(ValueError, match="held_out_clips must be less than the 5 clips of data, got 5"):
+        ClipSamples([folder], SIZE, 8, held_out_clips=5)
+
+
+def small(folder, tiny_model, output, *more):
+    """What a shipped YAML needs changed for five small clips."""
+    return [
+        f"model={tiny_model}",
+        f"data=[{folder}]",
+        f"output={output}",
+        "size=[32,32]",
+        "num_frames=4",
+        "max_steps=2",
+        "mixed_precision=no",
+        "motion_controlnet=null",
+        "held_out_clips=2",
+        "batch_size=1",
+        "gradient_accumulation_steps=1",
+        "preview_every=2",
+        "preview_steps=1",
+        "num_workers=0",
+        *more,
+    ]
+
+
+@pytest.mark.parametrize("name", ["motion_controlnet_dense", "camera_lora", "object_lora"])
+def test_the_papers_settings_train_on_curated_clips(name, folder, tiny_model, tmp_path):
+    more = ["lora_rank=2"] if name.endswith("_lora") else []
+    more += [f"camera_lora={tiny_model}/camera_lora"] if name == "object_lora" else []
+    config = load_config(Path(f"configs/train/{name}.yaml"), small(folder, tiny_model, tmp_path, *more))
+    assert run_stage(config, VideoPreview).step == 2
+    assert (tmp_path / "previews" / "step-00000002.png").is_file()
+
+
+@pytest.mark.slow
+def test_previews_of_a_cache_show_its_clips(folder, cached, tiny_model, tmp_path):
+    for name, source in (("clips", folder), ("cache", cached["float32"])):
+        overrides = small(source, tiny_model, tmp_path / name, "horizontal_flip=0", "lora_rank=2")
+        run_stage(load_config(Path("configs/train/camera_lora.yaml"), overrides), VideoPreview)
+    videos = [iio.imread(tmp_path / name / "previews" / "step-00000002-0.mp4") for name in ("clips", "cache")]
+    made = [video[:, :, video.shape[2] // 2 :].astype(float) for video in videos]
+    assert np.abs(made[0] - made[1]).mean() < 25, "from the same first frame, decoded"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("camera_lora", "data=[nowhere]", "no clips at nowhere"),
+        ("camera_lora", "held_out_clips=9", "less than the 5 clips"),
+        ("camera_lora", "size=[33,32]", "must be multiples of 2, got 33 x 32"),
+        ("camera_lora", "num_frames=99", "num_frames must be 1.."),
+        ("camera_lora", "motion_controlnet=nowhere", "no motion ControlNet at nowhere"),
+        ("object_lora", "camera_lora=nowhere", "no camera LoRA at nowhere"),
+        ("object_lora", "camera_lora=null", "lora_rank is 64, that of the camera LoRA at .* is 2, and Eq. 4"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_weights_are_read(
+    name, change, said, folder, tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Networks, "load", lambda *_: pytest.fail("weights were read"))
+    overrides = [*small(folder, tiny_model, tmp_path / "run"), change]
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        run_stage(load_config(Path(f"configs/train/{name}.yaml"), overrides), VideoPreview)
+    assert not (tmp_path / "run").exists()

@@ -30,7 +30,7 @@ def test_shipped_settings_name_their_stage_and_refuse_typing_errors(path):
 
 
 def test_clips_on_disk_need_clips_to_preview():
-    with pytest.raises(ValueError, match="set preview_data"):
+    with pytest.raises(ValueError, match="set held_out_clips"):
         TrainConfig(data=["somewhere"], preview_every=10)
 
 

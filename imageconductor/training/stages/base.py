@@ -66,6 +66,14 @@ class Stage(nn.Module):
         self.image_controlnet = networks.image_controlnet
         self.motion_controlnet = networks.motion_controlnet
 
+    @classmethod
+    def check(cls, config: TrainConfig) -> None:
+        """Makes sure, before any weights are read, that the files which the settings name are there.
+
+        Raises:
+            FileNotFoundError: One is missing.
+        """
+
     def loss_terms(self, x_0: Tensor, t: Tensor, eps: Tensor, condition: Condition) -> dict[str, Tensor]:
         """Weighted losses by name; their sum is minimised.
 
@@ -173,15 +181,21 @@ class TrajectoryStage(Stage):
     """
 
     def __init__(self, networks: Networks, config: TrajectoryConfig):
+        self.check(config)
         if config.motion_controlnet is not None:
-            if not Path(config.motion_controlnet).is_dir():
-                raise FileNotFoundError(
-                    f"no motion ControlNet at {config.motion_controlnet}; train that stage first, or start from the "
-                    "model's own with motion_controlnet=null"
-                )
             networks.motion_controlnet = MotionControlNet.from_pretrained(config.motion_controlnet, dtype=torch.float32)
         super().__init__(networks, config)
         self.is_sparse, self.max_tracks = config.trajectories == "sparse", config.max_tracks
+
+    @classmethod
+    def check(cls, config: TrainConfig) -> None:
+        """As `Stage.check`: the motion ControlNet to start from."""
+        folder = getattr(config, "motion_controlnet", None)
+        if folder is not None and not Path(folder).is_dir():
+            raise FileNotFoundError(
+                f"no motion ControlNet at {folder}; train that stage first, or start from the model's own with "
+                "motion_controlnet=null"
+            )
 
     def draw_flow(
         self, batch: dict[str, Any], size: tuple[int, int], generators: Sequence[torch.Generator]

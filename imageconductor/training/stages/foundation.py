@@ -16,7 +16,7 @@ from torch import Tensor
 from imageconductor.models.denoiser import Condition
 from imageconductor.models.networks import Networks
 from imageconductor.training.stages.base import TrajectoryStage
-from imageconductor.training.train_config import LoopConfig, TrajectoryConfig, check_fractions
+from imageconductor.training.train_config import TrajectoryConfig, check_fractions
 
 
 @dataclass
@@ -29,7 +29,7 @@ class FoundationConfig(TrajectoryConfig):
     train_motion_controlnet: bool = False
     motion_dropout: float = 0.25  # probability that a clip's trajectories are dropped
 
-    RENAMED: ClassVar[dict[str, str]] = {**LoopConfig.RENAMED, "steered": "train_motion_controlnet"}
+    RENAMED: ClassVar[dict[str, str]] = {**TrajectoryConfig.RENAMED, "steered": "train_motion_controlnet"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

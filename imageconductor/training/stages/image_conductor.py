@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,7 +31,7 @@ from imageconductor.models.adapters import (
 from imageconductor.models.denoiser import Condition
 from imageconductor.models.networks import Networks
 from imageconductor.training.stages.base import TrajectoryStage
-from imageconductor.training.train_config import TrajectoryConfig
+from imageconductor.training.train_config import TrainConfig, TrajectoryConfig
 
 CAMERA, OBJECT = Adapter.CAMERA.value, Adapter.OBJECT.value
 
@@ -119,11 +120,26 @@ class ObjectLoraStage(TrajectoryStage):
     def __init__(self, networks: Networks, config: ObjectLoraConfig):
         super().__init__(networks, config)
         networks.freeze()
-        load_adapter(self.motion_controlnet, CAMERA, config.camera_lora or Path(config.model) / "camera_lora")
+        load_adapter(self.motion_controlnet, CAMERA, _camera_lora(config))
         _add_fresh_adapter(self, OBJECT, config)
         self.orthogonal_weight = config.orthogonal_weight
         self.orthogonal_target: OrthogonalTarget = config.orthogonal_target
         self.linear_only = config.orthogonal_linear_only
+
+    @classmethod
+    def check(cls, config: TrainConfig) -> None:
+        """As `Stage.check`: the camera LoRA too, whose rank must be the object LoRA's where Eq. 4 compares them."""
+        super().check(config)
+        assert isinstance(config, ObjectLoraConfig)
+        folder = _camera_lora(config)
+        if not (folder / "adapter_config.json").is_file():
+            raise FileNotFoundError(f"no camera LoRA at {folder}; train that stage first")
+        rank = json.loads((folder / "adapter_config.json").read_text())["r"]
+        if config.orthogonal_weight and rank != config.lora_rank:
+            raise ValueError(
+                f"lora_rank is {config.lora_rank}, that of the camera LoRA at {folder} is {rank}, and Eq. 4 compares "
+                f"the two; set lora_rank={rank} or orthogonal_weight=0"
+            )
 
     def loss_terms(self, x_0: Tensor, t: Tensor, eps: Tensor, condition: Condition) -> dict[str, Tensor]:
         """L_mixed and lambda * L_ortho."""
@@ -143,6 +159,10 @@ class ObjectLoraStage(TrajectoryStage):
     def save(self, folder: Path) -> None:
         """Writes object_lora."""
         save_adapter(self.motion_controlnet, OBJECT, folder / "object_lora")
+
+
+def _camera_lora(config: ObjectLoraConfig) -> Path:
+    return Path(config.camera_lora or Path(config.model) / "camera_lora")
 
 
 def _add_fresh_adapter(stage: TrajectoryStage, name: str, config: LoraStageConfig) -> None:
