@@ -27,6 +27,13 @@ def formula(a, b):
     return ((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * root)
 
 
+def formula_of_few(a, b):
+    """The same for fewer samples than dimensions: tr (C1 C2)^(1/2) is the nuclear norm of C1^(1/2) C2^(1/2)."""
+    centred = [(x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b)]
+    cross = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + sum((x**2).sum() for x in centred) - 2 * cross
+
+
 class Features(nn.Module):
     num_features = 6
 
@@ -145,25 +152,28 @@ def test_fvd_of_a_network_with_parameters_is_the_formula_over_its_features(tmp_p
     with torch.no_grad():
         clips = [torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 255 for clips in sets]
         features = [network(batch).double().numpy() for batch in clips]
-    (m1, c1), (m2, c2) = ((x.mean(0), np.cov(x, rowvar=False)) for x in features)
-    # Twelve clips in 400 dimensions: tr (C1 C2)^(1/2) is the nuclear norm of the product of the square roots.
-    roots = [np.linalg.svd((x - x.mean(0)) / 11**0.5, full_matrices=False) for x in features]
-    cross = (roots[0][1][:, None] * roots[0][2]) @ (roots[1][1][:, None] * roots[1][2]).T
-    expected = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2) - 2 * np.linalg.svd(cross, compute_uv=False).sum()
+    expected = formula_of_few(*features)
     assert expected > 1e-6
     assert found.value == pytest.approx(expected, rel=1e-2)
 
 
 @pytest.mark.slow
-def test_fid_of_the_full_network_is_finite_and_nothing_for_equal_sets(tmp_path):
-    """Inception-v3 of the published size with random weights: 2048 features in float32."""
+def test_fid_of_the_full_network_is_the_formula_over_its_features(tmp_path):
+    """Inception-v3 of the published size in float32, with random weights that keep the scale of what passes through."""
     torch.manual_seed(0)
-    torch.save(Inception().state_dict(), tmp_path / "inception.pth")
+    network = Inception().eval()
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    torch.save(network.state_dict(), tmp_path / "inception.pth")
     sets = (videos(0, count=2), videos(1, count=2, shift=40))
     found = distance("fid", *sets, tmp_path / "inception.pth", num_frames=2)
     assert (found.num_generated, found.num_reference) == (4, 4)
-    assert np.isfinite(found.value)
-    assert found.value > 0
+    with torch.no_grad():
+        frames = [torch.from_numpy(np.concatenate([v[:2] for v in clips])).permute(0, 3, 1, 2) for clips in sets]
+        expected = formula_of_few(*(network(batch.float() / 255).double().numpy() for batch in frames))
+    assert expected > 0.01
+    assert found.value == pytest.approx(expected, rel=1e-2)
     equal = distance("fid", sets[0], sets[0], tmp_path / "inception.pth", num_frames=2)
     assert equal.value == pytest.approx(0, abs=1e-3 * found.value)
 
