@@ -4,7 +4,7 @@ The distance is torchmetrics'; networks and preprocessing are ours, since publis
 
 | name | network | frames or clips | preprocessing |
 |---|---|---|---|
-| `fid` | Inception-v3, pytorch-fid's weights, pool3 | each frame, every `stride`-th | 299 x 299 bilinear, [-1, 1] |
+| `fid` | Inception-v3, pytorch-fid's weights, pool3 | each frame | 299 x 299 bilinear, [-1, 1] |
 | `fvd` | I3D on Kinetics-400 as TorchScript, the logits | the first `num_frames` | 224 x 224 bilinear, [-1, 1] |
 | `frechet_small` | fixed random convolutions of ours | as `fvd` | none |
 
@@ -45,7 +45,7 @@ class FrechetDistance:
         num_generated, num_reference: Size of each set, in frames for `fid`, else in clips.
         weights: File of the network; empty for `frechet_small`.
         resize: Interpolation and size to which frames were resized.
-        num_frames, stride: Every `stride`-th frame of each video was used, `num_frames` in all.
+        num_frames: The first frames of each video, so many, were used.
     """
 
     name: str
@@ -55,7 +55,6 @@ class FrechetDistance:
     weights: str
     resize: str
     num_frames: int
-    stride: int
 
 
 class I3D(nn.Module):
@@ -144,17 +143,15 @@ def collect_statistics(
     videos: Iterable[NDArray[np.uint8]],
     weights: Path | None = None,
     num_frames: int = 16,
-    stride: int = 1,
     device: str | None = None,
 ) -> Statistics:
     """Statistics of a set of videos, which are read one at a time.
 
     Args:
         name: `fid`, `fvd` or `frechet_small`.
-        videos: Each (T, H, W, 3), T at least (num_frames - 1) * stride + 1.
+        videos: Each (T, H, W, 3), T at least num_frames.
         weights: File of the network's weights; not needed for `frechet_small`.
-        num_frames: Frames to use of each video.
-        stride: Distance between the frames that are used; 1 = every frame.
+        num_frames: Frames to use of each video, the first ones.
         device: Device of the network; None = cuda where there is one.
 
     Raises:
@@ -170,7 +167,7 @@ def collect_statistics(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     metric = _build_metric(network).to(device)
     for video in videos:
-        frames = _select_frames(video, num_frames, stride)
+        frames = _select_frames(video, num_frames)
         clip = torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float() / 255
         samples = clip if name == "fid" else clip.transpose(0, 1)[None]
         for batch in samples.split(_BATCH_SIZE):
@@ -185,17 +182,15 @@ def frechet_distance(
     reference: Statistics,
     weights: Path | None = None,
     num_frames: int = 16,
-    stride: int = 1,
 ) -> FrechetDistance:
     """Fréchet distance between two sets by their statistics.
 
     Args:
-        name: As for `collect_statistics`, like all that follows but the statistics.
+        name: As for `collect_statistics`.
         generated: Of the videos that are judged.
         reference: Of the videos to compare with.
-        weights: File of the network's weights.
-        num_frames: Frames that were used of each video.
-        stride: Distance between these frames.
+        weights: As for `collect_statistics`, for the record.
+        num_frames: As for `collect_statistics`, for the record.
 
     Raises:
         ValueError: A set has fewer than two samples.
@@ -213,14 +208,13 @@ def frechet_distance(
     used = "" if name == "frechet_small" else str(weights or "")
     counts = (generated.count, reference.count)
     value = max(0.0, float(metric.compute()))  # Rounding takes that of equal sets below zero.
-    return FrechetDistance(name, value, *counts, used, _RESIZE[name], num_frames, stride)
+    return FrechetDistance(name, value, *counts, used, _RESIZE[name], num_frames)
 
 
-def _select_frames(video: NDArray[np.uint8], num_frames: int, stride: int) -> NDArray[np.uint8]:
-    needed = (num_frames - 1) * stride + 1
-    if video.ndim != 4 or video.shape[-1] != 3 or len(video) < needed:
-        raise ValueError(f"a video of shape {video.shape} has not the {needed} frames that are needed")
-    return np.ascontiguousarray(video[:needed:stride])
+def _select_frames(video: NDArray[np.uint8], num_frames: int) -> NDArray[np.uint8]:
+    if video.ndim != 4 or video.shape[-1] != 3 or len(video) < num_frames:
+        raise ValueError(f"a video of shape {video.shape} has not the {num_frames} frames that are needed")
+    return np.ascontiguousarray(video[:num_frames])
 
 
 class _Identity(nn.Module):

@@ -41,10 +41,10 @@ class Features(nn.Module):
         return x
 
 
-def distance(name, generated, reference, weights=None, num_frames=16, stride=1) -> FrechetDistance:
+def distance(name, generated, reference, weights=None, num_frames=16) -> FrechetDistance:
     """The distance between two sets of videos."""
-    sets = (collect_statistics(name, videos, weights, num_frames, stride, "cpu") for videos in (generated, reference))
-    return frechet_distance(name, *sets, weights, num_frames, stride)
+    sets = (collect_statistics(name, videos, weights, num_frames, "cpu") for videos in (generated, reference))
+    return frechet_distance(name, *sets, weights, num_frames)
 
 
 def statistics_of(features) -> Statistics:
@@ -124,9 +124,9 @@ def test_both_ports_of_i3d_are_called_as_they_want(port, tmp_path):
     features = I3D(tmp_path / "i3d.pt")(clips)
     assert features.shape == (2, 400)
     assert features[:, :3] == pytest.approx(clips.mean(dim=(2, 3, 4)) * 2 - 1, abs=1e-2)
-    found = distance("fvd", videos(0), videos(0), tmp_path / "i3d.pt", num_frames=4, stride=2)
+    found = distance("fvd", videos(0), videos(0), tmp_path / "i3d.pt", num_frames=4)
     assert found.value == pytest.approx(0, abs=1e-6)
-    assert (found.num_frames, found.stride, found.resize) == (4, 2, "bilinear to 224 x 224")
+    assert (found.num_frames, found.resize) == (4, "bilinear to 224 x 224")
 
 
 class Convolutions(nn.Module):

@@ -174,14 +174,9 @@ class Stage(nn.Module):
 
 
 class TrajectoryStage(Stage):
-    """A stage that sees trajectories: all of a clip's tracks, or a few drawn by their motion (section 2.2).
-
-    Raises:
-        FileNotFoundError: `config.motion_controlnet` names no folder.
-    """
+    """A stage that sees trajectories: all of a clip's tracks, or a few drawn by their motion (section 2.2)."""
 
     def __init__(self, networks: Networks, config: TrajectoryConfig):
-        self.check(config)
         if config.motion_controlnet is not None:
             networks.motion_controlnet = MotionControlNet.from_pretrained(config.motion_controlnet, dtype=torch.float32)
         super().__init__(networks, config)
