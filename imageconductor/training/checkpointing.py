@@ -57,6 +57,12 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def latest_step(folder: Path) -> int | None:
+    """The step of the newest checkpoint, readable or not; None without one."""
+    folders = _folders(folder)
+    return int(folders[-1].name.removeprefix(_PREFIX)) if folders else None
+
+
 def save_result(folder: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a folder and moves each part of it into `folder`, in the place of an older one."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".result.", suffix=".partial") as temporary:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from imageconductor.models.networks import Networks
 from imageconductor.training import checkpointing
 from imageconductor.training.engines import Replicated
-from imageconductor.training.record import RunRecord
+from imageconductor.training.record import RunRecord, clips_per_step
 from imageconductor.training.train_config import LoopConfig
 from imageconductor.training.weight_average import WeightAverage
 
@@ -48,7 +48,8 @@ class Log:
     def __init__(self, config: LoopConfig, engine: Replicated, lr_scheduler: Any, state: TrainState, name: str):
         self.config, self.accelerator, self.lr_scheduler = config, engine.accelerator, lr_scheduler
         is_main = self.accelerator.is_main_process
-        self.record = RunRecord(Path(config.output), config, state.step) if is_main else None
+        processes = self.accelerator.num_processes
+        self.record = RunRecord(Path(config.output), config, state.step, processes) if is_main else None
         self.bar = tqdm(
             total=config.max_steps,
             initial=state.step,
@@ -71,8 +72,7 @@ class Log:
         self.time, self.step = time.perf_counter(), state.step
         if self.record is None:
             return
-        micro_steps = self.config.gradient_accumulation_steps * self.accelerator.num_processes
-        clips_per_second = self.config.batch_size * micro_steps / seconds
+        clips_per_second = clips_per_step(self.config, self.accelerator.num_processes) / seconds
         rates = {
             f"learning_rate_{i}" if i else "learning_rate": r for i, r in enumerate(self.lr_scheduler.get_last_lr())
         }

@@ -181,6 +181,12 @@ def _restore(
             f"the run folder holds another stage's checkpoint ({len(different)} parameters differ, "
             f"e.g. {different[0]}); choose another output"
         )
+    for key, parameter in parameters.items():
+        if saved[key].shape != parameter.shape:
+            raise ValueError(
+                f"the run folder's checkpoint has {key} of shape {tuple(saved[key].shape)}, the model's is "
+                f"{tuple(parameter.shape)}; choose another output"
+            )
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(sharding.split_like(saved[key], parameter))

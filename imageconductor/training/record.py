@@ -1,9 +1,14 @@
-"""The record of a run in its folder: settings, versions, commit, and metrics by step."""
+"""The record of a run in its folder: settings, versions, commit, and metrics by step.
+
+The record also decides which run may be continued: one whose settings mean the same, unless the user says otherwise.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
+import os
 import platform
 import subprocess
 import sys
@@ -17,7 +22,13 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from imageconductor import config as config_file
 from imageconductor.files import write_text
+from imageconductor.training import checkpointing
+from imageconductor.training.train_config import LoopConfig
 
+logger = logging.getLogger(__name__)
+
+_STARTS = "environment.jsonl"  # one line for each time that the run was started
+_CONSTANT = ("constant", "constant_with_warmup")  # schedules that do not depend on the length of the run
 _PACKAGES = ("imageconductor", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
 
 
@@ -26,15 +37,22 @@ class RunRecord:
 
     Args:
         folder: The run folder.
-        config: A dataclass instance, the run's settings.
+        config: The run's settings.
         step: Optimiser steps done before; later metrics, of a run that was killed after its last checkpoint, go.
+        num_processes: That train together.
     """
 
-    def __init__(self, folder: Path, config: Any, step: int):
+    def __init__(self, folder: Path, config: LoopConfig, step: int, num_processes: int = 1):
         self.metrics = folder / "metrics.jsonl"
         config_file.save(config, folder / "config.yaml")
-        with (folder / "environment.jsonl").open("a") as file:  # one line for each time that the run was started
-            file.write(json.dumps({"start": step, **environment()}) + "\n")
+        start = {
+            "start": step,
+            "clips_per_step": clips_per_step(config, num_processes),
+            **environment(),
+            "settings": config_file.to_plain(config),
+        }
+        with (folder / _STARTS).open("a") as file:
+            file.write(json.dumps(start) + "\n")
         if self.metrics.exists():
             lines = self.metrics.read_text().splitlines(keepends=True)
             write_text(self.metrics, "".join(line for line in lines if _step(line) <= step))
@@ -51,6 +69,77 @@ class RunRecord:
     def close(self) -> None:
         """Closes the files."""
         self.tensorboard.close()
+
+
+def clips_per_step(config: LoopConfig, num_processes: int) -> int:
+    """The global batch: clips of an optimiser step, over all processes and micro-steps."""
+    return config.batch_size * config.gradient_accumulation_steps * num_processes
+
+
+def check_continuation(config: LoopConfig) -> None:
+    """Makes sure that the run in `config.output`, if there is one, can go on with these settings.
+
+    Settings of `config.FREE_TO_CHANGE` may differ, and `max_steps` where the learning rate does not depend on it.
+    Others change what the run means: they are refused, or with `allow_changes` logged. Those of `config.FIXED` are
+    refused in any case, as what was learned does not fit them.
+
+    Raises:
+        ValueError: In one line, with both values of each setting.
+    """
+    folder = Path(config.output)
+    step, path = checkpointing.latest_step(folder), folder / "config.yaml"
+    if step is None or not path.is_file():
+        return
+    if step > config.max_steps:
+        raise ValueError(f"{folder} has {step} steps behind it, more than max_steps={config.max_steps}")
+    changes = _changes(config, path)
+    if fixed := [text for name, text in changes.items() if name.partition(".")[0] in config.FIXED]:
+        raise ValueError(f"{folder} holds a run with {', '.join(fixed)}, which cannot change; choose another output")
+    if not changes:
+        return
+    told = f"{folder} was trained for {step} steps with {', '.join(changes.values())}"
+    if not config.allow_changes:
+        raise ValueError(f"{told}; choose another output, go back to those settings, or set allow_changes=true")
+    logger.warning(told)
+
+
+def _changes(config: LoopConfig, path: Path) -> dict[str, str]:
+    """Settings that differ from a run's and matter, by dotted name, as "seed=0, now 1"."""
+    raw = config_file.read_yaml(path)
+    if (stage := raw.get("stage", config.stage)) != config.stage:
+        return {"stage": f"stage={stage}, now {config.stage}"}
+    try:
+        before = config_file.load(type(config), path)
+    except ValueError as error:
+        raise ValueError(
+            f"the run in {path.parent} cannot be continued, its settings no longer hold: {error}"
+        ) from None
+    old = {field.key: field.default for field in config_file.list_fields(type(config), before)}
+    new = {field.key: field.default for field in config_file.list_fields(type(config), config)}
+    free = config.FREE_TO_CHANGE | ({"max_steps"} if config.lr_schedule in _CONSTANT else set())
+    if (before_clips := _last_clips_per_step(path.with_name(_STARTS))) is not None:
+        old["clips_per_step"] = before_clips
+        new["clips_per_step"] = clips_per_step(config, int(os.environ.get("WORLD_SIZE", 1)))
+    return {
+        name: f"{name}={_show(old.get(name))}, now {_show(new.get(name))}"
+        for name in {**old, **new}
+        if name.partition(".")[0] not in free and old.get(name) != new.get(name)
+    }
+
+
+def _show(value: Any) -> str:
+    plain = config_file.to_plain(value)
+    return plain if isinstance(plain, str) else json.dumps(plain)
+
+
+def _last_clips_per_step(starts: Path) -> int | None:
+    """Of the newest start that is on record; None in folders of earlier versions."""
+    for line in reversed(starts.read_text().splitlines() if starts.is_file() else []):
+        try:
+            return json.loads(line).get("clips_per_step")
+        except ValueError:  # the half line of a run that was killed while it wrote
+            continue
+    return None
 
 
 def environment() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from imageconductor.data.batches import Batches, Samples, SpriteSamples
 from imageconductor.data.clips import ClipSamples
 from imageconductor.models.networks import Networks
 from imageconductor.training.loop import Preview, TrainState, train
+from imageconductor.training.record import check_continuation
 from imageconductor.training.stages.registry import find_stage
 from imageconductor.training.train_config import TrainConfig
 
@@ -47,15 +48,16 @@ def run_stage(config: TrainConfig, previews: PreviewFactory | None = None) -> Tr
 
 
 def check_inputs(config: TrainConfig) -> None:
-    """Makes sure, before any weights are read, that a stage's model fits its clips and that the files it names exist.
+    """Makes sure, before any weights are read, that a run can begin or go on with its model, clips and files.
 
     Raises:
         FileNotFoundError: A part of the model, or a network named in the settings, is missing.
-        ValueError: The model cannot make videos of the clips' shape.
+        ValueError: The model cannot make videos of the clips' shape, or the run folder holds a run of other settings.
     """
     folder = Networks.check_folder(config.model)
     size = config.size if config.data else config.world.size
     num_frames = config.num_frames or (16 if config.data else config.world.num_frames)
+    check_continuation(config)
     check_shape(folder, size, num_frames)
     find_stage(config.stage).check(config)
 

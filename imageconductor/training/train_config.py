@@ -38,7 +38,27 @@ class LoopConfig:
     preview_every: int = 0  # steps between preview videos (docs/training.md); 0 = none
     num_workers: int = 0  # processes that prepare batches; 0 = the training process does
     max_corrupt_fraction: float = 0.01  # of the clips read that may be unusable; more of them stop the run
+    allow_changes: bool = False  # continue a run with settings that change what it trains, such as seed or data
 
+    # By name: settings that may differ when a run is continued, and those that what it has learned depends on.
+    FREE_TO_CHANGE: ClassVar[frozenset[str]] = frozenset(
+        {
+            "output",
+            "allow_changes",
+            # Batch i is the same however it is split; `record` compares the clips per step.
+            "batch_size",
+            "gradient_accumulation_steps",
+            "torch_compile",
+            "gradient_checkpointing",
+            "save_every",
+            "keep_checkpoints",
+            "log_every",
+            "preview_every",
+            "num_workers",
+            "max_corrupt_fraction",
+        }
+    )
+    FIXED: ClassVar[frozenset[str]] = frozenset({"stage", "optimizer"})
     RENAMED: ClassVar[dict[str, str]] = {"max_corrupt_share": "max_corrupt_fraction"}
 
     def __post_init__(self) -> None:
@@ -84,6 +104,7 @@ class TrainConfig(LoopConfig):
     preview_steps: int = 25  # denoising steps of preview videos, paper C.1
     preview_guidance_scale: float = 8.5  # lambda_cfg of preview videos
 
+    FREE_TO_CHANGE = LoopConfig.FREE_TO_CHANGE | {"preview_steps", "preview_guidance_scale"}
     RENAMED: ClassVar[dict[str, str]] = {**LoopConfig.RENAMED, "preview_data": "held_out_clips"}
     ELSEWHERE: ClassVar[dict[str, str]] = {}  # settings of other stages by name; `registry` fills it
 

@@ -29,6 +29,7 @@ class FoundationConfig(TrajectoryConfig):
     train_motion_controlnet: bool = False
     motion_dropout: float = 0.25  # probability that a clip's trajectories are dropped
 
+    FIXED = TrajectoryConfig.FIXED | {"train_motion_controlnet"}
     RENAMED: ClassVar[dict[str, str]] = {**TrajectoryConfig.RENAMED, "steered": "train_motion_controlnet"}
 
     def __post_init__(self) -> None:

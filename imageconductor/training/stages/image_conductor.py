@@ -50,6 +50,8 @@ class LoraStageConfig(TrajectoryConfig):
     lora_rank: int = 64  # = alpha, as the release
     lora_targets: Literal["all", "linear"] = "all"  # the release adapts convolutions too, the paper says linear
 
+    FIXED = TrajectoryConfig.FIXED | {"lora_rank", "lora_targets"}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lora_rank < 1:

@@ -33,6 +33,8 @@ class StyleLoraConfig(TrainConfig):
     stage: Literal["style_lora"] = "style_lora"
     lora_rank: int = 64  # = alpha
 
+    FIXED = TrainConfig.FIXED | {"lora_rank"}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lora_rank < 1:

@@ -1,0 +1,126 @@
+"""The record of a run: which settings a run may be continued with, and what its folder says of every start."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import train as train_command
+from imageconductor.training import checkpointing
+from imageconductor.training.command import main
+from imageconductor.training.loop import train
+from imageconductor.training.record import RunRecord, check_continuation
+from imageconductor.training.run import run_stage
+
+
+def leave_record(config):
+    """What a run of two steps leaves for the decision whether it may go on."""
+    folder = Path(config.output)
+    folder.mkdir()
+    RunRecord(folder, config, 0).close()
+    checkpointing.save(folder, 2, {"parameters": {}}, {}, keep=1)
+
+
+@pytest.fixture
+def begun(configure):
+    """Settings of a camera LoRA's run, whose record is in its folder."""
+    config = configure("camera_lora")
+    leave_record(config)
+    return config
+
+
+@pytest.fixture
+def trained(configure, build):
+    """Settings of a camera LoRA's run that was trained for two steps."""
+    config = configure("camera_lora")
+    train(*build(config), config)
+    return config
+
+
+REFUSED = {
+    "seed": ({"seed": 5}, "seed=0, now 5"),
+    "learning rate": ({"learning_rate": 1e-3}, "learning_rate=0.01, now 0.001"),
+    "clips per step": ({"batch_size": 3}, "clips_per_step=1, now 3"),
+    "data": ({"sets": ["camera"]}, 'sets=["mixed"], now ["camera"]'),
+    "world": ({"still": 0.5}, "world.still_prob=0.15, now 0.5"),
+    "precision": ({"mixed_precision": "bf16"}, "mixed_precision=no, now bf16"),
+    "length of a cosine": ({"lr_schedule": "cosine", "max_steps": 9}, "max_steps=2, now 9"),
+    "model": ({"model": "elsewhere"}, "now elsewhere"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_change_what_is_trained_need_permission(begun, name, caplog):
+    changes, words = REFUSED[name]
+    if "still" in changes:
+        changes = {"world": replace(begun.world, still_prob=changes["still"])}
+    changed = replace(begun, **changes)
+    with pytest.raises(ValueError, match="set allow_changes=true") as refusal:
+        check_continuation(changed)
+    assert words in str(refusal.value)
+    check_continuation(replace(changed, allow_changes=True))
+    assert words in caplog.text
+
+
+def test_settings_that_change_nothing_of_the_result_are_free(begun, monkeypatch):
+    check_continuation(begun)
+    free = {"max_steps": 9, "num_workers": 2, "save_every": 7, "preview_steps": 3, "gradient_checkpointing": True}
+    check_continuation(replace(begun, **free))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="clips_per_step=1, now 2"):
+        check_continuation(begun)
+
+
+def test_the_same_clips_may_be_split_differently(configure, monkeypatch):
+    config = configure("camera_lora", batch_size=4)
+    leave_record(config)
+    check_continuation(replace(config, batch_size=2, gradient_accumulation_steps=2))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_continuation(replace(config, batch_size=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora_rank": 4}, "lora_rank=2, now 4"),
+        ({"lora_targets": "linear"}, "lora_targets=all, now linear"),
+        ({"optimizer": "muon"}, "optimizer=adamw, now muon"),
+    ],
+)
+def test_what_the_learned_weights_do_not_fit_is_refused_in_any_case(begun, changes, words):
+    with pytest.raises(ValueError, match="choose another output") as refusal:
+        check_continuation(replace(begun, allow_changes=True, **changes))
+    assert words in str(refusal.value)
+
+
+def test_a_run_of_another_stage_or_of_more_steps_is_refused(begun, configure):
+    with pytest.raises(ValueError, match="holds a run with stage=camera_lora, now object_lora, which cannot change"):
+        check_continuation(configure("object_lora"))
+    with pytest.raises(ValueError, match="has 2 steps behind it, more than max_steps=1"):
+        check_continuation(replace(begun, max_steps=1))
+
+
+def test_a_model_of_other_sizes_is_refused_by_the_parameter(trained, build):
+    wider = replace(trained, lora_rank=4, max_steps=3)
+    with pytest.raises(ValueError, match=r"checkpoint has .*lora_A.* of shape .*; choose another output"):
+        train(*build(wider), wider)
+
+
+def test_a_refused_run_leaves_its_folder_as_it_was(trained, capsys):
+    folder = Path(trained.output)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    command = ["--config", f"{folder}/config.yaml", "max_steps=3"]
+    assert main("", train_command.previews, None, [*command, "lora_rank=4"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {folder} holds a run with lora_rank=2, now 4")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_every_start_is_on_record_with_its_settings(trained):
+    run_stage(replace(trained, max_steps=3, seed=1, allow_changes=True))
+    starts = [json.loads(line) for line in (Path(trained.output) / "environment.jsonl").read_text().splitlines()]
+    assert [(start["start"], start["settings"]["seed"], start["clips_per_step"]) for start in starts] == [
+        (0, 0, 1),
+        (2, 1, 1),
+    ]
