@@ -30,6 +30,7 @@ class TrainState:
     step: int = 0
     terms: dict[str, Tensor] = field(default_factory=dict)  # losses of this process in the last step, by name
     losses: dict[str, float] = field(default_factory=dict)  # means over all processes of the last step that was logged
+    measured: dict[str, float] = field(default_factory=dict)  # on held-out clips in this step; logged and emptied
     clips: int = 0  # read by this process, since the start
     corrupt: int = 0  # clips among them that could not be used
 
@@ -59,17 +60,19 @@ class Log:
             disable=not is_main,
         )
         self.time, self.step = time.perf_counter(), state.step
+        self.validation = ""  # the last validation loss, as the bar shows it
 
     def __call__(self, state: TrainState) -> None:
         """Counts a step, and logs it if its time has come."""
         self.bar.update()
-        if state.step % self.config.log_every and state.step != self.config.max_steps:
+        if state.step % self.config.log_every and state.step != self.config.max_steps and not state.measured:
             return
         reduce: Any = self.accelerator.reduce
         state.losses = {key: cast(Tensor, reduce(value, "mean")).item() for key, value in state.terms.items()}
         corrupt = reduce(torch.tensor(state.corrupt, device=self.accelerator.device), "sum").item()
         seconds = (time.perf_counter() - self.time) / (state.step - self.step)
         self.time, self.step = time.perf_counter(), state.step
+        held_out, state.measured = state.measured, {}
         if self.record is None:
             return
         clips_per_second = clips_per_step(self.config, self.accelerator.num_processes) / seconds
@@ -82,8 +85,11 @@ class Log:
             "clips_per_second": round(clips_per_second, 3),
             "corrupt_clips": float(corrupt),
         }
-        self.record.log(state.step, {**state.losses, **measured})
+        self.record.log(state.step, {**state.losses, **held_out, **measured})
         shown = {key: f"{value:.4f}" for key, value in state.losses.items()}
+        if "validation/loss" in held_out:
+            self.validation = f"{held_out['validation/loss']:.4f}"
+        shown |= {"validation": self.validation} if self.validation else {}
         self.bar.set_postfix(shown | {"clips/s": f"{clips_per_second:.2f}"})
 
     def close(self) -> None:

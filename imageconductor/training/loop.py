@@ -24,6 +24,7 @@ from imageconductor.training.hooks import Log, Preview, Save, ShowPreview, Train
 from imageconductor.training.optimizers import build_optimizer
 from imageconductor.training.stages.base import Stage
 from imageconductor.training.train_config import LoopConfig
+from imageconductor.training.validation import Validate
 from imageconductor.training.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,11 @@ _PROCESS_GROUPS: list[Any] = []
 
 
 def train(
-    stage: Stage, data: Dataset[dict[str, Any]], config: LoopConfig, preview: Preview | None = None
+    stage: Stage,
+    data: Dataset[dict[str, Any]],
+    config: LoopConfig,
+    preview: Preview | None = None,
+    held_out: Sequence[dict[str, Any]] = (),
 ) -> TrainState:
     """Runs a stage to `config.max_steps`, continuing what its output folder holds, and saves what it learned.
 
@@ -45,6 +50,7 @@ def train(
             uninterrupted one would have seen.
         config: Of the run.
         preview: Called every `config.preview_every` steps, on the main process.
+        held_out: Samples on which the loss is measured every `config.validation_every` steps.
 
     Raises:
         FloatingPointError: A loss is not finite; names step, process and clips.
@@ -68,7 +74,12 @@ def train(
     if accelerator.is_main_process:
         remove_partial(output)  # of a run that was killed while it wrote
     log = Log(config, engine, lr_scheduler, state, stage.name.replace("_", " "))
-    hooks = (log, Save(config, engine, average), ShowPreview(config, engine, average, stage.networks, preview))
+    hooks = (
+        Validate(config, engine, average, stage, module, held_out),
+        log,
+        Save(config, engine, average),
+        ShowPreview(config, engine, average, stage.networks, preview),
+    )
     batches = _batches(data, config, accelerator, start=state.step)
     num_micro_steps, num_timesteps = config.gradient_accumulation_steps, stage.scheduler.config["num_train_timesteps"]
     while state.step < config.max_steps:

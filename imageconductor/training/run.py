@@ -20,6 +20,7 @@ PreviewFactory = Callable[[Sequence[dict[str, Any]], "str | None", Path, dict[st
 """Makes the previews of a run from held-out samples, the control that the stage learns, a folder, and its settings."""
 
 _PREVIEWED_CLIPS = 3
+_SPRITE_CLIPS = 16  # held-out clips of the sprite world
 _HELD_OUT_SEED = 20_000  # evaluation uses 10,000
 
 
@@ -38,13 +39,14 @@ def run_stage(config: TrainConfig, previews: PreviewFactory | None = None) -> Tr
     check_inputs(config)
     data = Batches(build_samples(config), config.batch_size)
     shows_previews = previews is not None and config.preview_every
-    clips = read_held_out(config, _PREVIEWED_CLIPS) if shows_previews else []
+    held_out = read_held_out(config, config.held_out_clips or _SPRITE_CLIPS) if config.validation_every else []
+    clips = (held_out or read_held_out(config, _PREVIEWED_CLIPS))[:_PREVIEWED_CLIPS] if shows_previews else []
     stage = stage_class(Networks.load(config.model), config)
     preview = None
     if previews is not None and clips:
         sampling = {"num_inference_steps": config.preview_steps, "guidance_scale": config.preview_guidance_scale}
         preview = previews(clips, stage.preview_control, Path(config.output) / "previews", sampling)
-    return train(stage, data, config, preview)
+    return train(stage, data, config, preview, held_out)
 
 
 def check_inputs(config: TrainConfig) -> None:

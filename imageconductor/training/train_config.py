@@ -35,6 +35,7 @@ class LoopConfig:
     save_every: int = 500  # steps between checkpoints
     keep_checkpoints: int = 2  # newest checkpoints that are kept
     log_every: int = 10  # steps between lines of metrics
+    validation_every: int = 0  # steps between losses on held-out clips (docs/training.md); 0 = none
     preview_every: int = 0  # steps between preview videos (docs/training.md); 0 = none
     num_workers: int = 0  # processes that prepare batches; 0 = the training process does
     max_corrupt_fraction: float = 0.01  # of the clips read that may be unusable; more of them stop the run
@@ -53,6 +54,7 @@ class LoopConfig:
             "save_every",
             "keep_checkpoints",
             "log_every",
+            "validation_every",
             "preview_every",
             "num_workers",
             "max_corrupt_fraction",
@@ -72,7 +74,7 @@ class LoopConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("preview_every", "num_workers", "warmup_steps"):
+        for name in ("validation_every", "preview_every", "num_workers", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.max_corrupt_fraction <= 1:
@@ -91,7 +93,9 @@ class TrainConfig(LoopConfig):
     model: str = "models/sprites"  # model folder that gives every part the stage does not train
     # Shards or folders of clips (docs/training.md); none = the sprite world, which `world` and `sets` describe.
     data: list[str] = field(default_factory=list)
-    held_out_clips: int = 0  # clips of `data`, chosen by their keys, that are not trained on; previews show some
+    held_out_clips: int = (
+        0  # clips of `data`, chosen by their keys, that are not trained on, but validated and previewed
+    )
     size: tuple[int, int] = (384, 256)  # (W, H) that clips of `data` are resized and cropped to
     horizontal_flip: float = 0.0  # probability that a clip of `data` is mirrored, its tracks with it
     shuffle_shards: int = 16  # shards of `data` whose clips are mixed
@@ -114,8 +118,9 @@ class TrainConfig(LoopConfig):
             raise ValueError("sets must name at least one of camera, mixed, object")
         if self.held_out_clips < 0:
             raise ValueError(f"held_out_clips must not be negative, got {self.held_out_clips}")
-        if self.data and self.preview_every and not self.held_out_clips:
-            raise ValueError("previews show clips that are not trained on: set held_out_clips, or preview_every=0")
+        for name in ("preview_every", "validation_every"):
+            if self.data and getattr(self, name) and not self.held_out_clips:
+                raise ValueError(f"{name} needs clips that are not trained on: set held_out_clips, or {name}=0")
         if self.shuffle_shards < 1:
             raise ValueError(f"shuffle_shards must be at least 1, got {self.shuffle_shards}")
         check_fractions(self, "text_dropout", "image_dropout", "horizontal_flip")

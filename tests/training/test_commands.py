@@ -1,5 +1,6 @@
 """The training commands: whose YAML they take, and what they say of a wrong one."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ from imageconductor.sampling.preview import VideoPreview
 from imageconductor.training.command import main
 from imageconductor.training.stages.registry import STAGES, load_config
 from imageconductor.training.train_config import TrainConfig
+from scripts import smoke_training
 
 SPRITES = Path("configs/train/sprites")
-SHIPPED = sorted(set(Path("configs/train").rglob("*.yaml")) - {Path("configs/train/sprites.yaml")})
+RECIPES = {Path("configs/train/sprites.yaml"), Path("configs/train/smoke.yaml")}
+SHIPPED = sorted(set(Path("configs/train").rglob("*.yaml")) - RECIPES)
 DOORS = ("motion_controlnet", "camera_lora", "object_lora")
 
 
@@ -108,3 +111,33 @@ def test_help_lists_the_stages_or_the_settings_of_one(capsys):
         text = capsys.readouterr().out
         assert all(word in text for word in shown)
         assert not any(word in text for word in hidden)
+
+
+def test_the_smoke_run_trains_the_shipped_stages_and_tells_their_time(tiny_model, tmp_path, monkeypatch, capsys):
+    small = ["batch_size=1", "gradient_accumulation_steps=1", "num_workers=0", "mixed_precision=no", "num_frames=4"]
+    small = json.dumps([*small, "size=[32,32]"])
+    arguments = ["--config", "configs/train/smoke.yaml", f"model={tiny_model}", f"output={tmp_path}/smoke"]
+    monkeypatch.setattr("sys.argv", ["smoke_training.py", *arguments, "max_steps=2", f"settings={small}"])
+    assert smoke_training.main() == 0
+    said = capsys.readouterr().out
+    shown = [line.split("|")[1].strip() for line in said.splitlines() if line.startswith("|")][2:]
+    assert shown == ["motion_controlnet_dense", "motion_controlnet_sparse", "camera_lora", "object_lora", "all"]
+    assert (tmp_path / "smoke" / "results.md").read_text() == said
+    measured = json.loads((tmp_path / "smoke" / "object_lora" / "measured.json").read_text())
+    assert measured["real_steps"] == load_config(Path("configs/train/object_lora.yaml")).max_steps
+    assert measured["clips_per_step"] == 1
+
+    monkeypatch.setattr("sys.argv", ["smoke_training.py", *arguments, "max_steps=2", f"settings={small}"])
+    monkeypatch.setattr(smoke_training, "run_stage", None)  # A finished stage is not repeated.
+    assert smoke_training.main() == 0
+    assert capsys.readouterr().out == said
+
+
+def test_a_smoke_run_without_its_model_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "sys.argv",
+        ["smoke_training.py", "--config", "configs/train/smoke.yaml", "model=nowhere", f"output={tmp_path}/smoke"],
+    )
+    assert smoke_training.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: no model folder at nowhere")

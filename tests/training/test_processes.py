@@ -95,13 +95,21 @@ def test_sharding_changes_nothing_and_a_run_may_begin_or_end_with_it(engine, sha
 
 def test_the_orthogonal_loss_and_averages_are_sharded_too(tiny_model, tmp_path):
     for name, variables in (("ddp", {}), ("fsdp", FSDP)):
-        settings = {"batch_size": 1, "max_steps": 4, "log_every": 1, "lora_rank": 2, "ema_decay": 0.9}
+        settings = {
+            "batch_size": 1,
+            "max_steps": 4,
+            "log_every": 1,
+            "lora_rank": 2,
+            "ema_decay": 0.9,
+            "validation_every": 4,
+        }
         run(command(tiny_model, tmp_path / name, 2, "train_object_lora.py", **settings), **variables)
     ddp, fsdp = ([json.loads(line) for line in (tmp_path / n / "metrics.jsonl").open()] for n in ("ddp", "fsdp"))
     for key in ("denoising", "orthogonal"):
         torch.testing.assert_close(
             torch.tensor([line[key] for line in fsdp]), torch.tensor([line[key] for line in ddp]), atol=1e-5, rtol=1e-5
         )
+    assert fsdp[-1]["validation/loss"] == pytest.approx(ddp[-1]["validation/loss"], rel=1e-5)
     adapters = [load_file(tmp_path / n / "object_lora" / "adapter_model.safetensors") for n in ("ddp", "fsdp")]
     torch.testing.assert_close(adapters[1], adapters[0], atol=1e-4, rtol=1e-3)
 

@@ -5,7 +5,8 @@ The loop is the same for all stages: it asks them for `encode`, `loss_terms`, `t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,12 +48,14 @@ class Stage(nn.Module):
         Config: Dataclass of its settings, whose `stage` is `name`.
         preview_control: Control under which preview videos are made; None = without trajectories.
         adapters: LoRAs of the motion ControlNet that act.
+        dropouts: Attributes that hold the probabilities with which parts of the condition are dropped.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[TrainConfig]]
     preview_control: ClassVar[str | None] = None
     adapters: ClassVar[tuple[str, ...]] = ()
+    dropouts: ClassVar[tuple[str, ...]] = ("text_dropout", "image_dropout")
 
     def __init__(self, networks: Networks, config: TrainConfig):
         super().__init__()
@@ -147,6 +150,18 @@ class Stage(nn.Module):
         """
         del batch, size, generators
         return None, None
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """Inside the block `encode` drops nothing."""
+        kept = {name: getattr(self, name) for name in self.dropouts}
+        for name in kept:
+            setattr(self, name, 0.0)
+        try:
+            yield
+        finally:
+            for name, probability in kept.items():
+                setattr(self, name, probability)
 
     def trainable(self) -> dict[str, ParameterGroup]:
         """What learns, as groups by name; no parameter may be in two of them."""

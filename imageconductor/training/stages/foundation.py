@@ -42,6 +42,7 @@ class FoundationStage(TrajectoryStage):
 
     name = "foundation"
     Config = FoundationConfig
+    dropouts = (*TrajectoryStage.dropouts, "motion_dropout")
 
     def __init__(self, networks: Networks, config: FoundationConfig):
         super().__init__(networks, config)

@@ -1,0 +1,176 @@
+r"""Trains every stage for some steps on generated clips, and prints what the real runs will take: time and memory.
+
+The first thing to run on a new machine: model, launcher, precision and memory are those of the real runs, and nothing
+but the model has to be there. Clips are rendered on the CPU in place of being decoded. A finished stage is not
+repeated.
+
+    python scripts/smoke_training.py --config configs/train/smoke.yaml
+    accelerate launch --config_file configs/accelerate/multi_gpu.yaml \
+        scripts/smoke_training.py --config configs/train/smoke.yaml
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import statistics
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from imageconductor.command_line import parse_command_line
+from imageconductor.data.sprites import SpriteSet
+from imageconductor.files import write_text
+from imageconductor.training.run import run_stage
+from imageconductor.training.stages.registry import load_config
+from imageconductor.training.train_config import TrainConfig
+
+
+@dataclass
+class SmokeConfig:
+    """What is tried."""
+
+    model: str = "models/animatediff_v3"  # model folder that the real runs start from
+    stages: list[str] = field(default_factory=list)  # YAML files of the real runs, in order
+    max_steps: int = 100  # optimiser steps of each stage; the first tenth is not timed
+    settings: list[str] = field(
+        default_factory=list
+    )  # changes in every stage, e.g. settings=[batch_size=2,num_workers=8]
+    output: str = "runs/smoke"  # run folders of the stages, and results.md
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("stages must name at least one YAML file of a stage")
+        if self.max_steps < 2:
+            raise ValueError(f"max_steps must be at least 2, got {self.max_steps}")
+
+
+@dataclass
+class Measured:
+    """One stage on this machine."""
+
+    name: str
+    seconds_per_step: float  # median over the intervals that were logged
+    clips_per_step: int
+    peak_gib: float  # allocated on this process's GPU; without one, the process's resident memory so far
+    real_steps: int
+    device: str
+
+
+def main() -> int:
+    """Runs the stages one after the other and writes their table."""
+    config, _ = parse_command_line(SmokeConfig, __doc__ or "")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    made: dict[str, str] = {}
+    trials: list[tuple[TrainConfig, TrainConfig]] = []
+    try:
+        for path in config.stages:
+            real = load_config(Path(path), config.settings)
+            trials.append((real, shorten(real, config, Path(path).stem, made)))
+            made[real.stage] = f"{trials[-1][1].output}/{real.stage}"
+        results = [measure(real, trial) for real, trial in trials]
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if PartialState().is_main_process:
+        text = table(results)
+        write_text(Path(config.output) / "results.md", text)
+        print(text, end="")
+    return 0
+
+
+def shorten(real: TrainConfig, smoke: SmokeConfig, name: str, made: dict[str, str]) -> TrainConfig:
+    """A stage's settings for the trial: few steps on generated clips, from what the stages before it have made.
+
+    Args:
+        real: Settings of the real run.
+        smoke: Of the trial.
+        name: Of the run folder.
+        made: Folders of earlier results by stage.
+    """
+    num_frames = real.num_frames or 16
+    world = replace(real.world, size=real.size if real.data else real.world.size, num_frames=num_frames)
+    inputs = {key: made.get(key) for key in ("motion_controlnet", "camera_lora") if hasattr(real, key)}
+    return replace(
+        real,
+        model=smoke.model,
+        data=[],
+        held_out_clips=0,
+        world=world,
+        sets=[SpriteSet.CAMERA] if real.stage == "camera_lora" else [SpriteSet.MIXED],
+        max_steps=smoke.max_steps,
+        warmup_steps=min(real.warmup_steps, smoke.max_steps // 4),
+        log_every=max(1, smoke.max_steps // 10),
+        save_every=smoke.max_steps,
+        preview_every=0,
+        validation_every=0,
+        output=str(Path(smoke.output) / name),
+        **inputs,
+    )
+
+
+def measure(real: TrainConfig, trial: TrainConfig) -> Measured:
+    """Trains a stage, or reads what was measured when it was."""
+    kept = Path(trial.output) / "measured.json"
+    if kept.is_file():
+        return Measured(**json.loads(kept.read_text()))
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    run_stage(trial)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = (torch.cuda.max_memory_allocated() if has_gpu else resident) / 2**30
+    lines = [json.loads(line) for line in (Path(trial.output) / "metrics.jsonl").read_text().splitlines()]
+    start = json.loads((Path(trial.output) / "environment.jsonl").read_text().splitlines()[-1])
+    measured = Measured(
+        name=Path(trial.output).name,
+        seconds_per_step=statistics.median(line["seconds"] for line in lines[1:] or lines),
+        clips_per_step=start["clips_per_step"],
+        peak_gib=peak,
+        real_steps=real.max_steps,
+        device=start["device"],
+    )
+    if PartialState().is_main_process:
+        write_text(kept, json.dumps(asdict(measured)))
+    return measured
+
+
+def table(results: list[Measured]) -> str:
+    """Markdown: a row for each stage, and the sum."""
+    memory = "peak GPU memory" if torch.cuda.is_available() else "peak memory"
+    rows: list[list[Any]] = [["stage", "s a step", "clips/s", memory, "steps of the real run", "time of the real run"]]
+    rows.append(["---"] * len(rows[0]))
+    total = 0.0
+    for result in results:
+        seconds = result.seconds_per_step * result.real_steps
+        total += seconds
+        rows.append(
+            [
+                result.name,
+                f"{result.seconds_per_step:.2f}",
+                f"{result.clips_per_step / result.seconds_per_step:.2f}",
+                f"{result.peak_gib:.1f} GiB",
+                f"{result.real_steps:,}",
+                duration(seconds),
+            ]
+        )
+    rows.append(["all", "", "", "", "", duration(total)])
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join([f"{PartialState().num_processes} x {results[0].device}", "", *lines, ""])
+
+
+def duration(seconds: float) -> str:
+    """Time in the largest unit that leaves at least one, such as "2.5 days"."""
+    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
