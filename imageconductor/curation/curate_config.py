@@ -46,10 +46,13 @@ class CurateConfig:
     seed: int = 0  # seed of the random choice of frames in each source
     clips_per_shard: int = 64  # sources per shard; rejected ones leave it smaller
     executor: Literal["local", "ray"] = "local"  # processes of this machine, or Ray's
-    workers: int = 0  # processes; 0 = one per core, one per GPU for networks, and the whole cluster with `ray_address`
+    workers: int = 0  # processes of passes without networks; 0 = one per core, or all of the cluster at `ray_address`
+    gpu_workers: int = (
+        0  # processes of passes with networks; 0 = as many as `gpus_per_worker` allows, one without a GPU
+    )
+    gpus_per_worker: float = 1.0  # part of a GPU that a process with networks takes; with 0.25 four share each GPU
     ray_address: str | None = None  # address of a running cluster; null = a local one is started
-    gpus_per_worker: float = 0.0  # GPUs that each Ray process with networks reserves; below 1 they share one
-    device: str | None = None  # device of RAFT, CoTracker and BLIP-2; null = cuda if available
+    device: str | None = None  # device of RAFT, CoTracker and BLIP-2; null = every GPU in turn, or the CPU if none
     batch_size: int = 4  # clips per call of RAFT, CoTracker and BLIP-2; passes without networks take one
     time_limit_s: float = 1200.0  # seconds for one clip in one pass; a clip that exceeds it twice is rejected
 
@@ -72,9 +75,16 @@ class CurateConfig:
         for name in ("drop_fraction", "min_tracked_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        for name in ("workers", "gpus_per_worker", "min_motion"):
+        for name in ("workers", "gpu_workers", "min_motion"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 < self.gpus_per_worker <= 1:
+            raise ValueError(
+                f"gpus_per_worker must lie in (0, 1], got {self.gpus_per_worker}; a process uses one GPU at most, "
+                "and none with device=cpu"
+            )
+        if self.executor == "ray" and ":" in (self.device or ""):
+            raise ValueError(f"device={self.device}: Ray assigns the GPUs; with executor=ray set device=cuda, or none")
         for name in ("time_limit_s", "max_scan_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

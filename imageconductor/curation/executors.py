@@ -6,6 +6,7 @@ writes them atomically, so an interrupted chunk can be done again from its start
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ from concurrent.futures import FIRST_EXCEPTION, BrokenExecutor, CancelledError, 
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from multiprocessing import get_context
+from tempfile import NamedTemporaryFile
 from typing import Any, Protocol
 
 from pebble import ProcessExpired, ProcessPool
@@ -67,10 +69,13 @@ class Workers:
         count: Number of processes.
         limit_s: Time limit for one clip in seconds.
         prepare: Called in each process before its first clip; the time limit does not cover it.
+        gpus: Ids as in CUDA_VISIBLE_DEVICES. Process i sees `gpus[i % len(gpus)]` alone, and a process that replaces
+            another takes its place; if empty, each process sees what this one sees.
     """
 
-    def __init__(self, count: int, limit_s: float, prepare: Callable[[], None] | None = None):
-        self.count, self.limit_s, self.prepare = count, limit_s, prepare
+    def __init__(self, count: int, limit_s: float, prepare: Callable[[], None] | None = None, gpus: Sequence[str] = ()):
+        self.count, self.limit_s, self.prepare, self.gpus = count, limit_s, prepare, gpus
+        self._places = NamedTemporaryFile(prefix="curation-workers-")  # noqa: SIM115 - closed by `close`
         self._is_closed = False
         self._waiting: set[Future[Any]] = set()
         self._lock = threading.Lock()
@@ -165,7 +170,8 @@ class Workers:
     def _new_pool(self) -> ProcessPool:
         # "spawn" and not "fork": this process has threads, and networks may hold a GPU.
         context = get_context("spawn")
-        return ProcessPool(self.count, context=context, initializer=_initialise_worker, initargs=(self.prepare,))
+        arguments = (self._places.name, self.gpus, self.prepare)
+        return ProcessPool(self.count, context=context, initializer=_initialise_worker, initargs=arguments)
 
     def close(self) -> None:
         """Ends the processes at once; a `map` in progress raises."""
@@ -175,6 +181,7 @@ class Workers:
             future.cancel()
         self._pool.stop()
         self._pool.join()
+        self._places.close()
 
     def __enter__(self) -> Workers:
         return self
@@ -183,10 +190,12 @@ class Workers:
         self.close()
 
 
-def _initialise_worker(prepare: Callable[[], None] | None) -> None:
-    """Restricts a worker process to one thread and leaves the handling of interrupts to its parent."""
+def _initialise_worker(places: str, gpus: Sequence[str], prepare: Callable[[], None] | None) -> None:
+    """Restricts a worker process to one thread and one GPU, and leaves the handling of interrupts to its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["OMP_NUM_THREADS"] = "1"
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[_take_place(places) % len(gpus)]
     import cv2
 
     cv2.setNumThreads(1)
@@ -194,15 +203,34 @@ def _initialise_worker(prepare: Callable[[], None] | None) -> None:
         prepare()
 
 
-def _num_workers(chunk_pass: ChunkPass) -> int:
-    """Number of processes of this machine for a pass."""
-    if chunk_pass.config.workers:
-        return chunk_pass.config.workers
-    if chunk_pass.uses_networks:
-        import torch
+def _take_place(places: str) -> int:
+    """The lowest number that no other living process has taken; a process gives its number back by ending."""
+    file = os.open(places, os.O_RDWR)  # Stays open, since closing it would unlock the byte of that number.
+    number = 0
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+        except (BlockingIOError, PermissionError):
+            number += 1
+        else:
+            return number
 
-        return max(1, torch.cuda.device_count())
-    return os.cpu_count() or 1
+
+def _list_gpus(config: CurateConfig) -> list[str]:
+    """Ids of the GPUs of this machine that processes take in turn; none if `device` names one, or the CPU."""
+    if config.device not in (None, "cuda"):
+        return []
+    import torch
+
+    count = torch.cuda.device_count()
+    ids = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(number) for number in range(count)] if ids is None else ids.split(",")[:count]
+
+
+def _count_gpu_workers(config: CurateConfig, num_gpus: int) -> int:
+    """Number of processes for a pass with networks on `num_gpus` GPUs, none of which is split between processes."""
+    per_gpu = int(1 / config.gpus_per_worker + 1e-6)
+    return config.gpu_workers or max(1, num_gpus * per_gpu)
 
 
 def run(chunk_pass: ChunkPass, todo: Sequence[int], tick: Tick) -> None:
@@ -211,11 +239,18 @@ def run(chunk_pass: ChunkPass, todo: Sequence[int], tick: Tick) -> None:
 
 
 def _run_local(chunk_pass: ChunkPass, todo: Sequence[int], tick: Tick) -> None:
-    config, count = chunk_pass.config, _num_workers(chunk_pass)
-    # Several chunks at once keep the processes busy while the last clips of a chunk are awaited.
-    num_threads = 2 + 2 * count // config.clips_per_shard
-    prepare = chunk_pass.prepare if chunk_pass.uses_networks else None
-    with Workers(count, config.time_limit_s, prepare) as workers, ThreadPoolExecutor(num_threads) as threads:
+    config = chunk_pass.config
+    if chunk_pass.uses_networks:
+        gpus = _list_gpus(config)
+        num_gpus = len(gpus) or int((config.device or "").startswith("cuda:"))
+        count = _count_gpu_workers(config, num_gpus)
+        all_workers = Workers(count, config.time_limit_s, chunk_pass.prepare, gpus=gpus)
+    else:
+        all_workers = Workers(config.workers or os.cpu_count() or 1, config.time_limit_s)
+    # Several chunks at once keep the processes busy, also while the last clips of a chunk are awaited.
+    batch_size = config.batch_size if chunk_pass.uses_networks else 1
+    num_threads = 2 + 2 * all_workers.count * batch_size // config.clips_per_shard
+    with all_workers as workers, ThreadPoolExecutor(num_threads) as threads:
         futures = [threads.submit(chunk_pass.work, chunk, workers, tick) for chunk in todo]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -231,24 +266,37 @@ def _run_ray(chunk_pass: ChunkPass, todo: Sequence[int], tick: Tick) -> None:
     config = chunk_pass.config
     data = _connect_ray(config)
     ray_data: Any = data.from_items([{"chunk": chunk} for chunk in todo], override_num_blocks=len(todo))
-    # On an existing cluster the default is all of its resources.
-    uses_all = config.ray_address is not None and not config.workers
-    count = None if uses_all else min(_num_workers(chunk_pass), len(todo))
     if chunk_pass.uses_networks:
-        results = ray_data.map(
-            _ChunkActor,
-            fn_constructor_args=(chunk_pass,),
-            num_gpus=config.gpus_per_worker or None,
-            num_cpus=1,
-            compute=data.ActorPoolStrategy(min_size=1, max_size=count),
-        )
+        count, resources = _plan_actors(config, len(todo))
+        # A chunk queued at a busy actor would wait while another actor is idle.
+        strategy = data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=1)
+        results = ray_data.map(_ChunkActor, fn_constructor_args=(chunk_pass,), compute=strategy, **resources)
     else:
+        # On an existing cluster the default is all of its resources.
+        uses_all = config.ray_address is not None and not config.workers
+        count = None if uses_all else min(config.workers or os.cpu_count() or 1, len(todo))
         strategy = data.TaskPoolStrategy(size=count)
         results = ray_data.map(_chunk_task, fn_args=(chunk_pass,), num_cpus=1, compute=strategy)
     for row in results.iter_rows():
         for outcome in _OUTCOMES:
             for _ in range(row[outcome]):
                 tick(outcome)
+
+
+def _plan_actors(config: CurateConfig, num_chunks: int) -> tuple[int, dict[str, float]]:
+    """Number of actors of a pass with networks, and what each reserves on the cluster.
+
+    Ray fills a GPU before it takes the next one. Actors therefore reserve as much as leaves room for just as many on
+    each GPU as must share one, which spreads them over all GPUs when there are few.
+    """
+    import ray
+
+    available = ray.cluster_resources()
+    num_gpus = 0 if config.device == "cpu" else int(available.get("GPU", 0))
+    count = min(_count_gpu_workers(config, num_gpus), num_chunks)
+    if not num_gpus:
+        return max(1, min(count, int(available.get("CPU", 0)))), {"num_cpus": 1}
+    return count, {"num_cpus": 0, "num_gpus": 1 / -(-count // num_gpus)}
 
 
 def _connect_ray(config: CurateConfig) -> Any:
@@ -262,7 +310,8 @@ def _connect_ray(config: CurateConfig) -> Any:
     logging.getLogger("ray").setLevel(logging.ERROR)  # Progress is shown by the bar alone.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if not ray.is_initialized():
-        local: dict[str, Any] = {"num_cpus": config.workers or os.cpu_count(), "include_dashboard": False}
+        num_cpus = max(config.workers or os.cpu_count() or 1, config.gpu_workers)
+        local: dict[str, Any] = {"num_cpus": num_cpus, "include_dashboard": False}
         try:
             ray.init(
                 address=config.ray_address or "local",
