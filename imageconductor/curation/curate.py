@@ -49,7 +49,7 @@ SCHEMA = pa.schema(
         *((name, pa.bool_()) for name in ("camera_only", "accepted")),
         *((name, pa.string()) for name in ("shard", "reason", "detail")),
         *((name, pa.int32()) for name in ("width", "height", "num_source_frames")),
-        ("source_fps", pa.float64()),
+        *((name, pa.float64()) for name in ("source_fps", "scale")),
         ("cuts", pa.list_(pa.int32())),
         *((name, pa.int32()) for name in ("first_frame", "last_frame")),
         *((name, pa.float64()) for name in ("start_s", "end_s")),

@@ -37,7 +37,9 @@ class CurateConfig:
     cotracker: str = "facebookresearch/co-tracker"  # torch.hub repository, or a local clone of it
     cotracker_model: str = "cotracker3_offline"  # entry point of the repository; the weights are CC-BY-NC
     grid: int = 16  # tracked points along each side of the first frame; section 2.2
-    min_tracked_fraction: float = 0.1  # clips whose tracks are visible in a smaller fraction of frames are rejected
+    min_tracked_fraction: float = (
+        0.3  # clips whose points are visible in less of the frames are rejected as lost tracks
+    )
     # Captions of sources that have none
     captioner: Literal["none", "blip2"] = "none"  # none leaves the caption empty
     blip2: str = "Salesforce/blip2-opt-2.7b"  # folder or hub name of BLIP-2

@@ -17,7 +17,7 @@ from jinja2 import Environment
 from numpy.typing import NDArray
 
 from imageconductor.curation.footage import decode_mp4
-from imageconductor.curation.steps import grid_points
+from imageconductor.curation.steps import LOST_TRACKS, grid_points
 from imageconductor.data.trackers import LucasKanadeTracker
 
 pc: Any = pyarrow.compute  # Its functions are generated at import, which type checkers do not see.
@@ -29,7 +29,7 @@ _NUM_EXAMPLES = 12  # clips per gallery
 _FRAMES_PER_EXAMPLE = 4
 _TRAIL_FRAMES = 8  # length of the path drawn behind a point
 _COLUMNS = ["key", "source", "caption", "accepted", "shard", "reason", "detail", "interval", "motion_score"]
-_COLUMNS += ["track_length_px", "tracked_fraction", "camera_only"]
+_COLUMNS += ["track_length_px", "tracked_fraction", "camera_only", "scale"]
 _BINS = 24
 
 
@@ -43,7 +43,9 @@ def render_report(index: Path, run: Run) -> str:
     table = pq.read_table(index, columns=_COLUMNS)
     table = table.append_column("chunk", pa.array(np.arange(len(table)) // run.config.clips_per_shard))
     accepted = table.filter(pc.field("accepted"))
+    lost = table.filter(pc.field("reason") == LOST_TRACKS)
     dropped = table.filter(pc.field("motion_score").is_valid() & ~pc.field("accepted"))
+    dropped = dropped.filter(pc.field("reason") != LOST_TRACKS)
     counts = pc.value_counts(pc.fill_null(table["reason"], "accepted")).to_pylist()
     reasons = sorted(((entry["values"], entry["counts"]) for entry in counts), key=lambda entry: (-entry[1], entry[0]))
     slow = dropped.filter(pc.field("reason") == "moves least")["motion_score"]
@@ -59,7 +61,10 @@ def render_report(index: Path, run: Run) -> str:
         ),
         ("Interval between frames", _draw_histogram(_values(table, "interval"))),
         ("Track length in accepted clips (px)", _draw_histogram(_values(accepted, "track_length_px"))),
-        ("Tracked fraction of accepted clips", _draw_histogram(_values(accepted, "tracked_fraction"))),
+        (
+            f"Tracked fraction of the clips that move (rejected below {run.config.min_tracked_fraction:g})",
+            _draw_histogram(_values(table, "tracked_fraction"), run.config.min_tracked_fraction),
+        ),
     ]
     return (
         Environment(autoescape=True)
@@ -69,12 +74,14 @@ def render_report(index: Path, run: Run) -> str:
             accepted=len(accepted),
             camera_only=pc.sum(accepted["camera_only"]).as_py() or 0,
             uncaptioned=pc.sum(pc.equal(accepted["caption"], "")).as_py() or 0,
+            enlarged=pc.sum(pc.greater(accepted["scale"], 1)).as_py() or 0,
             reasons=reasons,
             examples=examples,
             charts=charts,
             galleries=[
                 ("Accepted", [_accepted_figure(row, run) for row in _choose_examples(accepted)]),
                 ("Dropped", [_dropped_figure(row, run) for row in _choose_examples(dropped)]),
+                ("Lost tracks", [_dropped_figure(row, run) for row in _choose_examples(lost)]),
             ],
             settings=(run.output / "config.yaml").read_text(),
         )
@@ -101,7 +108,7 @@ def _draw_histogram(values: NDArray[np.float64], mark: float | None = None) -> s
         for i, count in enumerate(counts)
     ]
     if mark is not None:
-        x = (min(mark, high) - low) / (high - low) * width
+        x = (min(max(mark, low), high) - low) / (high - low) * width
         shapes.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}"><title>dropped up to {mark:.2f}</title></line>'
         )
@@ -139,6 +146,8 @@ def _figure(row: dict[str, Any], picture: NDArray[np.uint8], text: str) -> dict[
     """The template's fields for one picture."""
     _, content = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 80])
     facts = f"motion {row['motion_score']:.0f}, every {row['interval']}"
+    if row["tracked_fraction"] is not None:
+        facts += f", tracked {row['tracked_fraction']:.2f}"
     return {
         "picture": base64.b64encode(content.tobytes()).decode(),
         "source": row["source"],
@@ -191,7 +200,8 @@ figure { margin: 0 } figure img { width: 100%; display: block; border-radius: 4p
 figcaption { overflow-wrap: anywhere } pre { background: #f6f6f6; padding: 1rem; overflow: auto; font-size: .8rem }
 </style>
 <h1>{{ accepted }} of {{ total }} sources became clips</h1>
-<p>{{ camera_only }} of the clips show camera motion only; {{ uncaptioned }} have no caption.</p>
+<p>{{ camera_only }} of the clips show camera motion only; {{ uncaptioned }} have no caption;
+{{ enlarged }} are enlarged from smaller footage.</p>
 <h2>Outcomes</h2>
 <table>
 {% for reason, count in reasons %}<tr class="{{ 'accepted' if reason == 'accepted' else '' }}">

@@ -35,6 +35,9 @@ from imageconductor.data.trackers import CoTracker, LucasKanadeTracker, Tracker
 CUT_SIDE_PX = 96
 """Shorter side of the reduced frames in which cuts are found."""
 
+LOST_TRACKS = "lost tracks"
+"""Reason of rejection where fewer than `min_tracked_fraction` of the points could be followed."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -46,6 +49,7 @@ class Row:
         reason, detail: Why it was rejected, one of a few fixed texts, and the facts behind it.
         width, height: Size of the footage as displayed, in pixels.
         num_source_frames, source_fps: Length and frame rate of the stretch that was scanned.
+        scale: Pixels of the clip per pixel of the footage; above 1 the footage is enlarged.
         cuts: Frames of that stretch at which a new scene begins.
         first_frame, last_frame: First and last frame of the clip, counted in that stretch.
         start_s, end_s: Times of these two frames in the footage.
@@ -69,6 +73,7 @@ class Row:
     height: int | None = None
     num_source_frames: int | None = None
     source_fps: float | None = None
+    scale: float | None = None
     cuts: list[int] = field(default_factory=list)
     first_frame: int | None = None
     last_frame: int | None = None
@@ -145,6 +150,7 @@ def _scan_scenes(row: Row, source: Source, config: CurateConfig) -> tuple[Row, l
         height=sizes[0][1],
         num_source_frames=len(times),
         source_fps=1 / float(np.median(np.diff(times))) if len(times) > 1 else None,
+        scale=_cover_scale(sizes[0], config),
         cuts=[scene.first for scene in scenes[1:]],
     )
     return row, times, scenes
@@ -154,9 +160,14 @@ def _read_clip(source: Source, times: Sequence[float], config: CurateConfig) -> 
     """The frames at `times`, resized to cover `config.size` and cropped to it: (T, H, W, 3)."""
 
     def cover(size: tuple[int, int]) -> tuple[int, int]:
-        return _scale_size(size, max(config.size[0] / size[0], config.size[1] / size[1]), at_least=config.size)
+        return _scale_size(size, _cover_scale(size, config), at_least=config.size)
 
     return read_frames_at(Path(source.path), times, cover, _limits(config), crop=config.size)
+
+
+def _cover_scale(size: tuple[int, int], config: CurateConfig) -> float:
+    """The factor by which footage of `size` (W, H) is resized to cover the clip."""
+    return max(config.size[0] / size[0], config.size[1] / size[1])
 
 
 def _limits(config: CurateConfig) -> Limits:
@@ -204,7 +215,7 @@ def _add_tracks(row: Row, tracker: Tracker, points: NDArray[np.float64], visible
         track_length_px=float((steps * (visible[:, 1:] & visible[:, :-1])).sum(axis=1).mean()),
     )
     if visible.mean() < config.min_tracked_fraction:
-        return row.reject("lost tracks", f"{visible.mean():.3f} of the points could be followed")
+        return row.reject(LOST_TRACKS, f"{visible.mean():.3f} of the points could be followed")
     return replace(row, accepted=True)
 
 

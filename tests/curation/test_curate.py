@@ -5,6 +5,7 @@ import fcntl
 import io
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +51,8 @@ def videos(tmp_path_factory):
     uneven = np.cumsum([0, *([40] * 20), 900, *([40] * 20)])
     footage.write(root / "uneven.mp4", footage.pan(15, 42, (0.8, 0)), times=uneven.tolist())
     footage.write(root / "tiny.mp4", footage.pan(16, 40, (1, 0), size=(40, 32)))
+    footage.write(root / "whip pan.mp4", footage.pan(17, 40, (18, 0), margin=400))  # moves on by three widths
+    footage.write(root / "large.mp4", footage.pan(18, 40, (3, 0), size=(512, 256)))
     footage.write_sound(root / "sound.mp4")
     (root / "text.mp4").write_text("no video at all")
     (root / "empty.mp4").touch()
@@ -110,6 +113,8 @@ def test_every_source_is_accepted_or_has_its_reason(curated):
         **{f"{name}.mp4": None for name in PANS if name != "slow"},
         "sub folder/three scènes.mp4": None,
         "odd.mkv": None,
+        "large.mp4": None,
+        "whip pan.mp4": "lost tracks",
         "slow.mp4": "moves least",
         "still.mp4": "still",
         "short.mp4": "too short",
@@ -128,9 +133,9 @@ def test_every_source_is_accepted_or_has_its_reason(curated):
 
 def test_exactly_the_lowest_quarter_is_dropped(curated):
     scored = [row for row in rows(curated).values() if row["motion_score"] is not None]
-    dropped = sorted(row["motion_score"] for row in scored if not row["accepted"])
-    kept = sorted(row["motion_score"] for row in scored if row["accepted"])
-    assert len(scored) == 8
+    dropped = sorted(row["motion_score"] for row in scored if row["reason"] in ("still", "moves least"))
+    kept = sorted(row["motion_score"] for row in scored if row["reason"] in (None, "lost tracks"))
+    assert len(scored) == 10
     assert len(dropped) == 2
     assert dropped[-1] < kept[0]
 
@@ -159,6 +164,22 @@ def test_tracks_follow_known_motion(name, curated):
     assert row["motion_score"] == pytest.approx(d * np.sqrt(SIZE[0] * SIZE[1]), rel=0.1)
 
 
+def test_a_clip_whose_points_are_lost_is_rejected(curated):
+    row = rows(curated)["whip pan.mp4"]
+    assert row["tracked_fraction"] == pytest.approx(192 / (2 * 18 * 31), abs=0.04)  # three widths pass
+    assert row["detail"] == f"{row['tracked_fraction']:.3f} of the points could be followed"
+
+
+def test_the_index_says_which_clips_are_enlarged(curated):
+    scales = {name: row["scale"] for name, row in rows(curated).items() if row["accepted"]}
+    assert scales == {
+        **{f"{name}.mp4": pytest.approx(SCALE) for name in PANS if name != "slow"},
+        "sub folder/three scènes.mp4": pytest.approx(SCALE),
+        "odd.mkv": pytest.approx(256 / 171),
+        "large.mp4": 0.5,
+    }
+
+
 def test_a_record_says_where_it_comes_from(curated):
     row = rows(curated)["pan.mp4"]
     info = json.loads(record(curated, row, "json"))
@@ -172,10 +193,12 @@ def test_a_record_says_where_it_comes_from(curated):
 
 def test_the_report_shows_counts_and_pictures(curated):
     page = (curated / "report.html").read_text()
-    assert "6 of 16 sources became clips" in page
-    assert page.count("<img ") == 8
+    assert "7 of 18 sources became clips" in page
+    assert "6 are enlarged from smaller footage" in page
+    assert page.count("<img ") == 10
     assert page.count("<svg ") == 4
     assert "moves least" in page
+    assert re.search(r"<h2>Lost tracks</h2>.*lost tracks: 0\.\d+ of the points.*tracked 0\.\d\d", page, re.DOTALL)
     assert "http" not in page.split("<h2>Settings")[0]
 
 
