@@ -11,7 +11,6 @@ continues with the missing chunks and ends with the same bytes as an uninterrupt
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -33,7 +32,7 @@ from tqdm.auto import tqdm
 
 from imageconductor import config as config_file
 from imageconductor.curation import executors
-from imageconductor.curation.curate_config import EXECUTION_FIELDS, CurateConfig
+from imageconductor.curation.curate_config import EXECUTION_FIELDS, CurateConfig, select_result_settings
 from imageconductor.curation.executors import Failure, Workers
 from imageconductor.curation.motion_score import motion_threshold
 from imageconductor.curation.passes import Annotate, Scan, Score
@@ -114,16 +113,22 @@ def _check_folder(run: Run, digest: str) -> None:
         return
     if not run.settings.exists():
         return
+    # How the run was executed before does not matter, not even whether it can be so today.
+    execution = {name: getattr(run.config, name) for name in EXECUTION_FIELDS}
+    overrides = [f"{name}={'null' if value is None else value}" for name, value in execution.items()]
     try:
-        before = config_file.load(CurateConfig, run.settings)
+        before = config_file.load(CurateConfig, run.settings, overrides)
     except ValueError as error:
         raise ValueError(
             f"{place}: was begun with an earlier version whose settings have other names; name another folder ({error})"
         ) from error
-    for field in dataclasses.fields(CurateConfig):
-        old, new = getattr(before, field.name), getattr(run.config, field.name)
-        if field.name not in (*EXECUTION_FIELDS, "input", "output", "videos") and old != new:
-            raise ValueError(f"{place}: was begun with {field.name}={old}, not {new}; name another folder")
+    old, new = select_result_settings(before), select_result_settings(run.config)
+    for name in old:
+        if name not in new or old[name] != new[name]:
+            raise ValueError(
+                f"{place}: was begun with {name}={getattr(before, name)}, not {getattr(run.config, name)}; "
+                "name another folder"
+            )
     if run.source_digest.read_text() not in ("", digest):
         raise ValueError(f"{place}: was begun with other sources than input={run.config.input} has now")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 
 @dataclass
@@ -94,5 +95,37 @@ class CurateConfig:
             raise ValueError("flow=raft needs raft_weights=FILE, torchvision's raft_large state dict")
 
 
-EXECUTION_FIELDS = ("executor", "workers", "ray_address", "gpus_per_worker", "time_limit_s", "raft_batch", "batch_size")
+EXECUTION_FIELDS = (
+    "executor",
+    "workers",
+    "gpu_workers",
+    "gpus_per_worker",
+    "ray_address",
+    "device",
+    "raft_batch",
+    "batch_size",
+    "time_limit_s",
+)
 """Settings that change how a curation runs but not its result; they may differ when a run is continued."""
+
+_FOOTAGE_FIELDS = ("input", "output", "videos")  # footage may move; `find_sources` tells whether it is the same
+_NETWORK_FIELDS = ("raft_weights", "cotracker", "blip2")  # files of networks may move, but keep their names
+_USED_WITH = {
+    "raft_weights": ("flow", "raft"),
+    "cotracker": ("tracker", "cotracker"),
+    "cotracker_model": ("tracker", "cotracker"),
+    "blip2": ("captioner", "blip2"),
+    "caption_frames": ("captioner", "blip2"),
+}
+"""The choice, as a setting and its value, without which a setting has no effect."""
+
+
+def select_result_settings(config: CurateConfig) -> dict[str, Any]:
+    """The settings that the result depends on, of networks' files the names alone."""
+    settings = {
+        name: value
+        for name, value in vars(config).items()
+        if name not in (*EXECUTION_FIELDS, *_FOOTAGE_FIELDS)
+        and (name not in _USED_WITH or getattr(config, _USED_WITH[name][0]) == _USED_WITH[name][1])
+    }
+    return settings | {name: Path(settings[name]).name for name in _NETWORK_FIELDS if name in settings}

@@ -308,11 +308,27 @@ def test_ray_makes_the_same_though_its_workers_are_killed(ray, videos, curated, 
     [
         (["grid=4"], "was begun with grid=8, not 4; name another folder"),
         (["seed=1"], "was begun with seed=0, not 1"),
+        (["flow=raft", "raft_weights=x.pth"], "was begun with flow=dis, not raft"),
+        (["tracker=cotracker"], "was begun with tracker=lucas_kanade, not cotracker"),
     ],
 )
 def test_a_run_continues_with_its_own_settings_only(more, said, videos, curated, capsys):
     assert command(*settings(videos, curated, *more)) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_run_continues_on_another_machine(videos, curated):
+    before = content(curated)
+    elsewhere = ["device=cpu", "workers=1", "gpu_workers=4", "executor=ray", "blip2=elsewhere/blip2"]
+    assert command(*settings(videos, curated, *elsewhere)) == 0
+    assert content(curated) == before
+
+
+def test_how_a_run_of_an_earlier_version_was_executed_does_not_matter(videos, curated):
+    saved = curated / "config.yaml"
+    saved.write_text(re.sub(r"gpu_workers: .*\ngpus_per_worker: .*", "gpus_per_worker: 0.0", saved.read_text()))
+    assert "gpus_per_worker: 0.0" in saved.read_text()
+    assert command(*settings(videos, curated)) == 0
 
 
 def test_a_run_continues_with_its_own_sources_only(curated, tmp_path, capsys):

@@ -1,0 +1,52 @@
+"""Which settings the result of a curation depends on."""
+
+from dataclasses import fields, replace
+
+import pytest
+
+from imageconductor.curation.curate_config import CurateConfig, select_result_settings
+
+PLAIN = CurateConfig("", "")
+NETWORKS = replace(PLAIN, flow="raft", raft_weights="a/raft.pth", tracker="cotracker", captioner="blip2")
+FREE = {
+    "input": "moved",
+    "output": "moved",
+    "videos": "moved",
+    "device": "cuda:1",
+    "workers": 1,
+    "gpu_workers": 4,
+    "gpus_per_worker": 0.25,
+    "executor": "ray",
+    "ray_address": "head:6379",
+    "batch_size": 1,
+    "raft_batch": 2,
+    "time_limit_s": 60.0,
+}
+UNUSED = {
+    "raft_weights": "raft.pth",
+    "cotracker": "tracker",
+    "cotracker_model": "cotracker2",
+    "blip2": "captioner",
+    "caption_frames": 5,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), {**FREE, **UNUSED}.items())
+def test_settings_that_change_nothing_are_free(name, value):
+    assert select_result_settings(replace(PLAIN, **{name: value})) == select_result_settings(PLAIN)
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(CurateConfig) if field.name not in FREE])
+def test_all_others_are_not(name):
+    assert name in select_result_settings(NETWORKS)
+
+
+@pytest.mark.parametrize(("name", "value"), UNUSED.items())
+def test_settings_of_networks_in_use_are_not_free(name, value):
+    changed = replace(NETWORKS, **{name: value if name != "raft_weights" else "a/other.pth"})
+    assert select_result_settings(changed) != select_result_settings(NETWORKS)
+
+
+def test_files_of_networks_may_move():
+    moved = replace(NETWORKS, raft_weights="/b/raft.pth", cotracker="/c/co-tracker", blip2="/d/blip2-opt-2.7b")
+    assert select_result_settings(moved) == select_result_settings(NETWORKS)
