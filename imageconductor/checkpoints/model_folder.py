@@ -134,11 +134,24 @@ def check_shape(folder: str | Path, size: tuple[int, int], num_frames: int) -> N
         FileNotFoundError: A part of the folder is missing.
         ValueError: It cannot.
     """
+    max_num_frames = _read_part_config(folder, "unet")["motion_max_seq_length"]
+    check_video_shape(size, num_frames, read_vae_scale_factor(folder), max_num_frames)
+
+
+def read_vae_scale_factor(folder: str | Path) -> int:
+    """Pixels along one side of a latent pixel.
+
+    Raises:
+        FileNotFoundError: The folder has no autoencoder.
+    """
+    return 2 ** (len(_read_part_config(folder, "vae")["block_out_channels"]) - 1)
+
+
+def _read_part_config(folder: str | Path, part: str) -> dict[str, Any]:
     try:
-        vae, unet = (json.loads((Path(folder) / part / "config.json").read_text()) for part in ("vae", "unet"))
+        return json.loads((Path(folder) / part / "config.json").read_text())
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder} is incomplete, there is no {error.filename}") from None
-    check_video_shape(size, num_frames, 2 ** (len(vae["block_out_channels"]) - 1), unet["motion_max_seq_length"])
 
 
 def check_video_shape(size: tuple[int, int], num_frames: int, vae_scale_factor: int, max_num_frames: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
@@ -18,39 +18,40 @@ from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
 from imageconductor.models.denoiser import Denoiser
 from imageconductor.models.motion_unet import MotionUNet
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 @dataclass
-class Networks:
-    """All parts of a model."""
+class Encoders:
+    """The parts of a model that encode clips and captions."""
+
+    KINDS: ClassVar[dict[str, Any]] = {
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "tokenizer": CLIPTokenizer,
+    }
 
     vae: Any  # AutoencoderKL, whose outputs diffusers does not type
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
-    unet: MotionUNet
-    image_controlnet: ImageControlNet
-    motion_controlnet: MotionControlNet
-    scheduler: Any  # DDIMScheduler
 
     @classmethod
-    def load(cls, folder: str | Path) -> Networks:
-        """The parts of a model folder in float32, in eval mode and frozen, without LoRAs.
+    def load(cls, folder: str | Path) -> Self:
+        """The parts of a model folder, networks in float32, in eval mode and frozen, without LoRAs.
 
         Raises:
             FileNotFoundError: The folder, or a part of it, is missing.
         """
         folder = cls.check_folder(folder)
+        parts = {}
         with single_progress_bar():
-            networks = cls(
-                vae=AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32),
-                text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
-                tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-                unet=MotionUNet.from_pretrained(folder / "unet", dtype=torch.float32),
-                image_controlnet=ImageControlNet.from_pretrained(folder / "image_controlnet", dtype=torch.float32),
-                motion_controlnet=MotionControlNet.from_pretrained(folder / "motion_controlnet", dtype=torch.float32),
-                scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
-            )
-        networks.freeze()
-        return networks
+            for name, kind in cls.KINDS.items():
+                precision = {"dtype": torch.float32} if issubclass(kind, nn.Module) else {}
+                parts[name] = cast("Any", kind).from_pretrained(folder / name, **precision)
+        loaded = cls(**parts)
+        loaded.freeze()
+        return loaded
 
     @classmethod
     def check_folder(cls, folder: str | Path) -> Path:
@@ -62,30 +63,19 @@ class Networks:
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"no model folder at {folder}")
-        if missing := [name for name in cls.__annotations__ if not (folder / name).is_dir()]:
+        if missing := [name for name in cls.KINDS if not (folder / name).is_dir()]:
             raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
         return folder
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """The networks among the parts, by name."""
-        names = ("vae", "text_encoder", "unet", "image_controlnet", "motion_controlnet")
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def denoiser(self) -> Denoiser:
-        """The networks that predict the noise."""
-        return Denoiser(self.unet, self.image_controlnet, self.motion_controlnet)
+        return {name: part for name, part in vars(self).items() if isinstance(part, nn.Module)}
 
     def freeze(self) -> None:
         """Puts every network into eval mode without gradients."""
         for network in self.modules.values():
             network.eval().requires_grad_(False)
-
-    def to(self, dtype: torch.dtype) -> None:
-        """Casts every network, in place."""
-        for network in self.modules.values():
-            cast_network(network, dtype)
 
     @property
     def vae_scale_factor(self) -> int:
@@ -102,6 +92,34 @@ class Networks:
             return_tensors="pt",
         )
         return tokens.input_ids
+
+
+@dataclass
+class Networks(Encoders):
+    """All parts of a model."""
+
+    KINDS: ClassVar[dict[str, Any]] = {
+        **Encoders.KINDS,
+        "unet": MotionUNet,
+        "image_controlnet": ImageControlNet,
+        "motion_controlnet": MotionControlNet,
+        "scheduler": DDIMScheduler,
+    }
+
+    unet: MotionUNet
+    image_controlnet: ImageControlNet
+    motion_controlnet: MotionControlNet
+    scheduler: Any  # DDIMScheduler
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The networks that predict the noise."""
+        return Denoiser(self.unet, self.image_controlnet, self.motion_controlnet)
+
+    def to(self, dtype: torch.dtype) -> None:
+        """Casts every network, in place."""
+        for network in self.modules.values():
+            cast_network(network, dtype)
 
 
 def cast_network(network: nn.Module, dtype: torch.dtype) -> None:

@@ -215,7 +215,8 @@ def cached(folder, tiny_model, tmp_path_factory):
         made[dtype].mkdir()
         (made[dtype] / ".clips-000000.host.1.partial.tar").write_text("of a killed run")
         arguments = [f"data=[{folder}]", f"output={made[dtype]}", f"model={tiny_model}", "size=[32,32]"]
-        assert cache_latents.main([*arguments, "clips_per_shard=2", f"dtype={dtype}"]) == 0
+        arguments += ["clips_per_shard=2", f"dtype={dtype}", "num_workers=1"]
+        assert cache_latents.main(arguments) == 0
     assert cache_latents.main([f"data=[{folder}/nothing]", f"output={output / 'none'}", f"model={tiny_model}"]) == 2
     return made
 

@@ -1,0 +1,128 @@
+"""The command that encodes clips before training: what it loads, who decodes, where it encodes, and bad input."""
+
+import io
+import json
+import os
+import tarfile
+
+import footage
+import numpy as np
+import pytest
+import torch
+
+from scripts import cache_latents
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Folder of four clips, of which the third is no video."""
+    folder = tmp_path_factory.mktemp("clips")
+    for number in range(4):
+        footage.write(folder / f"clip-{number}.mp4", footage.pan(number, 5, (1, 0), size=(64, 32)))
+        np.savez(folder / f"clip-{number}.tracks.npz", points=np.zeros((2, 5, 2)), visible=np.ones((2, 5), bool))
+        (folder / f"clip-{number}.json").write_text(json.dumps({"caption": f"clip {number}"}))
+    (folder / "clip-2.mp4").write_text("no video")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoders(tiny_model, tmp_path_factory):
+    """Folder of a model that lacks everything but autoencoder and text encoder."""
+    folder = tmp_path_factory.mktemp("model") / "encoders"
+    folder.mkdir()
+    for part in ("vae", "text_encoder", "tokenizer"):
+        (folder / part).symlink_to(tiny_model / part)
+    return folder
+
+
+def cache(clips, model, output, *more):
+    arguments = [f"data=[{clips}]", f"model={model}", f"output={output}", "size=[32,32]", "clips_per_shard=2", *more]
+    return cache_latents.main(arguments)
+
+
+def read(output):
+    """The decoded arrays of every file in the shards of a cache."""
+    found = {}
+    for shard in sorted(output.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                content = tar.extractfile(member).read()
+                with np.load(io.BytesIO(content)) if member.name.endswith("npz") else io.BytesIO() as arrays:
+                    found[member.name] = {key: arrays[key] for key in arrays} if arrays else content
+    return found
+
+
+def test_only_autoencoder_and_text_encoder_are_loaded_and_other_processes_decode(
+    clips, encoders, monkeypatch, tmp_path
+):
+    def note_process(*arguments):
+        (tmp_path / str(os.getpid())).touch()
+        return fit_to_size(*arguments)
+
+    fit_to_size = cache_latents.fit_to_size
+    monkeypatch.setattr(cache_latents, "fit_to_size", note_process)
+    assert cache(clips, encoders, tmp_path / "two", "num_workers=2") == 0
+    decoded_by = {path.name for path in tmp_path.iterdir() if path.name.isdigit()}
+    assert len(decoded_by) == 2
+    assert str(os.getpid()) not in decoded_by
+    assert cache(clips, encoders, tmp_path / "none", "num_workers=0") == 0
+    two, none = read(tmp_path / "two"), read(tmp_path / "none")
+    assert {name.partition(".")[0] for name in two} == {"clip-0", "clip-1", "clip-3"}
+    assert two.keys() == none.keys()
+    for name, arrays in two.items():
+        if name.endswith("npz"):
+            assert all((arrays[key] == none[name][key]).all() for key in arrays)
+
+
+def test_the_parts_together_are_the_cache_and_a_missing_shard_is_made_anew(clips, encoders, tmp_path):
+    assert cache(clips, encoders, tmp_path / "whole", "num_workers=0") == 0
+    for part in (0, 1):
+        assert cache(clips, encoders, tmp_path / "parts", f"part={part}", "parts=2", "num_workers=0") == 0
+        assert len(list((tmp_path / "parts").iterdir())) == part + 1
+    (tmp_path / "parts" / "clips-000000.tar").unlink()
+    assert cache(clips, encoders, tmp_path / "parts", "num_workers=0") == 0
+    assert read(tmp_path / "parts").keys() == read(tmp_path / "whole").keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_gpus", "device"),
+    [
+        ({"part": 5, "parts": 8}, 8, "cuda:5"),
+        ({"part": 5, "parts": 8}, 4, "cuda:1"),
+        ({}, 8, "cuda:0"),
+        ({"part": 5, "parts": 8}, 0, "cpu"),
+        ({"part": 5, "parts": 8, "device": "cuda:7"}, 8, "cuda:7"),
+    ],
+)
+def test_parts_take_the_gpus_in_turn(settings, num_gpus, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    assert cache_latents._choose_device(cache_latents.CacheConfig(data=["clips"], **settings)) == device
+
+
+def test_bad_input_is_one_line_before_weights_are_read(clips, encoders, monkeypatch, capsys, tmp_path):
+    assert cache(clips, encoders, tmp_path / "cache", "num_workers=0") == 0
+    monkeypatch.setattr(cache_latents.Encoders, "load", lambda _: pytest.fail("weights were read"))
+    (tmp_path / "file").touch()
+    for arguments, said in (
+        ((clips, encoders, tmp_path / "out", "size=[32,33]"), "size must be in multiples of 2 for this model"),
+        ((clips, clips, tmp_path / "out"), f"{clips} lacks vae, text_encoder, tokenizer"),
+        ((tmp_path / "cache", encoders, tmp_path / "out"), "holds latents already"),
+        ((clips, encoders, tmp_path / "file" / "out"), "Not a directory"),
+    ):
+        capsys.readouterr()
+        assert cache(*arguments) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert said in line
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        cache(clips, encoders, tmp_path / "out", "num_workers=-1")
+
+
+def test_a_decoding_process_that_is_killed_ends_the_command_with_a_way_on(
+    clips, encoders, monkeypatch, capfd, tmp_path
+):
+    monkeypatch.setattr(cache_latents, "fit_to_size", lambda *_: os.kill(os.getpid(), 9))
+    assert cache(clips, encoders, tmp_path / "out", "num_workers=1") == 1
+    assert "once that is solved, the same command continues from here" in capfd.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
