@@ -5,15 +5,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+NOISE_FLOOR_PX = 0.5
+"""Displacement up to which a track counts as still, in pixels of the training frame.
+
+A still point that jitters by 0.05 px on each axis comes 0.3 px away from its start in one of 256 tracks of 32 frames;
+tracks stored in float16 are rounded by up to 0.35 px between two points with x in 256..511.
+"""
+
 
 def motion_intensity(points: Tensor, visible: Tensor) -> Tensor:
-    """Length in pixels of the visible path of each track: (B, N), of points (B, N, T, 2) and visible (B, N, T)."""
-    steps = (points[..., 1:, :] - points[..., :-1, :]).norm(dim=-1)
-    return (steps * (visible[..., 1:] & visible[..., :-1])).sum(dim=-1)
+    """Largest distance of each track from its start, in pixels: (B, N).
+
+    Unlike the length of a path, it does not add up a tracker's jitter over the frames. It is 0 up to `NOISE_FLOOR_PX`,
+    and for tracks that are hidden in frame 0.
+
+    Args:
+        points: (B, N, T, 2) pixels; hidden ones may have any value.
+        visible: (B, N, T) bool.
+    """
+    displacement = (points - points[..., :1, :]).norm(dim=-1)
+    largest = displacement.masked_fill(~(visible & visible[..., :1]), 0.0).amax(dim=-1)
+    return largest.masked_fill(largest <= NOISE_FLOOR_PX, 0.0)
 
 
 def sample_sparse(points: Tensor, visible: Tensor, max_tracks: int, generators: Sequence[torch.Generator]) -> Tensor:
     """Mask of 1..max_tracks tracks per clip, drawn with probability proportional to their motion intensity.
+
+    Only tracks that are visible in frame 0 are drawn, since a user's trajectory begins there.
 
     Args:
         points: (B, N, T, 2) pixels.
@@ -31,7 +49,7 @@ def sample_sparse(points: Tensor, visible: Tensor, max_tracks: int, generators: 
     keep = torch.zeros(intensity.shape, dtype=torch.bool)
     for row, generator in enumerate(generators):
         count = int(torch.randint(1, max_tracks + 1, (), generator=generator))
-        weights = intensity[row] if intensity[row].sum() > 1e-6 else starts[row]
+        weights = intensity[row] if intensity[row].any() else starts[row]
         count = min(count, int((weights > 0).sum()))
         if count:
             keep[row, torch.multinomial(weights, count, generator=generator)] = True

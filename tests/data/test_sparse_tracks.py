@@ -16,10 +16,44 @@ def generator(seed=0):
     return [torch.Generator().manual_seed(seed)]
 
 
-def test_intensity_is_the_visible_path():
-    points, visible = tracks(8.0, 4.0)
+def test_intensity_is_the_largest_visible_distance_from_the_start():
+    points, visible = tracks(8.0, -4.0, 0.4, 8.0)
     visible[0, 0, 3:] = False
-    torch.testing.assert_close(motion_intensity(points, visible), torch.tensor([[4.0, 4.0]]))
+    visible[0, 3, 0] = False
+    points[~visible] = torch.nan
+    expected = torch.tensor([[4.0, 4.0, 0.0, 0.0]])  # the third stays within the noise floor
+    torch.testing.assert_close(motion_intensity(points, visible), expected)
+    there_and_back = torch.tensor([0.0, 3.0, 6.0, 3.0, 0.0])
+    points, visible = there_and_back.view(1, 1, 5, 1) * torch.tensor([0.6, 0.8]), torch.ones(1, 1, 5, dtype=torch.bool)
+    torch.testing.assert_close(motion_intensity(points, visible), torch.tensor([[6.0]]))
+
+
+def test_a_track_that_is_hidden_in_the_first_frame_is_never_drawn():
+    points, visible = tracks(20.0, 5.0)
+    visible[0, 0, :3] = False
+    for seed in range(50):
+        assert sample_sparse(points, visible, 8, generator(seed)).tolist() == [[False, True]]
+
+
+def test_a_jittering_tracker_does_not_hide_what_moves():
+    """12 of 256 tracks move by 22 px in 16 frames; by the lengths of their paths they would get 45 % of the draws."""
+    random = torch.Generator().manual_seed(0)
+    points = (torch.rand(1, 256, 1, 2, generator=random) * 256).repeat(1, 1, 16, 1)
+    points[0, :12, :, 0] += torch.linspace(0, 22, 16)
+    points += 0.05 * torch.randn(points.shape, generator=random)
+    visible = torch.ones(points.shape[:3], dtype=torch.bool)
+    drawn = torch.cat([sample_sparse(points, visible, 8, generator(seed)) for seed in range(200)])
+    assert drawn[:, :12].sum() == drawn.sum()
+    assert drawn[:, :12].any(0).all()
+
+
+def test_rounding_to_float16_is_not_motion():
+    still = torch.rand(1, 256, 1, 2, generator=generator()[0], dtype=torch.float64) * 0.2 + torch.linspace(
+        256, 500, 256, dtype=torch.float64
+    ).view(1, 256, 1, 1)
+    points = (still + 0.01 * torch.arange(8).view(8, 1)).half().double()
+    assert (points != points[:, :, :1]).any()
+    assert not motion_intensity(points, torch.ones(points.shape[:3], dtype=torch.bool)).any()
 
 
 def test_one_to_eight_moving_tracks():
