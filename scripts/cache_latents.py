@@ -27,7 +27,8 @@ from webdataset.writer import TarWriter
 from imageconductor.checkpoints.model_folder import read_vae_scale_factor
 from imageconductor.command_line import parse_command_line
 from imageconductor.conditioning import Trajectories
-from imageconductor.data.clips import ClipRecord, Video, find_clips, fit_to_size
+from imageconductor.data.clip_records import ClipRecord, encode_tracks, find_clips
+from imageconductor.data.clips import Video, fit_to_size, read_tracks
 from imageconductor.files import atomic_path, remove_partial
 from imageconductor.models.networks import Encoders
 
@@ -169,7 +170,7 @@ class _DecodedClips(Dataset[Any]):
         record = self.records[number]
         try:
             info, video = record.info(), Video(record)
-            pixels, tracks = fit_to_size(video.frames(range(len(video))), record.tracks(video.size), self.size)
+            pixels, tracks = fit_to_size(video.frames(range(len(video))), read_tracks(record, video.size), self.size)
             if tracks.num_frames != len(video):
                 raise ValueError(f"{len(video)} frames but tracks over {tracks.num_frames}")
         except Exception as error:  # Decoders report damage by many kinds of exceptions.
@@ -205,7 +206,7 @@ def _encode(clip: DecodedClip, encoders: Encoders, config: CacheConfig, device: 
             size=np.array(config.size),
         ),
         "text.npz": to_npz(text=to_numpy(text)),
-        "tracks.npz": to_npz(points=tracks.points.numpy().astype(np.float32), visible=tracks.visible.numpy()),
+        "tracks.npz": encode_tracks(tracks.points.numpy(), tracks.visible.numpy()),
         "json": json.dumps(clip.info).encode(),
     }
 

@@ -6,7 +6,6 @@ encoded clip, as training will see it, and take several at a time, as networks o
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,6 +29,7 @@ from imageconductor.curation.footage import (
 )
 from imageconductor.curation.motion_score import motion_scores
 from imageconductor.curation.sources import Source
+from imageconductor.data.clip_records import encode_tracks
 from imageconductor.data.trackers import CoTracker, LucasKanadeTracker, Tracker
 
 CUT_SIDE_PX = 96
@@ -221,13 +221,10 @@ def _add_tracks(row: Row, tracker: Tracker, points: NDArray[np.float64], visible
 
 def _build_record(row: Row, mp4: bytes, points: NDArray[np.float64], visible: NDArray[np.bool_]) -> dict[str, bytes]:
     """The files of a clip record by their endings."""
-    arrays = io.BytesIO()
-    # The clip keeps points that are lost far outside the frame within the range of float16.
-    np.savez(arrays, points=points.clip(-30000, 30000).astype(np.float16), visible=visible)
     info = asdict(row)
     for name in ("key", "accepted", "shard", "reason", "detail", "path"):
         del info[name]
-    return {"mp4": mp4, "tracks.npz": arrays.getvalue(), "json": json.dumps(info).encode()}
+    return {"mp4": mp4, "tracks.npz": encode_tracks(points, visible), "json": json.dumps(info).encode()}
 
 
 def grid_points(size: tuple[int, int], side: int) -> NDArray[np.float64]:

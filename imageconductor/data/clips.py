@@ -1,9 +1,4 @@
-"""Clip records in a plain folder or in WebDataset shards, read by random access in a seeded order.
-
-A record consists of the files of one key (docs/data.md): `KEY.mp4`, `KEY.tracks.npz` (points (N, F, 2) in the video's
-pixels, visible (N, F)) and `KEY.json` (caption and provenance). In a cache made by `scripts/cache_latents.py`,
-`KEY.latents.npz` (mean and std, (F, C, h, w)) and `KEY.text.npz` (text, (L, D)) replace the mp4.
-"""
+"""Training samples from clip records (`clip_records.py`), read by random access in a seeded order."""
 
 from __future__ import annotations
 
@@ -11,152 +6,24 @@ import hashlib
 import heapq
 import io
 import itertools
-import json
-import logging
 import re
-import tarfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from braceexpand import braceexpand
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from imageconductor.conditioning import Trajectories, cover_crop
 from imageconductor.data.batches import sample_frames
+from imageconductor.data.clip_records import ClipRecord, CorruptClipError, find_clips
 
-logger = logging.getLogger(__name__)
-
-_PARTS = ("mp4", "tracks.npz", "json", "latents.npz", "text.npz")
 _SIDES = re.compile(r"\b(left|right|leftwards?|rightwards?|(counter|anti)?-?clockwise)\b", re.IGNORECASE)
 _ATTEMPTS = 20
-
-
-class CorruptClipError(ValueError):
-    """A clip that cannot be used; the message names it and the reason."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Location of one file of a record, which may lie inside a shard."""
-
-    path: Path
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        """The bytes of the file.
-
-        Raises:
-            CorruptClipError: The file ends early or is missing.
-        """
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self.offset)
-                content = file.read(self.size)
-        except OSError as error:
-            raise CorruptClipError(f"{self.path}: {error.strerror}") from error
-        if len(content) != self.size:
-            raise CorruptClipError(f"{self.path}: ends inside a file")
-        return content
-
-
-@dataclass(frozen=True)
-class ClipRecord:
-    """Locations of the files of one clip."""
-
-    key: str
-    parts: dict[str, Part]
-
-    @property
-    def is_cached(self) -> bool:
-        """Whether the record holds latents instead of a video."""
-        return "latents.npz" in self.parts
-
-    def read(self, part: str) -> bytes:
-        """The bytes of a part, such as "mp4"."""
-        if part not in self.parts:
-            raise CorruptClipError(f"no {self.key}.{part}")
-        return self.parts[part].read()
-
-    def info(self) -> dict[str, Any]:
-        """The record's JSON."""
-        info = json.loads(self.read("json"))
-        if not isinstance(info, dict) or not isinstance(info.get("caption"), str):
-            raise CorruptClipError(f"{self.key}.json holds no caption")
-        return info
-
-    def tracks(self, size: tuple[int, int]) -> Trajectories:
-        """The tracks over all frames of `size` (W, H); points that are not finite are hidden."""
-        with np.load(io.BytesIO(self.read("tracks.npz"))) as arrays:
-            points = torch.from_numpy(arrays["points"].astype(np.float64))
-            visible = torch.from_numpy(arrays["visible"].astype(np.bool_))
-        return Trajectories(points.nan_to_num(0.0, 0.0, 0.0), visible & points.isfinite().all(-1), size)
-
-
-def find_clips(sources: Sequence[str | Path]) -> list[list[ClipRecord]]:
-    """Records grouped by shard; each clip of a plain folder forms a shard of its own.
-
-    Args:
-        sources: Folders of shards or of records, shards, or patterns of shards such as `train-{000..099}.tar`.
-
-    Raises:
-        FileNotFoundError: A source holds no clip.
-    """
-    shards: list[list[ClipRecord]] = []
-    for source in sources:
-        paths = [Path(name) for name in braceexpand(str(source))]
-        paths = [match for path in paths for match in ([path] if path.exists() else _glob(path))]
-        found: list[list[ClipRecord]] = []
-        for path in paths:
-            tars = [path] if path.is_file() else _glob(path / "*.tar")
-            found += [_list_shard(tar) for tar in tars] or [[record] for record in _list_folder(path)]
-        if not any(found):
-            raise FileNotFoundError(
-                f"no clips at {source}: expected .tar shards, or a folder of KEY.mp4, KEY.tracks.npz and KEY.json"
-            )
-        shards += [shard for shard in found if shard]
-    return shards
-
-
-def _glob(pattern: Path) -> list[Path]:
-    """Matches in the pattern's folder, sorted, without hidden files, which `files.atomic_path` may have left."""
-    matches = pattern.parent.glob(pattern.name) if pattern.parent.is_dir() else ()
-    return sorted(path for path in matches if not path.name.startswith("."))
-
-
-def _group_by_key(files: Iterable[tuple[str, Part]]) -> list[ClipRecord]:
-    """Records of files; the key is the name up to the first dot, as in WebDataset."""
-    parts: dict[str, dict[str, Part]] = {}
-    for name, part in files:
-        folder, _, base = name.rpartition("/")
-        key, _, extension = base.partition(".")
-        if extension in _PARTS:
-            parts.setdefault(f"{folder}/{key}" if folder else key, {})[extension] = part
-    return [ClipRecord(key, found) for key, found in parts.items()]
-
-
-def _list_shard(path: Path) -> list[ClipRecord]:
-    files: list[tuple[str, Part]] = []
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.isfile():
-                    files.append((member.name.removeprefix("./"), Part(path, member.offset_data, member.size)))
-    except tarfile.TarError as error:
-        logger.warning("%s is damaged (%s); %d files before the damage are used", path, error, len(files))
-    return _group_by_key(files)
-
-
-def _list_folder(path: Path) -> list[ClipRecord]:
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return _group_by_key((file.relative_to(path).as_posix(), Part(file, 0, file.stat().st_size)) for file in files)
 
 
 class ShuffledOrder:
@@ -280,7 +147,7 @@ class ClipSamples:
     def _read_video(self, record: ClipRecord, random: np.random.Generator) -> dict[str, Any]:
         caption = record.info()["caption"]
         video = Video(record)
-        tracks = record.tracks(video.size)
+        tracks = read_tracks(record, video.size)
         chosen = self._draw_frames(len(video), tracks.num_frames, random)
         pixels, tracks = fit_to_size(video.frames(chosen), _select_frames(tracks, chosen), self.size)
         if random.random() < self.horizontal_flip and not _SIDES.search(caption):
@@ -294,7 +161,7 @@ class ClipSamples:
         with np.load(io.BytesIO(record.read("text.npz"))) as arrays:
             text = torch.from_numpy(arrays["text"].astype(np.float32))
         width, height = (int(side) for side in size)
-        tracks = record.tracks((width, height))
+        tracks = read_tracks(record, (width, height))
         chosen = self._draw_frames(len(mean), tracks.num_frames, random)
         latents = {
             name: torch.from_numpy(values[chosen].astype(np.float32)).transpose(0, 1)
@@ -340,6 +207,12 @@ class Video:
     def frames(self, numbers: Sequence[int]) -> NDArray[np.uint8]:
         """The frames at `numbers`: (T, H, W, 3)."""
         return self._reader.get_batch(list(numbers)).asnumpy()
+
+
+def read_tracks(record: ClipRecord, size: tuple[int, int]) -> Trajectories:
+    """The tracks of a record over all frames of `size` (W, H)."""
+    points, visible = record.tracks()
+    return Trajectories(torch.from_numpy(points), torch.from_numpy(visible), size)
 
 
 def fit_to_size(frames: NDArray[np.uint8], tracks: Trajectories, size: tuple[int, int]) -> tuple[Tensor, Trajectories]:

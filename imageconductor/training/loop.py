@@ -14,7 +14,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from imageconductor.data.clips import CorruptClipError
+from imageconductor.data.clip_records import CorruptClipError
 from imageconductor.files import remove_partial
 from imageconductor.models.motion_module import Float32Attention
 from imageconductor.models.networks import cast_network

@@ -151,7 +151,8 @@ def test_cuts_are_found_and_the_longest_scene_is_taken(curated):
 def test_tracks_follow_known_motion(name, curated):
     row = rows(curated)[f"{name}.mp4"]
     with np.load(io.BytesIO(record(curated, row, "tracks.npz"))) as arrays:
-        points, visible = arrays["points"].astype(np.float64), arrays["visible"]
+        points, visible = arrays["points"], arrays["visible"]
+    assert points.dtype == np.float32
     assert points.shape == (GRID**2, 32, 2)
     steps = np.arange(32) * row["interval"]
     expected = points[:, :1] + SCALE * np.asarray(PANS[name]) * steps[:, None]

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from imageconductor.data.batches import Batches, sample_frames
-from imageconductor.data.clips import ClipSamples, CorruptClipError, ShuffledOrder, find_clips, hold_out
+from imageconductor.data.clip_records import CorruptClipError, encode_tracks, find_clips
+from imageconductor.data.clips import ClipSamples, ShuffledOrder, hold_out
 from imageconductor.data.sprites import SpriteDataset, SpriteSet, SpriteWorldConfig
 from imageconductor.models.networks import Networks
 from imageconductor.sampling.preview import VideoPreview
@@ -30,10 +31,9 @@ def record(index, caption=None):
     video = iio.imwrite(
         "<bytes>", frames, extension=".mp4", plugin="FFMPEG", fps=8, codec="libx264", quality=10, macro_block_size=2
     )
-    tracks = io.BytesIO()
-    np.savez(tracks, points=clip["points"].numpy().astype(np.float16), visible=clip["visible"].numpy())
+    tracks = encode_tracks(clip["points"].numpy(), clip["visible"].numpy())
     info = {"caption": clip["caption"] if caption is None else caption}
-    return {"mp4": video, "tracks.npz": tracks.getvalue(), "json": json.dumps(info).encode()}
+    return {"mp4": video, "tracks.npz": tracks, "json": json.dumps(info).encode()}
 
 
 def write_folder(folder, records):
@@ -71,9 +71,35 @@ def test_a_sample_is_what_was_recorded(folder):
         clip = SpriteDataset(WORLD)[int(sample["key"].removeprefix("clip-"))]
         assert sample["pixel_values"].shape == (3, 8, 32, 32)
         assert (sample["pixel_values"] - clip["pixel_values"]).abs().mean() < 0.08  # the codec's loss
-        torch.testing.assert_close(sample["points"], clip["points"], atol=0.02, rtol=0)  # float16
+        torch.testing.assert_close(sample["points"], clip["points"], atol=1e-5, rtol=0)
         assert torch.equal(sample["visible"], clip["visible"])
         assert sample["caption"] == clip["caption"]
+
+
+def test_stored_tracks_keep_the_steps_of_slow_motion_anywhere(tmp_path):
+    """float16 would move them by 0 or 0.25 px a frame where x >= 256, and by 0, 1 or 2 px where x >= 2048."""
+    starts = np.array([3.0, 255.8, 380.0, 511.0, 1279.0, 4000.0, -700.0, 1e6])
+    points = np.stack([starts[:, None] + 0.6 * np.arange(32), np.full((8, 32), 200.3)], axis=-1)
+    folder = write_folder(tmp_path / "clips", {"a": {"tracks.npz": encode_tracks(points, np.ones((8, 32), bool))}})
+    stored, visible = find_clips([folder])[0][0].tracks()
+    assert visible.all()
+    assert np.abs(np.diff(stored, axis=1) - [0.6, 0.0])[:-1].max() < 1e-3
+    np.testing.assert_allclose(stored, points, rtol=1e-7)
+
+
+def test_tracks_in_float16_of_earlier_shards_are_read(records, tmp_path):
+    old, file = dict(records["clip-1"]), io.BytesIO()
+    with np.load(io.BytesIO(old["tracks.npz"])) as arrays:
+        points = arrays["points"].astype(np.float16)
+        points[0, 3] = np.nan
+        np.savez(file, points=points, visible=arrays["visible"])
+        visible = arrays["visible"].copy()
+    visible[0, 3] = False
+    old["tracks.npz"] = file.getvalue()
+    sample = ClipSamples([write_shard(tmp_path / "clips.tar", {"clip-1": old})], SIZE, 8)[0]
+    expected = torch.from_numpy(np.nan_to_num(points).astype(np.float32))
+    torch.testing.assert_close(sample["points"], expected, atol=1e-5, rtol=0)
+    assert sample["visible"].tolist() == visible.tolist()
 
 
 def test_shards_and_a_folder_hold_the_same(folder, records, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from imageconductor.data.clips import CorruptClipError
+from imageconductor.data.clip_records import CorruptClipError
 from imageconductor.sampling.preview import VideoPreview
 from imageconductor.training import checkpointing
 from imageconductor.training.engines import build_engine
