@@ -27,8 +27,9 @@ from webdataset.writer import TarWriter
 from imageconductor.checkpoints.model_folder import read_vae_scale_factor
 from imageconductor.command_line import parse_command_line
 from imageconductor.conditioning import Trajectories
+from imageconductor.data.batches import scale_pixels
 from imageconductor.data.clip_records import ClipRecord, encode_tracks, find_clips
-from imageconductor.data.clips import Video, fit_to_size, read_tracks
+from imageconductor.data.clips import Video, fit_to_size
 from imageconductor.files import atomic_path, remove_partial
 from imageconductor.models.networks import Encoders
 
@@ -149,7 +150,7 @@ def _load_decoded(
 
 
 class DecodedClip(NamedTuple):
-    """A clip at the size of the cache: pixels (3, T, H, W), and its tracks and JSON."""
+    """A clip at the size of the cache: pixels (3, T, H, W) uint8, and its tracks and JSON."""
 
     key: str
     pixels: Tensor
@@ -169,10 +170,10 @@ class _DecodedClips(Dataset[Any]):
     def __getitem__(self, number: int) -> DecodedClip | str:
         record = self.records[number]
         try:
-            info, video = record.info(), Video(record)
-            pixels, tracks = fit_to_size(video.frames(range(len(video))), read_tracks(record, video.size), self.size)
-            if tracks.num_frames != len(video):
-                raise ValueError(f"{len(video)} frames but tracks over {tracks.num_frames}")
+            info, video, (points, visible) = record.info(), Video(record), record.tracks()
+            if points.shape[1] != len(video):
+                raise ValueError(f"{len(video)} frames but tracks over {points.shape[1]}")
+            pixels, tracks = fit_to_size(video.frames(range(len(video))), points, visible, self.size)
         except Exception as error:  # Decoders report damage by many kinds of exceptions.
             return f"{record.key}: {error}"
         return DecodedClip(record.key, pixels, tracks, info)
@@ -185,8 +186,8 @@ def _keep(clip: Any) -> Any:
 @torch.no_grad()
 def _encode(clip: DecodedClip, encoders: Encoders, config: CacheConfig, device: str) -> dict[str, Any]:
     """One record of the cache, in the form that WebDataset writes."""
-    batches = clip.pixels.transpose(0, 1).to(device).split(config.frames_per_batch)
-    posteriors = [encoders.vae.encode(batch).latent_dist for batch in batches]
+    batches = clip.pixels.transpose(0, 1).split(config.frames_per_batch)
+    posteriors = [encoders.vae.encode(scale_pixels(batch.to(device))).latent_dist for batch in batches]
     text = encoders.text_encoder(encoders.tokenize([clip.info["caption"]]).to(device)).last_hidden_state[0]
 
     def to_npz(**values: Any) -> bytes:

@@ -8,7 +8,6 @@ import io
 import itertools
 import re
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +145,9 @@ class ClipSamples:
 
     def _read_video(self, record: ClipRecord, random: np.random.Generator) -> dict[str, Any]:
         caption = record.info()["caption"]
-        video = Video(record)
-        tracks = read_tracks(record, video.size)
-        chosen = self._draw_frames(len(video), tracks.num_frames, random)
-        pixels, tracks = fit_to_size(video.frames(chosen), _select_frames(tracks, chosen), self.size)
+        video, (points, visible) = Video(record), record.tracks()
+        chosen = self._draw_frames(len(video), points.shape[1], random)
+        pixels, tracks = fit_to_size(video.frames(chosen), points[:, chosen], visible[:, chosen], self.size)
         if random.random() < self.horizontal_flip and not _SIDES.search(caption):
             pixels, tracks = pixels.flip(-1), tracks.flip_horizontal()
         return {"pixel_values": pixels, **_track_fields(tracks), "caption": caption}
@@ -161,14 +159,14 @@ class ClipSamples:
         with np.load(io.BytesIO(record.read("text.npz"))) as arrays:
             text = torch.from_numpy(arrays["text"].astype(np.float32))
         width, height = (int(side) for side in size)
-        tracks = read_tracks(record, (width, height))
-        chosen = self._draw_frames(len(mean), tracks.num_frames, random)
+        points, visible = record.tracks()
+        chosen = self._draw_frames(len(mean), points.shape[1], random)
         latents = {
             name: torch.from_numpy(values[chosen].astype(np.float32)).transpose(0, 1)
             for name, values in (("latent_mean", mean), ("latent_std", std))
         }
         size = torch.tensor([width, height])
-        fields = _track_fields(_select_frames(tracks, chosen))
+        fields = _track_fields(to_trajectories(points[:, chosen], visible[:, chosen], (width, height)))
         return {**latents, "size": size, "text": text, **fields, "caption": caption}
 
     def _draw_frames(self, available: int, num_tracked: int, random: np.random.Generator) -> list[int]:
@@ -198,33 +196,34 @@ class Video:
     def __len__(self) -> int:
         return len(self._reader)
 
-    @cached_property
-    def size(self) -> tuple[int, int]:
-        """(W, H) in pixels."""
-        height, width = self._reader[0].shape[:2]
-        return width, height
-
     def frames(self, numbers: Sequence[int]) -> NDArray[np.uint8]:
         """The frames at `numbers`: (T, H, W, 3)."""
         return self._reader.get_batch(list(numbers)).asnumpy()
 
 
-def read_tracks(record: ClipRecord, size: tuple[int, int]) -> Trajectories:
-    """The tracks of a record over all frames of `size` (W, H)."""
-    points, visible = record.tracks()
-    return Trajectories(torch.from_numpy(points), torch.from_numpy(visible), size)
+def fit_to_size(
+    frames: NDArray[np.uint8], points: NDArray[np.float64], visible: NDArray[np.bool_], size: tuple[int, int]
+) -> tuple[Tensor, Trajectories]:
+    """Frames and their tracks, resized and cropped together.
 
+    Args:
+        frames: (T, H, W, 3).
+        points: (N, T, 2) in pixels of these frames.
+        visible: (N, T).
+        size: The new (W, H).
 
-def fit_to_size(frames: NDArray[np.uint8], tracks: Trajectories, size: tuple[int, int]) -> tuple[Tensor, Trajectories]:
-    """Frames (T, H, W, 3) and tracks resized and cropped to `size` (W, H); the frames as (3, T, H, W) in [-1, 1]."""
+    Returns:
+        (3, T, H, W) uint8, and the tracks.
+    """
+    tracks = to_trajectories(points, visible, (frames.shape[2], frames.shape[1]))
     if tracks.size != size:
         frames = np.stack([np.asarray(cover_crop(Image.fromarray(frame), size)) for frame in frames])
-    pixels = torch.from_numpy(frames).permute(3, 0, 1, 2).float().div_(127.5).sub_(1.0)
-    return pixels, tracks.cover_crop(size)
+    return torch.from_numpy(frames).permute(3, 0, 1, 2), tracks.cover_crop(size)
 
 
-def _select_frames(tracks: Trajectories, frames: Sequence[int]) -> Trajectories:
-    return Trajectories(tracks.points[:, list(frames)], tracks.visible[:, list(frames)], tracks.size)
+def to_trajectories(points: NDArray[np.float64], visible: NDArray[np.bool_], size: tuple[int, int]) -> Trajectories:
+    """Points (N, T, 2) and visible (N, T) of frames of `size` (W, H)."""
+    return Trajectories(torch.from_numpy(points), torch.from_numpy(visible), size)
 
 
 def _track_fields(tracks: Trajectories) -> dict[str, Tensor]:

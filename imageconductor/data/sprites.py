@@ -249,8 +249,8 @@ def caption_words() -> list[str]:
 class SpriteDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """The first `length` clips of a sprite world, rendered on demand.
 
-    A sample holds pixel_values (3, T, H, W) float32 in [-1, 1]; points (N, T, 2) float32 pixels and visible (N, T) bool
-    for a grid of N = config.grid ** 2 points of frame 0; caption; key. Another `config.seed` gives a validation set.
+    A sample holds pixel_values (3, T, H, W) uint8; points (N, T, 2) float32 pixels and visible (N, T) bool for a grid
+    of N = config.grid ** 2 points of frame 0; caption; key. Another `config.seed` gives a validation set.
     """
 
     def __init__(self, config: SpriteWorldConfig, length: int = 100_000) -> None:
@@ -278,7 +278,7 @@ class SpriteDataset(torch.utils.data.Dataset[dict[str, Any]]):
         tracks = [scene.track(self.grid_points) for scene in scenes]
         chosen = slice(None) if frames is None else list(frames)
         return {
-            "pixel_values": render(scenes, frames).float().div_(127.5).sub_(1.0),
+            "pixel_values": render(scenes, frames),
             "points": torch.stack([points[:, chosen] for points, _ in tracks]),
             "visible": torch.stack([visible[:, chosen] for _, visible in tracks]),
             "caption": [scene.caption for scene in scenes],

@@ -24,8 +24,8 @@ class VideoPreview:
     """Writes `FOLDER/step-NNNNNNNN.png`, a contact sheet, and `FOLDER/step-NNNNNNNN-I.mp4`.
 
     Args:
-        clips: Samples that are not trained on: pixel_values (3, T, H, W), or from a cache latent_mean (C, T, h, w) and
-            size; points, visible, caption.
+        clips: Samples that are not trained on: pixel_values (3, T, H, W) uint8, or from a cache latent_mean
+            (C, T, h, w) and size; points, visible, caption.
         control: Control under which the videos are made; None = without trajectories.
         folder: Of the files.
         sampling: Arguments of the pipeline's call, such as `num_inference_steps` and `guidance_scale`.
@@ -79,12 +79,12 @@ class VideoPreview:
 @torch.no_grad()
 def _read_frames(clip: dict[str, Any], networks: Networks) -> NDArray[np.float32]:
     """Frames (T, H, W, 3) of a clip in [0, 1]; those of a cache are decoded, one at a time."""
-    pixels = clip.get("pixel_values")
-    if pixels is None:
-        vae = networks.vae
-        latents = clip["latent_mean"].to(vae.device, vae.dtype).transpose(0, 1)
-        pixels = torch.cat([vae.decode(latent[None]).sample.float().cpu() for latent in latents]).transpose(0, 1)
-    return ((pixels.permute(1, 2, 3, 0) + 1) / 2).clamp(0, 1).numpy()
+    if "pixel_values" in clip:
+        return (clip["pixel_values"].permute(1, 2, 3, 0).float() / 255).numpy()
+    vae = networks.vae
+    latents = clip["latent_mean"].to(vae.device, vae.dtype).transpose(0, 1)
+    pixels = torch.cat([vae.decode(latent[None]).sample.float().cpu() for latent in latents])
+    return ((pixels.permute(0, 2, 3, 1) + 1) / 2).clamp(0, 1).numpy()
 
 
 def _draw_tracks(clip: dict[str, Any], max_tracks: int, seed: int) -> Trajectories:

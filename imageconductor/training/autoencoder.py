@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from imageconductor.data.batches import scale_pixels
 from imageconductor.training import checkpointing
 
 
@@ -42,7 +43,7 @@ def train_autoencoder(vae: Any, data: Dataset[dict[str, Any]], config: Autoencod
 
     Args:
         vae: AutoencoderKL; its parameters are trained, or those of its decoder, with the factor as it was.
-        data: Item i is batch i: pixel_values (B, 3, T, H, W) in [-1, 1].
+        data: Item i is batch i: pixel_values (B, 3, T, H, W) uint8.
         config: Settings of the training.
         runs: Folder of the checkpoints.
     """
@@ -69,7 +70,7 @@ def train_autoencoder(vae: Any, data: Dataset[dict[str, Any]], config: Autoencod
             frames = _crop(frames, config.crop, generator)
         else:
             frames = frames[: max(1, len(frames) * config.crop**2 // (frames.shape[-1] * frames.shape[-2]))]
-        frames = frames.to(device)
+        frames = scale_pixels(frames.to(device))
         posterior = vae.encode(frames).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
@@ -93,7 +94,7 @@ def train_autoencoder(vae: Any, data: Dataset[dict[str, Any]], config: Autoencod
         return
     with torch.no_grad():
         clips = torch.cat([data[config.max_steps + i]["pixel_values"] for i in range(8)])
-        latents = vae.encode(clips.transpose(1, 2).flatten(0, 1).to(device)).latent_dist.mean
+        latents = vae.encode(scale_pixels(clips.transpose(1, 2).flatten(0, 1).to(device))).latent_dist.mean
     vae.register_to_config(scaling_factor=1 / latents.std().item())
 
 

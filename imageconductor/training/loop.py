@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -84,15 +85,19 @@ def train(
     num_micro_steps, num_timesteps = config.gradient_accumulation_steps, stage.scheduler.config["num_train_timesteps"]
     while state.step < config.max_steps:
         state.terms = {}
+        found: list[tuple[Tensor, list[str]]] = []
         for micro_step in range(num_micro_steps):
             batch, generators = next(batches)
-            with engine.micro_step(is_last=micro_step + 1 == num_micro_steps):
+            is_last = micro_step + 1 == num_micro_steps
+            with engine.micro_step(is_last):
                 with accelerator.autocast():
                     x_0, condition = stage.encode(batch, generators)  # frozen parts, no grad
                     t, eps = draw_noise(x_0, num_timesteps, config.timestep_shift, generators)
                     losses: dict[str, Tensor] = module(x_0, t, eps, condition)  # Eq. 1 | Eq. 3 + lambda * Eq. 4
                 total = torch.stack(list(losses.values())).sum() / num_micro_steps
-                _check_finite(total, state.step, accelerator.process_index, batch["key"])
+                found.append((total.detach(), batch["key"]))
+                if is_last:  # The GPU is waited for once a step, and before any weight can change.
+                    _check_finite(found, state.step, accelerator.process_index)
                 engine.backward(total)
             for key, value in losses.items():
                 state.terms[key] = state.terms.get(key, 0) + value.detach() / num_micro_steps
@@ -214,6 +219,9 @@ def _set_step(lr_scheduler: Any, step: int) -> None:
     lr_scheduler.step()
 
 
-def _check_finite(loss: Tensor, step: int, rank: int, keys: list[str]) -> None:
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"loss is {loss.item()} at step {step} on process {rank}; clips: {', '.join(keys)}")
+def _check_finite(losses: Sequence[tuple[Tensor, list[str]]], step: int, rank: int) -> None:
+    """Raises FloatingPointError that names the clips of the first micro-step whose loss is not finite."""
+    values = torch.stack([loss for loss, _ in losses]).tolist()
+    for value, (_, keys) in zip(values, losses, strict=True):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"loss is {value} at step {step} on process {rank}; clips: {', '.join(keys)}")

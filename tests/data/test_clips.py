@@ -9,8 +9,9 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from decord import VideoReader
 
-from imageconductor.data.batches import Batches, sample_frames
+from imageconductor.data.batches import Batches, SpriteSamples, sample_frames, scale_pixels
 from imageconductor.data.clip_records import CorruptClipError, encode_tracks, find_clips
 from imageconductor.data.clips import ClipSamples, ShuffledOrder, hold_out
 from imageconductor.data.sprites import SpriteDataset, SpriteSet, SpriteWorldConfig
@@ -27,7 +28,7 @@ WORLD = SpriteWorldConfig(size=SIZE, num_frames=8, kind=SpriteSet.MIXED, seed=3,
 def record(index, caption=None):
     """The files of a clip record, by extension."""
     clip = SpriteDataset(WORLD)[index]
-    frames = ((clip["pixel_values"].permute(1, 2, 3, 0) + 1) * 127.5).round().byte().numpy()
+    frames = clip["pixel_values"].permute(1, 2, 3, 0).numpy()
     video = iio.imwrite(
         "<bytes>", frames, extension=".mp4", plugin="FFMPEG", fps=8, codec="libx264", quality=10, macro_block_size=2
     )
@@ -70,7 +71,9 @@ def test_a_sample_is_what_was_recorded(folder):
         sample = samples[position]
         clip = SpriteDataset(WORLD)[int(sample["key"].removeprefix("clip-"))]
         assert sample["pixel_values"].shape == (3, 8, 32, 32)
-        assert (sample["pixel_values"] - clip["pixel_values"]).abs().mean() < 0.08  # the codec's loss
+        assert sample["pixel_values"].dtype == torch.uint8
+        loss = (sample["pixel_values"].float() - clip["pixel_values"].float()).abs().mean()
+        assert loss < 10  # the codec's
         torch.testing.assert_close(sample["points"], clip["points"], atol=1e-5, rtol=0)
         assert torch.equal(sample["visible"], clip["visible"])
         assert sample["caption"] == clip["caption"]
@@ -155,6 +158,33 @@ def test_frames_are_evenly_spaced_and_every_place_occurs():
     assert {frames[0] for frames in drawn if frames[1] - frames[0] == 2} == {0, 1}
     assert sample_frames(8, 8, np.random.default_rng(0)) == list(range(8))
     assert sample_frames(5, 1, np.random.default_rng(0))[0] in range(5)
+
+
+def test_pixels_become_what_float32_in_the_workers_would_be(folder, tiny_model):
+    levels = np.arange(256, dtype=np.uint8)
+    expected = levels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    assert np.array_equal(scale_pixels(torch.from_numpy(levels)).numpy(), expected)
+    with pytest.raises(ValueError, match=r"uint8, got torch\.float32"):
+        scale_pixels(torch.zeros(1))
+    kind = find_stage("motion_controlnet")
+    stage = kind(Networks.load(tiny_model), kind.Config(model=str(tiny_model)))
+    for samples in (ClipSamples([folder], SIZE, 8), SpriteSamples(WORLD, [SpriteSet.MIXED])):
+        batch = Batches(samples, 2)[0]
+        frames = batch["pixel_values"].numpy().astype(np.float32) / np.float32(127.5) - np.float32(1)
+        given = []
+        hook = stage.vae.encoder.register_forward_pre_hook(lambda _, inputs, given=given: given.append(inputs[0]))
+        stage.encode(batch, [torch.Generator().manual_seed(i) for i in range(2)])
+        hook.remove()
+        assert np.array_equal(given[0].unflatten(0, (2, 8)).transpose(1, 2).numpy(), frames)
+
+
+def test_only_the_frames_that_are_seen_are_decoded(folder, monkeypatch):
+    decoded = []
+    get_batch, get_item = VideoReader.get_batch, VideoReader.__getitem__
+    monkeypatch.setattr(VideoReader, "get_batch", lambda v, i: decoded.extend(i) or get_batch(v, i))
+    monkeypatch.setattr(VideoReader, "__getitem__", lambda v, i: decoded.append(i) or get_item(v, i))
+    ClipSamples([folder], SIZE, num_frames=3)[0]
+    assert len(decoded) == 3
 
 
 def test_a_mirrored_clip_mirrors_its_tracks(records, tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from imageconductor.data.clip_records import CorruptClipError
 from imageconductor.sampling.preview import VideoPreview
-from imageconductor.training import checkpointing
+from imageconductor.training import checkpointing, loop
 from imageconductor.training.engines import build_engine
 from imageconductor.training.loop import train
 from imageconductor.training.optimizers import build_optimizer
@@ -250,3 +250,25 @@ def test_a_loss_that_is_not_finite_stops_the_run(configure, build):
     with pytest.raises(FloatingPointError, match=r"step 0 .* clips: mixed-0-00000000"):
         train(stage, data, config)
     assert checkpointing.latest(Path(config.output)) is None
+
+
+def test_losses_are_checked_once_a_step_before_weights_change(configure, build, parameters, monkeypatch):
+    """Each check waits for the GPU, so that it comes after all micro-steps, whose clips it still tells apart."""
+    config = configure("camera_lora", gradient_accumulation_steps=3)
+    stage, data = build(config)
+    loss_terms, checked, seen = stage.loss_terms, [], []
+    check = loop._check_finite
+
+    def spoil(*arguments):
+        seen.append({name: p.detach().clone() for name, p in parameters(stage).items()})
+        terms = loss_terms(*arguments)
+        return {name: value * (torch.inf if len(seen) == 5 else 1) for name, value in terms.items()}  # step 1, second
+
+    monkeypatch.setattr(stage, "loss_terms", spoil)
+    monkeypatch.setattr(loop, "_check_finite", lambda *arguments: checked.append(len(seen)) or check(*arguments))
+    with pytest.raises(FloatingPointError, match=r"^loss is inf at step 1 .* clips: mixed-0-00000004$"):
+        train(stage, data, config)
+    assert checked == [3, 6]
+    weights = parameters(stage)
+    assert all(torch.equal(weights[name], value) for name, value in seen[-1].items())
+    assert checkpointing.latest(Path(config.output)).step == 1

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from imageconductor.conditioning.first_frame import first_frame_condition
 from imageconductor.conditioning.flow_map import flow_map
+from imageconductor.data.batches import scale_pixels
 from imageconductor.data.sparse_tracks import sample_sparse
 from imageconductor.diffusion.losses import denoising_loss
 from imageconductor.models.controlnets import MotionControlNet
@@ -109,8 +110,8 @@ class Stage(nn.Module):
         """Clean latents x_0 (B, C, T, h, w) and the condition, from a batch of clips.
 
         Args:
-            batch: points (B, N, T, 2) px, visible (B, N, T), caption; and pixel_values (B, 3, T, H, W) in [-1, 1], or
-                from a cache latent_mean and latent_std (B, C, T, h, w), size (B, 2) and text (B, L, D).
+            batch: points (B, N, T, 2) px, visible (B, N, T), caption; and pixel_values (B, 3, T, H, W) uint8, or from a
+                cache latent_mean and latent_std (B, C, T, h, w), size (B, 2) and text (B, L, D).
             generators: One a clip, on the CPU; they draw the posterior's noise, what is dropped and the sparse tracks.
         """
         mean, std, size = self._encode_clips(batch)
@@ -178,7 +179,7 @@ class Stage(nn.Module):
         if "latent_mean" in batch:
             width, height = batch["size"][0].tolist()
             return batch["latent_mean"].to(device) * scale, batch["latent_std"].to(device) * scale, (width, height)
-        pixels = batch["pixel_values"].to(device, self.vae.dtype)
+        pixels = scale_pixels(batch["pixel_values"].to(device)).to(self.vae.dtype)
         num_frames, height, width = pixels.shape[2:]
         posterior = self.vae.encode(pixels.transpose(1, 2).flatten(0, 1)).latent_dist
         mean, std = (
@@ -211,7 +212,7 @@ class TrajectoryStage(Stage):
         self, batch: dict[str, Any], size: tuple[int, int], generators: Sequence[torch.Generator]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Flow map (B, 2, T, H, W) of every clip, as the motion ControlNet wants it drawn; every clip has one."""
-        points, visible = batch["points"].to(self.unet.device), batch["visible"].to(self.unet.device)
-        if self.is_sparse:
+        device, points, visible = self.unet.device, batch["points"], batch["visible"]
+        if self.is_sparse:  # Before they are on the GPU, which would have to be waited for.
             visible = visible & sample_sparse(points, visible, self.max_tracks, generators)[..., None]
-        return flow_map(points, visible, size, self.motion_controlnet.flow_convention), None
+        return flow_map(points.to(device), visible.to(device), size, self.motion_controlnet.flow_convention), None
