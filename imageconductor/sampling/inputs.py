@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -26,7 +27,8 @@ class CallInputs:
         size: (W, H) in pixels.
         num_frames: T.
         num_inference_steps: Denoising steps.
-        branches: Evaluations of the model in each step.
+        guidance_scale: lambda_cfg; at most 1 = off.
+        plan: Evaluations of the model in each step, by guidance scale.
     """
 
     images: list[Image.Image]
@@ -37,7 +39,8 @@ class CallInputs:
     size: tuple[int, int]
     num_frames: int
     num_inference_steps: int
-    branches: tuple[Branch, ...]
+    guidance_scale: float
+    plan: Callable[[float], tuple[Branch, ...]]
 
 
 def check_inputs(
@@ -69,13 +72,15 @@ def check_inputs(
     check_video_shape((width, height), num_frames, pipe.vae_scale_factor, unet.config["motion_max_seq_length"])
     control = parse_control(_given(control, defaults.control))
     drawn = [] if trajectories is None else _as_list(trajectories)
-    branches = plan(
+    scale = _given(guidance_scale, defaults.guidance_scale)
+    branches = partial(
+        plan,
         control,
-        _given(guidance_scale, defaults.guidance_scale),
-        camera_free_scale,
-        _given(trajectory_guidance_scale, defaults.trajectory_guidance_scale),
+        camera_free_scale=camera_free_scale,
+        trajectory_guidance_scale=_given(trajectory_guidance_scale, defaults.trajectory_guidance_scale),
         has_trajectories=bool(drawn),
     )
+    branches(scale)  # raises where the scales do not go together
     if drawn:
         _check_trajectories(pipe, drawn, num_frames, control)
     images, prompts = _as_list(image), _as_list(prompt)
@@ -85,7 +90,7 @@ def check_inputs(
     for name, values in given.items():
         if len(values) not in (1, count) and (values or name != "trajectories"):
             raise ValueError(f"{name}: expected 1 or {count} of them, got {len(values)}")
-    return CallInputs(images, drawn, prompts, negatives, count, (width, height), num_frames, steps, branches)
+    return CallInputs(images, drawn, prompts, negatives, count, (width, height), num_frames, steps, scale, branches)
 
 
 def broadcast(values: list[Any], count: int) -> list[Any]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,10 +40,11 @@ from imageconductor.conditioning import (
 from imageconductor.files import atomic_folder
 from imageconductor.models.adapters import attached_adapters, save_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
-from imageconductor.models.denoiser import Condition, Denoiser
+from imageconductor.models.denoiser import Condition
 from imageconductor.models.motion_unet import MotionUNet
 from imageconductor.models.networks import single_progress_bar
-from imageconductor.sampling.branches import Control, GuidedDenoiser, Text
+from imageconductor.sampling.branches import Control, Text
+from imageconductor.sampling.denoising import CALLBACK_TENSORS, StepCallback, denoise
 from imageconductor.sampling.inputs import CallInputs, broadcast, check_inputs
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -77,7 +77,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
     """
 
     model_cpu_offload_seq = "text_encoder->vae->image_controlnet->motion_controlnet->unet"
-    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+    _callback_tensor_inputs = list(CALLBACK_TENSORS)  # noqa: RUF012
 
     def __init__(
         self,
@@ -209,32 +209,50 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         self,
         inputs: CallInputs,
         num_videos_per_prompt: int,
-        generators: torch.Generator | Sequence[torch.Generator] | None,
+        generators: Sequence[torch.Generator] | None,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """Initial noise (B, C, T, h, w) float32, drawn video by video, so that a video does not depend on its batch.
+        """Initial noise (B, C, T, h, w) float32 as the scheduler scales it, once its timesteps are set.
 
         Args:
             inputs: Of the call.
             num_videos_per_prompt: Videos of each condition.
-            generators: One for all videos, drawn from in turn, or one for each.
-            latents: What is taken instead, once its shape is checked.
+            generators: One for each video, so that a video does not depend on its batch; None = torch's global one.
+            latents: Noise of unit variance that is taken instead, once its shape is checked.
 
         Raises:
-            ValueError: The number of generators, or the shape of the latents, is another.
+            ValueError: The shape of the latents is another.
         """
         count, device = inputs.count * num_videos_per_prompt, self._execution_device
         height, width = (side // self.vae_scale_factor for side in reversed(inputs.size))
-        shape = (self.unet.config["in_channels"], inputs.num_frames, height, width)
-        if latents is not None:
-            if latents.shape != (count, *shape):
-                raise ValueError(f"latents must be {(count, *shape)}, got {tuple(latents.shape)}")
-            return latents.to(device, torch.float32)
-        sources = generators if isinstance(generators, Sequence) else [generators] * count
-        if len(sources) != count:
-            raise ValueError(f"{count} videos need as many generators, got {len(sources)}")
-        noise = [randn_tensor((1, *shape), generator=source, device=device, dtype=torch.float32) for source in sources]
-        return torch.cat(noise) * self.scheduler.init_noise_sigma
+        shape = (count, self.unet.config["in_channels"], inputs.num_frames, height, width)
+        if latents is None:
+            drawn = randn_tensor(shape, None if generators is None else list(generators), device, torch.float32)
+        elif latents.shape == shape:
+            drawn = latents.to(device, torch.float32)
+        else:
+            raise ValueError(f"latents must be {shape}, got {tuple(latents.shape)}")
+        return drawn * self.scheduler.init_noise_sigma
+
+    @property
+    def guidance_scale(self) -> float:
+        """lambda_cfg of the call that runs; a callback may set `_guidance_scale`, and at most 1 turns guidance off."""
+        return max(1.0, self._guidance_scale)
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the call that runs evaluates the negative prompt too."""
+        return self.guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Denoising steps of the call that runs, each of which ends with the callback."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has set `_interrupt`, which leaves out the remaining steps."""
+        return self._interrupt
 
     # -- the call
 
@@ -275,21 +293,22 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             negative_prompt: What it does not show; None = the model's default, as below.
             control: "camera", "object", "mixed" (both LoRAs) or "base" (none).
             camera_free_scale: lambda_trajs of Eq. 5, with control "object"; None = plain classifier-free guidance.
-            guidance_scale: lambda_cfg, 1 = off.
+            guidance_scale: lambda_cfg; at most 1 = off, as in diffusers' pipelines.
             trajectory_guidance_scale: Above 1 it extrapolates away from the video without the trajectories.
             num_inference_steps: Denoising steps.
             num_frames: T.
             height: Pixels, a multiple of the VAE scale factor.
             width: Pixels, a multiple of the VAE scale factor.
             num_videos_per_prompt: Videos of each condition; they share the ControlNets' work.
-            generator: One for all videos, drawn from in turn, or one for each.
-            latents: (B, C, T, h, w), the initial noise, instead of drawing it.
+            generator: One for all videos, drawn from in turn, or one for each; also of the noise within steps.
+            latents: (B, C, T, h, w), the initial noise of unit variance, instead of drawing it.
             eta: DDIM's stochasticity.
             decode_chunk_size: Frames decoded at a time.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: False returns a tuple.
-            callback_on_step_end: Called as `f(pipe, step, timestep, {"latents": ...})`; may return new latents.
-            callback_on_step_end_tensor_inputs: Names passed to the callback; "latents" alone is offered.
+            callback_on_step_end: Called as `f(pipe, step, timestep, tensors)`, diffusers' own too; what it returns
+                replaces the tensors. It may set `pipe._interrupt = True` and `pipe._guidance_scale`.
+            callback_on_step_end_tensor_inputs: Names among `_callback_tensor_inputs` of the tensors passed to it.
 
         Raises:
             ValueError: Arguments that do not fit the model or each other.
@@ -302,39 +321,17 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         scales = (camera_free_scale, guidance_scale, trajectory_guidance_scale)
         shape = (num_inference_steps, num_frames, (width, height))
         inputs = check_inputs(self, image, trajectories, prompt, negative_prompt, control, *scales, *shape)
-        noise = self.prepare_latents(inputs, num_videos_per_prompt, generator, latents)
-        callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        sample = self._denoise(noise, inputs, eta, *callback)
+        callback = StepCallback.parse(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        self.scheduler.set_timesteps(inputs.num_inference_steps, device=self._execution_device)
+        generators = _as_generators(generator, inputs.count * num_videos_per_prompt)
+        noise = self.prepare_latents(inputs, num_videos_per_prompt, generators, latents)
+        self._guidance_scale, self._num_timesteps = inputs.guidance_scale, len(self.scheduler.timesteps)
+        self._interrupt = False
+        sample = denoise(self, noise, inputs, self._conditions(inputs), generators, eta, callback)
         frames = sample if output_type == "latent" else self.decode_latents(sample, decode_chunk_size)
         self.maybe_free_model_hooks()
         output = _convert(frames, output_type)
         return ImageConductorOutput(frames=output) if return_dict else (output,)
-
-    def _denoise(
-        self,
-        sample: Tensor,
-        inputs: CallInputs,
-        eta: float,
-        callback: Callable[..., Any] | None,
-        callback_inputs: Sequence[str],
-    ) -> Tensor:
-        """Latents (B, C, T, h, w) from noise, by the scheduler's steps."""
-        denoiser = Denoiser(self.unet, self.image_controlnet, self.motion_controlnet)
-        denoise = GuidedDenoiser(denoiser, inputs.branches, self._conditions(inputs))
-        self.scheduler.set_timesteps(inputs.num_inference_steps, device=sample.device)
-        accepted = inspect.signature(self.scheduler.step).parameters.keys()
-        arguments: dict[str, Any] = {"return_dict": False} | ({"eta": eta} if "eta" in accepted else {})
-        bar = cast("Any", self).progress_bar(total=inputs.num_inference_steps)
-        with bar:
-            for index, t in enumerate(self.scheduler.timesteps):
-                x_t = self.scheduler.scale_model_input(sample, t).to(self.unet.dtype)
-                prediction = denoise(x_t, t)  # Eq. 5, or classifier-free guidance
-                sample = self.scheduler.step(prediction.float(), t, sample, **arguments)[0]
-                if callback is not None:
-                    offered = {name: sample for name in callback_inputs if name == "latents"}
-                    sample = (callback(self, index, t, offered) or {}).get("latents", sample)
-                bar.update()
-        return sample
 
     def _conditions(self, inputs: CallInputs) -> dict[Text, Condition]:
         """The condition of all videos for each text, on the device and in the dtype of the networks."""
@@ -369,6 +366,17 @@ def write_model_folder(assembly: Assembly, output: Path, replace: bool = False) 
         ImageConductorPipeline.from_assembly(assembly).save_pretrained(folder)
         if assembly.style_lora is not None:
             shutil.copytree(assembly.style_lora, folder / "style_lora")
+
+
+def _as_generators(
+    given: torch.Generator | Sequence[torch.Generator] | None, count: int
+) -> list[torch.Generator] | None:
+    """A generator for each of `count` videos; one that serves all stands there as often."""
+    if given is None or isinstance(given, torch.Generator):
+        return None if given is None else [given] * count
+    if len(given) != count:
+        raise ValueError(f"{count} videos need as many generators, got {len(given)}")
+    return list(given)
 
 
 def _convert(frames: Tensor, output_type: str) -> Any:
