@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,6 +83,14 @@ def add_arguments(parser: argparse.ArgumentParser, schema: type[DataclassInstanc
         else:
             settings |= {"type": hint, "metavar": metavar or _METAVARS[hint]}
         parser.add_argument(f"--{field.key.replace('_', '-')}", **settings)
+
+
+def finite_float(text: str) -> float:
+    """A number for `argparse`, which reports a ValueError: nan and inf are none."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
+    return value
 
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}

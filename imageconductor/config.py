@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import math
 import re
 import textwrap
 import tokenize
@@ -88,9 +89,29 @@ def load(schema: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T
     try:
         if missing := sorted(OmegaConf.missing_keys(config)):
             raise ValueError(f"needs a value for {', '.join(missing)}")
-        return cast(T, OmegaConf.to_object(config))
+        made = cast(T, OmegaConf.to_object(config))
+        check_finite(made)
+        return made
     except (OmegaConfBaseException, ValueError, TypeError) as error:  # __post_init__, or a dangling ${interpolation}
         raise ValueError(f"{source}: {_one_line(error)}") from error
+
+
+def check_finite(value: Any, name: str = "") -> None:
+    """Makes sure that no number in a value, or in the fields, members and keys inside it, is nan or infinite.
+
+    Raises:
+        ValueError: One is; `name`, continued by dotted keys, says which.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        for key, member in cast("Mapping[Any, Any]", value).items():
+            check_finite(member, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for member in cast("Sequence[Any]", value):
+            check_finite(member, name)
 
 
 def save(config: "DataclassInstance", path: Path) -> None:

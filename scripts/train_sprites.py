@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from imageconductor.checkpoints.assembly import AssemblyConfig, assemble
-from imageconductor.command_line import parse_command_line
+from imageconductor.command_line import finite_float, parse_command_line
 from imageconductor.conditioning.flow_map import FlowMapConvention
 from imageconductor.data.batches import Batches, SpriteSamples
 from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig, caption_words, captions
@@ -58,7 +58,9 @@ class SpriteRecipe:
 def main() -> None:
     """Parses the command and builds the model."""
     extra = argparse.ArgumentParser(add_help=False)
-    extra.add_argument("--budget", type=float, default=1.0, help="scales the steps of every part, e.g. 0.01 to try it")
+    extra.add_argument(
+        "--budget", type=finite_float, default=1.0, help="scales the steps of every part, e.g. 0.01 to try it"
+    )
     recipe, args = parse_command_line(SpriteRecipe, __doc__ or "", parents=[extra])
     runs, model = Path(recipe.runs), Path(recipe.runs) / "model"
 

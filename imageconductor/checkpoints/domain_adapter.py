@@ -88,9 +88,13 @@ class DomainAdapter:
 
     @classmethod
     def load(cls, model: Path) -> DomainAdapter:
-        """The adapter of a model folder that has one."""
+        """The adapter of a model folder that has one.
+
+        Raises:
+            ValueError: Its file is damaged.
+        """
+        state = read_checkpoint(model / _FILE)
         with safe_open(model / _FILE, "pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
             return cls(state, float(file.metadata()["merged_scale"]), str(model / _FILE))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from imageconductor.config import check_finite
 from imageconductor.models.adapters import WEIGHTS_NAME, adapter_parameters, describe_adapters, load_adapter
 from imageconductor.models.controlnets import MotionControlNet
 
@@ -90,6 +91,7 @@ def read_sampling_defaults(folder: str | Path) -> dict[str, Any]:
     try:
         config = json.loads(index.read_text(encoding="utf-8"))
         defaults = SamplingDefaults(**config.get("sampling_defaults", {}))
+        check_finite(defaults, "sampling_defaults")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not the index of an Image Conductor model: {error}") from error
     if "motion_controlnet" not in config:

@@ -19,11 +19,11 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from imageconductor.files import atomic_path
-from imageconductor.models.weights import copy_weights
+from imageconductor.models.weights import copy_weights, read_checkpoint
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -241,13 +241,13 @@ def load_adapter(network: nn.Module, name: str, folder: str | Path) -> None:
 
     Raises:
         FileNotFoundError: The folder holds no adapter.
-        ValueError: Its tensors do not fit the network; every misfit is named.
+        ValueError: A file is damaged, or its tensors do not fit the network; every misfit is named.
     """
     name, folder = _plain_name(name), Path(folder)
     if not (folder / WEIGHTS_NAME).is_file():
         raise FileNotFoundError(f"no {name} LoRA in {folder} ({WEIGHTS_NAME} is missing)")
     config = LoraConfig.from_pretrained(str(folder))
-    state = {key.removeprefix(_PEFT_PREFIX): value for key, value in load_file(folder / WEIGHTS_NAME).items()}
+    state = {key.removeprefix(_PEFT_PREFIX): value for key, value in read_checkpoint(folder / WEIGHTS_NAME).items()}
     attach_adapter(network, name, state, alpha=config.lora_alpha, source=str(folder))  # type: ignore[attr-defined]
 
 

@@ -14,17 +14,31 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file is truncated, no checkpoint, or a pickle that holds more than tensors.
+        ValueError: The file is truncated, no checkpoint, a pickle that holds more than tensors, or has weights that are
+            nan or infinite.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         if path.suffix == ".safetensors":
-            return unwrap(load_file(path))
-        return unwrap(torch.load(path, map_location="cpu", weights_only=True))
+            state = unwrap(load_file(path))
+        else:
+            state = unwrap(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # Both readers raise many types for one fact: this is no readable checkpoint.
         raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    if (key := find_non_finite(state)) is not None:
+        raise ValueError(f"{path} is damaged: {key} holds nan or infinite values")
+    return state
+
+
+def find_non_finite(state: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor that holds nan or infinite values, if there is one."""
+    for key, value in state.items():
+        # Formats of one byte have no infinity; offloaded weights lie elsewhere.
+        if value.is_floating_point() and value.itemsize > 1 and not value.is_meta and not value.isfinite().all():
+            return key
+    return None
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from torch import Tensor
+from torch import Tensor, nn
 
 from imageconductor.models.denoiser import Condition, Denoiser
+from imageconductor.models.weights import find_non_finite
 from imageconductor.sampling.branches import GuidedDenoiser, Text
 from imageconductor.sampling.inputs import CallInputs
 
@@ -84,6 +85,26 @@ def _fit_rows(name: str, given: Tensor, before: Tensor) -> Tensor:
     raise ValueError(f"callback_on_step_end: {name} must be {tuple(before.shape)}, got {tuple(given.shape)}")
 
 
+def refuse_non_finite(pipe: Any, values: Tensor, where: str) -> None:
+    """Makes sure that a result is neither nan nor infinite; `where` says what gave it.
+
+    Raises:
+        ValueError: It is; the message has the weights that are not finite themselves, or the way out.
+    """
+    if values.isfinite().all():
+        return
+    folder = f" of {pipe.name_or_path}" if pipe.name_or_path else ""
+    for name, part in pipe.components.items():
+        key = find_non_finite(part.state_dict()) if isinstance(part, nn.Module) else None
+        if key is not None:
+            raise ValueError(
+                f"{where} gave nan or infinite values: weights of {name}{folder} are damaged, {key} holds such values"
+            )
+    is_half = values.dtype == torch.float16 or pipe.unet.dtype == torch.float16
+    advice = "float16 ends at 65504, so try float32 or bfloat16" if is_half else "a scale may be too large"
+    raise ValueError(f"{where} gave nan or infinite values, though all weights are finite; {advice}")
+
+
 def denoise(
     pipe: Any,
     sample: Tensor,
@@ -105,7 +126,7 @@ def denoise(
         callback: Called after each step.
 
     Raises:
-        ValueError: A callback returns tensors that do not fit.
+        ValueError: A callback returns tensors that do not fit, or a step gives values that are not finite.
     """
     networks = Denoiser(pipe.unet, pipe.image_controlnet, pipe.motion_controlnet)
     scale = pipe.guidance_scale
@@ -118,6 +139,7 @@ def denoise(
             x_t = pipe.scheduler.scale_model_input(sample, t).to(pipe.unet.dtype)
             prediction = predict(x_t, t)  # Eq. 5, or classifier-free guidance
             sample = pipe.scheduler.step(prediction.float(), t, sample, **arguments)[0]
+            refuse_non_finite(pipe, sample, f"denoising step {index + 1} of {pipe.num_timesteps}")
             if callback is not None:
                 sample, texts = callback(pipe, index, t, sample, conditions, is_guided="uncond" in predict.texts)
                 if texts is not None or pipe.guidance_scale != scale:

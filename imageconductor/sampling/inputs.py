@@ -11,6 +11,7 @@ from PIL import Image
 
 from imageconductor.checkpoints.model_folder import SamplingDefaults, check_video_shape
 from imageconductor.conditioning import Trajectories
+from imageconductor.config import check_finite
 from imageconductor.models.adapters import attached_adapters, describe_adapters
 from imageconductor.models.motion_unet import MotionUNet
 from imageconductor.sampling.branches import ADAPTERS, Branch, Control, plan
@@ -62,6 +63,13 @@ def check_inputs(
     Raises:
         ValueError: Arguments that do not fit the model or each other.
     """
+    check_finite(
+        {
+            "guidance_scale": guidance_scale,
+            "camera_free_scale": camera_free_scale,
+            "trajectory_guidance_scale": trajectory_guidance_scale,
+        }
+    )
     defaults = SamplingDefaults(**pipe.sampling_defaults)
     unet: MotionUNet = pipe.unet
     width, height = size[0] or defaults.width, size[1] or defaults.height
@@ -114,6 +122,8 @@ def _check_trajectories(pipe: Any, drawn: list[Trajectories], num_frames: int, c
     for one in drawn:
         if one.num_frames != num_frames:
             raise ValueError(f"the video has {num_frames} frames, its trajectories {one.num_frames}")
+        if not one.points[one.visible].isfinite().all():
+            raise ValueError("trajectories: a visible point is not finite")
     if missing := set(ADAPTERS[control]) - set(attached_adapters(pipe.motion_controlnet)):
         names = describe_adapters(missing)
         raise ValueError(f"control {control.value!r} needs the {names}, which this model does not have")

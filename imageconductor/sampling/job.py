@@ -72,6 +72,7 @@ class SampleJob:
     compile: bool = False  # torch.compile: minutes at the start, then less time a step
 
     def __post_init__(self) -> None:
+        config_file.check_finite(self)
         for name in ("steps", "num_videos", "height", "width", "num_frames", "fps", "decode_chunk_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -118,15 +119,17 @@ def parse_lora(text: str) -> tuple[str, float]:
     """File and scale of `FILE[:scale]`; the scale is 1 when it is not given.
 
     Raises:
-        ValueError: What stands after the colon of a file that does not exist as written is no number.
+        ValueError: What stands after the colon of a file that does not exist as written is no finite number.
     """
     path, colon, scale = text.rpartition(":")
     if not colon or Path(text).exists():
         return text, 1.0
     try:
-        return path, float(scale)
+        number = float(scale)
     except ValueError:
         raise ValueError(f"{text!r}: expected FILE or FILE:scale, and {scale!r} is no number") from None
+    config_file.check_finite(number, f"{text!r}: the scale")
+    return path, number
 
 
 def load_job(path: Path) -> SampleJob:

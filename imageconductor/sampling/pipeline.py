@@ -37,6 +37,7 @@ from imageconductor.conditioning import (
     first_frame_condition,
     to_pixels,
 )
+from imageconductor.config import check_finite
 from imageconductor.files import atomic_folder
 from imageconductor.models.adapters import attached_adapters, save_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
@@ -44,7 +45,7 @@ from imageconductor.models.denoiser import Condition
 from imageconductor.models.motion_unet import MotionUNet
 from imageconductor.models.networks import single_progress_bar
 from imageconductor.sampling.branches import Control, Text
-from imageconductor.sampling.denoising import CALLBACK_TENSORS, StepCallback, denoise
+from imageconductor.sampling.denoising import CALLBACK_TENSORS, StepCallback, denoise, refuse_non_finite
 from imageconductor.sampling.inputs import CallInputs, broadcast, check_inputs
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -200,9 +201,14 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, chunk_size: int = 16) -> Tensor:
-        """Frames (B, T, 3, H, W) in [0, 1] float32 of latents (B, C, T, h, w), `chunk_size` frames at a time."""
+        """Frames (B, T, 3, H, W) in [0, 1] float32 of latents (B, C, T, h, w), `chunk_size` frames at a time.
+
+        Raises:
+            ValueError: The VAE gives values that are not finite.
+        """
         frames = latents.transpose(1, 2).flatten(0, 1).to(self.vae.dtype) / self.vae.config["scaling_factor"]
         decoded = torch.cat([self.vae.decode(chunk).sample.float() for chunk in frames.split(chunk_size)])
+        refuse_non_finite(self, decoded, "decoding of the latents")
         return (decoded / 2 + 0.5).clamp(0, 1).unflatten(0, (latents.shape[0], latents.shape[2]))
 
     def prepare_latents(
@@ -232,6 +238,8 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             drawn = latents.to(device, torch.float32)
         else:
             raise ValueError(f"latents must be {shape}, got {tuple(latents.shape)}")
+        if not drawn.isfinite().all():
+            raise ValueError("the given latents hold nan or infinite values")
         return drawn * self.scheduler.init_noise_sigma
 
     @property
@@ -320,6 +328,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             )
         scales = (camera_free_scale, guidance_scale, trajectory_guidance_scale)
         shape = (num_inference_steps, num_frames, (width, height))
+        check_finite({"eta": eta})
         inputs = check_inputs(self, image, trajectories, prompt, negative_prompt, control, *scales, *shape)
         callback = StepCallback.parse(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.scheduler.set_timesteps(inputs.num_inference_steps, device=self._execution_device)
@@ -340,8 +349,10 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             "uncond": self.encode_prompt(broadcast(inputs.negative_prompts, count)).to(dtype),
             "prompt": self.encode_prompt(broadcast(inputs.prompts, count)).to(dtype),
         }
+        refuse_non_finite(self, torch.cat(list(texts.values())), "the text encoder")
         pixels = torch.cat([to_pixels(image, inputs.size) for image in inputs.images])
         latent = encode_first_frame(self.vae, pixels, device=device).to(device, dtype)
+        refuse_non_finite(self, latent, "encoding of the first frame")
         first_frame, mask = first_frame_condition(latent.expand(count, -1, -1, -1), inputs.num_frames)
         flow = None
         if inputs.trajectories:
