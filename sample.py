@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from imageconductor.command_line import add_arguments
-from imageconductor.files import atomic_folder
-from imageconductor.sampling.job import SampleJob, check_output, load_job, load_pipeline, prepare, render, write
+from imageconductor.files import atomic_folder, check_new_folder
+from imageconductor.sampling.job import SampleJob, load_job, load_pipeline, prepare, render, write
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "sample" / "sprites.yaml"
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     if config is None and "image" not in args:
         config = DEFAULT_CONFIG
     try:
-        check_output(output)
+        check_new_folder(output)
         inputs = prepare(build_job(config, args))
         with atomic_folder(output) as folder:  # opened first, so that a place that cannot be written costs no video
             videos = render(load_pipeline(inputs.job), [inputs])[0]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The folder is made if it is not there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{platform.node()}.{os.getpid()}{_PARTIAL}{path.suffix}")
+    temporary = path.with_name(_partial_name(path.stem) + path.suffix)
     try:
         yield temporary
         if temporary.exists():
@@ -56,15 +58,20 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         replace: Whether a folder that is there gives way, at the moment when the new one is complete.
 
     Raises:
-        FileExistsError: Something lies at `path`. If it appeared meanwhile, what was written is kept, and the message
-            says where.
+        ValueError: No folder can be written there.
+        FileExistsError: Something lies at `path`.
+        OSError: At the end, something has appeared at `path`, or nothing can be moved there. What was written is kept,
+            and the message says where.
     """
     path = path.absolute()
     _check_free(path, replace)
-    root = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}{_PARTIAL}")
+    root = path.with_name(_partial_name(path.name))
     temporary = root / path.name
     shutil.rmtree(root, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
     try:
         yield temporary
     except BaseException:
@@ -72,10 +79,39 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         raise
     try:
         _check_free(path, replace)
-    except FileExistsError as error:
-        raise FileExistsError(f"{error}; the new one is in {temporary}") from None
-    replace_folder(temporary, path)
+        replace_folder(temporary, path)
+    except OSError as error:
+        kind = FileExistsError if isinstance(error, FileExistsError) else OSError
+        raise kind(f"{error}; the new one is in {temporary}") from None
     shutil.rmtree(root, ignore_errors=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Makes sure that a folder can be made at a path, or that files can be written into the one that is there.
+
+    Raises:
+        ValueError: It cannot, in one line with the reason.
+    """
+    folder = folder.absolute()
+    try:
+        above = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        if not above.is_dir():
+            raise ValueError(f"{folder} cannot be written: {above} is no folder")
+        with tempfile.TemporaryDirectory(dir=above, prefix=".", suffix=_PARTIAL) as trial:
+            (Path(trial) / folder.relative_to(above)).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written: {error.strerror}") from error
+
+
+def check_new_folder(folder: Path) -> None:
+    """Makes sure, before the work, that `atomic_folder` can put a folder at a path.
+
+    Raises:
+        ValueError: Something is there, or nothing can be written.
+    """
+    check_writable(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} exists and is not empty; name another --output")
 
 
 def replace_folder(complete: Path, path: Path) -> None:
@@ -99,6 +135,13 @@ def remove_partial(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _partial_name(name: str) -> str:
+    """A hidden name for a file or folder while it is written; it fits file systems with 255 bytes for a name."""
+    if len(os.fsencode(name)) > 100:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    return f".{name}.{platform.node()}.{os.getpid()}{_PARTIAL}"
 
 
 def _check_free(path: Path, replace: bool) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from imageconductor import config as config_file
 from imageconductor.command_line import parse_command_line
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, Task
-from imageconductor.files import atomic_folder, write_text
+from imageconductor.files import atomic_folder, check_writable, write_text
 from imageconductor.training.train_config import TrainConfig
 
 _STAGES = ("motion_controlnet", "camera_lora", "object_lora")
@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     config, _ = parse_command_line(AblationConfig, __doc__ or "", argv)
     output = Path(config.output)
     try:
+        check_writable(output)
         plans = {
             f"{name}-{seed}": build_stage_configs(config, variant, seed)
             for seed in config.seeds

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from imageconductor import config as config_file
-from imageconductor.files import atomic_folder
+from imageconductor.files import atomic_folder, check_new_folder
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; 2 = bad input, told in one line."""
+    """Runs the command; 2 = bad input, told in one line; 1 = the machine's fault."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, metavar="FILE", help="recipe; configs/model holds those we know")
     parser.add_argument("--export", choices=["published"], help="write a folder's networks under the published names")
@@ -51,8 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if output is None:
             raise ValueError("--output DIR is missing")
-        if output.exists():
-            raise ValueError(f"{output} exists; name another --output")
+        check_new_folder(output)
         if args.export:
             export(args.model, args.format, output)
         else:
@@ -60,6 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # A full disk, or something that appeared at the output meanwhile.
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(output)
     return 0
 

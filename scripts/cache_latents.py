@@ -30,7 +30,7 @@ from imageconductor.conditioning import Trajectories
 from imageconductor.data.batches import scale_pixels
 from imageconductor.data.clip_records import ClipRecord, encode_tracks, find_clips
 from imageconductor.data.clips import Video, fit_to_size
-from imageconductor.files import atomic_path, remove_partial
+from imageconductor.files import atomic_path, check_writable, remove_partial
 from imageconductor.models.networks import Encoders
 
 
@@ -88,15 +88,16 @@ def cache(config: CacheConfig) -> None:
 
     Raises:
         FileNotFoundError: The clips, or a part of the model that is needed, are missing.
-        ValueError: The clips are encoded already, or the model cannot encode `size`.
+        ValueError: The clips are encoded already, the model cannot encode `size`, or the output cannot be written.
     """
+    output = Path(config.output)
+    check_writable(output)
     records = [record for shard in find_clips(config.data) for record in shard]
     if records[0].is_cached:
         raise ValueError(f"data={config.data}: holds latents already")
     factor = read_vae_scale_factor(Encoders.check_folder(config.model))
     if config.size[0] % factor or config.size[1] % factor:
         raise ValueError(f"size must be in multiples of {factor} for this model, got {config.size}")
-    output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     if config.parts == 1:  # Otherwise other processes may be writing there.
         remove_partial(output)

@@ -16,7 +16,7 @@ from imageconductor.command_line import finite_float, parse_command_line
 from imageconductor.conditioning.flow_map import FlowMapConvention
 from imageconductor.data.batches import Batches, SpriteSamples
 from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig, caption_words, captions
-from imageconductor.files import atomic_folder
+from imageconductor.files import atomic_folder, check_writable
 from imageconductor.models.controlnets import MotionControlNet
 from imageconductor.models.networks import Networks
 from imageconductor.models.small_model import SmallModelConfig, add_full_resolution_attention, build_small_model
@@ -63,7 +63,11 @@ def main() -> None:
     )
     recipe, args = parse_command_line(SpriteRecipe, __doc__ or "", parents=[extra])
     runs, model = Path(recipe.runs), Path(recipe.runs) / "model"
-
+    try:
+        for folder in (recipe.output, recipe.runs):
+            check_writable(Path(folder))
+    except ValueError as error:
+        extra.exit(2, f"error: {error}\n")
     if model.is_dir() and not (model / "model_index.json").is_file():
         raise SystemExit(f"{model} is of an earlier version, or not whole; name other runs=FOLDER, or delete it")
     if not model.is_dir():

@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from imageconductor.files import atomic_folder, atomic_path, atomic_write, remove_partial, replace_folder, write_text
+from imageconductor.files import (
+    atomic_folder,
+    atomic_path,
+    atomic_write,
+    check_new_folder,
+    check_writable,
+    remove_partial,
+    replace_folder,
+    write_text,
+)
 
 
 def names(folder):
@@ -95,6 +104,55 @@ def test_what_appears_meanwhile_costs_no_work(tmp_path):
     assert names(target) == ["another"]
     assert names(folder) == ["video.mp4"]
     assert str(folder) in str(caught.value)
+
+
+def test_a_place_that_vanishes_meanwhile_costs_no_work(tmp_path):
+    """The parent gives way to a file, so that nothing can be moved there."""
+    target = tmp_path / "deep" / "videos"
+    with pytest.raises(OSError, match="the new one is in") as caught, atomic_folder(target) as folder:  # noqa: PT012
+        (folder / "video.mp4").touch()
+        (tmp_path / "deep").rename(tmp_path / "moved")
+        (tmp_path / "deep").touch()
+    assert "deep" in str(caught.value)
+    assert list(tmp_path.rglob("video.mp4"))
+
+
+UNWRITABLE = {
+    "under a file": ("{tmp}/file/out", "file is no folder"),
+    "a file": ("{tmp}/file", "file is no folder"),
+    "a dangling link": ("{tmp}/link/out", "link is no folder"),
+    "too long": ("{tmp}/" + "x" * 300, "File name too long"),
+    "too long within": ("{tmp}/" + "ö" * 150 + "/out", "File name too long"),
+    "read-only": ("/proc/out", "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("case", UNWRITABLE)
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(case, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    path, message = UNWRITABLE[case]
+    with pytest.raises(ValueError, match=message):
+        check_writable(Path(path.format(tmp=tmp_path)))
+    assert names(tmp_path) == ["file", "link"]
+
+
+def test_a_folder_that_can_be_written_stays_as_it_is(tmp_path):
+    for path in (tmp_path, tmp_path / "new" / "deep"):
+        check_new_folder(path)
+    assert names(tmp_path) == []
+    (tmp_path / "kept").touch()
+    check_writable(tmp_path)
+    with pytest.raises(ValueError, match="not empty"):
+        check_new_folder(tmp_path)
+
+
+def test_names_may_be_as_long_as_the_file_system_allows(tmp_path):
+    name = "ö" * 120
+    write_text(tmp_path / f"{name}.txt", "text")
+    with atomic_folder(tmp_path / name) as folder:
+        assert folder.name == name
+    assert names(tmp_path) == [name, f"{name}.txt"]
 
 
 def test_a_complete_folder_takes_the_place_of_another(tmp_path):

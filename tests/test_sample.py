@@ -136,6 +136,8 @@ BAD = {
     "absent LoRA file": (["--lora", "nowhere.safetensors:0.5"], "no file at nowhere.safetensors"),
     "missing config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
     "output in use": (["--output", "{used}"], "not empty"),
+    "output under a file": (["--output", "{text}/out"], "note.txt is no folder"),
+    "output name too long": (["--output", "x" * 300], "File name too long"),
 }
 
 
@@ -172,6 +174,22 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tiny_model, image, tmp_p
     assert len(lines) == 1
     assert message in lines[0]
     assert set(tmp_path.iterdir()) == before
+
+
+def test_an_output_that_appears_meanwhile_costs_no_video(tiny_model, image, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+
+    def render(*_):
+        output.mkdir()
+        (output / "of another").touch()
+        return [[np.zeros((4, 32, 32, 3), np.uint8)]]
+
+    monkeypatch.setattr(sample, "load_pipeline", lambda _: None)
+    monkeypatch.setattr(sample, "render", render)
+    assert sample.main(["--model", str(tiny_model), "--image", str(image), "--output", str(output)]) == 1
+    (kept,) = tmp_path.rglob("video-0.mp4")
+    assert f"the new one is in {kept.parent}" in capsys.readouterr().err
+    assert names(output) == ["of another"]
 
 
 def test_a_failure_while_sampling_leaves_nothing(tiny_model, image, tmp_path, monkeypatch):

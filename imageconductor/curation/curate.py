@@ -38,7 +38,7 @@ from imageconductor.curation.motion_score import motion_threshold
 from imageconductor.curation.passes import Annotate, Scan, Score
 from imageconductor.curation.run_folder import Run
 from imageconductor.curation.sources import Source, find_sources
-from imageconductor.files import atomic_path, remove_partial, write_text
+from imageconductor.files import atomic_path, check_writable, remove_partial, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ def curate(config: CurateConfig) -> Counter[str]:
         ValueError: The settings, the input or the output folder cannot be used; nothing has been written then.
     """
     config = _resolve_paths(config)
+    check_writable(Path(config.output))
     sources = find_sources(config)
     run = Run(config, Path(config.output).absolute())
     digest = _hash_sources(sources)

@@ -46,7 +46,7 @@ from imageconductor.evaluation.requests import Request, build_requests, write_re
 from imageconductor.evaluation.scores import measure, to_json_values
 from imageconductor.evaluation.summary import summarise_evaluation
 from imageconductor.evaluation.video_files import read_video, write_video
-from imageconductor.files import remove_partial, write_text
+from imageconductor.files import check_writable, remove_partial, write_text
 from imageconductor.sampling.branches import ADAPTERS, Control
 from imageconductor.sampling.job import Inputs, SampleJob, load_pipeline, render
 from imageconductor.sampling.video import upscale_for_viewing
@@ -67,8 +67,10 @@ class Evaluation:
         self.config, self.output = config, output
         self.methods = config.all_methods
         self.state = _start_processes(config.device)
-        if output.exists() and any(output.iterdir()) and not (output / "scores").is_dir():
-            raise ValueError(f"{output} exists and holds something else; name another --output")
+        if self.state.is_main_process:
+            check_writable(output)
+            if output.exists() and any(output.iterdir()) and not (output / "scores").is_dir():
+                raise ValueError(f"{output} exists and holds something else; name another --output")
         self.size, self.num_frames = self._shape()
         kinds: set[RequestSet] = {task.requests for task in config.tasks.values()}
         self.requests = {kind: build_requests(config, kind, self.size, self.num_frames) for kind in sorted(kinds)}

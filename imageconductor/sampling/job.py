@@ -8,7 +8,6 @@ files = write(inputs, videos[0], folder)
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -252,15 +251,6 @@ def render(
     videos = [to_uint8(video) for video in result.frames]
     each = len(videos) // len(inputs)
     return [videos[start : start + each] for start in range(0, len(videos), each)]
-
-
-def check_output(folder: Path) -> None:
-    """Raises ValueError if something lies where the output is to go, or if nothing can be written there."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty; name another --output")
-    above = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder} cannot be written: {above} is no folder that this user may write to")
 
 
 def write(inputs: Inputs, videos: Sequence[Frames], folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from imageconductor.checkpoints.model_folder import check_shape
 from imageconductor.data.batches import Batches, Samples, SpriteSamples
 from imageconductor.data.clips import ClipSamples
+from imageconductor.files import check_writable
 from imageconductor.models.networks import Networks
 from imageconductor.training.loop import Preview, TrainState, train
 from imageconductor.training.record import check_continuation
@@ -54,8 +55,10 @@ def check_inputs(config: TrainConfig) -> None:
 
     Raises:
         FileNotFoundError: A part of the model, or a network named in the settings, is missing.
-        ValueError: The model cannot make videos of the clips' shape, or the run folder holds a run of other settings.
+        ValueError: The model cannot make videos of the clips' shape, the run folder cannot be written, or it holds a
+            run of other settings.
     """
+    check_writable(Path(config.output))
     folder = Networks.check_folder(config.model)
     size = config.size if config.data else config.world.size
     num_frames = config.num_frames or (16 if config.data else config.world.num_frames)
