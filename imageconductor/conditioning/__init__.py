@@ -6,6 +6,7 @@ from imageconductor.conditioning.first_frame import (
     first_frame_condition,
     load_image,
     to_pixels,
+    to_rgb,
 )
 from imageconductor.conditioning.flow_map import FlowMapConvention, build_flow_map, flow_map
 from imageconductor.conditioning.presets import (
@@ -32,4 +33,5 @@ __all__ = [
     "load_image",
     "object_preset",
     "to_pixels",
+    "to_rgb",
 ]

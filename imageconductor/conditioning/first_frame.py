@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from imageconductor.conditioning.trajectory_json import check_size
@@ -14,22 +14,90 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 
+BACKGROUND = (255, 255, 255)
+"""What stands behind the transparent parts of a picture: white, as in most viewers."""
+
+_COLOUR = cast("Any", ImageCms)  # without types of its own
+_INTEGER_FORMATS = ("PNG", "PPM")  # their 16-bit pictures may be opened as 32-bit integers from 0 to 65535
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of a TIFF file
+
+
 def load_image(path: str | Path) -> Image.Image:
-    """The RGB picture in a file, upright according to its EXIF orientation.
+    """The RGB picture in a file, as a viewer shows it: see `to_rgb`. Of an animation, its first frame.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a readable picture.
+        ValueError: not a readable picture, or one whose pixels state no white.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image file")
     try:
         with path.open("rb") as file:
-            return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+            image = Image.open(file)
+            if getattr(image, "default_image", False):
+                image.seek(1)  # An APNG's frame 0 may be a stand-in for viewers that show no animation.
+            image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else f"damaged image: {error}"
         raise ValueError(f"{path}: {reason}; give a PNG, JPEG or WebP file") from error
+    return to_rgb(image, str(path))
+
+
+def to_rgb(image: Image.Image, source: str = "image") -> Image.Image:
+    """A picture of any mode as 8-bit RGB: scaled to 8 bits, upright by its EXIF orientation, on `BACKGROUND`.
+
+    Args:
+        image: any picture that Pillow opens, also one with transparency, a palette, CMYK or CIELAB.
+        source: name at the start of messages.
+
+    Raises:
+        ValueError: no picture of Pillow's, or numbers of 32 bits, which do not say how bright white is.
+    """
+    if not isinstance(cast("object", image), Image.Image):
+        raise ValueError(f"{source}: expected a PIL image, got {type(image).__name__}")
+    if image.mode == "RGB" and not image.has_transparency_data and not image.getexif():
+        return image
+    white = _white_level(image, source)
+    is_inverted = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+    try:
+        image = ImageOps.exif_transpose(image)
+        if white is not None:
+            image = _scale_to_8_bits(image, white, is_inverted)
+        elif image.mode == "LAB":
+            profiles = _COLOUR.createProfile("LAB"), _COLOUR.createProfile("sRGB")
+            image = _COLOUR.profileToProfile(image, *profiles, outputMode="RGB")
+        elif image.mode == "La":  # premultiplied; Pillow converts it to its own straight form alone
+            image = image.convert("LA")
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, BACKGROUND), rgba)
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, ImageCms.PyCMSError) as error:
+        raise ValueError(f"{source}: cannot be turned into RGB: {error}; save it as RGB with 8 bits") from error
+
+
+def _white_level(image: Image.Image, source: str) -> int | None:
+    """The number that stands for white in a picture of more than 8 bits; None = at most 8 bits."""
+    if image.mode.startswith("I;16"):
+        bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
+        return 2**bits - 1
+    if image.mode == "I" and image.format in _INTEGER_FORMATS:
+        return 65535
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+        raise ValueError(f"{source}: its pixels are {kind}, which do not say how bright white is; save 8 or 16 bits")
+    return None
+
+
+def _scale_to_8_bits(image: Image.Image, white: int, is_inverted: bool) -> Image.Image:
+    """Gray levels from 0 to `white` as 8 bits, with alpha if one level is transparent."""
+    levels = np.asarray(image)
+    scaled = np.rint(levels.clip(0, white) * (255 / white)).astype(np.uint8)
+    gray = Image.fromarray(255 - scaled if is_inverted else scaled)
+    if (transparent := image.info.get("transparency")) is not None:
+        gray.putalpha(Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8)))
+    return gray
 
 
 def cover_scale(old: tuple[int, int], new: tuple[int, int]) -> float:
@@ -53,8 +121,8 @@ def cover_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """`image` cover-cropped to `size` (W, H): (1, 3, H, W) float32 in [-1, 1]."""
-    values = np.array(cover_crop(image.convert("RGB"), size), dtype=np.float32) / 127.5 - 1
+    """`image` as RGB, cover-cropped to `size` (W, H): (1, 3, H, W) float32 in [-1, 1]."""
+    values = np.array(cover_crop(to_rgb(image), size), dtype=np.float32) / 127.5 - 1
     return torch.as_tensor(values).permute(2, 0, 1)[None].contiguous()
 
 

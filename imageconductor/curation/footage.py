@@ -16,6 +16,8 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideType
 from numpy.typing import NDArray
 
+from imageconductor.conditioning import load_image
+
 Picture = NDArray[np.uint8]  # (H, W, 3) RGB
 Resize = Callable[[tuple[int, int]], tuple[int, int]]
 """Maps the (W, H) of footage, upright and with square pixels, to the (W, H) that its frames are resized to."""
@@ -218,15 +220,15 @@ def _read_pictures(
             continue
         if wanted is not None and not any(abs(time - other) < _EPSILON_S for other in wanted):
             continue
-        picture = cv2.imread(str(file), cv2.IMREAD_COLOR)
-        if picture is None:
-            raise Rejected("damaged", file.name)
-        size = (picture.shape[1], picture.shape[0])
+        try:
+            image = load_image(file)
+        except ValueError as error:
+            raise Rejected("damaged", str(error)) from error
+        size = image.size
         limits.check(size)
-        picture = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
         target = resize(size)
         interpolation = cv2.INTER_AREA if target[0] * target[1] < size[0] * size[1] else cv2.INTER_CUBIC
-        yield time, np.asarray(cv2.resize(picture, target, interpolation=interpolation), np.uint8)
+        yield time, np.asarray(cv2.resize(np.asarray(image), target, interpolation=interpolation), np.uint8)
 
 
 def encode_mp4(clip: NDArray[np.uint8], fps: float) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from imageconductor.checkpoints.model_folder import SamplingDefaults, check_video_shape
-from imageconductor.conditioning import Trajectories
+from imageconductor.conditioning import Trajectories, to_rgb
 from imageconductor.config import check_finite
 from imageconductor.models.adapters import attached_adapters, describe_adapters
 from imageconductor.models.motion_unet import MotionUNet
@@ -22,7 +22,7 @@ class CallInputs:
     """What a call asks for.
 
     Attributes:
-        images, prompts, negative_prompts: Each of length 1, which serves all, or `count`.
+        images, prompts, negative_prompts: Each of length 1, which serves all, or `count`; images are RGB.
         trajectories: Of length 1 or `count`; none without trajectories.
         count: P, number of conditions.
         size: (W, H) in pixels.
@@ -91,7 +91,7 @@ def check_inputs(
     branches(scale)  # raises where the scales do not go together
     if drawn:
         _check_trajectories(pipe, drawn, num_frames, control)
-    images, prompts = _as_list(image), _as_list(prompt)
+    images, prompts = [to_rgb(one) for one in _as_list(image)], _as_list(prompt)
     negatives = _as_list(_given(negative_prompt, defaults.negative_prompt))
     given = {"image": images, "prompt": prompts, "negative_prompt": negatives, "trajectories": drawn}
     count = max(map(len, given.values()))

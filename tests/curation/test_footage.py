@@ -224,3 +224,10 @@ def test_realestate10k_as_video_and_as_frames(tmp_path):
         start = round(row.start_s * 25)
         first = cv2.resize(clip[start], (384, 256), interpolation=cv2.INTER_CUBIC)
         assert np.abs(decode_mp4(mp4)[0].astype(int) - first).mean() < 8
+
+
+def test_frames_in_a_folder_are_shown_as_a_viewer_shows_them(tmp_path):
+    cv2.imwrite(str(tmp_path / "0.png"), np.full((64, 64, 4), (0, 0, 255, 0), np.uint8))
+    cv2.imwrite(str(tmp_path / "40000.png"), np.full((64, 64), 40000, np.uint16))
+    pictures = [picture for _, picture in read_frames(tmp_path, same, LIMITS)]
+    assert [np.unique(picture).tolist() for picture in pictures] == [[255], [156]]

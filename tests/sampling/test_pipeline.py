@@ -48,6 +48,16 @@ def test_a_saved_model_gives_the_same_video(pipe, image, tmp_path):
         assert np.array_equal(run(pipe, image, track, control=control), run(again, image, track, control=control))
 
 
+def test_any_picture_is_shown_as_a_viewer_shows_it(pipe, image):
+    plain = run(pipe, image.convert("L"), num_inference_steps=1)
+    deep = np.asarray(image.convert("L")).astype(np.uint16) * 257
+    assert np.array_equal(run(pipe, Image.fromarray(deep), num_inference_steps=1), plain)
+    with pytest.raises(ValueError, match="image: its pixels are floating-point numbers"):
+        run(pipe, Image.fromarray(deep.astype(np.float32)))
+    with pytest.raises(ValueError, match="image: expected a PIL image, got ndarray"):
+        run(pipe, deep)
+
+
 def test_trajectory_guidance_is_off_unless_the_model_says_otherwise(tiny_model, pipe, image, tmp_path):
     track = camera_preset("pan-left", SIZE, FRAMES)
     plain = run(pipe, image, track, control="camera")
