@@ -6,34 +6,28 @@ and removing one leaves no trace. A DreamBooth file replaces weights for good.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from imageconductor.checkpoints.domain_adapter import DomainAdapter
 from imageconductor.checkpoints.published import rename_motion_modules
+from imageconductor.models.adapters import plain_layers
+from imageconductor.models.lora_files import LoraPair, fit_pair, pair_up, peft_settings, read_lora
 from imageconductor.models.weights import copy_weights, read_checkpoint
 
 _LDM_PARTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.")
-_PROCESSOR_KEY = re.compile(
-    r"^(?:unet\.)?(?P<layer>.+?)(?:\.processor)?\.(?P<name>to_q|to_k|to_v|to_out)_lora\.(?P<side>down|up)\.weight$"
-)
-_LORA_KEY = re.compile(
-    r"^(?P<model>unet|text_encoder)\.(?P<layer>.+?)\.(lora(_linear_layer)?\.)?(?P<side>down|up|lora_A|lora_B)\.weight$"
-)
-
-
 _TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "out_proj"}
+_KOHYA = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder"}
+_Fitted = dict[str, dict[str, LoraPair]]  # pairs by network and layer
 
 
 def load_base(pipe: Any, path: str | Path) -> None:
@@ -80,80 +74,95 @@ def _text_encoder(pipe: Any, state: Mapping[str, Tensor], path: str | Path) -> t
 
 
 def load_style_lora(pipe: Any, path: str | Path, name: str) -> None:
-    """Attaches a LoRA of the UNet and perhaps the text encoder, in kohya's or diffusers' format, as adapter `name`.
+    """Attaches a LoRA of the UNet, the text encoder or both, in kohya's, diffusers' or peft's format, as `name`.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: It names layers that the model does not have, or of another width; nothing has been changed then.
+        ValueError: It is of another kind, names layers that the model does not have, or of another width, or the name
+            is taken; nothing has been changed then.
     """
-    attach_lora(pipe, read_checkpoint(path), name, str(path))
+    _attach(pipe, read_style_lora(pipe, path), name)
 
 
 def load_motion_lora(pipe: Any, path: str | Path, name: str) -> None:
-    """Attaches a LoRA of AnimateDiff's motion modules, in the original or diffusers' format, as adapter `name`.
+    """Attaches a LoRA of AnimateDiff's motion modules, in the original or any of those formats, as adapter `name`.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: It does not fit the motion modules.
+        ValueError: As `load_style_lora`, or it names no motion module.
     """
-    state = read_checkpoint(path)
-    renamed: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if match := _PROCESSOR_KEY.match(key):
-            layer = rename_motion_modules(match["layer"] + ".").removesuffix(".")
-            projection = "to_out.0" if match["name"] == "to_out" else match["name"]
-            key = f"unet.{layer}.{projection}.lora_{'A' if match['side'] == 'down' else 'B'}.weight"
-        renamed[key] = value
-    if not any(".motion_modules." in key for key in renamed):
-        raise ValueError(f"{path} is no motion LoRA: none of its {len(state)} keys names a motion module")
-    attach_lora(pipe, renamed, name, str(path))
+    _attach(pipe, read_motion_lora(pipe, path), name)
 
 
-def attach_lora(pipe: Any, state: dict[str, Tensor], name: str, source: str) -> None:
-    """Checks a LoRA against the model and loads it through diffusers.
+def read_style_lora(pipe: Any, path: str | Path) -> _Fitted:
+    """The pairs of `load_style_lora`, checked against the model and not attached."""
+    return _fit(pipe, read_lora(path), str(path))
+
+
+def read_motion_lora(pipe: Any, path: str | Path) -> _Fitted:
+    """The pairs of `load_motion_lora`, checked against the model and not attached."""
+    pairs = read_lora(path)
+    if not any("motion_modules" in name for name in pairs):
+        raise ValueError(f"{path} is no motion LoRA: none of its {len(pairs)} layers is of a motion module")
+    return _fit(pipe, pairs, str(path))
+
+
+def _fit(pipe: Any, pairs: Mapping[str, LoraPair], source: str) -> _Fitted:
+    """The pairs by network and layer of the model, in its shapes.
 
     Raises:
-        ValueError: It does not fit; names the file, what was expected and what was found.
+        ValueError: The model lacks a layer, or has it in another size.
     """
-    try:
-        converted = StableDiffusionLoraLoaderMixin.lora_state_dict(dict(state))[0]
-    except Exception as error:  # diffusers' converters raise many types for a file they do not know.
-        raise ValueError(f"{source} is no LoRA for Stable Diffusion 1.5: {error}") from error
-    networks = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
-    fitting = 0
-    for key, value in converted.items():
-        if key.endswith(".alpha"):
-            continue
-        match = _LORA_KEY.match(key)
-        if not match:
-            raise ValueError(f"{source}: {key} is no LoRA weight of the UNet or the text encoder")
-        layer = match["layer"].replace(".processor.", ".").removesuffix("_lora")
-        layer = layer + ".0" if layer.endswith(".to_out") else layer
-        if match["model"] == "text_encoder":
-            for ours, theirs in _TEXT_NAMES.items():
-                layer = layer.replace(f".self_attn.{ours}", f".self_attn.{theirs}")
-        _check_layer(networks[match["model"]], layer, match["side"], value, source)
-        fitting += 1
-    if not fitting:
-        raise ValueError(f"{source} holds no LoRA weight; found {', '.join(list(state)[:3])}")
-    pipe.load_lora_weights(dict(state), adapter_name=name)
+    layers = {"unet": plain_layers(pipe.unet), "text_encoder": plain_layers(pipe.text_encoder)}
+    flat = {network: {name.replace(".", "_"): name for name in names} for network, names in layers.items()}
+    fitted: _Fitted = {}
+    for name, pair in pairs.items():
+        network, layer = _find_layer(name, layers, flat, source)
+        fitted.setdefault(network, {})[layer] = fit_pair(pair, layers[network][layer], layer, source)
+    return fitted
 
 
-def _check_layer(network: Any, layer: str, side: str, value: Tensor, source: str) -> None:
-    for name in (layer, layer.removeprefix("text_model."), f"text_model.{layer}"):
-        try:
-            module = network.get_submodule(name)
-        except AttributeError:
-            continue
-        weight = getattr(module, "base_layer", module).weight
-        axis = 1 if side in ("down", "lora_A") else 0
-        if value.shape[axis] != weight.shape[axis]:
-            raise ValueError(
-                f"{source} is for another base: {layer} is {tuple(weight.shape[:2])} here, and its LoRA's {side} is "
-                f"{tuple(value.shape)}"
-            )
-        return
-    raise ValueError(f"{source} is for another base: this model has no layer {layer}")
+def _find_layer(
+    name: str, layers: Mapping[str, Mapping[str, nn.Module]], flat: Mapping[str, Mapping[str, str]], source: str
+) -> tuple[str, str]:
+    """Network and layer of a name in kohya's, diffusers', peft's or AnimateDiff's way of writing."""
+    if prefix := next((prefix for prefix in _KOHYA if name.startswith(prefix)), None):
+        network, short = _KOHYA[prefix], name.removeprefix(prefix)
+        for spelling in (short, short.removeprefix("text_model_"), f"text_model_{short}"):
+            if spelling in flat[network]:
+                return network, flat[network][spelling]
+    else:
+        stated, _, rest = name.partition(".")
+        for network in [stated] if stated in layers else layers:
+            layer = rest if stated in layers else name
+            layer = layer.replace(".processor.", ".")
+            layer = layer + ".0" if layer.endswith(".to_out") else layer
+            if network == "unet":
+                spellings = (rename_motion_modules(layer + ".").removesuffix("."),)
+            else:
+                for ours, theirs in _TEXT_NAMES.items():
+                    layer = layer.replace(f".self_attn.{ours}", f".self_attn.{theirs}")
+                spellings = (layer, layer.removeprefix("text_model."), f"text_model.{layer}")
+            if found := next((spelling for spelling in spellings if spelling in layers[network]), None):
+                return network, found
+    raise ValueError(f"{source} is for another base: this model has no layer {name}")
+
+
+def _attach(pipe: Any, fitted: _Fitted, name: str) -> None:
+    """Attaches pairs that fit, through diffusers' and transformers' loaders.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+    if any(name in names for names in pipe.get_list_adapters().values()):
+        raise ValueError(f"a LoRA called {name} is attached already")
+    loaders = {"unet": pipe.load_lora_into_unet, "text_encoder": pipe.load_lora_into_text_encoder}
+    for network, pairs in fitted.items():
+        state = {f"{network}.{layer}.lora_A.weight": pair.down for layer, pair in pairs.items()}
+        state |= {f"{network}.{layer}.lora_B.weight": pair.up for layer, pair in pairs.items()}
+        settings = {f"{network}.{key}": value for key, value in peft_settings(pairs).items()}
+        parts = {network: getattr(pipe, network), "adapter_name": name, "metadata": settings, "_pipeline": pipe}
+        loaders[network](state, network_alphas=None, **parts)
 
 
 def personalise(
@@ -166,20 +175,23 @@ def personalise(
     """What `sample.py --base --lora --motion-lora --domain-adapter-scale` ask for; a LoRA is a file and its scale.
 
     Raises:
-        FileNotFoundError, ValueError: As the loaders above.
+        FileNotFoundError, ValueError: As the loaders above; nothing has been changed then.
     """
     if base is not None:
         load_base(pipe, base)
-    scales: dict[str, float] = {}
-    for kind, load, files in (("style", load_style_lora, loras), ("motion", load_motion_lora, motion_loras)):
+    fitted: dict[str, tuple[_Fitted, float]] = {}  # all are checked before any changes the model
+    for kind, read, files in (("style", read_style_lora, loras), ("motion", read_motion_lora, motion_loras)):
         for number, (path, scale) in enumerate(files):
-            load(pipe, path, f"{kind}{number}")
-            scales[f"{kind}{number}"] = scale
+            fitted[f"{kind}{number}"] = read(pipe, path), scale
     if domain_adapter_scale is not None:
         adapter: DomainAdapter = pipe.domain_adapter
-        # A DreamBooth file has replaced the weights that held it.
+        # A DreamBooth file replaces the weights that hold it.
         merged = adapter.merged_scale if base is None else 0.0
-        attach_lora(pipe, adapter.state, "domain", adapter.source)
-        scales["domain"] = domain_adapter_scale - merged
-    if scales:
-        pipe.set_adapters(list(scales), list(scales.values()))
+        pairs = _fit(pipe, pair_up(adapter.state, adapter.source), adapter.source)
+        fitted["domain"] = pairs, domain_adapter_scale - merged
+    if base is not None:
+        load_base(pipe, base)
+    for name, (pairs, _) in fitted.items():
+        _attach(pipe, pairs, name)
+    if fitted:
+        pipe.set_adapters(list(fitted), [scale for _, scale in fitted.values()])

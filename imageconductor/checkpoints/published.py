@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from imageconductor.models.adapters import Adapter, activate, adapter_parameters, attach_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
+from imageconductor.models.lora_files import pair_up
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
 from imageconductor.models.weights import copy_weights, unwrap
 
@@ -167,7 +168,8 @@ def load_published(
     for network, base, name in zip(networks, bases, names, strict=True):
         copy_weights(network.state_dict(), base, name)
     for adapter, state in sorted(adapters[2].items()):
-        attach_adapter(motion_controlnet, adapter, state, source=f"{names[2]}, {adapter} LoRA")
+        source = f"{names[2]}, {adapter} LoRA"
+        attach_adapter(motion_controlnet, adapter, pair_up(state, source), source=source)
     activate(motion_controlnet)
     for network in networks:
         network.eval().requires_grad_(False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -66,15 +65,17 @@ def load_raft(weights: str, device: str | None) -> tuple[Any, str]:
     """
     import torch
 
+    from imageconductor.models.weights import read_checkpoint
+
     try:
         from torchvision.models.optical_flow import raft_large  # pyright: ignore[reportMissingImports]
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another torch.
         raise ValueError(f"flow=raft needs a torchvision that fits this torch: {error}") from error
     network = raft_large()
     try:
-        network.load_state_dict(torch.load(Path(weights), map_location="cpu", weights_only=True))
+        network.load_state_dict(read_checkpoint(weights))
     except Exception as error:  # A missing file, no state dict, or that of another network.
-        raise ValueError(f"raft_weights={weights}: not torchvision's raft_large: {str(error)[:200]}") from error
+        raise ValueError(f"raft_weights={weights}: not torchvision's raft_large: {str(error)[:400]}") from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return network.to(device).eval(), device
 

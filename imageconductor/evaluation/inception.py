@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imageconductor.models.weights import read_checkpoint
+
 _URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
 
@@ -162,9 +164,9 @@ class Inception(nn.Module):
             raise FileNotFoundError(f"no Inception weights at {path}; get them from {_URL}")
         network = cls()
         try:
-            network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            network.load_state_dict(read_checkpoint(path))
         except Exception as error:  # Not a state dict, another one, or a damaged file.
-            raise ValueError(f"{path} does not hold pytorch-fid's Inception weights: {str(error)[:300]}") from error
+            raise ValueError(f"{path} does not hold pytorch-fid's Inception weights: {str(error)[:400]}") from error
         return network.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:

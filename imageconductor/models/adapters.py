@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from imageconductor.files import atomic_path
-from imageconductor.models.weights import copy_weights, read_checkpoint
+from imageconductor.models.lora_files import PEFT_PREFIX, LoraPair, fit_pair, peft_settings, read_lora
+from imageconductor.models.weights import copy_weights
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-_PEFT_PREFIX = "base_model.model."  # peft's own files carry it, so `PeftModel.from_pretrained` reads ours.
 
 
 class Adapter(str, Enum):
@@ -61,7 +61,7 @@ def lora_targets(network: nn.Module, target_set: TargetSet = "all") -> list[str]
     `conv_in` is left out: a ControlNet's reads a zero sample, so a LoRA on it could neither act nor learn.
     """
     chosen = _CHOOSE[target_set]
-    return [name for name, layer in _plain_layers(network) if name != "conv_in" and chosen(name, layer)]
+    return [name for name, layer in plain_layers(network).items() if name != "conv_in" and chosen(name, layer)]
 
 
 def add_adapter(
@@ -86,16 +86,19 @@ def add_adapter(
     Raises:
         ValueError: The adapter exists, or a target names no Linear or Conv2d of the network.
     """
-    name = _plain_name(name)
+    targets = list(targets) or lora_targets(network)
+    if unknown := sorted(set(targets) - plain_layers(network).keys()):
+        raise ValueError(f"LoRA targets that match no layer: {', '.join(unknown[:5])} ({len(unknown)} in all)")
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": rank if alpha is None else alpha, "target_modules": targets}
+    _attach(network, _plain_name(name), settings, seed)
+
+
+def _attach(network: nn.Module, name: str, settings: Mapping[str, Any], seed: int | None = None) -> None:
+    """Attaches a fresh adapter with these fields of peft's config."""
     if name in attached_adapters(network):
         raise ValueError(f"the {name} LoRA is attached already")
-    known = {layer for layer, _ in _plain_layers(network)}
-    targets = list(targets) or lora_targets(network)
-    if unknown := sorted(set(targets) - known):
-        raise ValueError(f"LoRA targets that match no layer: {', '.join(unknown[:5])} ({len(unknown)} in all)")
-    flags = {id(p): p.requires_grad for p in network.parameters()}
-    settings: dict[str, Any] = {"r": rank, "lora_alpha": rank if alpha is None else alpha, "target_modules": targets}
     config = LoraConfig(**settings, init_lora_weights="gaussian")
+    flags = {id(p): p.requires_grad for p in network.parameters()}
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[], enabled=seed is not None):
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
         if seed is not None:
@@ -217,7 +220,7 @@ def freeze_all_but_adapter(network: nn.Module, name: str) -> None:
 def save_adapter(network: nn.Module, name: str, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Writes `adapter_model.safetensors` and `adapter_config.json`, as peft reads them."""
     name, folder = _plain_name(name), Path(folder)
-    tensors = _tensors_to_save(network, name, _PEFT_PREFIX, dtype)
+    tensors = _tensors_to_save(network, name, PEFT_PREFIX, dtype)  # `PeftModel.from_pretrained` reads it
     with atomic_path(folder / WEIGHTS_NAME) as path:
         save_file(tensors, path, metadata={"format": "pt"})
     network.lora_configs[name].save_pretrained(str(folder))  # type: ignore[index, union-attr]
@@ -246,33 +249,39 @@ def load_adapter(network: nn.Module, name: str, folder: str | Path) -> None:
     name, folder = _plain_name(name), Path(folder)
     if not (folder / WEIGHTS_NAME).is_file():
         raise FileNotFoundError(f"no {name} LoRA in {folder} ({WEIGHTS_NAME} is missing)")
-    config = LoraConfig.from_pretrained(str(folder))
-    state = {key.removeprefix(_PEFT_PREFIX): value for key, value in read_checkpoint(folder / WEIGHTS_NAME).items()}
-    attach_adapter(network, name, state, alpha=config.lora_alpha, source=str(folder))  # type: ignore[attr-defined]
+    attach_adapter(network, name, read_lora(folder / WEIGHTS_NAME), source=str(folder))
 
 
-def attach_adapter(
-    network: nn.Module, name: str, state: dict[str, Tensor], *, alpha: int | None = None, source: str = ""
-) -> None:
-    """Attaches an adapter with given weights; rank and targets are read from them.
+def attach_adapter(network: nn.Module, name: str, pairs: Mapping[str, LoraPair], *, source: str = "") -> None:
+    """Attaches an adapter with given weights.
 
     Args:
         network: Any network.
         name: Of the adapter.
-        state: `LAYER.lora_A.weight` and `LAYER.lora_B.weight` -> tensor.
-        alpha: None = rank.
+        pairs: By the names of the network's layers; ranks and alphas may differ.
         source: Named in errors.
 
     Raises:
-        ValueError: Ranks differ, or tensors are missing, left over or mis-shaped.
+        ValueError: A pair fits no layer, or the adapter exists; nothing has been changed then.
     """
-    name = _plain_name(name)
-    layers = sorted({key.partition(".lora_")[0] for key in state})
-    ranks = {value.shape[0] for key, value in state.items() if ".lora_A." in key}
-    if len(ranks) != 1:
-        raise ValueError(f"{source or name}: expected one LoRA rank, found {sorted(ranks)}")
-    add_adapter(network, name, rank=ranks.pop(), alpha=alpha, targets=layers)
-    copy_weights(adapter_parameters(network, name), state, source or f"{name} LoRA")
+    name, layers = _plain_name(name), plain_layers(network)
+    source = source or f"{name} LoRA"
+    if unknown := sorted(pairs.keys() - layers.keys()):
+        raise ValueError(f"{source} does not fit the model, which lacks {', '.join(unknown)}")
+    fitting = {layer: fit_pair(pair, layers[layer], layer, source) for layer, pair in pairs.items()}
+    _attach(network, name, peft_settings(fitting))
+    state = {f"{layer}.lora_A.weight": pair.down for layer, pair in fitting.items()}
+    state |= {f"{layer}.lora_B.weight": pair.up for layer, pair in fitting.items()}
+    copy_weights(adapter_parameters(network, name), state, source)
+
+
+def plain_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """Linear and convolution layers under the names that they have without LoRAs."""
+    return {
+        name.removesuffix(".base_layer"): module
+        for name, module in network.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in name
+    }
 
 
 def describe_adapters(names: Collection[str]) -> str:
@@ -290,13 +299,6 @@ def _tensors_to_save(network: nn.Module, name: str, prefix: str, dtype: torch.dt
 def _plain_name(name: str) -> str:
     """The name as text, also of an enum's member, which prints otherwise."""
     return name.value if isinstance(name, Enum) else name
-
-
-def _plain_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Linear and convolution layers under the names that they have without LoRAs."""
-    for name, module in network.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in name:
-            yield name.removesuffix(".base_layer"), module
 
 
 def _lora_layers(network: nn.Module) -> Iterator[BaseTunerLayer]:

@@ -1,10 +1,13 @@
 """Reading weights without running code, and copying them without losing any."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,7 +29,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         else:
             state = unwrap(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # Both readers raise many types for one fact: this is no readable checkpoint.
-        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+        foreign = re.search(r"(?:GLOBAL|Unsupported class|Unsupported global:?) ([\w.]+\.\w+)", str(error))
+        if isinstance(error, UnpicklingError) and foreign:
+            raise ValueError(
+                f"{path} holds more than tensors ({foreign[1]}) and is not loaded, since that could run code; look for "
+                "a .safetensors version, or, if you trust its author, read it with "
+                "torch.load(FILE, weights_only=False) and write its tensors with safetensors.torch.save_file"
+            ) from error
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", (str(error).splitlines() or [type(error).__name__])[0])
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if (key := find_non_finite(state)) is not None:
         raise ValueError(f"{path} is damaged: {key} holds nan or infinite values")
     return state
@@ -41,13 +52,27 @@ def find_non_finite(state: Mapping[str, Tensor]) -> str | None:
     return None
 
 
+def read_header(path: Path) -> dict[str, str]:
+    """The texts in the header of a `.safetensors` file; none in other formats."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors of a checkpoint that may be nested in `state_dict` or `controlnet` and prefixed by `module.`."""
+    """Tensors of a checkpoint that may be nested in `state_dict` or `controlnet` and prefixed by `module.`.
+
+    The alpha of a LoRA may be a plain number.
+    """
     state: Mapping[str, Any] = checkpoint
     for key in ("state_dict", "controlnet"):
         if isinstance(state.get(key), Mapping):
             state = state[key]
-    return {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    alphas = {
+        k: torch.tensor(float(v)) for k, v in state.items() if k.endswith(".alpha") and isinstance(v, int | float)
+    }
+    return {key.removeprefix("module."): v for key, v in {**state, **alphas}.items() if isinstance(v, Tensor)}
 
 
 def copy_weights(target: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:

@@ -290,8 +290,10 @@ def _with_defaults(job: SampleJob) -> SampleJob:
     from imageconductor.checkpoints.model_folder import locate_model, read_sampling_defaults
 
     device = _check_device(job.device)
-    for file in (job.base, *(parse_lora(text)[0] for text in (*job.lora, *job.motion_lora))):
-        if file is not None and not Path(file).is_file():
+    if job.base is not None and not Path(job.base).is_file():
+        raise FileNotFoundError(f"no file at {job.base}")
+    for file in (parse_lora(text)[0] for text in (*job.lora, *job.motion_lora)):
+        if not Path(file).exists():  # a folder of peft's is one too
             raise FileNotFoundError(f"no file at {file}")
     if job.offload != "none" and device == "cpu":
         raise ValueError(f"offload {job.offload!r} keeps networks off the GPU, and the device is cpu; leave it out")
