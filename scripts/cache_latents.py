@@ -40,9 +40,7 @@ class CacheConfig:
 
     data: list[str] = field(default_factory=list)  # shards or folders of clips, as in the training settings
     output: str = "cache"  # folder that receives the new shards
-    model: str = (
-        "models/sprites"  # model folder whose autoencoder and text encoder encode the clips; the same as in training
-    )
+    model: str = "models/sprites"  # folder of the model that will be trained, whose encoders are used
     size: tuple[int, int] = (384, 256)  # (W, H) in pixels to which clips are resized and cropped
     clips_per_shard: int = 200  # clips in each new shard
     frames_per_batch: int = 32  # frames that the autoencoder encodes at a time

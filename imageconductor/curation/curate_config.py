@@ -38,9 +38,7 @@ class CurateConfig:
     cotracker: str = "facebookresearch/co-tracker"  # torch.hub repository, or a local clone of it
     cotracker_model: str = "cotracker3_offline"  # entry point of the repository; the weights are CC-BY-NC
     grid: int = 16  # tracked points along each side of the first frame; section 2.2
-    min_tracked_fraction: float = (
-        0.3  # clips whose points are visible in less of the frames are rejected as lost tracks
-    )
+    min_tracked_fraction: float = 0.3  # clips whose points are visible in less of the frames are rejected
     # Captions of sources that have none
     captioner: Literal["none", "blip2"] = "none"  # none leaves the caption empty
     blip2: str = "Salesforce/blip2-opt-2.7b"  # folder or hub name of BLIP-2
@@ -50,9 +48,8 @@ class CurateConfig:
     clips_per_shard: int = 64  # sources per shard; rejected ones leave it smaller
     executor: Literal["local", "ray"] = "local"  # processes of this machine, or Ray's
     workers: int = 0  # processes of passes without networks; 0 = one per core, or all of the cluster at `ray_address`
-    gpu_workers: int = (
-        0  # processes of passes with networks; 0 = as many as `gpus_per_worker` allows, one without a GPU
-    )
+    # Processes of passes with networks; 0 = as many as `gpus_per_worker` allows, one without a GPU.
+    gpu_workers: int = 0
     gpus_per_worker: float = 1.0  # part of a GPU that a process with networks takes; with 0.25 four share each GPU
     ray_address: str | None = None  # address of a running cluster; null = a local one is started
     device: str | None = None  # device of RAFT, CoTracker and BLIP-2; null = every GPU in turn, or the CPU if none

@@ -16,8 +16,6 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideType
 from numpy.typing import NDArray
 
-from imageconductor.conditioning import load_image
-
 Picture = NDArray[np.uint8]  # (H, W, 3) RGB
 Resize = Callable[[tuple[int, int]], tuple[int, int]]
 """Maps the (W, H) of footage, upright and with square pixels, to the (W, H) that its frames are resized to."""
@@ -208,6 +206,8 @@ def _read_pictures(
     seeks: bool = True,  # noqa: ARG001 - the signature of `_read_video`
 ) -> Iterator[tuple[float, Picture]]:
     """The pictures of a folder, whose names are their times in microseconds, as RealEstate10K's frames."""
+    from imageconductor.conditioning import load_image  # brings torch, which processes that read videos do without
+
     files = [file for file in path.iterdir() if file.suffix.lower() in _PICTURE_SUFFIXES]
     try:
         timed = sorted((int(file.stem) / 1e6, file) for file in files)

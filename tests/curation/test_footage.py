@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -231,3 +232,8 @@ def test_frames_in_a_folder_are_shown_as_a_viewer_shows_them(tmp_path):
     cv2.imwrite(str(tmp_path / "40000.png"), np.full((64, 64), 40000, np.uint16))
     pictures = [picture for _, picture in read_frames(tmp_path, same, LIMITS)]
     assert [np.unique(picture).tolist() for picture in pictures] == [[255], [156]]
+
+
+def test_processes_that_read_footage_do_without_torch():
+    code = "import sys, imageconductor.curation.steps; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
