@@ -107,7 +107,7 @@ def test_bad_input_is_one_line_before_weights_are_read(clips, encoders, monkeypa
         ((clips, encoders, tmp_path / "out", "size=[32,33]"), "size must be in multiples of 2 for this model"),
         ((clips, clips, tmp_path / "out"), f"{clips} lacks vae, text_encoder, tokenizer"),
         ((tmp_path / "cache", encoders, tmp_path / "out"), "holds latents already"),
-        ((clips, encoders, tmp_path / "file" / "out"), "Not a directory"),
+        ((clips, encoders, tmp_path / "file" / "out"), "file is no folder"),
     ):
         capsys.readouterr()
         assert cache(*arguments) == 2
