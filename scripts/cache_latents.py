@@ -28,7 +28,8 @@ from imageconductor.checkpoints.model_folder import read_vae_scale_factor
 from imageconductor.command_line import parse_command_line
 from imageconductor.conditioning import Trajectories
 from imageconductor.data.batches import scale_pixels
-from imageconductor.data.clip_records import ClipRecord, encode_tracks, find_clips
+from imageconductor.data.clip_index import ClipList, find_clips, write_index
+from imageconductor.data.clip_records import encode_tracks
 from imageconductor.data.clips import Video, fit_to_size
 from imageconductor.files import atomic_path, check_writable, remove_partial
 from imageconductor.models.networks import Encoders
@@ -90,7 +91,7 @@ def cache(config: CacheConfig) -> None:
     """
     output = Path(config.output)
     check_writable(output)
-    records = [record for shard in find_clips(config.data) for record in shard]
+    records = ClipList(find_clips(config.data))
     if records[0].is_cached:
         raise ValueError(f"data={config.data}: holds latents already")
     factor = read_vae_scale_factor(Encoders.check_folder(config.model))
@@ -122,6 +123,7 @@ def cache(config: CacheConfig) -> None:
                     else:
                         writer.write(_encode(clip, encoders, config, device))
                     bar.update()
+            write_index(shard)
     if skipped and len(skipped) == remaining:
         raise ValueError(f"data={config.data}: none of the {remaining} clips can be decoded, such as {skipped[0]}")
     if skipped:
@@ -135,7 +137,7 @@ def _choose_device(config: CacheConfig) -> str:
 
 
 def _load_decoded(
-    records: Sequence[ClipRecord], clips: Sequence[int], config: CacheConfig
+    records: ClipList, clips: Sequence[int], config: CacheConfig
 ) -> Iterable[DecodedClip | str]:
     """The decoded clips of these numbers, in order, or why one cannot be decoded."""
     return DataLoader(
@@ -160,7 +162,7 @@ class DecodedClip(NamedTuple):
 class _DecodedClips(Dataset[Any]):
     """Clips by number, decoded."""
 
-    def __init__(self, records: Sequence[ClipRecord], size: tuple[int, int]):
+    def __init__(self, records: ClipList, size: tuple[int, int]):
         self.records, self.size = records, size
 
     def __len__(self) -> int:

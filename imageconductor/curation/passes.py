@@ -16,6 +16,7 @@ from imageconductor.curation.executors import Failure, Tick, Workers
 from imageconductor.curation.motion_score import load_raft
 from imageconductor.curation.run_folder import Run
 from imageconductor.curation.steps import Row, annotate, build_tracker, scan, score
+from imageconductor.data.clip_index import write_index
 from imageconductor.files import atomic_path, write_text
 
 _STILL, _SLOW = "still", "moves least"
@@ -148,6 +149,8 @@ class Annotate(_Pass):
                     tick("failed" if has_failed else "accepted" if row.accepted else "rejected")
             if not num_accepted:
                 path.unlink()
+        if num_accepted:
+            write_index(shard)
         write_text(self.run.rows(chunk), "".join(json.dumps(asdict(row)) + "\n" for row in rows.values()))
 
     def _filter_by_motion(self, chunk: int, tick: Tick) -> tuple[dict[str, Row], list[tuple[Row, bytes]]]:

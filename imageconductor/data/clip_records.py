@@ -1,4 +1,4 @@
-"""Clip records on disk: the files of each clip, in a plain folder or in WebDataset shards.
+"""Clip records: the files of each clip, in a plain folder or in WebDataset shards; `clip_index.py` finds them.
 
 A record consists of the files of one key (docs/data.md): `KEY.mp4`, `KEY.tracks.npz` (points (N, F, 2) in the video's
 pixels, visible (N, F)) and `KEY.json` (caption and provenance). In a cache made by `scripts/cache_latents.py`,
@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import tarfile
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from braceexpand import braceexpand
 from numpy.typing import NDArray
 
-logger = logging.getLogger(__name__)
+PARTS = ("mp4", "tracks.npz", "json", "latents.npz", "text.npz")
+"""Endings of the files of a record."""
 
-_PARTS = ("mp4", "tracks.npz", "json", "latents.npz", "text.npz")
+_HEADER_BYTES = 512
 
 
 class CorruptClipError(ValueError):
@@ -33,27 +31,38 @@ class CorruptClipError(ValueError):
 
 @dataclass(frozen=True)
 class Part:
-    """Location of one file of a record, which may lie inside a shard."""
+    """Location of one file of a record: a file, or the bytes from `offset` on in a shard."""
 
     path: Path
-    offset: int
     size: int
+    offset: int | None = None  # behind the file's header in the shard; None = a file of its own
 
     def read(self) -> bytes:
         """The bytes of the file.
 
         Raises:
-            CorruptClipError: The file ends early or is missing.
+            CorruptClipError: The file ends early, is missing, or is not where the shard's index says.
         """
+        skipped = 0 if self.offset is None else _HEADER_BYTES
         try:
             with self.path.open("rb") as file:
-                file.seek(self.offset)
-                content = file.read(self.size)
+                file.seek((self.offset or 0) - skipped)
+                content = file.read(skipped + self.size)
         except OSError as error:
             raise CorruptClipError(f"{self.path}: {error.strerror}") from error
-        if len(content) != self.size:
+        if len(content) != skipped + self.size:
             raise CorruptClipError(f"{self.path}: ends inside a file")
-        return content
+        if skipped and _size_in_header(content[:skipped]) != self.size:
+            raise CorruptClipError(f"{self.path}: has changed since its .index.npz was written; delete that file")
+        return content[skipped:]
+
+
+def _size_in_header(header: bytes) -> int | None:
+    """Size of the file that a tar header announces; None if it is no header."""
+    try:
+        return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
+    except tarfile.TarError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -97,62 +106,3 @@ def encode_tracks(points: NDArray[np.floating], visible: NDArray[np.bool_]) -> b
     file = io.BytesIO()
     np.savez(file, points=points.astype(np.float32), visible=visible)
     return file.getvalue()
-
-
-def find_clips(sources: Sequence[str | Path]) -> list[list[ClipRecord]]:
-    """Records grouped by shard; each clip of a plain folder forms a shard of its own.
-
-    Args:
-        sources: Folders of shards or of records, shards, or patterns of shards such as `train-{000..099}.tar`.
-
-    Raises:
-        FileNotFoundError: A source holds no clip.
-    """
-    shards: list[list[ClipRecord]] = []
-    for source in sources:
-        paths = [Path(name) for name in braceexpand(str(source))]
-        paths = [match for path in paths for match in ([path] if path.exists() else _glob(path))]
-        found: list[list[ClipRecord]] = []
-        for path in paths:
-            tars = [path] if path.is_file() else _glob(path / "*.tar")
-            found += [_list_shard(tar) for tar in tars] or [[record] for record in _list_folder(path)]
-        if not any(found):
-            raise FileNotFoundError(
-                f"no clips at {source}: expected .tar shards, or a folder of KEY.mp4, KEY.tracks.npz and KEY.json"
-            )
-        shards += [shard for shard in found if shard]
-    return shards
-
-
-def _glob(pattern: Path) -> list[Path]:
-    """Matches in the pattern's folder, sorted, without hidden files, which `files.atomic_path` may have left."""
-    matches = pattern.parent.glob(pattern.name) if pattern.parent.is_dir() else ()
-    return sorted(path for path in matches if not path.name.startswith("."))
-
-
-def _group_by_key(files: Iterable[tuple[str, Part]]) -> list[ClipRecord]:
-    """Records of files; the key is the name up to the first dot, as in WebDataset."""
-    parts: dict[str, dict[str, Part]] = {}
-    for name, part in files:
-        folder, _, base = name.rpartition("/")
-        key, _, extension = base.partition(".")
-        if extension in _PARTS:
-            parts.setdefault(f"{folder}/{key}" if folder else key, {})[extension] = part
-    return [ClipRecord(key, found) for key, found in parts.items()]
-
-
-def _list_shard(path: Path) -> list[ClipRecord]:
-    files: list[tuple[str, Part]] = []
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.isfile():
-                    files.append((member.name.removeprefix("./"), Part(path, member.offset_data, member.size)))
-    except tarfile.TarError as error:
-        logger.warning("%s is damaged (%s); %d files before the damage are used", path, error, len(files))
-    return _group_by_key(files)
-
-
-def _list_folder(path: Path) -> list[ClipRecord]:
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return _group_by_key((file.relative_to(path).as_posix(), Part(file, 0, file.stat().st_size)) for file in files)

@@ -1,9 +1,7 @@
-"""Training samples from clip records (`clip_records.py`), read by random access in a seeded order."""
+"""Training samples from clip records (`clip_records.py`, `clip_index.py`), read by random access in a seeded order."""
 
 from __future__ import annotations
 
-import hashlib
-import heapq
 import io
 import itertools
 import re
@@ -19,7 +17,8 @@ from torch import Tensor
 
 from imageconductor.conditioning import Trajectories, cover_crop
 from imageconductor.data.batches import sample_frames
-from imageconductor.data.clip_records import ClipRecord, CorruptClipError, find_clips
+from imageconductor.data.clip_index import ClipList, Shard, find_clips
+from imageconductor.data.clip_records import ClipRecord, CorruptClipError
 
 _SIDES = re.compile(r"\b(left|right|leftwards?|rightwards?|(counter|anti)?-?clockwise)\b", re.IGNORECASE)
 _ATTEMPTS = 20
@@ -64,7 +63,7 @@ class ShuffledOrder:
         return np.concatenate(windows)
 
 
-def hold_out(shards: Sequence[list[ClipRecord]], count: int) -> tuple[list[list[ClipRecord]], list[ClipRecord]]:
+def hold_out(shards: Sequence[Shard], count: int) -> tuple[list[Shard], list[ClipRecord]]:
     """Shards without the held-out clips, and the held-out clips.
 
     Keys with the smallest hashes are held out: the same clips in every process and run, however the data are sorted
@@ -75,13 +74,17 @@ def hold_out(shards: Sequence[list[ClipRecord]], count: int) -> tuple[list[list[
     """
     if not count:
         return list(shards), []
-    keys = {record.key for shard in shards for record in shard}
-    if count >= len(keys):
-        raise ValueError(f"held_out_clips must be less than the {len(keys)} clips of data, got {count}")
-    chosen = dict.fromkeys(heapq.nsmallest(count, keys, lambda key: hashlib.sha256(key.encode()).digest()))
-    held_out = {record.key: record for shard in shards for record in shard if record.key in chosen}
-    kept = [[record for record in shard if record.key not in held_out] for shard in shards]
-    return [shard for shard in kept if shard], [held_out[key] for key in chosen]
+    hashes = [shard.hash_keys() for shard in shards]
+    distinct = np.unique(np.concatenate(hashes))
+    if count >= len(distinct):
+        raise ValueError(f"held_out_clips must be less than the {len(distinct)} clips of data, got {count}")
+    largest = distinct[count - 1]
+    held_out: dict[int, ClipRecord] = {}
+    for shard, values in zip(shards, hashes, strict=True):
+        for number in np.flatnonzero(values <= largest).tolist():
+            held_out[int(values[number])] = shard[number]
+    kept = [shard.select(values > largest) for shard, values in zip(shards, hashes, strict=True)]
+    return [shard for shard in kept if len(shard)], [held_out[value] for value in sorted(held_out)]
 
 
 class ClipSamples:
@@ -116,13 +119,12 @@ class ClipSamples:
         shows_held_out: bool = False,
     ):
         shards, held_out = hold_out(find_clips(sources), held_out_clips)
-        if shows_held_out:
-            shards = [held_out]
-        self.records = [record for shard in shards for record in shard]
-        self.order = ShuffledOrder([len(shard) for shard in shards], shuffle_shards, seed)
+        self.records = held_out if shows_held_out else ClipList(shards)
+        sizes = [len(held_out)] if shows_held_out else [size for shard in shards for size in shard.sizes]
+        self.order = ShuffledOrder(sizes, shuffle_shards, seed)
         self.size, self.num_frames, self.horizontal_flip, self.seed = size, num_frames, horizontal_flip, seed
         self.is_cached = self.records[0].is_cached
-        if any(record.is_cached != self.is_cached for record in self.records):
+        if any((shard.are_cached() != self.is_cached).any() for shard in shards):
             raise ValueError("the sources mix videos and cached latents; train on one of the two")
         if self.is_cached and horizontal_flip:
             raise ValueError(f"cached latents cannot be mirrored; set horizontal_flip=0, got {horizontal_flip}")

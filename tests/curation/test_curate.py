@@ -24,6 +24,7 @@ from imageconductor import config as config_file
 from imageconductor.curation.curate_config import CurateConfig
 from imageconductor.curation.passes import Annotate
 from imageconductor.curation.run_folder import Run
+from imageconductor.data.clip_index import find_clips, index_path
 from imageconductor.training.run import run_stage
 from imageconductor.training.stages.registry import find_stage
 from scripts import curate
@@ -97,9 +98,9 @@ def rows(output):
 
 
 def content(output):
-    """The index and the bytes of all shards of a run."""
+    """The index and the bytes of all shards of a run and of their indices."""
     index = pq.read_table(output / "index.parquet").to_pylist()
-    return index, {path.name: path.read_bytes() for path in sorted(output.glob("*.tar"))}
+    return index, {path.name: path.read_bytes() for path in sorted(output.glob("clips-*"))}
 
 
 def record(output, row, ending):
@@ -129,6 +130,13 @@ def test_every_source_is_accepted_or_has_its_reason(curated):
     assert all(row["accepted"] == (row["reason"] is None) for row in rows(curated).values())
     assert not (curated / "work").exists()
     assert not list(curated.glob(".*partial*"))
+
+
+def test_each_shard_has_its_index(curated):
+    shards = sorted(curated.glob("*.tar"))
+    assert sorted(curated.glob("*.index.npz")) == [index_path(shard) for shard in shards]
+    keys = [clip.key for shard in shards for clip in find_clips([shard])[0]]
+    assert sorted(keys) == sorted(row["key"] for row in rows(curated).values() if row["accepted"])
 
 
 def test_exactly_the_lowest_quarter_is_dropped(curated):

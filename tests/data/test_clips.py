@@ -1,68 +1,25 @@
-"""Clips on disk: folders and shards, the order of reading, damage, and the cache of latents."""
+"""Samples from clips on disk: frames, pixels, tracks, damage, and the cache of latents."""
 
 import io
-import json
-import tarfile
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from clip_files import SIZE, WORLD, record, write_folder, write_shard
 from decord import VideoReader
 
 from imageconductor.data.batches import Batches, SpriteSamples, sample_frames, scale_pixels
-from imageconductor.data.clip_records import CorruptClipError, encode_tracks, find_clips
-from imageconductor.data.clips import ClipSamples, ShuffledOrder, hold_out
-from imageconductor.data.sprites import SpriteDataset, SpriteSet, SpriteWorldConfig
+from imageconductor.data.clip_index import find_clips
+from imageconductor.data.clip_records import CorruptClipError, encode_tracks
+from imageconductor.data.clips import ClipSamples
+from imageconductor.data.sprites import SpriteDataset, SpriteSet
 from imageconductor.models.networks import Networks
 from imageconductor.sampling.preview import VideoPreview
 from imageconductor.training.run import run_stage
 from imageconductor.training.stages.registry import find_stage, load_config
 from scripts import cache_latents
-
-SIZE = (32, 32)
-WORLD = SpriteWorldConfig(size=SIZE, num_frames=8, kind=SpriteSet.MIXED, seed=3, grid=3)
-
-
-def record(index, caption=None):
-    """The files of a clip record, by extension."""
-    clip = SpriteDataset(WORLD)[index]
-    frames = clip["pixel_values"].permute(1, 2, 3, 0).numpy()
-    video = iio.imwrite(
-        "<bytes>", frames, extension=".mp4", plugin="FFMPEG", fps=8, codec="libx264", quality=10, macro_block_size=2
-    )
-    tracks = encode_tracks(clip["points"].numpy(), clip["visible"].numpy())
-    info = {"caption": clip["caption"] if caption is None else caption}
-    return {"mp4": video, "tracks.npz": tracks, "json": json.dumps(info).encode()}
-
-
-def write_folder(folder, records):
-    folder.mkdir(parents=True)
-    for key, parts in records.items():
-        for extension, content in parts.items():
-            (folder / f"{key}.{extension}").write_bytes(content)
-    return folder
-
-
-def write_shard(path, records):
-    with tarfile.open(path, "w") as tar:
-        for key, parts in records.items():
-            for extension, content in parts.items():
-                member = tarfile.TarInfo(f"{key}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return path
-
-
-@pytest.fixture(scope="module")
-def records():
-    return {f"clip-{index}": record(index) for index in range(5)}
-
-
-@pytest.fixture(scope="module")
-def folder(records, tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("data") / "plain", records)
 
 
 def test_a_sample_is_what_was_recorded(folder):
@@ -103,52 +60,6 @@ def test_tracks_in_float16_of_earlier_shards_are_read(records, tmp_path):
     expected = torch.from_numpy(np.nan_to_num(points).astype(np.float32))
     torch.testing.assert_close(sample["points"], expected, atol=1e-5, rtol=0)
     assert sample["visible"].tolist() == visible.tolist()
-
-
-def test_shards_and_a_folder_hold_the_same(folder, records, tmp_path):
-    items = list(records.items())
-    for number, part in enumerate((items[:2], items[2:4], items[4:])):
-        write_shard(tmp_path / f"clips-{number:03d}.tar", dict(part))
-    for source in (tmp_path, f"{tmp_path}/clips-{{000..002}}.tar", f"{tmp_path}/clips-*.tar"):
-        shards = find_clips([source])
-        assert [len(shard) for shard in shards] == [2, 2, 1]
-        for found in (record for shard in shards for record in shard):
-            for extension, content in records[found.key].items():
-                assert found.read(extension) == content
-    assert {shard[0].key for shard in find_clips([folder])} == set(records)
-
-
-def test_a_shard_that_a_killed_process_left_unfinished_is_not_read(records, tmp_path):
-    write_shard(tmp_path / "clips-000.tar", records)
-    write_shard(tmp_path / ".clips-000.host.1.partial.tar", records)
-    for source in (tmp_path, f"{tmp_path}/*.tar"):
-        assert sum(len(shard) for shard in find_clips([source])) == len(records)
-
-
-def test_a_source_without_clips_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no clips at .*expected \.tar shards"):
-        find_clips([tmp_path / "nowhere"])
-
-
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (2, 2), (3, 2)])
-def test_every_clip_once_an_epoch_however_it_is_split(ranks, workers):
-    sizes = [5, 1, 7, 3, 8]  # 24 clips
-    read = []
-    for rank in range(ranks):
-        for worker in range(workers):
-            order = ShuffledOrder(sizes, window=2, seed=0)  # every worker has its own copy
-            batches = range(rank, 24, ranks)[worker::workers]  # three epochs in batches of 3
-            read += [order[3 * batch + i] for batch in batches for i in range(3)]
-    assert sorted(read) == sorted(list(range(24)) * 3)
-
-
-def test_the_order_mixes_neighbouring_shards_alone_and_changes_from_epoch_to_epoch():
-    order = ShuffledOrder([10] * 6, window=2, seed=0)
-    first = [order[position] for position in range(60)]
-    assert first != sorted(first)
-    assert all(len({clip // 10 for clip in first[start : start + 20]}) == 2 for start in range(0, 60, 20))
-    assert first != [order[position] for position in range(60, 120)]
-    assert first == [ShuffledOrder([10] * 6, window=2, seed=0)[position] for position in range(60)]
 
 
 def test_frames_are_evenly_spaced_and_every_place_occurs():
@@ -239,15 +150,6 @@ def test_too_few_frames_and_nothing_readable(folder):
         ClipSamples([folder], SIZE, num_frames=9)[0]
 
 
-def test_a_shard_that_ends_early_gives_what_it_holds(records, tmp_path, caplog):
-    shard = write_shard(tmp_path / "clips.tar", records)
-    content = shard.read_bytes()
-    shard.write_bytes(content[: len(content) * 3 // 5])
-    samples = ClipSamples([shard], SIZE, 8)
-    assert 2 <= len(samples) <= 4
-    assert {samples[position]["key"] for position in range(8)} <= set(records)
-
-
 def test_clips_with_fewer_tracks_are_filled_up_with_hidden_ones(records, tmp_path):
     few = dict(records["clip-1"])
     with np.load(io.BytesIO(few["tracks.npz"])) as arrays:
@@ -279,8 +181,8 @@ def cached(folder, tiny_model, tmp_path_factory):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 2e-3)])
 def test_cached_latents_train_as_clips_do(folder, cached, tiny_model, dtype, tolerance):
-    shards = sorted(path.name for path in cached[dtype].iterdir())
-    assert shards == [f"clips-{number:06d}.tar" for number in range(3)]
+    files = sorted(path.name for path in cached[dtype].iterdir())
+    assert files == [f"clips-{number:06d}.{ending}" for number in range(3) for ending in ("index.npz", "tar")]
     kind = find_stage("motion_controlnet")
     stage = kind(Networks.load(tiny_model), kind.Config(model=str(tiny_model)))
     found = {}
@@ -301,27 +203,6 @@ def test_options_that_a_cache_cannot_serve_are_errors(folder, cached):
         ClipSamples([cached["float16"]], SIZE, 8, horizontal_flip=0.5)
     with pytest.raises(ValueError, match="mix videos and cached"):
         ClipSamples([cached["float16"], folder], SIZE, 8)
-
-
-def test_held_out_clips_are_never_trained_on(folder, records, tmp_path):
-    def keys(samples):
-        return {record.key for record in samples.records}
-
-    train = ClipSamples([folder], SIZE, 8, held_out_clips=2)
-    shown = ClipSamples([folder], SIZE, 8, held_out_clips=2, shows_held_out=True)
-    assert len(keys(train)) == len(train) == 3
-    assert {train[position]["key"] for position in range(3)} == keys(train)
-    assert len(keys(shown)) == len(shown) == 2
-    assert not keys(train) & keys(shown)
-    shard = write_shard(tmp_path / "clips.tar", records)
-    assert keys(ClipSamples([shard], SIZE, 8, held_out_clips=2, shows_held_out=True)) == keys(shown)
-    twice = ClipSamples([folder, shard], SIZE, 8, held_out_clips=2)
-    assert len(twice) == 6
-    assert not keys(twice) & keys(shown), "a copy in another source is held out too"
-    more = hold_out(find_clips([folder]), 3)[1]
-    assert keys(shown) < {record.key for record in more}
-    with pytest.raises(ValueError, match="held_out_clips must be less than the 5 clips of data, got 5"):
-        ClipSamples([folder], SIZE, 8, held_out_clips=5)
 
 
 def small(folder, tiny_model, output, *more):
