@@ -6,7 +6,8 @@ wrong type, a value that `__post_init__` refuses, a missing file) is a `ValueErr
 from.
 
 A field may be bool, int, float, str, Path, an Enum (by name or by value), a Literal, `X | None`, list, dict,
-`tuple[int, int]` (the length is checked), `tuple[int, ...]`, or another dataclass. One without a default must be given.
+`tuple[int, int]` (the length is checked), `tuple[int, ...]`, another dataclass, or Any, which `__post_init__` checks.
+One without a default must be given.
 A schema may have two class attributes that explain unknown keys: `RENAMED`, new names by old ones, and `ELSEWHERE`, by
 key what it is instead.
 """
@@ -82,7 +83,10 @@ def load(schema: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T
             nested = {key: nested}
         try:
             _check_text(setting)
-            config = OmegaConf.merge(config, nested)
+            if setting.hint is Any:  # A list may take a mapping's place, and the other way round.
+                OmegaConf.update(config, ".".join(setting.keys), setting.value, merge=False)
+            else:
+                config = OmegaConf.merge(config, nested)
         except (OmegaConfBaseException, ValueError, TypeError) as error:
             raise ValueError(_wrong_type(setting)) from error
     source = str(path or f"{schema.__name__} defaults") + (f" with {' '.join(overrides)}" if overrides else "")

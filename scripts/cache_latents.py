@@ -136,9 +136,7 @@ def _choose_device(config: CacheConfig) -> str:
     return config.device or (f"cuda:{config.part % count}" if count else "cpu")
 
 
-def _load_decoded(
-    records: ClipList, clips: Sequence[int], config: CacheConfig
-) -> Iterable[DecodedClip | str]:
+def _load_decoded(records: ClipList, clips: Sequence[int], config: CacheConfig) -> Iterable[DecodedClip | str]:
     """The decoded clips of these numbers, in order, or why one cannot be decoded."""
     return DataLoader(
         _DecodedClips(records, config.size),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,40 @@ class ShuffledOrder:
         return np.concatenate(windows)
 
 
+class MixedOrder:
+    """Several orders mixed in fixed proportions: the clip at each position of an endless sequence.
+
+    Within each thousand positions every order has its part to one position, and its clips come in its own order. As in
+    `ShuffledOrder`, the clip is a pure function of the position.
+
+    Args:
+        orders: Of the sources, whose clips are numbered one source after the other.
+        weights: How often each source is drawn, relative to each other.
+        seed: Seed of the order of the sources.
+    """
+
+    PERIOD = 1000
+
+    def __init__(self, orders: Sequence[ShuffledOrder], weights: Sequence[float], seed: int):
+        self.orders, self.seed = orders, seed
+        self.offsets = [0, *np.cumsum([len(order) for order in orders])]
+        ends = np.rint(np.cumsum(weights) / sum(weights) * self.PERIOD).astype(np.int64)
+        self.counts = np.diff(ends, prepend=0)  # of each source in a period
+        if not self.counts.all():
+            raise ValueError(f"weights of data must not be a thousand times as large as others, got {list(weights)}")
+
+    def __getitem__(self, position: int) -> int:
+        period, place = divmod(position, self.PERIOD)
+        sources = np.random.default_rng([self.seed, period]).permutation(
+            np.repeat(range(len(self.orders)), self.counts)
+        )
+        source = int(sources[place])
+        drawn = period * int(self.counts[source]) + int((sources[:place] == source).sum())
+        return int(self.offsets[source]) + self.orders[source][drawn]
+
+
 def hold_out(shards: Sequence[Shard], count: int) -> tuple[list[Shard], list[ClipRecord]]:
-    """Shards without the held-out clips, and the held-out clips.
+    """Shards without the held-out clips, some perhaps empty now, and the held-out clips.
 
     Keys with the smallest hashes are held out: the same clips in every process and run, however the data are sorted
     into shards, and nearly the same ones when clips are added. A key that occurs several times is held out everywhere.
@@ -84,7 +116,7 @@ def hold_out(shards: Sequence[Shard], count: int) -> tuple[list[Shard], list[Cli
         for number in np.flatnonzero(values <= largest).tolist():
             held_out[int(values[number])] = shard[number]
     kept = [shard.select(values > largest) for shard, values in zip(shards, hashes, strict=True)]
-    return [shard for shard in kept if len(shard)], [held_out[value] for value in sorted(held_out)]
+    return kept, [held_out[value] for value in sorted(held_out)]
 
 
 class ClipSamples:
@@ -93,7 +125,7 @@ class ClipSamples:
     A clip that cannot be read is replaced by another and named in the sample's `skipped`.
 
     Args:
-        sources: As in `find_clips`.
+        sources: As in `find_clips`; or weights by source, in whose proportions clips are drawn.
         size: (W, H) in pixels; clips of another size are resized and cropped with their tracks. A cache keeps its size.
         num_frames: T; that many evenly spaced frames are drawn from each clip.
         horizontal_flip: Probability of mirroring a clip; clips whose captions tell left from right are never mirrored.
@@ -109,7 +141,7 @@ class ClipSamples:
 
     def __init__(
         self,
-        sources: Sequence[str | Path],
+        sources: Sequence[str | Path] | Mapping[str, float],
         size: tuple[int, int],
         num_frames: int,
         horizontal_flip: float = 0.0,
@@ -118,10 +150,19 @@ class ClipSamples:
         held_out_clips: int = 0,
         shows_held_out: bool = False,
     ):
-        shards, held_out = hold_out(find_clips(sources), held_out_clips)
+        is_weighted = isinstance(sources, Mapping) and not shows_held_out
+        found = [find_clips([source]) for source in sources] if is_weighted else [find_clips(list(sources))]
+        shards, held_out = hold_out(list(itertools.chain(*found)), held_out_clips)
         self.records = held_out if shows_held_out else ClipList(shards)
-        sizes = [len(held_out)] if shows_held_out else [size for shard in shards for size in shard.sizes]
-        self.order = ShuffledOrder(sizes, shuffle_shards, seed)
+        if shows_held_out:
+            self.order = ShuffledOrder([len(held_out)], shuffle_shards, seed)
+        else:
+            rest = iter(shards)
+            parts = [list(itertools.islice(rest, len(part))) for part in found]
+            orders = [ShuffledOrder([n for shard in part for n in shard.sizes], shuffle_shards, seed) for part in parts]
+            if is_weighted and (empty := [str(s) for s, order in zip(sources, orders, strict=True) if not len(order)]):
+                raise ValueError(f"held_out_clips={held_out_clips} leaves no clip of {', '.join(empty)}")
+            self.order = MixedOrder(orders, list(sources.values()), seed) if is_weighted else orders[0]
         self.size, self.num_frames, self.horizontal_flip, self.seed = size, num_frames, horizontal_flip, seed
         self.is_cached = self.records[0].is_cached
         if any((shard.are_cached() != self.is_cached).any() for shard in shards):

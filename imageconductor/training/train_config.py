@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig
 
@@ -91,8 +93,9 @@ class TrainConfig(LoopConfig):
     """Settings of every stage: the model that it starts from and the clips that it sees."""
 
     model: str = "models/sprites"  # model folder that gives every part the stage does not train
-    # Shards or folders of clips (docs/training.md); none = the sprite world, which `world` and `sets` describe.
-    data: list[str] = field(default_factory=list)
+    # Shards or folders of clips (docs/training.md), [A, B] or {A: WEIGHT, B: WEIGHT} to draw from them in these
+    # proportions; none = the sprite world, which `world` and `sets` describe.
+    data: Any = field(default_factory=list)
     held_out_clips: int = (
         0  # clips of `data`, chosen by their keys, that are not trained on, but validated and previewed
     )
@@ -114,6 +117,7 @@ class TrainConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_sources(self.data)
         if not self.sets:
             raise ValueError("sets must name at least one of camera, mixed, object")
         if self.held_out_clips < 0:
@@ -138,6 +142,15 @@ class TrajectoryConfig(TrainConfig):
         super().__post_init__()
         if self.max_tracks < 1:
             raise ValueError(f"max_tracks must be at least 1, got {self.max_tracks}")
+
+
+def check_sources(data: object) -> None:
+    """Raises ValueError unless `data` is a list of paths, or positive weights by path."""
+    if isinstance(data, list) and all(isinstance(path, str) for path in data):
+        return
+    numbers = list(data.values()) if isinstance(data, Mapping) and all(isinstance(path, str) for path in data) else [""]
+    if any(isinstance(n, bool) or not isinstance(n, int | float) or not 0 < n < math.inf for n in numbers):
+        raise ValueError(f"data must be paths, [A, B], or paths with positive weights, {{A: 3, B: 1}}; got {data!r}")
 
 
 def check_fractions(config: object, *names: str) -> None:

@@ -13,7 +13,7 @@ from decord import VideoReader
 from imageconductor.data.batches import Batches, SpriteSamples, sample_frames, scale_pixels
 from imageconductor.data.clip_index import find_clips
 from imageconductor.data.clip_records import CorruptClipError, encode_tracks
-from imageconductor.data.clips import ClipSamples
+from imageconductor.data.clips import ClipSamples, MixedOrder, ShuffledOrder
 from imageconductor.data.sprites import SpriteDataset, SpriteSet
 from imageconductor.models.networks import Networks
 from imageconductor.sampling.preview import VideoPreview
@@ -265,3 +265,44 @@ def test_what_does_not_fit_is_told_before_weights_are_read(
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         run_stage(load_config(Path(f"configs/train/{name}.yaml"), overrides), VideoPreview)
     assert not (tmp_path / "run").exists()
+
+
+def test_sources_are_mixed_by_weight_and_each_of_their_clips_comes_equally_often():
+    large, small = ShuffledOrder([40, 60], 2, 0), ShuffledOrder([10], 2, 0)
+    order = MixedOrder([large, small], [3, 1], seed=0)
+    drawn = np.array([order[position] for position in range(4000)])
+    assert (drawn < 100).sum() == 3000
+    assert ((drawn[:1000] < 100).sum(), (drawn[1000:2000] < 100).sum()) == (750, 750)
+    assert np.bincount(drawn[drawn < 100]).tolist() == [30] * 100
+    assert np.bincount(drawn[drawn >= 100] - 100).tolist() == [100] * 10
+    assert abs((drawn[:100] < 100).sum() - 75) < 20  # well mixed, not one source after the other
+    assert [order[position] for position in (3999, 17, 2500)] == drawn[[3999, 17, 2500]].tolist()
+    with pytest.raises(ValueError, match="a thousand times"):
+        MixedOrder([large, small], [10_000, 1], seed=0)
+
+
+def test_weighted_sources_leave_the_held_out_clips_out(tmp_path):
+    for name, first, count in (("many", 0, 6), ("few", 6, 3)):
+        write_folder(tmp_path / name, {f"clip-{i}": record(i) for i in range(first, first + count)})
+    weights = {str(tmp_path / "many"): 1, str(tmp_path / "few"): 3}
+    held_out = ClipSamples(weights, SIZE, 8, held_out_clips=3, shows_held_out=True)
+    hidden = {held_out[position]["key"] for position in range(3)}
+    samples = ClipSamples(weights, SIZE, 8, held_out_clips=3)
+    keys = [samples.records[samples.order[position]].key for position in range(1000)]
+    assert not hidden & set(keys)
+    assert len(set(keys)) == 6
+    assert sum(int(key.removeprefix("clip-")) >= 6 for key in keys) == 750
+
+
+@pytest.mark.parametrize("data", ["data/a", ["a", 3], {"a": 0}, {"a": "much"}, {"a": True}, {"a": float("inf")}])
+def test_data_are_paths_or_positive_weights_by_path(data):
+    with pytest.raises(ValueError, match="data must be paths, "):
+        find_stage("camera_lora").Config(data=data)
+
+
+def test_weights_are_read_from_the_command_line():
+    path = Path("configs/train/sprites/camera_lora.yaml")
+    assert load_config(path, ["data={a/b.c: 3, d: 0.5}"]).data == {"a/b.c": 3, "d": 0.5}
+    assert load_config(path, ["data=[a/b.c,d]"]).data == ["a/b.c", "d"]
+    with pytest.raises(ValueError, match="data must be paths"):
+        load_config(path, ["data=data/mixed"])
