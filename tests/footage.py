@@ -62,20 +62,28 @@ def write_sound(path):
     return path
 
 
-def write_cotracker(clone: Path) -> None:
-    """Writes a repository like CoTracker's.
+def write_cotracker(clone: Path, dtype: str = "float32") -> None:
+    """Writes a repository like CoTracker's, whose network has weights of `dtype` and buffers.
 
-    Its network moves every point by (1, 1) per frame, and from frame 1 on also by the value of the video's first pixel.
+    The network moves every point by (1, 1) per frame, and from frame 1 on also by the value of the video's first pixel.
     """
     clone.mkdir()
     (clone / "hubconf.py").write_text(
         "import torch\n"
         "class Tracker(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.step = torch.nn.Linear(1, 2)\n"
+        "        self.norm = torch.nn.BatchNorm1d(1, eps=0)\n"
+        "        self.step.weight.data.fill_(1)\n"
+        "        self.step.bias.data.fill_(0)\n"
         "    def forward(self, video, queries):\n"
-        "        step = torch.arange(video.shape[1], dtype=torch.float32)[None, :, None, None]\n"
-        "        moved = step.clamp(max=1) * video[:, :1, 0, :1, :1]\n"
-        "        tracks = queries[:, None, :, 1:] + step\n"
-        "        return tracks + moved, tracks[..., 0] < 30\n"
+        "        assert video.dtype == queries.dtype == self.step.weight.dtype\n"
+        "        assert video.device == queries.device == self.step.weight.device\n"
+        "        frames = torch.arange(video.shape[1], dtype=video.dtype, device=video.device)[None, :, None, None]\n"
+        "        first = self.norm(video[:, 0, 0, 0, :1])[:, None, None]\n"
+        "        tracks = queries[:, None, :, 1:] + self.step(frames)\n"
+        "        return tracks + frames.clamp(max=1) * first, tracks[..., 0] < 30\n"
         "def cotracker3_offline():\n"
-        "    return Tracker()\n"
+        f"    return Tracker().to(torch.{dtype})\n"
     )

@@ -45,10 +45,21 @@ def load_blip2(name: str, device: str | None) -> tuple[Any, Any, str]:
     from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float16 if device.startswith("cuda") else torch.float32
     try:
         processor: Any = Blip2Processor.from_pretrained(name)
-        network: Any = Blip2ForConditionalGeneration.from_pretrained(name, dtype=dtype)
+        loaded: Any = Blip2ForConditionalGeneration.from_pretrained(
+            name, dtype=_choose_dtype(device), output_loading_info=True
+        )
+        network, found = loaded
+        if missing := sorted(found["missing_keys"]):  # transformers would fill them at random.
+            raise ValueError(f"it lacks {len(missing)} weights, such as {missing[0]}")
     except (OSError, ValueError) as error:
         raise ValueError(f"BLIP-2 cannot be loaded from {name}: {str(error).strip().splitlines()[0]}") from error
     return processor, network.to(device).eval(), device
+
+
+def _choose_dtype(device: str) -> Any:
+    """The precision of BLIP-2's weights on a device; transformers keeps the Q-Former in float32."""
+    import torch
+
+    return torch.float16 if device.startswith("cuda") else torch.float32

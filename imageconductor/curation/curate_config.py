@@ -90,6 +90,8 @@ class CurateConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.flow == "raft" and self.raft_weights is None:
             raise ValueError("flow=raft needs raft_weights=FILE, torchvision's raft_large state dict")
+        if self.flow == "raft" and any(side % 8 or side < 128 for side in self.size):
+            raise ValueError(f"flow=raft needs sides in multiples of 8 from 128 on, got size={self.size}")
 
 
 EXECUTION_FIELDS = (

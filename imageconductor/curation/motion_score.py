@@ -77,7 +77,7 @@ def load_raft(weights: str, device: str | None) -> tuple[Any, str]:
     except Exception as error:  # A missing file, no state dict, or that of another network.
         raise ValueError(f"raft_weights={weights}: not torchvision's raft_large: {str(error)[:400]}") from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return network.to(device).eval(), device
+    return network.to(device, torch.float32).eval(), device
 
 
 def motion_threshold(

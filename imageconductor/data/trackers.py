@@ -118,7 +118,7 @@ class CoTracker:
         for value in network.state_dict().values():
             digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         self.version = f"{Path(repository).resolve().name if is_local else repository} {digest.hexdigest()[:12]}"
-        self.network = network.to(self.device).eval()
+        self.network = network.to(self.device, torch.float32).eval()  # the precision of the videos
 
     def track(
         self, frames: NDArray[np.uint8], points: NDArray[np.floating]

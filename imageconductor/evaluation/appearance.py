@@ -47,13 +47,16 @@ class ClipScorer:
         from transformers import AutoTokenizer, CLIPModel
 
         try:
-            self.model: Any = CLIPModel.from_pretrained(name)
+            loaded: Any = CLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+            model, found = loaded
+            if missing := sorted(found["missing_keys"]):  # transformers would fill them at random.
+                raise ValueError(f"it lacks {len(missing)} weights, such as {missing[0]}")
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise FileNotFoundError(f"clip: no CLIP model with tokenizer at {name}: {reason}") from error
         self.device = torch.device(device)
-        self.model.to(self.device).eval()
+        self.model: Any = model.to(self.device).eval()
 
     @torch.inference_mode()
     def __call__(self, frames: NDArray[np.uint8], prompt: str) -> tuple[float, float]:

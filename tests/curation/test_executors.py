@@ -1,37 +1,20 @@
-"""Clips that hang or end their process, the motion score, and external models."""
+"""Clips that hang or end their process, and the motion score."""
 
 import contextlib
 import importlib
 import math
 import os
-import sys
 import threading
 import time
-from types import ModuleType
 
 import footage
 import numpy as np
 import psutil
 import pytest
-import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import (
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    Blip2Processor,
-    BlipImageProcessorPil,
-    OPTConfig,
-    PreTrainedTokenizerFast,
-)
 
-from imageconductor.curation import motion_score
-from imageconductor.curation.captions import describe
 from imageconductor.curation.curate_config import CurateConfig
 from imageconductor.curation.executors import Workers
 from imageconductor.curation.motion_score import motion_scores, motion_threshold
-from imageconductor.data.trackers import CoTracker
 
 FAULTY = """
 import os, signal, time
@@ -139,107 +122,3 @@ def test_the_dropped_fraction_is_exact_and_among_equal_scores_the_key_decides():
 def test_the_motion_score_of_a_shift():
     clip = footage.pan(0, 6, (3.0, 4.0))
     assert motion_scores([clip], CurateConfig("", ""))[0] == pytest.approx(5 * np.sqrt(192 * 128), rel=0.05)
-
-
-def test_raft_is_called_on_adjacent_frames(monkeypatch, tmp_path):
-    """torchvision does not install beside a CPU build of torch, so a network with the same interface replaces RAFT."""
-
-    calls = []
-
-    class Shift(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = torch.nn.Parameter(torch.zeros(()))
-
-        def forward(self, before, after):
-            assert before.shape[1:] == (3, 128, 192)
-            assert -1 <= before.min() <= after.max() <= 1
-            calls.append(len(before))
-            is_black = (before + after).flatten(1).max(1).values == -2
-            flow = torch.stack([self.scale * 3, self.scale * 4]).reshape(1, 2, 1, 1) * (1 + is_black.view(-1, 1, 1, 1))
-            return [None, flow.expand(len(before), 2, 128, 192)]
-
-    torch.save({"scale": torch.ones(())}, tmp_path / "raft.pth")
-    module = ModuleType("torchvision.models.optical_flow")
-    module.raft_large = Shift
-    monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
-    monkeypatch.setitem(sys.modules, "torchvision.models", ModuleType("torchvision.models"))
-    monkeypatch.setitem(sys.modules, "torchvision.models.optical_flow", module)
-    motion_score.load_raft.cache_clear()
-    config = CurateConfig("", "", flow="raft", raft_weights=str(tmp_path / "raft.pth"), device="cpu")
-    clip = footage.pan(0, 20, (1, 0))
-    scores = motion_scores([clip, 0 * clip, clip[:6]], config)
-    motion_score.load_raft.cache_clear()
-    assert scores == pytest.approx([size * np.sqrt(192 * 128) for size in (5, 10, 5)])
-    assert calls == [8, 8, 8, 8, 8, 3], "pairs of all clips, eight at a time"
-
-
-def test_cotracker_from_a_local_clone(tmp_path):
-    footage.write_cotracker(tmp_path / "clone")
-    tracker = CoTracker(str(tmp_path / "clone"), device="cpu")
-    points, visible = tracker.track(np.zeros((4, 32, 48, 3), np.uint8), np.array([[5.0, 6.0], [28.0, 9.0]]))
-    assert points.shape == (2, 4, 2)
-    assert points[0, 3].tolist() == [8.0, 9.0]
-    assert visible.tolist() == [[True] * 4, [True, True, False, False]]
-    assert tracker.name == "cotracker3_offline"
-    assert tracker.version.startswith("clone ")
-    clips = [np.full((4, 32, 48, 3), value, np.uint8) for value in (0, 2)]
-    together = tracker.track_together(clips, np.array([[5.0, 6.0]]))
-    assert [found[0][0, 3].tolist() for found in together] == [[8.0, 9.0], [10.0, 11.0]]
-    for clip, (points, visible) in zip(clips, together, strict=True):
-        alone = tracker.track(clip, np.array([[5.0, 6.0]]))
-        assert (alone[0] == points).all()
-        assert (alone[1] == visible).all()
-    with pytest.raises(ValueError, match="CoTracker cannot be loaded from"):
-        CoTracker(str(tmp_path), device="cpu")
-
-
-@pytest.fixture
-def blip2(tmp_path):
-    """Folder of a BLIP-2 with a few thousand random weights and a vocabulary of five words."""
-    words = {
-        word: number
-        for number, word in enumerate(["<pad>", "</s>", "<s>", "<unk>", "<image>", "a", "dog", "cat", "runs", "grass"])
-    }
-    text = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    text.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=text,
-        pad_token="<pad>",
-        eos_token="</s>",
-        bos_token="<s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-    )
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    language = OPTConfig(
-        vocab_size=len(words), hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
-        word_embed_proj_dim=16, max_position_embeddings=64, pad_token_id=0, bos_token_id=2, eos_token_id=1,
-    )  # fmt: skip
-    config = Blip2Config(
-        vision_config={**sizes, "image_size": 32, "patch_size": 16},
-        qformer_config={**sizes, "encoder_hidden_size": 16, "cross_attention_frequency": 1},
-        text_config=language.to_dict(),
-        num_query_tokens=4,
-        image_text_hidden_size=8,
-        image_token_index=4,
-    )
-    torch.manual_seed(0)
-    network = Blip2ForConditionalGeneration(config)
-    with torch.no_grad():
-        network.get_input_embeddings().weight[:5] = 0
-    network.save_pretrained(tmp_path)
-    processor = Blip2Processor(BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer, num_query_tokens=4)
-    processor.save_pretrained(tmp_path)
-    return tmp_path
-
-
-def test_blip2_describes_frames_and_equal_descriptions_appear_once(blip2):
-    clip = np.random.default_rng(0).integers(0, 255, (33, 64, 96, 3), np.uint8)
-    [one] = describe([clip], CurateConfig("", "", blip2=str(blip2), caption_frames=1, device="cpu"))
-    assert set(one.split()) <= {"a", "dog", "cat", "runs", "grass"}
-    assert one
-    same = np.repeat(clip[16:17], 33, axis=0)
-    three = CurateConfig("", "", blip2=str(blip2), caption_frames=3, device="cpu")
-    assert describe([same, clip], three) == [one, *describe([clip], three)]
-    assert describe([], three) == []
