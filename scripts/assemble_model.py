@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from imageconductor import config as config_file
-from imageconductor.files import atomic_folder, check_new_folder
+from imageconductor.files import atomic_folder, check_writable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if output is None:
             raise ValueError("--output DIR is missing")
-        check_new_folder(output)
+        check_writable(output)
+        if output.exists():
+            raise ValueError(f"{output} exists; name another --output")
         if args.export:
             export(args.model, args.format, output)
         else:

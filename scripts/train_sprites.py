@@ -73,7 +73,7 @@ def main() -> None:
     if not model.is_dir():
         networks = starting_networks(recipe)
         with atomic_folder(model) as folder:
-            ImageConductorPipeline(**vars(networks), sampling_defaults=defaults(recipe)).save_pretrained(folder)
+            ImageConductorPipeline(**networks.parts, sampling_defaults=defaults(recipe)).save_pretrained(folder)
     if recipe.start is None:
         train_vae(recipe, recipe.autoencoder, args.budget, runs / "autoencoder", model)
     if recipe.decoder.max_steps:

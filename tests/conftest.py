@@ -46,7 +46,7 @@ def tiny_pipeline(seed: int = 0) -> ImageConductorPipeline:
         for parameter in adapter_parameters(networks.motion_controlnet, adapter).values():
             parameter.data.normal_(0, 0.1, generator=generator)
     defaults = {"width": 32, "height": 32, "num_frames": 4, "guidance_scale": 3.0, "num_inference_steps": 3}
-    pipe = ImageConductorPipeline(**vars(networks), sampling_defaults=defaults)
+    pipe = ImageConductorPipeline(**networks.parts, sampling_defaults=defaults)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -4,11 +4,12 @@ from functools import partial
 
 import pytest
 
+from imageconductor.sampling.preview import VideoPreview
 from imageconductor.training.command import main as train
 from scripts import ablations, assemble_model, cache_latents, curate, evaluate
 
 COMMANDS = {
-    "train": (partial(train, "", None, None), ["stage=camera_lora", "model=nowhere", "output={output}"]),
+    "train": (partial(train, "", VideoPreview, None), ["stage=camera_lora", "model=nowhere", "output={output}"]),
     "evaluate": (evaluate.main, ["model=models/sprites", "--output", "{output}"]),
     "curate": (curate.main, ["input={folder}", "output={output}"]),
     "cache_latents": (cache_latents.main, ["data=[nowhere]", "output={output}"]),

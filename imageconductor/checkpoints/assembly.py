@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers import DDIMScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from imageconductor.checkpoints.domain_adapter import DomainAdapter
 from imageconductor.checkpoints.model_card import read_provenance
@@ -36,10 +36,8 @@ from imageconductor.checkpoints.published import load_published, rename_motion_m
 from imageconductor.models.adapters import DIFFUSERS_WEIGHTS_NAME, Adapter, adapter_parameters, load_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
-from imageconductor.models.networks import Networks
-from imageconductor.models.weights import copy_weights, read_checkpoint
-
-_WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+from imageconductor.models.networks import Networks, load_network
+from imageconductor.models.weights import copy_weights, find_weights, read_checkpoint
 
 
 @dataclass
@@ -141,12 +139,12 @@ def _downloaded(config: AssemblyConfig) -> tuple[Networks, dict[str, Source], As
         adapter = DomainAdapter.read(path, config.domain_adapter_scale)
         adapter.merge(unet.state_dict())
         sources["domain_adapter"] = _source(path, len(adapter.state))
-    vae: Any = AutoencoderKL.from_pretrained(root / "vae", dtype=torch.float32)
+    vae = load_network("vae", root / "vae")
     if motion_controlnet is None:
         motion_controlnet = MotionControlNet.from_unet(unet, 2 ** (len(vae.config["block_out_channels"]) - 1))
     networks = Networks(
         vae=vae,
-        text_encoder=CLIPTextModel.from_pretrained(root / "text_encoder", dtype=torch.float32),
+        text_encoder=load_network("text_encoder", root / "text_encoder"),
         tokenizer=CLIPTokenizer.from_pretrained(root / "tokenizer"),
         unet=unet,
         image_controlnet=image_controlnet,
@@ -177,7 +175,7 @@ def _trained(config: AssemblyConfig) -> tuple[Networks, dict[str, Source], Assem
 
     if config.motion_controlnet is not None:
         folder = locate(config.motion_controlnet)
-        trained = MotionControlNet.from_pretrained(folder, dtype=torch.float32)
+        trained = load_network("motion_controlnet", folder)
         _check_same_sizes(networks.motion_controlnet, trained, folder)
         networks.motion_controlnet = trained
         record("motion_controlnet", folder, len(trained.state_dict()))
@@ -270,10 +268,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     """Tensors of a checkpoint file, or of a diffusers folder."""
     if path.is_file():
         return read_checkpoint(path)
-    for name in _WEIGHT_FILES:
-        if (path / name).is_file():
-            return read_checkpoint(path / name)
-    raise FileNotFoundError(f"{path} holds none of {', '.join(_WEIGHT_FILES)}")
+    return {key: value for file in find_weights(path)[0] for key, value in read_checkpoint(file).items()}
 
 
 def _source(path: Path, keys: int) -> Source:

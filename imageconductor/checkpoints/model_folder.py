@@ -21,6 +21,8 @@ from safetensors import safe_open
 from imageconductor.config import check_finite
 from imageconductor.models.adapters import WEIGHTS_NAME, adapter_parameters, describe_adapters, load_adapter
 from imageconductor.models.controlnets import MotionControlNet
+from imageconductor.models.networks import Networks
+from imageconductor.models.weights import find_weights, read_checkpoint
 
 _SUFFIX = "_lora"
 
@@ -134,26 +136,20 @@ def check_shape(folder: str | Path, size: tuple[int, int], num_frames: int) -> N
 
     Raises:
         FileNotFoundError: A part of the folder is missing.
-        ValueError: It cannot.
+        ValueError: It cannot, or a part of the folder is damaged.
     """
+    folder = Networks.check_folder(folder)
     max_num_frames = _read_part_config(folder, "unet")["motion_max_seq_length"]
     check_video_shape(size, num_frames, read_vae_scale_factor(folder), max_num_frames)
 
 
 def read_vae_scale_factor(folder: str | Path) -> int:
-    """Pixels along one side of a latent pixel.
-
-    Raises:
-        FileNotFoundError: The folder has no autoencoder.
-    """
+    """Pixels along one side of a latent pixel, of a folder that was checked."""
     return 2 ** (len(_read_part_config(folder, "vae")["block_out_channels"]) - 1)
 
 
 def _read_part_config(folder: str | Path, part: str) -> dict[str, Any]:
-    try:
-        return json.loads((Path(folder) / part / "config.json").read_text())
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder} is incomplete, there is no {error.filename}") from None
+    return json.loads((Path(folder) / part / "config.json").read_text(encoding="utf-8"))
 
 
 def check_video_shape(size: tuple[int, int], num_frames: int, vae_scale_factor: int, max_num_frames: int) -> None:
@@ -167,5 +163,8 @@ def check_video_shape(size: tuple[int, int], num_frames: int, vae_scale_factor: 
 
 def read_dtype(folder: str | Path) -> torch.dtype:
     """Precision of a model folder's files, by its UNet's."""
-    with safe_open(next((Path(folder) / "unet").glob("*.safetensors")), "pt") as file:
-        return file.get_tensor("conv_in.weight").dtype
+    path = find_weights(Path(folder) / "unet")[0][0]
+    if path.suffix != ".safetensors":
+        return next(iter(read_checkpoint(path).values())).dtype
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(next(iter(file.keys()))).dtype

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
@@ -17,24 +19,42 @@ from transformers.utils import logging as transformers_logging
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
 from imageconductor.models.denoiser import Denoiser
 from imageconductor.models.motion_unet import MotionUNet
+from imageconductor.models.weights import check_weight_file, find_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+logger = logging.getLogger(__name__)
+
+NETWORKS: dict[str, Any] = {
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "unet": MotionUNet,
+    "image_controlnet": ImageControlNet,
+    "motion_controlnet": MotionControlNet,
+}
+"""Class of each network by the name of its part."""
+
+
+def load_network(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The network of a part, from its plain weights, or else from those of a variant.
+
+    Raises:
+        FileNotFoundError: The folder holds no weights.
+        ValueError: A file is damaged.
+    """
+    return NETWORKS[name].from_pretrained(folder, dtype=dtype, variant=find_weights(folder)[1])
 
 
 @dataclass
 class Encoders:
     """The parts of a model that encode clips and captions."""
 
-    KINDS: ClassVar[dict[str, Any]] = {
-        "vae": AutoencoderKL,
-        "text_encoder": CLIPTextModel,
-        "tokenizer": CLIPTokenizer,
-    }
-
     vae: Any  # AutoencoderKL, whose outputs diffusers does not type
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
+
+    _has_warned = False  # of a text that is cut; without annotation, no part
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -42,35 +62,53 @@ class Encoders:
 
         Raises:
             FileNotFoundError: The folder, or a part of it, is missing.
+            ValueError: A part is damaged.
         """
         folder = cls.check_folder(folder)
-        parts = {}
         with single_progress_bar():
-            for name, kind in cls.KINDS.items():
-                precision = {"dtype": torch.float32} if issubclass(kind, nn.Module) else {}
-                parts[name] = cast("Any", kind).from_pretrained(folder / name, **precision)
-        loaded = cls(**parts)
+            loaded = cls(**{field.name: load_part(field.name, folder / field.name) for field in fields(cls)})
         loaded.freeze()
         return loaded
 
     @classmethod
     def check_folder(cls, folder: str | Path) -> Path:
-        """The folder of a model, once it is sure that no part is missing.
+        """The folder of a model, once it is sure that no part is missing or damaged; no weight is read.
 
         Raises:
             FileNotFoundError: The folder, or a part of it, is missing.
+            ValueError: A part is damaged; names the file.
         """
-        folder = Path(folder)
+        folder, names = Path(folder), [field.name for field in fields(cls)]
         if not folder.is_dir():
             raise FileNotFoundError(f"no model folder at {folder}")
-        if missing := [name for name in cls.KINDS if not (folder / name).is_dir()]:
+        if missing := [name for name in names if not (folder / name).is_dir()]:
             raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
+        for name in names:
+            if name == "tokenizer":
+                _check_tokenizer(folder)
+                continue
+            config = f"{name}/{'scheduler_config' if name == 'scheduler' else 'config'}.json"
+            try:
+                json.loads((folder / config).read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{folder} is incomplete: there is no {config}") from None
+            except ValueError as error:
+                raise ValueError(f"{folder / config} is damaged: {error}") from error
+            if name in NETWORKS:
+                find_weights(folder / name)
+        for path in sorted((*folder.glob("*_lora/*.safetensors"), *folder.glob("domain_adapter/*.safetensors"))):
+            check_weight_file(path)
         return folder
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The parts by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """The networks among the parts, by name."""
-        return {name: part for name, part in vars(self).items() if isinstance(part, nn.Module)}
+        return {name: part for name, part in self.parts.items() if name in NETWORKS}
 
     def freeze(self) -> None:
         """Puts every network into eval mode without gradients."""
@@ -83,28 +121,18 @@ class Encoders:
         return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
 
     def tokenize(self, prompts: list[str]) -> Tensor:
-        """(B, L) int64 token ids, padded and cut to the text encoder's length."""
-        tokens = self.tokenizer(
-            prompts,
-            padding="max_length",
-            truncation=True,
-            max_length=self.text_encoder.config.max_position_embeddings,
-            return_tensors="pt",
-        )
-        return tokens.input_ids
+        """(B, L) int64 token ids, padded and cut to the text encoder's length; the first text cut is warned of."""
+        tokens, left_out = tokenize(self.tokenizer, prompts, self.text_encoder.config.max_position_embeddings)
+        for prompt, words in zip(prompts, left_out, strict=True):
+            if words and not self._has_warned:
+                self._has_warned = True
+                warn_of_cut(prompt, words)
+        return tokens
 
 
 @dataclass
 class Networks(Encoders):
     """All parts of a model."""
-
-    KINDS: ClassVar[dict[str, Any]] = {
-        **Encoders.KINDS,
-        "unet": MotionUNet,
-        "image_controlnet": ImageControlNet,
-        "motion_controlnet": MotionControlNet,
-        "scheduler": DDIMScheduler,
-    }
 
     unet: MotionUNet
     image_controlnet: ImageControlNet
@@ -120,6 +148,35 @@ class Networks(Encoders):
         """Casts every network, in place."""
         for network in self.modules.values():
             cast_network(network, dtype)
+
+
+def load_part(name: str, folder: Path) -> Any:
+    """A network in float32, the tokenizer or the scheduler, from its folder; raises as `load_network`."""
+    if name in NETWORKS:
+        return load_network(name, folder)
+    return {"tokenizer": CLIPTokenizer, "scheduler": DDIMScheduler}[name].from_pretrained(folder)
+
+
+def _check_tokenizer(folder: Path) -> None:
+    tokenizer = folder / "tokenizer"
+    if (tokenizer / "tokenizer.json").is_file():
+        return
+    for name in ("vocab.json", "merges.txt"):
+        if not (tokenizer / name).is_file():
+            raise FileNotFoundError(f"{folder} is incomplete: there is no tokenizer/{name}")
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> tuple[Tensor, list[str]]:
+    """(B, L) int64 token ids, padded and cut to `length`, and the end of each prompt that is left out, or ""."""
+    tokens = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    whole = tokenizer(list(prompts), add_special_tokens=False, truncation=True, max_length=1 << 20).input_ids
+    kept = length - tokenizer.num_special_tokens_to_add()
+    return tokens.input_ids, [tokenizer.decode(ids[kept:]) if len(ids) > kept else "" for ids in whole]
+
+
+def warn_of_cut(prompt: str, words: str) -> None:
+    """Logs what the text encoder does not read of a prompt."""
+    logger.warning("the text encoder reads the beginning of %r only; it leaves out %r", prompt, words)
 
 
 def cast_network(network: nn.Module, dtype: torch.dtype) -> None:

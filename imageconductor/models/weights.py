@@ -1,6 +1,7 @@
 """Reading weights without running code, and copying them without losing any."""
 
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,6 +11,56 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?"
+    r"(?:-\d+-of-(?P<shards>\d+))?\.(?P<format>safetensors|bin)"
+)
+
+
+def find_weights(part: Path) -> tuple[list[Path], str | None]:
+    """Weight files of a folder that diffusers or transformers wrote, and their variant; no weight is read.
+
+    Plain files come before those of a variant such as "fp16", and safetensors before pickles.
+
+    Raises:
+        FileNotFoundError: There are none, or a shard is missing.
+        ValueError: A file is damaged.
+    """
+    found: dict[tuple[str, bool], list[tuple[Path, int]]] = {}
+    for path in sorted(part.iterdir()) if part.is_dir() else ():
+        if match := _WEIGHTS.fullmatch(path.name):
+            key = (match["variant"] or "", match["format"] == "bin")
+            found.setdefault(key, []).append((path, int(match["shards"] or 1)))
+    if not found:
+        raise FileNotFoundError(f"{part} holds no weights, such as diffusion_pytorch_model.safetensors")
+    variant, _ = key = min(found)
+    paths = [path for path, _ in found[key]]
+    if len(paths) < found[key][0][1]:
+        raise FileNotFoundError(f"{part} holds {len(paths)} of the {found[key][0][1]} shards of its weights")
+    for path in paths:
+        check_weight_file(path)
+    return paths, variant or None
+
+
+def check_weight_file(path: Path) -> None:
+    """Makes sure that a file of weights is complete, by its header and length; no weight is read.
+
+    Raises:
+        ValueError: It is truncated, damaged, or the pointer that Git LFS leaves in the place of a file.
+    """
+    with path.open("rb") as file:
+        head = file.read(32)
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer and not the file itself, which `git lfs pull` fetches")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                pass
+        elif head.startswith(b"PK"):
+            zipfile.ZipFile(path).close()
+    except Exception as error:  # safetensors' own type, zipfile's, and the system's.
+        raise ValueError(f"{path} is truncated or damaged: {str(error).splitlines()[0]}") from error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -23,6 +74,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    check_weight_file(path)
     try:
         if path.suffix == ".safetensors":
             state = unwrap(load_file(path))

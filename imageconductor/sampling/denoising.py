@@ -150,6 +150,21 @@ def denoise(
     return sample
 
 
+def as_generators(
+    given: torch.Generator | Sequence[torch.Generator] | None, count: int
+) -> list[torch.Generator] | None:
+    """A generator for each of `count` videos; one that serves all stands there as often.
+
+    Raises:
+        ValueError: Their number is another.
+    """
+    if given is None or isinstance(given, torch.Generator):
+        return None if given is None else [given] * count
+    if len(given) != count:
+        raise ValueError(f"{count} videos need as many generators, got {len(given)}")
+    return list(given)
+
+
 def _step_arguments(scheduler: Any, generators: Sequence[torch.Generator] | None, eta: float) -> dict[str, Any]:
     """What a scheduler's `step` takes beside prediction, t and sample; its noise is drawn video by video."""
     accepted = inspect.signature(scheduler.step).parameters

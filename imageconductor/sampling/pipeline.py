@@ -43,9 +43,10 @@ from imageconductor.models.adapters import attached_adapters, save_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
 from imageconductor.models.denoiser import Condition
 from imageconductor.models.motion_unet import MotionUNet
-from imageconductor.models.networks import single_progress_bar
+from imageconductor.models.networks import NETWORKS, Networks, load_network, single_progress_bar, tokenize, warn_of_cut
+from imageconductor.models.weights import find_weights
 from imageconductor.sampling.branches import Control, Text
-from imageconductor.sampling.denoising import CALLBACK_TENSORS, StepCallback, denoise, refuse_non_finite
+from imageconductor.sampling.denoising import CALLBACK_TENSORS, StepCallback, as_generators, denoise, refuse_non_finite
 from imageconductor.sampling.inputs import CallInputs, broadcast, check_inputs
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -104,6 +105,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         self.register_to_config(sampling_defaults=asdict(SamplingDefaults(**(sampling_defaults or {}))))
         self.vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
         self.domain_adapter: DomainAdapter | None = None
+        self._cut_prompts: set[str] = set()
         self.provenance: dict[str, str] = {}  # texts that say where the weights come from, by file name
 
     # -- model folders
@@ -117,12 +119,17 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             kwargs: As diffusers', e.g. `dtype`.
 
         Raises:
-            FileNotFoundError: Neither a model folder nor a repository that can be reached.
+            FileNotFoundError: Neither a model folder nor a repository that can be reached, or a part is missing.
+            ValueError: A part is damaged.
         """
         folder = locate_model(folder)
         read_sampling_defaults(folder)
+        Networks.check_folder(folder)
         # transformers would else follow the files, diffusers not.
         kwargs["dtype"] = kwargs.pop("torch_dtype", kwargs.get("dtype", torch.float32))
+        if "variant" not in kwargs:  # A part may have the weights of a variant alone.
+            only = [name for name in NETWORKS.keys() - kwargs.keys() if find_weights(folder / name)[1] is not None]
+            kwargs |= {name: load_network(name, folder / name, kwargs["dtype"]) for name in only}
         with single_progress_bar():
             pipe = super().from_pretrained(str(folder), **kwargs)
         load_adapters(pipe.motion_controlnet, folder)
@@ -134,7 +141,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
     @classmethod
     def from_assembly(cls, assembly: Assembly) -> ImageConductorPipeline:
         """The pipeline of a recipe's parts."""
-        pipe = cls(**vars(assembly.networks), sampling_defaults=assembly.sampling)
+        pipe = cls(**assembly.networks.parts, sampling_defaults=assembly.sampling)
         pipe.domain_adapter, pipe.provenance = assembly.domain_adapter, assembly.provenance
         return pipe
 
@@ -188,16 +195,14 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
 
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings (B, L, D)."""
-        length = self.text_encoder.config.max_position_embeddings
-        tokens = self.tokenizer(
-            self.maybe_convert_prompt(list(prompts), self.tokenizer),
-            padding="max_length",
-            truncation=True,
-            max_length=length,
-            return_tensors="pt",
-        )
-        return self.text_encoder(tokens.input_ids.to(self._execution_device)).last_hidden_state
+        """Text embeddings (B, L, D); what the text encoder does not read of a prompt is warned of, once."""
+        texts: Any = self.maybe_convert_prompt(list(prompts), self.tokenizer)
+        tokens, left_out = tokenize(self.tokenizer, texts, self.text_encoder.config.max_position_embeddings)
+        for prompt, words in zip(prompts, left_out, strict=True):
+            if words and prompt not in self._cut_prompts:
+                self._cut_prompts.add(prompt)
+                warn_of_cut(prompt, words)
+        return self.text_encoder(tokens.to(self._execution_device)).last_hidden_state
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, chunk_size: int = 16) -> Tensor:
@@ -332,7 +337,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         inputs = check_inputs(self, image, trajectories, prompt, negative_prompt, control, *scales, *shape)
         callback = StepCallback.parse(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.scheduler.set_timesteps(inputs.num_inference_steps, device=self._execution_device)
-        generators = _as_generators(generator, inputs.count * num_videos_per_prompt)
+        generators = as_generators(generator, inputs.count * num_videos_per_prompt)
         noise = self.prepare_latents(inputs, num_videos_per_prompt, generators, latents)
         self._guidance_scale, self._num_timesteps = inputs.guidance_scale, len(self.scheduler.timesteps)
         self._interrupt = False
@@ -377,17 +382,6 @@ def write_model_folder(assembly: Assembly, output: Path, replace: bool = False) 
         ImageConductorPipeline.from_assembly(assembly).save_pretrained(folder)
         if assembly.style_lora is not None:
             shutil.copytree(assembly.style_lora, folder / "style_lora")
-
-
-def _as_generators(
-    given: torch.Generator | Sequence[torch.Generator] | None, count: int
-) -> list[torch.Generator] | None:
-    """A generator for each of `count` videos; one that serves all stands there as often."""
-    if given is None or isinstance(given, torch.Generator):
-        return None if given is None else [given] * count
-    if len(given) != count:
-        raise ValueError(f"{count} videos need as many generators, got {len(given)}")
-    return list(given)
 
 
 def _convert(frames: Tensor, output_type: str) -> Any:

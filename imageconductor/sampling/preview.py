@@ -45,7 +45,7 @@ class VideoPreview:
 
     def __call__(self, step: int, networks: Networks) -> None:
         """Samples every clip with the networks as they are."""
-        pipe = ImageConductorPipeline(**vars(networks))
+        pipe = ImageConductorPipeline(**networks.parts)
         pipe.set_progress_bar_config(desc=f"preview of step {step}", leave=False)
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = []

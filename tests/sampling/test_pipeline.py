@@ -11,6 +11,7 @@ from PIL import Image
 
 from imageconductor.conditioning import Trajectories, camera_preset, object_preset
 from imageconductor.models.adapters import attached_adapters
+from imageconductor.models.networks import Networks
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 
 SIZE, FRAMES = (32, 32), 4
@@ -190,3 +191,22 @@ def test_trajectories_of_another_size_are_fitted(pipe, image):
 def test_bad_arguments_are_told(pipe, image, arguments, message):
     with pytest.raises(ValueError, match=message):
         run(pipe, image, **arguments)
+
+
+def test_words_that_the_text_encoder_does_not_read_are_named_once(pipe, image, caplog):
+    """In the prompt and in the negative one; training names one caption a run."""
+    long = "a red circle " * 60
+    for _ in range(2):
+        run(pipe, image, prompt=long + "above a star", negative_prompt=long + "below", num_inference_steps=1)
+    negative, prompt = (r.getMessage() for r in caplog.records if r.name.startswith("imageconductor"))
+    assert negative.endswith("below'")
+    assert prompt.endswith("above a star'")
+    caplog.clear()
+    networks = Networks(**{name: getattr(pipe, name) for name in Networks.__annotations__})
+    tokens = networks.tokenize(["a star", long, long + "again"])
+    networks.tokenize([long])
+    (message,) = caplog.messages
+    assert repr(long) in message
+    kept = pipe.tokenizer.decode(tokens[1], skip_special_tokens=True).split()
+    left_out = message.rpartition("leaves out ")[2].strip("'").split()
+    assert kept + left_out == long.split()

@@ -19,9 +19,9 @@ from imageconductor.conditioning.flow_map import flow_map
 from imageconductor.data.batches import scale_pixels
 from imageconductor.data.sparse_tracks import sample_sparse
 from imageconductor.diffusion.losses import denoising_loss
-from imageconductor.models.controlnets import MotionControlNet
 from imageconductor.models.denoiser import Condition
-from imageconductor.models.networks import Networks
+from imageconductor.models.networks import Networks, load_network
+from imageconductor.models.weights import find_weights
 from imageconductor.training.train_config import TrainConfig, TrajectoryConfig
 
 
@@ -194,7 +194,7 @@ class TrajectoryStage(Stage):
 
     def __init__(self, networks: Networks, config: TrajectoryConfig):
         if config.motion_controlnet is not None:
-            networks.motion_controlnet = MotionControlNet.from_pretrained(config.motion_controlnet, dtype=torch.float32)
+            networks.motion_controlnet = load_network("motion_controlnet", Path(config.motion_controlnet))
         super().__init__(networks, config)
         self.is_sparse, self.max_tracks = config.trajectories == "sparse", config.max_tracks
 
@@ -207,6 +207,8 @@ class TrajectoryStage(Stage):
                 f"no motion ControlNet at {folder}; train that stage first, or start from the model's own with "
                 "motion_controlnet=null"
             )
+        if folder is not None:
+            find_weights(Path(folder))
 
     def draw_flow(
         self, batch: dict[str, Any], size: tuple[int, int], generators: Sequence[torch.Generator]
