@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,19 +150,21 @@ class ClipSamples:
         held_out_clips: int = 0,
         shows_held_out: bool = False,
     ):
-        is_weighted = isinstance(sources, Mapping) and not shows_held_out
-        found = [find_clips([source]) for source in sources] if is_weighted else [find_clips(list(sources))]
+        found = [find_clips([source]) for source in sources]
         shards, held_out = hold_out(list(itertools.chain(*found)), held_out_clips)
         self.records = held_out if shows_held_out else ClipList(shards)
+        self.order: ShuffledOrder | MixedOrder
         if shows_held_out:
             self.order = ShuffledOrder([len(held_out)], shuffle_shards, seed)
-        else:
+        elif isinstance(sources, Mapping):
             rest = iter(shards)
-            parts = [list(itertools.islice(rest, len(part))) for part in found]
-            orders = [ShuffledOrder([n for shard in part for n in shard.sizes], shuffle_shards, seed) for part in parts]
-            if is_weighted and (empty := [str(s) for s, order in zip(sources, orders, strict=True) if not len(order)]):
+            sizes = [_list_sizes(itertools.islice(rest, len(of_source))) for of_source in found]
+            if empty := [str(source) for source, of_source in zip(sources, sizes, strict=True) if not sum(of_source)]:
                 raise ValueError(f"held_out_clips={held_out_clips} leaves no clip of {', '.join(empty)}")
-            self.order = MixedOrder(orders, list(sources.values()), seed) if is_weighted else orders[0]
+            orders = [ShuffledOrder(of_source, shuffle_shards, seed) for of_source in sizes]
+            self.order = MixedOrder(orders, list(sources.values()), seed)
+        else:
+            self.order = ShuffledOrder(_list_sizes(shards), shuffle_shards, seed)
         self.size, self.num_frames, self.horizontal_flip, self.seed = size, num_frames, horizontal_flip, seed
         self.is_cached = self.records[0].is_cached
         if any((shard.are_cached() != self.is_cached).any() for shard in shards):
@@ -262,6 +264,11 @@ def fit_to_size(
     if tracks.size != size:
         frames = np.stack([np.asarray(cover_crop(Image.fromarray(frame), size)) for frame in frames])
     return torch.from_numpy(frames).permute(3, 0, 1, 2), tracks.cover_crop(size)
+
+
+def _list_sizes(shards: Iterable[Shard]) -> list[int]:
+    """Numbers of clips that are read together, without the empty ones."""
+    return [size for shard in shards for size in shard.sizes if size]
 
 
 def to_trajectories(points: NDArray[np.float64], visible: NDArray[np.bool_], size: tuple[int, int]) -> Trajectories:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -202,7 +203,7 @@ def test_words_that_the_text_encoder_does_not_read_are_named_once(pipe, image, c
     assert negative.endswith("below'")
     assert prompt.endswith("above a star'")
     caplog.clear()
-    networks = Networks(**{name: getattr(pipe, name) for name in Networks.__annotations__})
+    networks = Networks(**{field.name: getattr(pipe, field.name) for field in fields(Networks)})
     tokens = networks.tokenize(["a star", long, long + "again"])
     networks.tokenize([long])
     (message,) = caplog.messages
