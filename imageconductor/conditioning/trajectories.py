@@ -180,12 +180,19 @@ class Trajectories:
         moved, _ = self._map_points(scale, (0.0, 0.0), (width, height))
         return dataclasses.replace(self, points=moved, size=(width, height))
 
-    def cover_crop(self, size: tuple[int, int]) -> "Trajectories":
-        """The trajectories in `first_frame.cover_crop(image, size)`; points outside the crop become invisible."""
+    def cover_crop(self, size: tuple[int, int], picture: tuple[int, int] | None = None) -> "Trajectories":
+        """The trajectories in `first_frame.cover_crop(image, size)`; points outside the crop become invisible.
+
+        Args:
+            size: (W, H) of the crop.
+            picture: (W, H) of the image, where this frame is itself `cover_crop(image, self.size)`; None = this frame
+                is the whole image.
+        """
         width, height = check_size(size)
         if (width, height) == self.size:
             return self
-        scale = cover_scale(self.size, (width, height))
+        picture = picture or self.size
+        scale = cover_scale(picture, (width, height)) / cover_scale(picture, self.size)
         shift = ((width - self.size[0] * scale) / 2, (height - self.size[1] * scale) / 2)
         moved, kept = self._map_points((scale, scale), shift, (width, height))
         return dataclasses.replace(self, points=moved, visible=self.visible & kept, size=(width, height))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -24,19 +25,35 @@ class Task:
 
 @dataclass(frozen=True)
 class Method:
-    """One line of the tables: a model, or a folder of videos that another program made."""
+    """One line of the tables: a model or a folder of videos that another program made, and their format."""
 
     model: str | None = None  # model folder, or its name on the hub; null = the method is a folder of videos
     videos: str | None = None  # folder of TASK/KEY.mp4, named as an evaluation names its own under videos/METHOD
     base: str | None = None  # DreamBooth file that replaces the model's UNet, VAE and text encoder
     lora: list[str] = field(default_factory=list)  # style LoRAs of the UNet, each FILE or FILE:scale
     motion_lora: list[str] = field(default_factory=list)  # LoRAs of the motion modules, each FILE or FILE:scale
+    size: tuple[int, int] | None = None  # (W, H) of its videos; null = the evaluation's
+    num_frames: int | None = None  # frames of its videos; null = the evaluation's
+    # How a first frame gets that size: crop covers it and cuts off what is left over, resize stretches the picture.
+    fit: Literal["crop", "resize"] = "crop"
+    # Numbers of its frames that stand for the evaluation's frames 0, 1, ...; null = all, spread evenly over the motion.
+    frames: list[int] | None = None
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.videos is None):
             raise ValueError(f"a method needs a model or videos, and not both; got {self.model} and {self.videos}")
         if self.videos is not None and (self.base or self.lora or self.motion_lora):
             raise ValueError(f"base and LoRAs need a model; the videos in {self.videos} are made already")
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"size must be positive, got {self.size[0]}x{self.size[1]}")
+        if self.num_frames is not None and self.num_frames < 2:
+            raise ValueError(f"num_frames must be at least 2, got {self.num_frames}")
+        if self.frames is not None and (
+            len(self.frames) < 2
+            or self.frames[0] < 0
+            or any(after <= before for before, after in itertools.pairwise(self.frames))
+        ):
+            raise ValueError(f"frames must be two or more numbers from 0 on that rise, got {self.frames}")
 
 
 @dataclass
@@ -48,13 +65,17 @@ class EvaluateConfig:
     model: str | None = None  # model folder to evaluate, one line of the tables, named after the folder
     videos: str | None = None  # folder of another method's videos, one more line, named after the folder
     # Further lines of the tables by name, each {videos: FOLDER}, or {model: FOLDER, base: FILE, lora: [FILE:scale],
-    # motion_lora: [FILE:scale]}.
+    # motion_lora: [FILE:scale]}; and, for videos of another format, size: [W, H], num_frames: N, fit: crop or resize,
+    # and frames: [i, ...], the numbers of its frames that stand for the evaluation's (null = all, spread evenly).
     methods: dict[str, Method] = field(default_factory=dict)
     # Tasks by name, each {requests: camera or object, control: camera, object, mixed, base or none,
     # camera_free_scale: X}; none given = camera and object, as in Table 1.
     tasks: dict[str, Task] = field(default_factory=dict)
     # Folder of first frames, each with NAME.json: {"caption": "...", "objects": [[x, y], ...]}; null = sprite scenes.
     images: str | None = None
+    # JSON file that fixes the presets, their reach, the seeds and the number of images, so that tables can be compared,
+    # e.g. configs/evaluate/table1_requests.json; null = by the settings below.
+    fixed_requests: str | None = None
     # Trajectories that are requested: the presets below, or the motion that each sprite scene really has.
     motions: Literal["presets", "own"] = "presets"
     camera_presets: list[str] = field(default_factory=lambda: list(CAMERA_PRESETS))  # motions of the camera set
@@ -102,6 +123,12 @@ class EvaluateConfig:
                 raise ValueError(f"{name}: there is no {', '.join(unknown)}; there are {', '.join(known)}")
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one motion")
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"size must be positive, got {self.size[0]}x{self.size[1]}")
+        if self.num_frames is not None and self.num_frames < 2:
+            raise ValueError(f"num_frames must be at least 2, got {self.num_frames}")
+        if self.fixed_requests is not None:
+            self._check_fixed_alone()
         if self.motions == "own" and self.images is not None:
             raise ValueError("motions=own needs scenes whose motion is known: leave images out")
         if not self.tasks:
@@ -115,6 +142,14 @@ class EvaluateConfig:
         self._check_frechet()
         if not self.all_methods:
             raise ValueError("nothing to evaluate: give model=FOLDER, videos=FOLDER or methods")
+
+    def _check_fixed_alone(self) -> None:
+        """Refuses settings that the file of fixed requests states too."""
+        for setting in fields(self):
+            if setting.name in ("camera_presets", "object_presets", "strength", "motions", "num_scenes", "seed"):
+                default = setting.default if setting.default is not MISSING else setting.default_factory()  # type: ignore[misc]
+                if getattr(self, setting.name) != default:
+                    raise ValueError(f"{self.fixed_requests} fixes {setting.name}: leave it out, or fixed_requests")
 
     def _check_frechet(self) -> None:
         if self.frechet and (unknown := sorted(set(self.frechet_tasks) - set(self.tasks))):

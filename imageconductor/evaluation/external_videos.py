@@ -1,4 +1,4 @@
-"""Checks the videos that other methods hand in: nothing is missing, and the names are not mixed up."""
+"""Checks the videos that other methods hand in: nothing is missing, the format is right, the names are not mixed up."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imageconductor.evaluation.requests import Request
+from imageconductor.evaluation.video_files import read_video
+from imageconductor.evaluation.video_format import VideoFormat
 
 
 def check_complete(method: str, expected: Sequence[Path]) -> None:
@@ -21,7 +23,7 @@ def check_complete(method: str, expected: Sequence[Path]) -> None:
     if missing := [path for path in expected if not path.is_file()]:
         raise FileNotFoundError(
             f"method {method} lacks {len(missing)} of {len(expected)} videos, the first one is {missing[0]}; "
-            "an evaluation of a model writes videos/METHOD/TASK/KEY.mp4: use the same names"
+            "scripts/evaluate.py export-requests writes what they are made from: name them TASK/KEY.mp4"
         )
 
 
@@ -29,24 +31,25 @@ class FirstFrames:
     """The first frames of a set's requests, as thumbnails.
 
     Args:
-        requests: All requests of the set.
+        requests: All requests of the set, in the method's format.
     """
 
     def __init__(self, requests: Sequence[Request]):
         self.keys = [request.key for request in requests]
         self.thumbnails = np.stack([_make_thumbnail(request.image) for request in requests])
 
-    def check(self, path: Path, request: Request, frame: NDArray[np.uint8]) -> None:
-        """Makes sure that a video begins with the picture of its own request.
+    def check(self, path: Path, request: Request, wanted: VideoFormat) -> None:
+        """Makes sure that a video is in its method's format and begins with the picture of its own request.
 
         Args:
             path: File of the video.
             request: The request that the video answers, by its name.
-            frame: (H, W, 3), the video's first frame.
+            wanted: The method's format.
 
         Raises:
-            ValueError: The video begins with another request's picture.
+            ValueError: The file cannot be read, has another format, or begins with another request's picture.
         """
+        frame = wanted.select_judged(read_video(path, wanted.size, wanted.num_frames))[0]
         thumbnail = _make_thumbnail(frame)
         distances = np.abs(self.thumbnails - thumbnail).mean(axis=(1, 2, 3))
         nearest = int(distances.argmin())

@@ -78,7 +78,7 @@ class I3D(nn.Module):
         try:
             self.network = torch.jit.load(str(path), map_location="cpu").eval()
         except RuntimeError as error:
-            raise ValueError(f"{path} is no TorchScript file: {str(error)[:200]}") from error
+            raise ValueError(f"{path} is no TorchScript file: {' '.join(str(error).split())[:200]}") from error
         names = {argument.name for argument in self.network.forward.schema.arguments}
         options = {"rescale": False, "resize": False, "return_features": True}
         self.options = {name: value for name, value in options.items() if name in names}
@@ -126,6 +126,10 @@ class Statistics:
     total: Tensor
     products: Tensor
 
+    def __add__(self, other: Statistics) -> Statistics:
+        """Statistics of both sets together."""
+        return Statistics(self.count + other.count, self.total + other.total, self.products + other.products)
+
     def save(self, path: Path) -> None:
         """Writes the statistics as safetensors."""
         with atomic_path(path) as temporary:
@@ -136,6 +140,22 @@ class Statistics:
         """Statistics that `save` wrote."""
         state = load_file(path)
         return cls(int(state["count"]), state["total"], state["products"])
+
+
+def load_network(name: str, weights: Path | None = None) -> nn.Module:
+    """The network of a Fréchet distance, on the CPU, from frames (`fid`) or clips in [0, 1] to features.
+
+    Raises:
+        FileNotFoundError: There are no weights; the message says where to get them.
+        ValueError: The name is none of the distances, or the file holds something else.
+    """
+    if name not in _RESIZE:
+        raise ValueError(f"name must be fid, fvd or frechet_small, got {name!r}")
+    if name == "frechet_small":
+        return SmallExtractor()
+    if weights is None:
+        raise FileNotFoundError(f"{name} needs the weights of its network, a file you have downloaded")
+    return Inception.load(Path(weights)) if name == "fid" else I3D(Path(weights))
 
 
 def collect_statistics(
@@ -158,12 +178,7 @@ def collect_statistics(
         FileNotFoundError: There are no weights; the message says where to get them.
         ValueError: The name is another one, or a video is too short.
     """
-    if name not in _RESIZE:
-        raise ValueError(f"name must be fid, fvd or frechet_small, got {name!r}")
-    if name != "frechet_small" and weights is None:
-        raise FileNotFoundError(f"{name} needs the weights of its network, a file you have downloaded")
-    path = Path(weights) if weights is not None and name != "frechet_small" else None
-    network: Any = Inception.load(path) if name == "fid" and path else I3D(path) if path else SmallExtractor()
+    network = load_network(name, weights)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     metric = _build_metric(network).to(device)
     for video in videos:

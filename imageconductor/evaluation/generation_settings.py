@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from imageconductor.checkpoints.model_folder import locate_model, read_sampling_defaults
-from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method
+from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, RequestSet
+from imageconductor.evaluation.fixed_requests import FixedRequests
 from imageconductor.evaluation.requests import Request
+from imageconductor.evaluation.video_format import VideoFormat
 from imageconductor.sampling.job import parse_lora
 
 _SETTINGS = (
@@ -38,9 +40,9 @@ def list_attached_files(method: Method) -> list[str]:
 def collect_settings(
     config: EvaluateConfig,
     method: Method,
-    requests: Mapping[str, Sequence[Request]],
-    size: tuple[int, int],
-    num_frames: int,
+    requests: Mapping[RequestSet, Sequence[Request]],
+    drawn: VideoFormat,
+    wanted: VideoFormat,
 ) -> dict[str, Any]:
     """All that the videos of a model depend on, in types of JSON; weights by the size and date of their files.
 
@@ -48,13 +50,18 @@ def collect_settings(
         config: Settings of the evaluation.
         method: A method with a model.
         requests: The requests of each set.
-        size: (W, H) of the videos.
-        num_frames: Frames of each video.
+        drawn: Format in which requests are drawn.
+        wanted: Format of the method's videos.
     """
     folder = locate_model(method.model or "")
     weights = {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in _list_weights(folder, method)}
     settings = {key: getattr(config, key) for key in _SETTINGS}
-    settings |= {"size": size, "num_frames": num_frames, "method": asdict(method), "weights": weights}
+    made_by = {key: getattr(method, key) for key in ("model", "videos", "base", "lora", "motion_lora")}
+    settings |= {"size": wanted.size, "num_frames": wanted.num_frames, "method": made_by, "weights": weights}
+    if wanted != drawn:
+        settings |= {"fit": wanted.fit, "frames": wanted.frames, "requests_drawn_in": asdict(drawn)}
+    if config.fixed_requests is not None:
+        settings |= {"fixed_requests": FixedRequests.load(config.fixed_requests).sha256}
     settings |= {"sampling_defaults": read_sampling_defaults(folder)}
     if config.motions == "presets":  # The seed of a request is its number, so another list changes the seeds.
         settings |= {"presets": [config.camera_presets, config.object_presets]}
@@ -74,8 +81,8 @@ def merge_with_record(record: Path, settings: dict[str, Any]) -> dict[str, Any]:
         ValueError: The videos were made with other settings.
     """
     old: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
-    compared = {key for key in settings if key in old or not key.startswith(_TASK)}
-    if old and (changed := sorted(key for key in compared if key not in old or old[key] != settings[key])):
+    compared = {key for key in (*old, *settings) if not key.startswith(_TASK) or (key in old and key in settings)}
+    if old and (changed := sorted(key for key in compared if old.get(key) != settings.get(key))):
         raise ValueError(f"{record.parent} was made with other settings ({', '.join(changed)}); name another --output")
     return {**old, **settings}
 

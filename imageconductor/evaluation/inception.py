@@ -162,11 +162,14 @@ class Inception(nn.Module):
         """
         if not path.is_file():
             raise FileNotFoundError(f"no Inception weights at {path}; get them from {_URL}")
-        network = cls()
         try:
-            network.load_state_dict(read_checkpoint(path))
+            weights = read_checkpoint(path)
+            network = cls()
+            network.load_state_dict(weights)
         except Exception as error:  # Not a state dict, another one, or a damaged file.
-            raise ValueError(f"{path} does not hold pytorch-fid's Inception weights: {str(error)[:400]}") from error
+            raise ValueError(
+                f"{path} does not hold pytorch-fid's Inception weights: {' '.join(str(error).split())[:200]}"
+            ) from error
         return network.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:

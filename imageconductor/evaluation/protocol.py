@@ -1,8 +1,9 @@
 """An evaluation: missing videos are made, each video is scored, and the scores are summarised.
 
-    OUTPUT/requests/SET/KEY.png         first frame; KEY.json has the trajectories, prompts.json the prompts
+    OUTPUT/requests/METHOD/SET/         requests in the method's format (`request_files`)
     OUTPUT/videos/METHOD/TASK/KEY.mp4   video of a model; KEY.json has its settings, made_with.json those of the method
     OUTPUT/scores/METHOD/TASK/KEY.json  metrics of one video; METHOD/NAME.json is a Fréchet distance
+    OUTPUT/true_clips/SET/KEY.json      metrics of the clip that truly begins as a request does: the tracker's error
     OUTPUT/reference/                   statistics of the reference videos
     OUTPUT/results.json                 summary
 
@@ -29,25 +30,23 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm.auto import tqdm
 
-from imageconductor.checkpoints.model_folder import (
-    check_adapters,
-    check_shape,
-    locate_model,
-    read_sampling_defaults,
-)
+from imageconductor.checkpoints.model_folder import locate_model
 from imageconductor.conditioning import Trajectories
 from imageconductor.data.trackers import CoTracker, LucasKanadeTracker, Tracker
-from imageconductor.evaluation.appearance import ClipScorer, ssim
+from imageconductor.evaluation.appearance import ClipScorer
+from imageconductor.evaluation.distances import list_missing_references
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, RequestSet, Task
 from imageconductor.evaluation.external_videos import FirstFrames, check_complete
-from imageconductor.evaluation.generation_settings import collect_settings, list_attached_files, merge_with_record
-from imageconductor.evaluation.reference_videos import list_reference_files
-from imageconductor.evaluation.requests import Request, build_requests, write_requests
+from imageconductor.evaluation.generation_settings import collect_settings, merge_with_record
+from imageconductor.evaluation.input_checks import check_instruments, check_models, check_output, check_references
+from imageconductor.evaluation.reference_statistics import collect_own_part, locate_statistics
+from imageconductor.evaluation.request_files import write_requests
+from imageconductor.evaluation.requests import Request, build_sets
 from imageconductor.evaluation.scores import measure, to_json_values
 from imageconductor.evaluation.summary import summarise_evaluation
 from imageconductor.evaluation.video_files import read_video, write_video
-from imageconductor.files import check_writable, remove_partial, write_text
-from imageconductor.sampling.branches import ADAPTERS, Control
+from imageconductor.evaluation.video_format import fit_requests, resolve_formats
+from imageconductor.files import remove_partial, write_text
 from imageconductor.sampling.job import Inputs, SampleJob, load_pipeline, render
 from imageconductor.sampling.video import upscale_for_viewing
 
@@ -68,17 +67,15 @@ class Evaluation:
         self.methods = config.all_methods
         self.state = _start_processes(config.device)
         if self.state.is_main_process:
-            check_writable(output)
-            if output.exists() and any(output.iterdir()) and not (output / "scores").is_dir():
-                raise ValueError(f"{output} exists and holds something else; name another --output")
-        self.size, self.num_frames = self._shape()
-        kinds: set[RequestSet] = {task.requests for task in config.tasks.values()}
-        self.requests = {kind: build_requests(config, kind, self.size, self.num_frames) for kind in sorted(kinds)}
-        self.first_frames = {kind: FirstFrames(requests) for kind, requests in self.requests.items()}
-        for name, method in self.methods.items():
-            if method.videos is not None:
-                check_complete(name, [path for task in config.tasks for path in self.video_paths(name, task)])
-        self._check_appearance()
+            check_output(output)
+        self.drawn, self.formats = resolve_formats(config)
+        check_models(config)
+        self.requests = build_sets(config, self.drawn.size, self.drawn.num_frames)
+        self._fitted: dict[Any, list[Request]] = {}
+        self._settings = {name: self._settle(name, method) for name, method in self.methods.items() if method.model}
+        self._check_external_videos()
+        check_instruments(config)
+        self._check_references()
         self.device = config.device or str(self.state.device)
         self.clip = ClipScorer(config.clip, self.device) if config.clip is not None else None
         self.tracker: Tracker = LucasKanadeTracker()
@@ -87,22 +84,34 @@ class Evaluation:
         if self.state.is_main_process:
             (output / "scores").mkdir(parents=True, exist_ok=True)
             remove_partial(output)
-            for kind, requests in self.requests.items():
-                write_requests(output / "requests" / kind, requests)
+            write_requests(output / "requests", self.requests, self.drawn, self.formats)
         self.state.wait_for_everyone()
 
     def run(self) -> dict[str, Any] | None:
         """Makes and scores missing videos; returns the record for results.json, or None outside the main process."""
         for name, method in self.methods.items():
             if method.model is not None:
-                self._record_settings(name, method)
-                self._generate(name, method)
+                if self.state.is_main_process:
+                    record = self.output / "videos" / name / "made_with.json"
+                    write_text(record, json.dumps(self._settings[name], indent=1))
+                self._generate(name)
+        self._score_true_clips()
         self.state.wait_for_everyone()
-        for name, method in self.methods.items():
-            self._score(name, method)
+        for name in self.methods:
+            self._score(name)
+        for distance, wanted in list_missing_references(self):
+            collect_own_part(self, distance, wanted)
         self.state.wait_for_everyone()
         self.state.destroy_process_group()  # The main process goes on alone, longer than a group would wait.
         return summarise_evaluation(self) if self.state.is_main_process else None
+
+    def requests_for(self, name: str, task: str, judged: bool = True) -> list[Request]:
+        """The requests of a task in the format of a method; see `fit_requests`."""
+        kind, wanted = self.config.tasks[task].requests, self.formats[name]
+        key = (kind, wanted, judged or wanted.frames is None)
+        if key not in self._fitted:
+            self._fitted[key] = fit_requests(self.requests[kind], self.drawn, wanted, judged=judged)
+        return self._fitted[key]
 
     def video_path(self, name: str, task: str, request: Request) -> Path:
         """File of a method's video."""
@@ -110,79 +119,70 @@ class Evaluation:
         root = Path(videos) if videos is not None else self.output / "videos" / name
         return root / task / f"{request.key}.mp4"
 
-    def read_frames(self, path: Path) -> NDArray[np.uint8]:
-        """Frames (T, H, W, 3) of a video file in the evaluation's size; see `read_video`."""
-        return read_video(path, self.size, self.num_frames)
+    def video_paths(self, name: str, task: str) -> list[Path]:
+        """Files of all videos of a method for a task, in the order of the requests."""
+        return [self.video_path(name, task, request) for request in self.requests_for(name, task)]
+
+    def read_frames(self, name: str, path: Path) -> NDArray[np.uint8]:
+        """The judged frames (T, H, W, 3) of a method's video; see `read_video`."""
+        wanted = self.formats[name]
+        return wanted.select_judged(read_video(path, wanted.size, wanted.num_frames))
 
     def read_scores(self, name: str, task: str) -> list[dict[str, Any]]:
         """Metrics of each video that a method made for a task, in the order of the requests."""
         folder = self.output / "scores" / name / task
-        return [
-            {**json.loads((folder / f"{request.key}.json").read_text()), "source": request.source}
-            for request in self._task_requests(task)
-        ]
+        return _read_scores(folder, self.requests_for(name, task))
 
-    def _task_requests(self, task: str) -> list[Request]:
-        return self.requests[self.config.tasks[task].requests]
-
-    def video_paths(self, name: str, task: str) -> list[Path]:
-        """Files of all videos of a method for a task, in the order of the requests."""
-        return [self.video_path(name, task, request) for request in self._task_requests(task)]
+    def read_true_scores(self, kind: RequestSet) -> list[dict[str, Any]]:
+        """Metrics of the true clips of a set's requests, where these are known."""
+        known = [request for request in self.requests[kind] if request.truth is not None]
+        return _read_scores(self.output / "true_clips" / kind, known)
 
     # -- before anything is made
 
-    def _shape(self) -> tuple[tuple[int, int], int]:
-        """(W, H) and T of all videos, once it is sure that every model can make them as the tasks want."""
-        folders = {name: locate_model(method.model) for name, method in self.methods.items() if method.model}
-        shapes = {}
-        for name, folder in folders.items():
-            for task in self.config.tasks.values():
-                if task.control != "none":
-                    check_adapters(folder, ADAPTERS[Control(task.control)], f"control {task.control!r}")
-            for file in list_attached_files(self.methods[name]):
-                if not Path(file).is_file():
-                    raise FileNotFoundError(f"method {name}: no file at {file}")
-            defaults = read_sampling_defaults(folder)
-            shapes[name] = ((defaults["width"], defaults["height"]), defaults["num_frames"])
-        if len(set(shapes.values())) > 1 and None in (self.config.size, self.config.num_frames):
-            raise ValueError(f"the models make videos of different shapes, {shapes}: set size and num_frames")
-        size, num_frames = next(iter(shapes.values()), ((384, 256), 16))
-        width, height = self.config.size or size
-        num_frames = self.config.num_frames or num_frames
-        for folder in folders.values():
-            check_shape(folder, (width, height), num_frames)
-        return (width, height), num_frames
+    def _settle(self, name: str, method: Method) -> dict[str, Any]:
+        """What a method's videos are made with; refuses to go on with videos that were made with other settings."""
+        settings = collect_settings(self.config, method, self.requests, self.drawn, self.formats[name])
+        return merge_with_record(self.output / "videos" / name / "made_with.json", settings)
 
-    def _check_appearance(self) -> None:
-        """Checks what metrics of appearance need: torchmetrics, the networks' files, the reference videos."""
-        ssim(np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16, 3), np.uint8))
-        for name in self.config.frechet:
-            weights = getattr(self.config, f"{name}_weights", None)
-            if weights is not None and not Path(weights).is_file():
-                raise FileNotFoundError(f"{name}_weights: no file at {weights}; docs/reproduce.md says where to get it")
-        if self.config.frechet and self.config.reference is not None:
-            list_reference_files(self.config)
+    def _check_references(self) -> None:
+        """Looks at this process's part of the reference videos, unless their statistics are there."""
+        new = {
+            wanted
+            for wanted in self.formats.values()
+            if any(not locate_statistics(self, distance, wanted).exists() for distance in self.config.frechet)
+        }
+        if self.config.reference is not None and new:
+            part = slice(self.state.process_index, None, self.state.num_processes)
+            check_references(self.config, max(wanted.num_judged for wanted in new), part)
 
-    def _record_settings(self, name: str, method: Method) -> None:
-        """Writes made_with.json, or refuses to go on with videos that were made with other settings."""
-        record = self.output / "videos" / name / "made_with.json"
-        settings = collect_settings(self.config, method, self.requests, self.size, self.num_frames)
-        settings = merge_with_record(record, settings)
-        self.state.wait_for_everyone()  # The others have read the record.
-        if self.state.is_main_process:
-            write_text(record, json.dumps(settings, indent=1))
+    def _check_external_videos(self) -> None:
+        """Looks at this process's part of the videos that are made elsewhere and have no score yet."""
+        external = [name for name, method in self.methods.items() if method.videos is not None]
+        for name in external:
+            check_complete(name, [path for task in self.config.tasks for path in self.video_paths(name, task)])
+        for name in external:
+            for task in self.config.tasks:
+                first_frames = FirstFrames(self.requests_for(name, task))
+                jobs = [
+                    (path, request)
+                    for path, target, request in self._list_videos(name, task)
+                    if not self._is_scored(target, path, request)
+                ]
+                for path, request in self._show_progress(jobs, f"{name}: checks of {task}"):
+                    first_frames.check(path, request, self.formats[name])
 
     # -- videos
 
-    def _generate(self, name: str, method: Method) -> None:
+    def _generate(self, name: str) -> None:
         batches = list(self._list_missing(name))
         if not batches:
             return
-        pipe = load_pipeline(self._build_inputs(method, batches[0][1], batches[0][2][0]).job)
+        pipe = load_pipeline(self._build_inputs(name, batches[0][1], batches[0][2][0]).job)
         pipe.set_progress_bar_config(disable=True)
         for task_name, task, batch in self._show_progress(batches, f"{name}: videos"):
             started = time.perf_counter()
-            videos = render(pipe, [self._build_inputs(method, task, request) for request in batch])
+            videos = render(pipe, [self._build_inputs(name, task, request) for request in batch])
             seconds = (time.perf_counter() - started) / len(batch)
             for request, (video,) in zip(batch, videos, strict=True):
                 path = self.video_path(name, task_name, request)
@@ -194,17 +194,18 @@ class Evaluation:
     def _list_missing(self, name: str) -> Iterator[tuple[str, Task, list[Request]]]:
         """Batches of this process's requests for which there is no video yet."""
         for task_name, task in self.config.tasks.items():
-            missing = iter([r for r in self._own_part(task) if not self.video_path(name, task_name, r).exists()])
+            requests = self._own_part(self.requests_for(name, task_name, judged=False))
+            missing = iter([r for r in requests if not self.video_path(name, task_name, r).exists()])
             while batch := list(islice(missing, self.config.batch_size)):
                 yield task_name, task, batch
 
-    def _own_part(self, task: Task) -> list[Request]:
-        """Every n-th request of a task, where n processes share the work."""
-        return self.requests[task.requests][self.state.process_index :: self.state.num_processes]
+    def _own_part(self, jobs: list[Any]) -> list[Any]:
+        """Every n-th one, where n processes share the work."""
+        return jobs[self.state.process_index :: self.state.num_processes]
 
-    def _build_inputs(self, method: Method, task: Task, request: Request) -> Inputs:
+    def _build_inputs(self, name: str, task: Task, request: Request) -> Inputs:
         """The request as `sample.py` would be asked for it."""
-        width, height = self.size
+        method, wanted = self.methods[name], self.formats[name]
         job = SampleJob(
             model=str(locate_model(method.model or "")),
             base=method.base,
@@ -216,46 +217,87 @@ class Evaluation:
             guidance_scale=self.config.guidance_scale,
             trajectory_guidance_scale=self.config.trajectory_guidance_scale,
             steps=self.config.num_inference_steps,
-            num_frames=self.num_frames,
-            width=width,
-            height=height,
+            num_frames=wanted.num_frames,
+            width=wanted.size[0],
+            height=wanted.size[1],
             seed=[request.seed],
             device=self.device,
             dtype=self.config.dtype or ("float16" if self.device.startswith("cuda") else "float32"),
         )
-        drawn = request.trajectories if task.control != "none" else Trajectories.empty(self.size, self.num_frames)
+        drawn = request.trajectories if task.control != "none" else Trajectories.empty(wanted.size, wanted.num_frames)
         return Inputs(job, Image.fromarray(request.image), drawn)
 
     # -- scores
 
-    def _score(self, name: str, method: Method) -> None:
-        jobs = []
-        for task_name, task in self.config.tasks.items():
-            for request in self._own_part(task):
-                path = self.video_path(name, task_name, request)
-                stat = path.stat()
-                measured_with = {
-                    "tracker": f"{self.tracker.name} {self.tracker.version}",
-                    "clip": self.config.clip,
-                    "video": [str(path.resolve()), stat.st_size, stat.st_mtime_ns],
-                }
-                target = self.output / "scores" / name / task_name / f"{request.key}.json"
-                old = json.loads(target.read_text()) if target.exists() else {"failed": "not measured yet"}
-                if "failed" in old or old.get("measured_with") != measured_with:
-                    jobs.append((path, target, task.requests, request, measured_with))
-        for path, target, kind, request, measured_with in self._show_progress(jobs, f"{name}: scores"):
-            video = self.read_frames(path)
-            if method.videos is not None:
-                self.first_frames[kind].check(path, request, video[0])
-            score = measure(request, video, self.tracker, self.clip)
+    def _score(self, name: str) -> None:
+        jobs = [
+            (path, target, request)
+            for task in self.config.tasks
+            for path, target, request in self._list_videos(name, task)
+            if not self._is_scored(target, path, request, self._instruments)
+        ]
+        for path, target, request in self._show_progress(jobs, f"{name}: scores"):
+            score = measure(request, self.read_frames(name, path), self.tracker, self.clip)
             settings = path.with_suffix(".json")
-            if method.model is not None and settings.exists():
+            if self.methods[name].model is not None and settings.exists():
                 score["seconds"] = json.loads(settings.read_text())["seconds"]
-            score = {"key": request.key, **to_json_values(score), "measured_with": measured_with}
-            write_text(target, json.dumps(score))
+            self._write_score(target, score, path, request)
+
+    def _score_true_clips(self) -> None:
+        """The tracker's own error, from the requests whose true clip is known."""
+        jobs = []
+        for kind, requests in self.requests.items():
+            for request in self._own_part([request for request in requests if request.truth is not None]):
+                target = self.output / "true_clips" / kind / f"{request.key}.json"
+                if not self._is_scored(target, None, request, {"tracker": self._instruments["tracker"]}):
+                    jobs.append((target, request))
+        for target, request in self._show_progress(jobs, "true clips: scores"):
+            self._write_score(target, measure(request, request.truth, self.tracker), None, request)
+
+    def _list_videos(self, name: str, task: str) -> list[tuple[Path, Path, Request]]:
+        """This process's part of a method's videos for a task: video, score, request."""
+        folder = self.output / "scores" / name / task
+        return [
+            (self.video_path(name, task, request), folder / f"{request.key}.json", request)
+            for request in self._own_part(self.requests_for(name, task))
+        ]
+
+    @property
+    def _instruments(self) -> dict[str, Any]:
+        return {"tracker": f"{self.tracker.name} {self.tracker.version}", "clip": self.config.clip}
+
+    def _is_scored(
+        self, target: Path, path: Path | None, request: Request, instruments: dict[str, Any] | None = None
+    ) -> bool:
+        """Whether a video (None = the true clip) has a score, complete and by these instruments if any are given."""
+        if not target.exists():
+            return False
+        old = json.loads(target.read_text())
+        expected = {**_identify(path, request), **(instruments or {})}
+        known = old.get("measured_with", {})
+        return all(known.get(key) == value for key, value in expected.items()) and (
+            instruments is None or "failed" not in old
+        )
+
+    def _write_score(self, target: Path, score: dict[str, Any], path: Path | None, request: Request) -> None:
+        measured_with = {**_identify(path, request), **self._instruments}
+        write_text(target, json.dumps({"key": request.key, **to_json_values(score), "measured_with": measured_with}))
 
     def _show_progress(self, jobs: list[Any], title: str) -> Any:
         return tqdm(jobs, desc=title, dynamic_ncols=True, disable=not jobs or not self.state.is_main_process)
+
+
+def _read_scores(folder: Path, requests: list[Request]) -> list[dict[str, Any]]:
+    return [
+        {**json.loads((folder / f"{request.key}.json").read_text()), "source": request.source} for request in requests
+    ]
+
+
+def _identify(path: Path | None, request: Request) -> dict[str, Any]:
+    """The video and the request that a score is of."""
+    stat = None if path is None else path.stat()
+    video = None if path is None or stat is None else [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+    return {"video": video, "request": request.sha256}
 
 
 def _start_processes(device: str | None) -> PartialState:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -18,26 +19,42 @@ from imageconductor.evaluation.requests import build_world, render_frames
 
 
 def list_reference_files(config: EvaluateConfig) -> list[Path]:
-    """The first `num_reference` mp4 files below the folder `reference`, by name.
+    """The first `num_reference` mp4 files below the folder `reference`, by name; links to folders are followed.
 
     Raises:
         FileNotFoundError: There is none.
     """
-    paths = sorted(Path(config.reference or "").rglob("*.mp4"))[: config.num_reference]
+    walk = os.walk(config.reference or "", followlinks=True)
+    paths = [Path(folder, name) for folder, _, names in walk for name in names if name.lower().endswith(".mp4")]
     if not paths:
         raise FileNotFoundError(f"reference: no mp4 file in {config.reference}")
-    return paths
+    return sorted(paths)[: config.num_reference]
 
 
-def read_references(config: EvaluateConfig, size: tuple[int, int], num_frames: int) -> Iterator[NDArray[np.uint8]]:
-    """Reference videos (T, H, W, 3), one at a time; no request shows a clip of the sprite world that is among them."""
+def count_references(config: EvaluateConfig) -> int:
+    """Number of reference videos."""
+    return config.num_reference if config.reference is None else len(list_reference_files(config))
+
+
+def read_references(
+    config: EvaluateConfig, size: tuple[int, int], num_frames: int, numbers: Sequence[int]
+) -> Iterator[NDArray[np.uint8]]:
+    """Reference videos (T, H, W, 3), one at a time; no request shows a clip of the sprite world that is among them.
+
+    Args:
+        config: Settings of the evaluation.
+        size: (W, H).
+        num_frames: T.
+        numbers: Which of the reference videos.
+    """
     if config.reference is not None:
-        for path in list_reference_files(config):
-            yield _read_footage(path, size, num_frames, config.reference_stride)
+        paths = list_reference_files(config)
+        for number in numbers:
+            yield _read_footage(paths[number], size, num_frames, config.reference_stride)
         return
     world = build_world(config, SpriteSet.MIXED, size, num_frames, seed=config.world_seed + 1)
-    for index in range(config.num_reference):
-        yield render_frames(sample_scene(world, index))
+    for number in numbers:
+        yield render_frames(sample_scene(world, number))
 
 
 def _read_footage(path: Path, size: tuple[int, int], num_frames: int, stride: int) -> NDArray[np.uint8]:

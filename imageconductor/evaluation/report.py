@@ -27,17 +27,20 @@ PAPER_TABLE_1 = {
 _PAPER_COLUMNS: tuple[str, ...] = ("fid", "fvd", "cam_mc", "obj_mc")
 _TABLE_1: tuple[str, ...] = (
     "method",
+    "frame",
     "FID",
     "FVD",
     "CamMC",
     "ObjMC",
+    "CamMC, % of diagonal",
+    "ObjMC, % of diagonal",
     "CamMC, all points",
     "ObjMC, all points",
     "tracked fraction",
 )
 _TASK_COLUMNS = {
     "error_384x256": "error, px at 384x256",
-    "error_of_diagonal": "error / diagonal",
+    "error_percent_of_diagonal": "error, % of the diagonal",
     "error_all_points_384x256": "error with lost points",
     "still_384x256": "error of a motionless video",
     "background_displacement_384x256": "background displacement, px at 384x256",
@@ -49,14 +52,14 @@ _TASK_COLUMNS = {
     "seconds": "seconds per video",
 }
 _DIGITS = {  # 2 for all other columns
-    "error_of_diagonal": 4,
     "first_frame_ssim": 3,
     "clip_text": 3,
     "clip_consistency": 3,
 }
 _NOTE = (
-    "CamMC and ObjMC: mean distance in pixels at 384x256 between requested and tracked points that could be followed; "
-    "mean over videos, bootstrap 95 % interval over the images that they come from (none for a single image). "
+    "CamMC and ObjMC: mean distance between requested and tracked points that could be followed, each method in its "
+    "own frame (width x height x frames), in pixels at 384x256 by the ratio of the diagonals and in percent of the "
+    "diagonal; mean over videos, bootstrap 95 % interval over the images that they come from (none for one image). "
     "Tracked fraction: fraction of the requested points and frames that the tracker could follow. The paper states "
     "neither its tracker nor its tracked fraction nor how lost points count, so its lines stand beside ours for "
     "orientation; videos of the sprite world are of another world and size."
@@ -111,17 +114,17 @@ def _build_table_1(record: dict[str, Any]) -> list[list[str]]:
         return []
     lines = [list(_TABLE_1)]
     for name, figures in PAPER_TABLE_1.items():
-        lines.append([name, *(f"{figures[key]:.2f}" for key in _PAPER_COLUMNS), "–", "–", "–"])
+        lines.append([name, "–", *(f"{figures[key]:.2f}" for key in _PAPER_COLUMNS), *["–"] * 5])
     for name, method in methods.items():
         tasks = [method["tasks"][task] for task in ("camera", "object")]
         distances = [_format_distance(method["frechet"].get(key)) for key in ("fid", "fvd")]
         errors = [
             _format_figure(summary.get(metric))
-            for metric in ("error_384x256", "error_all_points_384x256")
+            for metric in ("error_384x256", "error_percent_of_diagonal", "error_all_points_384x256")
             for summary in tasks
         ]
         fractions = " and ".join(_format_mean(summary.get("tracked_fraction")) for summary in tasks)
-        lines.append([name, *distances, *errors, fractions])
+        lines.append([name, _format_frame(method), *distances, *errors, fractions])
     return lines
 
 
@@ -158,6 +161,7 @@ def _list_notes(record: dict[str, Any]) -> list[str]:
     names = {"fid": "FID", "fvd": "FVD", "frechet_small": "Fréchet distance of the embedded extractor"}
     return [
         _NOTE,
+        _describe_requests(record["requests"]),
         *(
             f"{name}: {names[key]} {distance['value']:.4g}, {distance['num_generated']} samples against "
             f"{distance['num_reference']} of {distance['reference']}."
@@ -167,6 +171,23 @@ def _list_notes(record: dict[str, Any]) -> list[str]:
         ),
         *(f"NOT MEASURED: {failure}" for failure in list_failures(record)),
     ]
+
+
+def _describe_requests(requests: dict[str, Any]) -> str:
+    """Which requests were answered, so that tables can be compared."""
+    sets = [
+        f"{kind} {found['requests']} of {found['images']} images or scenes (sha256 {found['sha256'][:12]})"
+        for kind, found in requests.items()
+        if kind != "fixed"
+    ]
+    fixed = requests["fixed"]
+    source = "by the settings" if fixed is None else f"fixed by {fixed['file']}, sha256 {fixed['sha256']}"
+    return f"Requests, {source}: {'; '.join(sets)}."
+
+
+def _format_frame(method: dict[str, Any]) -> str:
+    """Format of a method's videos, e.g. 576x320x14."""
+    return f"{method['size'][0]}x{method['size'][1]}x{method['num_frames']}"
 
 
 def _format_distance(distance: dict[str, Any] | None) -> str:
@@ -206,14 +227,15 @@ def _escape_latex(text: str) -> str:
 def _collect_answers(evaluation: Evaluation, kind: str, requests: list[Request]) -> list[tuple[str, NDArray[np.uint8]]]:
     """The first two requests of a set under every method and task, after the true clip where it is known."""
     sheet = []
-    for request in requests[:2]:
+    for number, request in enumerate(requests[:2]):
         if request.truth is not None:
             sheet.append((f"{request.key}: {request.prompt}", _draw_request(request, request.truth)))
         for name in evaluation.methods:
             for task_name, task in evaluation.config.tasks.items():
                 if task.requests == kind:
-                    frames = evaluation.read_frames(evaluation.video_path(name, task_name, request))
-                    sheet.append((f"{request.key}: {name}, {task_name}", _draw_request(request, frames)))
+                    fitted = evaluation.requests_for(name, task_name)[number]
+                    frames = evaluation.read_frames(name, evaluation.video_path(name, task_name, request))
+                    sheet.append((f"{request.key}: {name}, {task_name}", _draw_request(fitted, frames)))
     return sheet
 
 
@@ -224,13 +246,12 @@ def _draw_request(request: Request, frames: NDArray[np.uint8]) -> NDArray[np.uin
 
 def _write_worst_videos(evaluation: Evaluation, name: str, task: str, folder: Path) -> list[dict[str, Any]]:
     """The videos of a task with the largest error over all points, written with requested and tracked points drawn."""
-    kind = evaluation.config.tasks[task].requests
     scores = {score["key"]: score for score in evaluation.read_scores(name, task)}
-    worst = sorted(evaluation.requests[kind], key=lambda r: -(scores[r.key].get("error_all_points") or 0))
+    worst = sorted(evaluation.requests_for(name, task), key=lambda r: -(scores[r.key].get("error_all_points") or 0))
     videos = []
     for request in worst[: evaluation.config.shown]:
         score = scores[request.key]
-        frames = _draw_request(request, evaluation.read_frames(evaluation.video_path(name, task, request)))
+        frames = _draw_request(request, evaluation.read_frames(name, evaluation.video_path(name, task, request)))
         factor = frames.shape[1] // request.image.shape[0]
         for t, frame in enumerate(frames if "tracked" in score else ()):
             _draw_tracked(frame, np.asarray(score["tracked"])[:, t], np.asarray(score["followed"])[:, t], factor)

@@ -5,13 +5,16 @@
 | sprite scenes | own | background points under the scene's own camera | centres of the moving sprites |
 | sprite scenes | presets | each camera preset | each object preset, from the first sprite's centre |
 | a folder of images | presets | each camera preset | each object preset, from the objects its JSON names |
+
+Requests are drawn in the evaluation's format; `video_format` brings them into that of a method.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from imageconductor.conditioning import Trajectories, camera_preset, cover_crop,
 from imageconductor.conditioning.trajectories import inside
 from imageconductor.data.sprites import Scene, SpriteSet, SpriteWorldConfig, render, sample_scene
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, RequestSet
-from imageconductor.files import write_text
+from imageconductor.evaluation.fixed_requests import FixedRequests
 
 _TRACKER_REACH_PX = 4  # farther than this from every sprite, the background displacement of true clips is 0.00 px
 _OBJECT_FRACTION = 0.2  # of the shorter side: the distance from an object's path at which the background begins
@@ -46,6 +49,7 @@ class Request:
         seed: Seed of the initial noise.
         source: Name of the image or scene that the request begins with; intervals draw these.
         truth: (T, H, W, 3) uint8, the clip that really begins so, where it is known.
+        picture: The picture whose `cover_crop` is `image`; None = `image` itself.
     """
 
     key: str
@@ -56,6 +60,23 @@ class Request:
     seed: int
     source: str
     truth: NDArray[np.uint8] | None = None
+    picture: Image.Image | None = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of all that a video is judged by, hexadecimal: first frame, prompt, trajectories, background."""
+        drawn = self.trajectories
+        arrays = (self.image, drawn.points.numpy(), drawn.visible.numpy(), drawn.still.numpy(), self.background)
+        digest = hashlib.sha256(json.dumps([self.prompt, drawn.size, [array.shape for array in arrays]]).encode())
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+def build_sets(config: EvaluateConfig, size: tuple[int, int], num_frames: int) -> dict[RequestSet, list[Request]]:
+    """The requests of each set that a task needs; see `build_requests`."""
+    kinds: list[RequestSet] = [task.requests for task in config.tasks.values()]
+    return {kind: build_requests(config, kind, size, num_frames) for kind in sorted(set(kinds))}
 
 
 def build_requests(config: EvaluateConfig, kind: RequestSet, size: tuple[int, int], num_frames: int) -> list[Request]:
@@ -64,21 +85,13 @@ def build_requests(config: EvaluateConfig, kind: RequestSet, size: tuple[int, in
     Raises:
         ValueError, FileNotFoundError: The folder of images lacks something; the message names the file.
     """
+    if config.fixed_requests is not None:
+        return _build_fixed_requests(config, FixedRequests.load(config.fixed_requests), kind, size, num_frames)
     if config.images is not None:
         return _build_image_requests(config, kind, size, num_frames)
     if config.motions == "presets":
         return _build_preset_requests(config, kind, size, num_frames)
     return _build_scene_requests(config, kind, size, num_frames)
-
-
-def write_requests(folder: Path, requests: Sequence[Request]) -> None:
-    """Writes the requests of a set for other methods: KEY.png, KEY.json with the trajectories, and prompts.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for request in requests:
-        if not (folder / f"{request.key}.json").exists():
-            Image.fromarray(request.image).save(folder / f"{request.key}.png")
-            request.trajectories.save(folder / f"{request.key}.json")
-    write_text(folder / "prompts.json", json.dumps({r.key: r.prompt for r in requests}, indent=1))
 
 
 def build_world(
@@ -102,6 +115,30 @@ def build_world(
 def render_frames(scene: Scene) -> NDArray[np.uint8]:
     """Frames (T, H, W, 3) of a scene."""
     return render([scene])[0].permute(1, 2, 3, 0).numpy()
+
+
+def _build_fixed_requests(
+    config: EvaluateConfig, fixed: FixedRequests, kind: RequestSet, size: tuple[int, int], num_frames: int
+) -> list[Request]:
+    """Every preset of the fixed set on every image or sprite scene, with the seeds of the set.
+
+    Raises:
+        ValueError: There are not as many images as the set has places, or one of them names no object.
+    """
+    presets = {f"{name}_presets": names for name, names in fixed.presets.items()}
+    config = replace(
+        config, fixed_requests=None, strength=fixed.strength, num_scenes=fixed.num_images, **presets, motions="presets"
+    )
+    requests = build_requests(config, kind, size, num_frames)
+    sources = list(dict.fromkeys(request.source for request in requests))
+    if len(sources) != fixed.num_images:
+        what = "images that name an object" if kind == "object" else "images"
+        raise ValueError(
+            f"{fixed.path} has places for {fixed.num_images} images, and {config.images} holds {len(sources)} {what}; "
+            "fixed_requests=null takes any number"
+        )
+    seeds = [seed for row in fixed.seeds[kind] for seed in row]
+    return [replace(request, seed=seed) for request, seed in zip(requests, seeds, strict=True)]
 
 
 def _build_scene_requests(
@@ -168,7 +205,7 @@ def _build_image_requests(
     for path in files:
         picture = load_image(path)
         caption, objects = _read_description(path.with_suffix(".json"), picture.size)
-        image = np.asarray(cover_crop(picture, size))
+        image = np.array(cover_crop(picture, size))
         starts = objects.cover_crop(size)
         if kind == "object" and not inside(starts.points, size).all():
             raise ValueError(f"{path.with_suffix('.json')}: an object lies outside the {size[0]}x{size[1]} crop")
@@ -181,7 +218,7 @@ def _build_image_requests(
                 paths = list(trajectories.points.numpy())
                 background = _keep_distant(_build_grid(size).numpy(), paths, [margin] * len(paths))
             key, seed = f"{path.stem}_{preset}", config.seed + len(requests)
-            requests.append(Request(key, image, caption, trajectories, background, seed, path.stem))
+            requests.append(Request(key, image, caption, trajectories, background, seed, path.stem, picture=picture))
     if not requests:
         raise ValueError(f'no image in {folder} names an object: "objects": [[x, y], ...] in NAME.json')
     return requests

@@ -95,41 +95,47 @@ def _measure_motion(request: Request, video: NDArray[np.uint8], tracker: Tracker
     }
 
 
-def scale_to_384x256(size: tuple[int, int]) -> float:
-    """Pixels at 384 x 256 that one pixel of a video of `size` corresponds to, by the ratio of the diagonals."""
-    return _PAPER_DIAGONAL_PX / math.hypot(*size)
-
-
 def summarise_scores(
-    scores: Sequence[Mapping[str, Any]], scale: float, baseline: Sequence[Mapping[str, Any]] | None = None
+    scores: Sequence[Mapping[str, Any]],
+    scale: float,
+    baseline: Sequence[Mapping[str, Any]] | None = None,
+    baseline_scale: float | None = None,
 ) -> dict[str, dict[str, float]]:
     """Each metric's mean over the videos of a task, with its interval: `Figure` as a dict.
 
-    Metrics in pixels are given at 384 x 256 and as a fraction of the diagonal too.
+    Metrics in pixels are given at 384 x 256 and in percent of the frame's diagonal too; in pixels of the videos only
+    where all videos have the same.
 
     Args:
         scores: From `measure`, one for each video, each with the `source` of its request.
-        scale: From `scale_to_384x256`.
+        scale: Pixels at 384 x 256 that one pixel corresponds to, `VideoFormat.scale`.
         baseline: Scores of the same requests; then the differences to them are summarised.
+        baseline_scale: Scale of the baseline.
     """
     summary: dict[str, dict[str, float]] = {}
     sources = [score["source"] for score in scores]
-    metrics = dict.fromkeys(metric for score in scores for metric in score)
-    for metric in metrics:
+    for metric in dict.fromkeys(metric for score in scores for metric in score):
         if metric in _NOT_METRICS:
             continue
-        values = [_to_float(score.get(metric)) for score in scores]
+        ours, theirs = (scale, baseline_scale or scale) if metric in _IN_PIXELS else (1.0, 1.0)
+        values = [_to_float(score.get(metric)) * ours for score in scores]
         if baseline is None:
             figure = asdict(summarise(values, sources))
         else:
-            others = [_to_float(score.get(metric)) for score in baseline]
+            others = [_to_float(score.get(metric)) * theirs for score in baseline]
             figure = asdict(summarise_differences(values, others, sources))
-        summary[metric] = figure
-        if metric in _IN_PIXELS:
-            scaled = {key: figure[key] * scale for key in ("mean", "low", "high")}
-            summary[f"{metric}_384x256"] = figure | scaled
-            summary[f"{metric}_of_diagonal"] = figure | {k: v / _PAPER_DIAGONAL_PX for k, v in scaled.items()}
+        if metric not in _IN_PIXELS:
+            summary[metric] = figure
+            continue
+        if ours == theirs:
+            summary[metric] = _multiply(figure, 1 / scale)
+        summary[f"{metric}_384x256"] = figure
+        summary[f"{metric}_percent_of_diagonal"] = _multiply(figure, 100 / _PAPER_DIAGONAL_PX)
     return summary
+
+
+def _multiply(figure: dict[str, float], factor: float) -> dict[str, float]:
+    return figure | {key: figure[key] * factor for key in ("mean", "low", "high")}
 
 
 def select_headlines(

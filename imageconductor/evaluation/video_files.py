@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import imageio.v3 as iio
@@ -27,11 +28,26 @@ def read_video(path: Path, size: tuple[int, int], num_frames: int) -> NDArray[np
     except Exception as error:  # Whatever ffmpeg and its wrapper raise.
         raise ValueError(f"{path} cannot be read as a video: {str(error).strip().splitlines()[-1]}") from error
     if len(frames) != num_frames:
-        raise ValueError(f"{path} has {len(frames)} frames, {num_frames} were asked for; a video is not cut to fit")
+        raise ValueError(
+            f"{path} has {len(frames)} frames, {num_frames} were asked for; a video is not cut to fit, "
+            "but num_frames and frames of a method say which videos it makes"
+        )
     height, width = frames.shape[1:3]
     if abs(width / height * size[1] / size[0] - 1) > _SAME_ASPECT:
-        raise ValueError(f"{path} is {width}x{height}, whose aspect ratio is not that of {size[0]}x{size[1]}")
+        raise ValueError(
+            f"{path} is {width}x{height}, whose aspect ratio is not that of {size[0]}x{size[1]}; "
+            "size of a method says which videos it makes"
+        )
     return np.stack([_resize(frame, size) for frame in frames])
+
+
+def count_frames(path: Path) -> float | None:
+    """Number of frames by the file's header, rounded up; None if it is no video."""
+    try:
+        facts: dict[str, Any] = iio.immeta(path, plugin="FFMPEG")
+        return float(np.ceil(facts["duration"] * facts["fps"] + 0.5))
+    except Exception:  # Whatever ffmpeg and its wrapper raise.
+        return None
 
 
 def write_video(path: Path, frames: NDArray[np.uint8]) -> None:

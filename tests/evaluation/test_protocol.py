@@ -54,7 +54,8 @@ def test_videos_that_follow_exactly_score_below_a_pixel(exact, tmp_path):
     camera = record["methods"]["exact"]["tasks"]["camera"]
     diagonals = np.hypot(384, 256) / np.hypot(64, 64)
     assert camera["error_384x256"]["mean"] == pytest.approx(camera["error"]["mean"] * diagonals)
-    assert camera["error_of_diagonal"]["mean"] == pytest.approx(camera["error"]["mean"] / np.hypot(64, 64))
+    percent = camera["error_percent_of_diagonal"]["mean"]
+    assert percent == pytest.approx(100 * camera["error"]["mean"] / np.hypot(64, 64))
 
 
 def test_motionless_videos_score_what_still_says(tmp_path, write_videos):
@@ -201,7 +202,9 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(tiny_model, tmp_path, mon
             assert task.pop("seconds")["mean"] > 0
     assert resumed["methods"] == undisturbed["methods"]
 
-    requested = Trajectories.load(tmp_path / "cut" / "requests" / "camera" / "scene-1_zoom-in.json", num_frames=4)
+    requested = Trajectories.load(
+        tmp_path / "cut" / "requests" / "tiny" / "camera" / "scene-1_zoom-in.json", num_frames=4
+    )
     assert torch.equal(requested.points, camera_preset("zoom-in", (32, 32), 4).points)
 
     with pytest.raises(ValueError, match=r"made with other settings \(num_inference_steps\)"):
@@ -271,7 +274,10 @@ def test_the_command_refuses_before_it_works(tiny_model, tmp_path, capsys):
         ([f"model={tiny_model}", "--output", str(tmp_path / "full")], "holds something else"),
         ([f"model={tiny_model}", f"clip={tmp_path}", *output], "no CLIP model"),
         ([f"model={tiny_model}", "images=nowhere", *output], "no folder of images at nowhere"),
-        ([f"model={tiny_model}", "frechet=[fid]", "fid_weights=nowhere", *output], "fid_weights: no file at nowhere"),
+        (
+            [f"model={tiny_model}", "frechet=[fid]", "fid_weights=nowhere", *output],
+            "fid_weights: no Inception weights at nowhere",
+        ),
         ([f"model={tiny_model}", "frechet=[frechet_small]", f"reference={tmp_path}", *output], "no mp4 file in"),
     ):
         assert main(arguments) == 2

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from imageconductor.evaluation import summary
+from imageconductor.evaluation import distances, reference_statistics
 from imageconductor.evaluation.appearance import ClipScorer
 from imageconductor.evaluation.evaluate_config import EvaluateConfig
 from imageconductor.evaluation.protocol import Evaluation
@@ -20,9 +21,9 @@ SCENES = ["motions=own", "num_scenes=3", "size=[64,64]", "num_frames=16", "devic
 
 
 class Plain(nn.Module):
-    def __init__(self):
+    def __init__(self, channels: int = 3):
         super().__init__()
-        self.logits = nn.Linear(3, 400)
+        self.logits = nn.Linear(channels, 400)
 
     def forward(self, x: torch.Tensor):
         return self.logits(x.mean(dim=[3, 4]).amax(dim=2))
@@ -31,28 +32,29 @@ class Plain(nn.Module):
 @pytest.fixture
 def counted(monkeypatch):
     """Names of the distances whose network saw videos, in order."""
-    collected, collect = [], summary.collect_statistics
+    collected, collect = [], distances.collect_statistics
 
     def count(name, *arguments, **settings):
         collected.append(name)
         return collect(name, *arguments, **settings)
 
-    monkeypatch.setattr(summary, "collect_statistics", count)
+    for module in (distances, reference_statistics):
+        monkeypatch.setattr(module, "collect_statistics", count)
     return collected
 
 
 def test_a_distance_that_fails_costs_nothing_but_itself(exact, tmp_path, capsys, counted):
     network = tmp_path / "i3d.pt"
-    network.write_bytes(b"no network")
+    torch.jit.script(Plain(4).eval()).save(str(network))  # It wants four channels.
     reference = f"reference={exact}"
     command = [f"videos={exact}", *SCENES, "frechet=[frechet_small,fvd]", f"fvd_weights={network}", reference]
     command += ["--output", str(tmp_path / "out")]
     assert main(command) == 1
-    assert f"not measured: fvd, exact: ValueError: {network} is no TorchScript file" in capsys.readouterr().err
+    assert "not measured: fvd, exact: RuntimeError: " in capsys.readouterr().err
     record = json.loads((tmp_path / "out" / "results.json").read_text())
-    distances = record["methods"]["exact"]["frechet"]
-    assert distances["frechet_small"]["value"] == pytest.approx(0, abs=1e-6)
-    assert "is no TorchScript file" in distances["fvd"]["failed"]
+    found = record["methods"]["exact"]["frechet"]
+    assert found["frechet_small"]["value"] == pytest.approx(0, abs=1e-6)
+    assert "RuntimeError" in found["fvd"]["failed"]
     assert record["cam_mc"] < 1
     assert "NOT MEASURED: fvd, exact: " in (tmp_path / "out" / "table.md").read_text()
     assert "NOT MEASURED" in (tmp_path / "out" / "report.html").read_text()
@@ -77,6 +79,92 @@ def test_references_are_read_once_for_all_methods(exact, tmp_path, counted):
     counted.clear()
     assert main([*command, "num_reference=5"]) == 0
     assert len(counted) == 2, "another reference"
+
+
+def test_processes_share_the_reference_videos(exact, tmp_path, monkeypatch):
+    """Each takes its part, the sum is that of one process, and what was computed before a stop is kept."""
+    settings = {"videos": str(exact), "motions": "own", "num_scenes": 1, "size": (64, 64), "num_frames": 16}
+    config = EvaluateConfig(**settings, device="cpu", frechet=["frechet_small"], num_reference=37)
+    read, read_references = [], reference_statistics.read_references
+
+    def count(config, size, num_frames, numbers):
+        read.append(list(numbers))
+        return read_references(config, size, num_frames, numbers)
+
+    monkeypatch.setattr(reference_statistics, "read_references", count)
+    alone, shared = (Evaluation(config, tmp_path / name) for name in ("alone", "shared"))
+    wanted = alone.formats["exact"]
+    expected = reference_statistics.load_reference(alone, "frechet_small", wanted)
+    assert read == [list(range(18)), list(range(18, 37))]
+    for index, videos in enumerate(read.copy()):
+        shared.state = SimpleNamespace(process_index=index, num_processes=2)
+        reference_statistics.collect_own_part(shared, "frechet_small", wanted)
+        assert read[-1] == videos
+    read.clear()
+    assert len(list((tmp_path / "shared" / "reference").iterdir())) == 2
+    found = reference_statistics.load_reference(shared, "frechet_small", wanted)
+    assert read == [], "the parts are there"
+    assert len(list((tmp_path / "shared" / "reference").iterdir())) == 1
+    assert found.count == expected.count == 37
+    assert torch.equal(found.products, expected.products)
+
+
+def write_failing_cotracker(clone):
+    """A repository like CoTracker's, whose network has weights; with a file `broken` it fails from its second video on.
+
+    Each video is a line in the file `calls`.
+    """
+    clone.mkdir()
+    (clone / "hubconf.py").write_text(
+        "from pathlib import Path\n"
+        "import torch\n"
+        "class Tracker(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.step = torch.nn.Parameter(torch.zeros(2))\n"
+        "        self.register_buffer('scale', torch.ones(1))\n"
+        "    def forward(self, video, queries):\n"
+        f"        here = Path({str(clone)!r})\n"
+        "        calls = (here / 'calls').read_text() if (here / 'calls').exists() else ''\n"
+        "        (here / 'calls').write_text(calls + 'x\\n')\n"
+        "        if (here / 'broken').exists() and calls:\n"
+        "            raise RuntimeError('CUDA out of memory.\\nTried to allocate')\n"
+        "        times = torch.arange(video.shape[1])[None, :, None, None]\n"
+        "        tracks = queries[:, None, :, 1:] + times * self.step * self.scale\n"
+        "        return tracks, torch.ones_like(tracks[..., 0], dtype=torch.bool)\n"
+        "def cotracker3_offline():\n"
+        "    return Tracker()\n"
+    )
+
+
+def test_a_tracker_that_fails_leaves_the_rest(exact, tmp_path, capsys):
+    clone = tmp_path / "clone"
+    write_failing_cotracker(clone)
+    (clone / "broken").touch()
+    command = [f"videos={exact}", *SCENES, "num_scenes=1", "tracker=cotracker", f"cotracker={clone}"]
+    command += ["frechet=[frechet_small]", "num_reference=4", "--output", str(tmp_path / "out")]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "not measured: tracker, exact: 2 of 2 videos, RuntimeError: CUDA out of memory.\n" in error
+    assert "not measured: tracker, true clips: 1 of 2 videos, RuntimeError: CUDA out of memory.\n" in error
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    method = record["methods"]["exact"]
+    assert method["failed"] == {"tracker": "2 of 2 videos, RuntimeError: CUDA out of memory."}
+    assert method["tasks"]["camera"]["first_frame_psnr"]["mean"] > 20
+    assert "error" not in method["tasks"]["camera"]
+    assert method["frechet"]["frechet_small"]["value"] > 0
+    assert "NOT MEASURED: tracker, exact" in (tmp_path / "out" / "table.md").read_text()
+    assert len((clone / "calls").read_text().split()) == 4
+
+    (clone / "broken").unlink()
+    (clone / "calls").unlink()
+    assert main(command) == 0
+    assert len((clone / "calls").read_text().split()) == 3, "one true clip was measured"
+    tasks = json.loads((tmp_path / "out" / "results.json").read_text())["methods"]["exact"]["tasks"]
+    # A point that is seen to stand still is as far off as in a motionless video.
+    assert tasks["object"]["error"]["mean"] == pytest.approx(tasks["object"]["still"]["mean"])
+    assert main(command) == 0
+    assert len((clone / "calls").read_text().split()) == 3, "nothing is missing any more"
 
 
 def test_a_clip_that_fails_leaves_the_other_scores(exact, tmp_path, capsys, monkeypatch):
@@ -126,17 +214,17 @@ def test_tables_have_the_papers_lines_beside_ours(exact, tmp_path):
     record = Evaluation(EvaluateConfig(videos=str(exact), **settings), tmp_path / "out").run()
     assert record is not None
     table = format_markdown(record)
-    assert "| DragNUWA (paper) | 237.26 | 1283.85 | 48.72 | 51.24 | – | – | – |" in table
+    assert "| DragNUWA (paper) | – | 237.26 | 1283.85 | 48.72 | 51.24 | – | – | – | – | – |" in table
     camera, dragged = (record["methods"]["exact"]["tasks"][task] for task in ("camera", "object"))
-    assert f"| exact | – | – | {camera['error_384x256']['mean']:.2f} (" in table
+    assert f"| exact | 64x64x16 | – | – | {camera['error_384x256']['mean']:.2f} (" in table
     assert f" | {dragged['error_all_points_384x256']['mean']:.2f} (" in table.splitlines()[5]
     camera["error_384x256"]["n"] = 1
     assert "), n = 1 |" in format_markdown(record).split("\n\n")[1]
     record["methods"]["a_b & 50%"] = record["methods"].pop("exact")
     text = format_latex(record)
-    assert r"a\_b \& 50\% & -- & --" in text
+    assert r"a\_b \& 50\% & 64x64x16 & -- & --" in text
     assert text.count(r"\\") == 5
-    assert text.startswith("\\begin{tabular}{lrrrrrrr}")
+    assert text.startswith("\\begin{tabular}{lrrrrrrrrrr}")
 
 
 def test_a_failure_is_told_in_one_line():

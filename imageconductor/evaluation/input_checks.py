@@ -1,0 +1,111 @@
+"""Checks of what an evaluation is given, before any network computes: folders, models, networks of metrics, references.
+
+All faults are one line that names the file and the setting.
+"""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+
+from imageconductor.checkpoints.model_folder import check_adapters, locate_model
+from imageconductor.evaluation.appearance import ssim
+from imageconductor.evaluation.evaluate_config import EvaluateConfig, FrechetName
+from imageconductor.evaluation.frechet import load_network
+from imageconductor.evaluation.generation_settings import list_attached_files
+from imageconductor.evaluation.reference_videos import list_reference_files
+from imageconductor.evaluation.video_files import count_frames
+from imageconductor.files import check_writable
+from imageconductor.sampling.branches import ADAPTERS, Control
+
+_THREADS = 8  # that read the headers of videos, which is waiting for ffmpeg to start
+
+
+def check_output(output: Path) -> None:
+    """Raises ValueError if something else lies where the evaluation is to be, or if nothing can be written there."""
+    check_writable(output)
+    if output.exists() and any(output.iterdir()) and not (output / "scores").is_dir():
+        raise ValueError(f"{output} exists and holds something else; name another --output")
+
+
+def check_models(config: EvaluateConfig) -> None:
+    """Makes sure that the models have the LoRAs of the tasks, and that what is attached to them is there.
+
+    Raises:
+        ValueError, FileNotFoundError: Something is missing or damaged.
+    """
+    for name, method in config.all_methods.items():
+        if method.model is None:
+            continue
+        folder = locate_model(method.model)
+        for task in config.tasks.values():
+            if task.control != "none":
+                check_adapters(folder, ADAPTERS[Control(task.control)], f"control {task.control!r}")
+        for file in list_attached_files(method):
+            if not Path(file).is_file():
+                raise FileNotFoundError(f"method {name}: no file at {file}")
+            if Path(file).suffix == ".safetensors":
+                try:
+                    with safe_open(file, "pt"):
+                        pass
+                except (SafetensorError, OSError) as error:
+                    raise ValueError(f"method {name}: {file} is damaged or no safetensors file: {error}") from None
+
+
+def check_instruments(config: EvaluateConfig) -> None:
+    """Makes sure that the networks of the metrics can be read, as far as that takes seconds.
+
+    Raises:
+        ValueError, FileNotFoundError: A file is missing or holds something else, or a library is not installed.
+    """
+    ssim(np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16, 3), np.uint8))
+    for name in config.frechet:
+        try:
+            load_network(name, network_file(config, name))
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{name}_weights: {error}") from None
+    if config.clip is not None and _is_path(config.clip) and not Path(config.clip, "config.json").is_file():
+        raise FileNotFoundError(f"clip: no CLIP model at {config.clip} (config.json is missing)")
+    is_clone = config.tracker == "cotracker" and _is_path(config.cotracker)
+    if is_clone and not Path(config.cotracker, "hubconf.py").is_file():
+        raise FileNotFoundError(f"cotracker: {config.cotracker} is no clone of CoTracker (hubconf.py is missing)")
+
+
+def network_file(config: EvaluateConfig, distance: FrechetName) -> Path | None:
+    """File of a Fréchet distance's network; None for the embedded one."""
+    weights = {"fid": config.fid_weights, "fvd": config.fvd_weights}.get(distance)
+    return None if weights is None else Path(weights)
+
+
+def check_references(config: EvaluateConfig, num_frames: int, part: slice) -> None:
+    """Makes sure, by their headers, that the reference videos can be read and are long enough.
+
+    Args:
+        config: Settings of the evaluation.
+        num_frames: Frames that are needed of each video, `reference_stride` apart.
+        part: Which of the files to look at.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: Files cannot be read or are too short; the message names the first one.
+    """
+    paths = list_reference_files(config)[part]
+    needed = (num_frames - 1) * config.reference_stride + 1
+    with ThreadPoolExecutor(_THREADS) as pool:
+        bar = tqdm(pool.map(count_frames, paths), total=len(paths), desc="reference: checks", dynamic_ncols=True)
+        counts = list(bar)
+    faults = [(path, count) for path, count in zip(paths, counts, strict=True) if count is None or count < needed]
+    if faults:
+        path, count = faults[0]
+        fault = "cannot be read as a video" if count is None else f"has {count:.0f} frames, {needed} are needed"
+        raise ValueError(f"reference: {path} {fault}; take {len(faults)} such file(s) out of {config.reference}")
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name is meant as a local path and not as organisation/name on a hub."""
+    return Path(name).exists() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w./-]+)?", name) is None

@@ -1,0 +1,101 @@
+"""What is wrong with the input of an evaluation is said in one line before a network computes anything."""
+
+import json
+import os
+
+import footage
+import pytest
+import torch
+from PIL import Image
+
+from imageconductor.evaluation import protocol
+from scripts.evaluate import main
+
+OWN = ["motions=own", "num_scenes=1", "size=[64,64]", "num_frames=16", "device=cpu"]
+
+
+@pytest.fixture
+def refused(tmp_path, capsys, monkeypatch):
+    """A function that runs the command, makes sure that it refuses before any network is loaded, and gives the line."""
+
+    def forbid(*_, **__):
+        raise AssertionError("a network was loaded")
+
+    for name in ("load_pipeline", "ClipScorer", "CoTracker"):
+        monkeypatch.setattr(protocol, name, forbid)
+
+    def run(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        assert not (tmp_path / "out").exists()
+        return lines[0]
+
+    return run
+
+
+def test_networks_of_metrics(exact, tmp_path, refused):
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes(b"<!doctype html>")
+    other = tmp_path / "other.pth"
+    torch.save({"fc.weight": torch.zeros(1)}, other)
+    videos = [f"videos={exact}", *OWN]
+    assert f"fvd_weights: {damaged} is no TorchScript" in refused(*videos, "frechet=[fvd]", f"fvd_weights={damaged}")
+    for file in (damaged, other):
+        line = refused(*videos, "frechet=[fid]", f"fid_weights={file}")
+        assert f"fid_weights: {file} does not hold pytorch-fid's Inception weights" in line
+    assert "no CLIP model at nowhere/else/clip" in refused(*videos, "clip=nowhere/else/clip")
+    line = refused(*videos, "tracker=cotracker", f"cotracker={tmp_path}")
+    assert f"cotracker: {tmp_path} is no clone of CoTracker (hubconf.py is missing)" in line
+
+
+def test_models_and_what_is_attached_to_them(tiny_model, tmp_path, refused):
+    settings = ["num_scenes=1", "device=cpu", "clip=organisation/clip"]
+    damaged = tmp_path / "style.safetensors"
+    damaged.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    for files, said in (
+        ("lora: [nowhere.safetensors]", "method a: no file at nowhere.safetensors"),
+        (f"lora: ['{damaged}:0.5']", f"method a: {damaged} is damaged or no safetensors file"),
+        (f"base: {damaged}", f"method a: {damaged} is damaged or no safetensors file"),
+        ("size: [33, 32]", "method a: width and height must be multiples of"),
+        ("num_frames: 64", "method a: num_frames must be 1..32"),
+    ):
+        assert said in refused(f"methods={{a: {{model: {tiny_model}, {files}}}}}", *settings)
+
+
+def test_reference_videos(exact, tmp_path, refused):
+    footage.write(tmp_path / "reference" / "a.mp4", footage.pan(0, 20, (1, 0), size=(64, 64)))
+    footage.write(tmp_path / "elsewhere" / "b.mp4", footage.pan(0, 40, (1, 0), size=(64, 64)))
+    (tmp_path / "reference" / "link").symlink_to(tmp_path / "elsewhere")
+    settings = [f"videos={exact}", *OWN, "frechet=[frechet_small]", f"reference={tmp_path / 'reference'}"]
+    line = refused(*settings, "reference_stride=2")
+    assert f"reference: {tmp_path / 'reference' / 'a.mp4'} has " in line
+    assert "31 are needed; take 1 such file(s) out of" in line
+    (tmp_path / "reference" / "link" / "c.mp4").write_bytes(b"no video")
+    assert f"{tmp_path / 'reference' / 'link' / 'c.mp4'} cannot be read as a video" in refused(*settings)
+
+
+def test_videos_of_others(exact, tmp_path, refused):
+    for path in exact.rglob("*.mp4"):
+        (tmp_path / "theirs" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        os.link(path, tmp_path / "theirs" / path.parent.name / path.name)
+    method = f"methods={{theirs: {{videos: {tmp_path / 'theirs'}, size: [96, 64]}}}}"
+    assert "whose aspect ratio is not that of 96x64" in refused(method, *OWN, "clip=organisation/clip")
+
+
+def test_places_that_cannot_be_written(exact, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for output, said in ((tmp_path / "file", "is a file"), (tmp_path / "file" / "out", "is no folder")):
+        assert main([f"videos={exact}", *OWN, "--output", str(output)]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_images_are_read_first(tiny_model, tmp_path, refused):
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (64, 64)).save(images / "a.png")
+    (images / "a.json").write_text(json.dumps({"caption": "", "objects": [[32, 32]]}))
+    (images / "b.png").write_bytes((images / "a.png").read_bytes()[:60])
+    (images / "b.json").write_bytes((images / "a.json").read_bytes())
+    assert f"{images / 'b.png'}: damaged image" in refused(f"model={tiny_model}", f"images={images}", "device=cpu")
