@@ -15,7 +15,7 @@ import json
 import sys
 from pathlib import Path
 
-from imageconductor.evaluation.preference import build_study, format_rates, tally
+from imageconductor.evaluation.preference import build_study, format_rates, read_key, tally
 from imageconductor.files import write_text
 
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.command == "tally":
-            print(format_rates(tally(args.answers, json.loads(args.key.read_text()))), end="")
+            print(format_rates(tally(args.answers, read_key(args.key))), end="")
             return 0
         methods = {}
         for text in args.methods:
@@ -43,10 +43,11 @@ def main(argv: list[str] | None = None) -> int:
             if not equals or not name or name in methods:
                 raise ValueError(f"{text}: expected NAME=FOLDER, each name once")
             methods[name] = Path(folder)
-        if args.pairs is not None and args.pairs < 1:
-            raise ValueError(f"--pairs must be at least 1, got {args.pairs}")
-        page, key = build_study(methods, args.drawings, args.pairs, args.seed)
         secret = args.output.with_suffix(".key.json")
+        for path in (args.output, secret):
+            if path.exists():
+                raise FileExistsError(f"{path} exists, and answers may have been given to it; name another --output")
+        page, key = build_study(methods, args.drawings, args.pairs, args.seed)
         write_text(secret, json.dumps(key, indent=1))
         write_text(args.output, page)
     except (ValueError, OSError) as error:

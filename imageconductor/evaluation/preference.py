@@ -21,6 +21,8 @@ import numpy as np
 from jinja2 import Environment
 from scipy.stats import binomtest
 
+from imageconductor.evaluation.video_files import count_frames
+
 QUESTIONS = {
     "overall": "Which video do you prefer overall?",
     "quality": "Which video looks better: clearer, more natural, more stable?",
@@ -64,6 +66,8 @@ def build_study(
     """
     if len(methods) < 2:
         raise ValueError(f"a comparison needs at least two methods, got {', '.join(methods) or 'none'}")
+    if num_pairs is not None and num_pairs < 1:
+        raise ValueError(f"there must be at least one pair, got {num_pairs}")
     names = _list_common_names(methods)
     pictures = {} if drawings is None else {name: _find_drawing(drawings, name) for name in names}
     random = np.random.default_rng(seed)
@@ -93,6 +97,24 @@ def build_study(
     return text, {"study": study, "pairs": key}
 
 
+def read_key(path: Path) -> dict[str, Any]:
+    """The key that `build_study` gave, from its file.
+
+    Raises:
+        FileNotFoundError: There is no file.
+        ValueError: It is not a study's key.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no key at {path}")
+    try:
+        key = json.loads(path.read_text(encoding="utf-8-sig"))
+        if all(len(pair) == 3 for pair in key["pairs"].values()) and isinstance(key["study"], str):
+            return key
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise ValueError(f"{path} is not the key of a study, which `build` writes beside the page")
+
+
 def tally(answers: Sequence[Path], key: Mapping[str, Any]) -> list[PreferenceRate]:
     """Preference rates by method and question, over the saved answers of all participants.
 
@@ -101,6 +123,7 @@ def tally(answers: Sequence[Path], key: Mapping[str, Any]) -> list[PreferenceRat
         key: From `build_study`.
 
     Raises:
+        FileNotFoundError: There is no such file.
         ValueError: A file is not from this study, or a participant's answers are given twice.
     """
     pairs: dict[str, list[str]] = key["pairs"]
@@ -109,27 +132,17 @@ def tally(answers: Sequence[Path], key: Mapping[str, Any]) -> list[PreferenceRat
     asked = dict(wins)
     seen: dict[tuple[str, str], Path] = {}
     for path in answers:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file)
-            if tuple(rows.fieldnames or ()) != _COLUMNS:
-                raise ValueError(f"{path} was not saved by the study's page; its columns are {rows.fieldnames}")
-            for row in rows:
-                if row["study"] != key["study"] or row["pair"] not in pairs:
-                    raise ValueError(f"{path} is from study {row['study']}, the key is of {key['study']}")
-                who = (row["participant"], row["pair"])
-                if who in seen:
-                    raise ValueError(f"{path}: {who[0]} has answered pair {who[1]} in {seen[who]} already")
-                seen[who] = path
-                _, left, right = pairs[row["pair"]]
-                for question in QUESTIONS:
-                    if row[question] not in ("left", "right", ""):
-                        raise ValueError(
-                            f"{path}: pair {row['pair']}: {question} must be left or right, got {row[question]!r}"
-                        )
-                    if row[question]:
-                        wins[left if row[question] == "left" else right, question] += 1
-                        asked[left, question] += 1
-                        asked[right, question] += 1
+        for row in _read_answers(path, key):
+            who = (row["participant"], row["pair"])
+            if who in seen:
+                raise ValueError(f"{path}: {who[0]} has answered pair {who[1]} in {seen[who]} already")
+            seen[who] = path
+            _, left, right = pairs[row["pair"]]
+            for question in QUESTIONS:
+                if row[question]:
+                    wins[left if row[question] == "left" else right, question] += 1
+                    asked[left, question] += 1
+                    asked[right, question] += 1
     rates = []
     for method, question in itertools.product(methods, QUESTIONS):
         count, total = wins[method, question], asked[method, question]
@@ -156,10 +169,33 @@ def format_rates(rates: Sequence[PreferenceRate]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _read_answers(path: Path, key: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The rows of a participant's file, each of this study."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no answers at {path}")
+    try:  # Spreadsheets put a mark before UTF-8.
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows, columns = list(reader), tuple(reader.fieldnames or ())
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a CSV file in UTF-8, as the study's page saves it: {error}") from None
+    if columns != _COLUMNS:
+        raise ValueError(f"{path} was not saved by the study's page; its columns are {', '.join(columns)}")
+    for row in rows:
+        if row["study"] != key["study"] or row["pair"] not in key["pairs"]:
+            raise ValueError(f"{path} is from study {row['study']}, the key is of {key['study']}")
+        for question in QUESTIONS:
+            if row[question] not in ("left", "right", ""):
+                raise ValueError(f"{path}: pair {row['pair']}: {question} must be left or right, got {row[question]!r}")
+    return rows
+
+
 def _list_common_names(methods: Mapping[str, Path]) -> list[str]:
     """Names of the videos, which must be the same in every folder."""
     found = {}
     for method, folder in methods.items():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{method}: no folder at {folder}")
         found[method] = {path.stem for path in folder.glob("*.mp4")}
         if not found[method]:
             raise ValueError(f"{method}: no mp4 files in {folder}")
@@ -167,6 +203,10 @@ def _list_common_names(methods: Mapping[str, Path]) -> list[str]:
     for method, names in found.items():
         if missing := sorted(everything - names):
             raise ValueError(f"{method}: {methods[method]} lacks {', '.join(missing[:5])}, which another method has")
+    for method, folder in methods.items():
+        for name in sorted(everything):
+            if count_frames(folder / f"{name}.mp4") is None:
+                raise ValueError(f"{method}: {folder / f'{name}.mp4'} cannot be read as a video")
     return sorted(everything)
 
 

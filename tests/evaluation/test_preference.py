@@ -74,6 +74,8 @@ def test_preferences_are_counted_with_their_interval(methods, tmp_path):
 
 def test_bad_input_is_named(methods, tmp_path, capsys):
     (tmp_path / "half").mkdir()
+    shutil.copytree(methods["ours"], tmp_path / "damaged")
+    (tmp_path / "damaged" / "zebra.mp4").write_bytes(b"no video")
     (tmp_path / "half" / "okapi.mp4").write_bytes((methods["ours"] / "okapi.mp4").read_bytes())
     out = tmp_path / "study.html"
     for arguments, said in (
@@ -82,12 +84,17 @@ def test_bad_input_is_named(methods, tmp_path, capsys):
         ([f"ours={methods['ours']}", f"none={tmp_path}"], "no mp4 files"),
         (["ours", f"a={tmp_path}"], "expected NAME=FOLDER"),
         ([f"a={methods['ours']}", f"b={methods['theirs']}", "--drawings", tmp_path], "has no picture of okapi"),
+        ([f"a={methods['ours']}", "b=nowhere"], "b: no folder at nowhere"),
+        ([f"a={methods['ours']}", f"b={tmp_path / 'damaged'}"], "zebra.mp4 cannot be read as a video"),
+        ([f"a={methods['ours']}", f"b={methods['theirs']}", "--pairs", 0], "at least one pair, got 0"),
     ):
         assert run_command("build", *arguments, "--output", out) == 2
         assert said in capsys.readouterr().err
         assert not out.exists()
     both = [f"a={methods['ours']}", f"b={methods['theirs']}"]
     assert run_command("build", *both, "--output", out) == 0
+    assert run_command("build", *both, "--output", out, "--seed", 1) == 2
+    assert f"{out} exists, and answers may have been given to it" in capsys.readouterr().err
     key = json.loads((tmp_path / "study.key.json").read_text())
     saved = write_answers(tmp_path / "x.csv", {**key, "study": "another"}, lambda *_: "left")
     assert run_command("tally", saved, "--key", tmp_path / "study.key.json") == 2
@@ -95,8 +102,21 @@ def test_bad_input_is_named(methods, tmp_path, capsys):
     saved = write_answers(tmp_path / "y.csv", key, lambda *_: "left")
     assert run_command("tally", saved, saved, "--key", tmp_path / "study.key.json") == 2
     assert "has answered pair" in capsys.readouterr().err
+    for wrong, said in (
+        ((saved, "--key", out), "is not the key of a study"),
+        ((saved, "--key", tmp_path / "nowhere"), "no key at"),
+        ((tmp_path / "nowhere.csv", "--key", tmp_path / "study.key.json"), "no answers at"),
+        ((tmp_path / "utf16.csv", "--key", tmp_path / "study.key.json"), "is not a CSV file in UTF-8"),
+    ):
+        (tmp_path / "utf16.csv").write_text(saved.read_text(), encoding="utf-16")
+        assert run_command("tally", *wrong) == 2
+        assert said in capsys.readouterr().err
     assert run_command("tally", saved, "--key", tmp_path / "study.key.json") == 0
-    assert "| a | " in capsys.readouterr().out
+    counted = capsys.readouterr().out
+    assert "| a | " in counted
+    saved.write_text(saved.read_text(), encoding="utf-8-sig")  # as spreadsheets save it
+    assert run_command("tally", saved, "--key", tmp_path / "study.key.json") == 0
+    assert capsys.readouterr().out == counted
 
 
 def test_a_person_answers_in_a_browser(methods, tmp_path):
