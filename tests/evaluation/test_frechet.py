@@ -16,6 +16,7 @@ from imageconductor.evaluation.frechet import (
     frechet_distance,
 )
 from imageconductor.evaluation.inception import Inception
+from tests.evaluation.i3d import write_i3d
 
 pytest.importorskip("torchmetrics")
 
@@ -129,31 +130,24 @@ def test_both_ports_of_i3d_are_called_as_they_want(port, tmp_path):
     assert (found.num_frames, found.resize) == (4, "bilinear to 224 x 224")
 
 
-class Convolutions(nn.Module):
-    """A port of I3D's kind: parameters in float32, normalisation with buffers, 400 logits."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv3d(3, 8, 3, (1, 4, 4)), nn.BatchNorm3d(8), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten()
-        )
-        self.logits = nn.Linear(8, 400)
-
-    def forward(self, x: torch.Tensor):
-        return self.logits(self.layers(x))
-
-
-def test_fvd_of_a_network_with_parameters_is_the_formula_over_its_features(tmp_path):
-    torch.manual_seed(0)
-    torch.jit.script(Convolutions().eval()).save(str(tmp_path / "i3d.pt"))
-    network = I3D(tmp_path / "i3d.pt")
-    sets = (videos(0), videos(1, shift=40))
-    found = distance("fvd", *sets, tmp_path / "i3d.pt", num_frames=8)
+@pytest.mark.parametrize(
+    ("divisor", "num_parameters"), [(16, None), pytest.param(1, 12_697_264, marks=pytest.mark.slow)]
+)
+def test_fvd_of_i3d_is_the_formula_over_its_logits(tmp_path, divisor, num_parameters):
+    """The real architecture, at a sixteenth of its width and at its full size."""
+    written = write_i3d(tmp_path / "i3d.pt", divisor)
+    assert num_parameters in (None, sum(p.numel() for p in written.parameters()))
+    random = np.random.default_rng(0)
+    sets = [random.integers(low, high, (2, 16, 24, 32, 3), dtype=np.uint8) for low, high in ((0, 200), (40, 240))]
+    found = distance("fvd", *sets, tmp_path / "i3d.pt", num_frames=14)
+    assert (found.num_generated, found.num_reference) == (2, 2)
     with torch.no_grad():
-        clips = [torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 255 for clips in sets]
-        features = [network(batch).double().numpy() for batch in clips]
+        clips = [torch.from_numpy(videos[:, :14]).permute(0, 4, 1, 2, 3).float() for videos in sets]
+        resized = [nn.functional.interpolate(clip, (14, 224, 224), mode="trilinear") for clip in clips]
+        features = [written(clip, resize=False, return_features=True).double().numpy() for clip in resized]
+    assert features[0].shape == (2, 400)
     expected = formula_of_few(*features)
-    assert expected > 1e-6
+    assert expected > 1e-3
     assert found.value == pytest.approx(expected, rel=1e-2)
 
 
