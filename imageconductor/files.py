@@ -1,9 +1,15 @@
-"""Files and folders that appear whole: written under another name beside their place, then renamed."""
+"""Files and folders that appear whole, and text files that people wrote.
+
+What is written appears under another name beside its place and is renamed. Text of any editor is read in the encoding
+that its first bytes show (UTF-8 with and without a byte order mark, UTF-16, UTF-32), and refused in any other.
+"""
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -11,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TextIO
 
 _PARTIAL = ".partial"
 
@@ -47,6 +53,102 @@ def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file."""
     with atomic_write(path) as file:
         file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """A text file that people wrote, opened for reading.
+
+    Args:
+        path: The file.
+        newline: As `open`'s.
+
+    Raises:
+        ValueError: The block meets bytes of another encoding; names the line.
+    """
+    with path.open("rb") as file:
+        encoding = json.detect_encoding(file.read(4))
+    try:
+        with path.open(encoding=encoding, newline=newline) as file:
+            yield file
+    except UnicodeError as error:
+        place = _find_undecodable_line(path) if encoding.startswith("utf-8") else None
+        where = f" (line {place})" if place else ""
+        raise ValueError(f"{path}: not {encoding.upper()} text{where}; save it in the encoding UTF-8") from error
+
+
+def read_text(path: Path) -> str:
+    """The content of a text file that people wrote.
+
+    Raises:
+        ValueError: It is in another encoding than Unicode's.
+    """
+    with open_text(path) as file:
+        return file.read()
+
+
+def _find_undecodable_line(path: Path) -> int | None:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeError:
+                return number
+    return None
+
+
+def read_csv(path: Path) -> Iterator[list[str]]:
+    """The rows of a CSV file that people wrote, header first, without empty lines.
+
+    Raises:
+        ValueError: Quotation marks do not balance, or a row has more or fewer columns than the header; names the line.
+    """
+    with open_text(path, newline="") as file:
+        lines: list[str] = []  # of the present row
+
+        def remember() -> Iterator[str]:
+            for line in file:
+                lines.append(line)
+                yield line
+
+        reader = csv.reader(remember(), strict=True)
+        width, first = 0, 1
+        while True:
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                raise ValueError(f"{path}, line {first}: quotation marks do not balance: {error}") from error
+            if row is None:
+                return
+            # A row of several lines each of which could be a row: a mark was left open, and a later one closed it.
+            if len(lines) > 1 and all(line.count(",") >= width - 1 for line in lines):
+                raise ValueError(
+                    f"{path}, line {first}: quotation marks do not balance: the row goes on to line {reader.line_num}; "
+                    "add the missing one, or put the row on one line"
+                )
+            width = width or len(row)
+            if row and len(row) != width:
+                raise ValueError(f"{path}, line {first}: {len(row)} columns, but the header has {width}")
+            if row:
+                yield row
+            first = reader.line_num + 1
+            lines.clear()
+
+
+def list_files(folder: Path) -> Iterator[Path]:
+    """All files below a folder, each once; links to folders are followed, also those that lead back to one above."""
+    folders, links, seen = [folder] if folder.is_dir() else [], list[Path](), set[tuple[int, int]]()
+    while folders or links:
+        place = (folders or links).pop(0)  # what lies in a folder and in a link to it is listed in the folder
+        status = place.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for path in sorted(place.iterdir()):
+            if path.is_dir():
+                (links if path.is_symlink() else folders).append(path)
+            else:
+                yield path
 
 
 @contextmanager

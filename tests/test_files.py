@@ -11,6 +11,9 @@ from imageconductor.files import (
     atomic_write,
     check_new_folder,
     check_writable,
+    list_files,
+    read_csv,
+    read_text,
     remove_partial,
     replace_folder,
     write_text,
@@ -188,3 +191,64 @@ def test_the_working_folder_can_be_filled_by_its_short_name(tmp_path, monkeypatc
     with atomic_folder(Path()) as folder:
         (folder / "video.mp4").touch()
     assert names(tmp_path / "empty") == ["video.mp4"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_text_is_read_in_every_encoding_of_unicode(encoding, tmp_path):
+    (tmp_path / "note.txt").write_bytes("a: é\nb: 星\n".encode(encoding))
+    assert read_text(tmp_path / "note.txt") == "a: é\nb: 星\n"
+
+
+def test_text_in_another_encoding_is_refused_by_its_line(tmp_path):
+    (tmp_path / "note.txt").write_bytes("plain\ncafé\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"note\.txt: not UTF-8 text \(line 2\); save it in the encoding UTF-8"):
+        read_text(tmp_path / "note.txt")
+
+
+def table(path, *rows, encoding="utf-8"):
+    path.write_bytes("\r\n".join(("id,caption,path", *rows)).encode(encoding))
+    return path
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_table_keeps_quoted_commas_marks_and_lines(encoding, tmp_path):
+    rows = (
+        '1,"a dog, running",1.mp4',
+        '2,"a ""big"" cat",2.mp4',
+        '3,"a bird\non a tree",3.mp4',
+        "",
+        '4,7" disc,4.mp4',
+    )
+    assert list(read_csv(table(tmp_path / "x.csv", *rows, encoding=encoding)))[1:] == [
+        ["1", "a dog, running", "1.mp4"],
+        ["2", 'a "big" cat', "2.mp4"],
+        ["3", "a bird\non a tree", "3.mp4"],
+        ["4", '7" disc', "4.mp4"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "later",
+    [[], ["8,plain,8.mp4"] * 9000, ['8,"two, words",8.mp4'], ['8,closed",8.mp4'], ['8,"",8.mp4'], ['8,a ""b"",8.mp4']],
+)
+def test_quotes_that_do_not_balance_are_refused_and_never_paired_anew(later, tmp_path):
+    path = table(tmp_path / "x.csv", "1,a,1.mp4", '2,"a dog,2.mp4', "3,c,3.mp4", *later)
+    with pytest.raises(ValueError, match=r"x\.csv, line 3: quotation marks do not balance"):
+        list(read_csv(path))
+
+
+def test_a_row_of_another_width_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"x\.csv, line 3: 4 columns, but the header has 3"):
+        list(read_csv(table(tmp_path / "x.csv", "1,a,1.mp4", "2,a dog, running,2.mp4")))
+
+
+def test_links_to_folders_are_followed_and_loops_end(tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for folder in (root / "own", elsewhere / "deep"):
+        folder.mkdir(parents=True)
+    (root / "own" / "a.mp4").touch()
+    (elsewhere / "deep" / "b.mp4").touch()
+    (root / "also_own").symlink_to(root / "own")
+    (root / "sub").symlink_to(elsewhere)
+    (elsewhere / "deep" / "loop").symlink_to(root)
+    assert [path.relative_to(root).as_posix() for path in list_files(root)] == ["own/a.mp4", "sub/deep/b.mp4"]

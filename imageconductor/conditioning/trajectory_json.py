@@ -14,7 +14,10 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from imageconductor.files import write_text
+from imageconductor.files import read_text, write_text
+
+_FORMS = '{"width": W, "height": H, "tracks": [{"points": [[x, y], ...]}, ...]} or [[[x, y], ...], ...]'
+_ADVICE = f"trajectories are read as JSON: {_FORMS}"
 
 PUBLISHED_SIZE = (384, 256)
 """(W, H) of the published release, whose JSON form states no size."""
@@ -66,7 +69,8 @@ def check_tracks(tracks: object, size: tuple[int, int], max_tracks: int, source:
         raise ValueError(f"{source}: expected a list of tracks, got {_abbreviate(tracks)}")
     if len(listed) > max_tracks:
         raise ValueError(
-            f"{source}: {len(listed)} tracks, at most {max_tracks} are accepted; raise max_tracks or draw fewer"
+            f"{source}: {len(listed)} tracks, at most {max_tracks} are accepted; "
+            f"draw fewer, or keep one in {-(-len(listed) // max_tracks)}"
         )
     return [_check_track(track, size, f"{source}: track {n}") for n, track in enumerate(listed)]
 
@@ -86,19 +90,57 @@ def read_trajectory_json(
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such trajectory file")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = read_text(path)
+    except ValueError as error:
+        raise ValueError(f"{_describe_array(path) or error}; {_ADVICE}") from error
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+        raise ValueError(f"{path}: not valid JSON ({error}); it begins {text[:20]!r}; {_ADVICE}") from error
+    if found := _describe_foreign(content):
+        raise ValueError(f"{path} holds {found}; {_ADVICE}")
     if isinstance(content, list):
         drawn_at = check_size(size or PUBLISHED_SIZE)
         return check_tracks(cast("object", content), drawn_at, max_tracks, str(path)), drawn_at
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a list of tracks or an object with width, height and tracks")
+        raise ValueError(f"{path}: expected a list of tracks or an object, found {_abbreviate(content)}; {_ADVICE}")
     fields = cast("dict[str, Any]", content)
     if missing := [key for key in ("width", "height", "tracks") if key not in fields]:
-        raise ValueError(f"{path}: lacks {', '.join(missing)}")
+        raise ValueError(f"{path}: lacks {', '.join(missing)}; it has {_abbreviate(list(fields))}; {_ADVICE}")
     drawn_at = check_size((fields["width"], fields["height"]), str(path))
     return check_tracks(fields["tracks"], drawn_at, max_tracks, str(path)), drawn_at
+
+
+def _describe_array(path: Path) -> str | None:
+    """What a binary file of NumPy's holds, such as tracks of a point tracker; None for other files."""
+    with path.open("rb") as file:
+        if not file.read(6).startswith((b"\x93NUMPY", b"PK\x03\x04")):
+            return None
+    try:
+        arrays: Any = np.load(path, allow_pickle=False)
+        named: dict[str, Any] = {"": arrays} if isinstance(arrays, np.ndarray) else dict(arrays)
+    except (ValueError, OSError, KeyError):
+        return f"{path} is an archive or an array that cannot be read"
+    shapes = [f"{name} {array.dtype} {array.shape}".strip() for name, array in named.items()]
+    return f"{path} is a NumPy file with {', '.join(shapes)}; write each (T, 2) track by its tolist()"
+
+
+def _describe_foreign(content: object) -> str | None:
+    """What the content of a JSON file of another tool is; None for the forms that are read, right or wrong."""
+    if isinstance(content, str):
+        return f"text inside of JSON, {_abbreviate(content)}; take the outer quotation marks away"
+    listed = _as_list(content)
+    if listed and all(_is_xy(member) for member in listed):
+        return f'one track of {len(listed)} {{"x": .., "y": ..}} points, as spline editors write them'
+    if listed and all(inner and all(map(_is_xy, inner)) for inner in map(_as_list, listed)):
+        return f'{len(listed)} tracks of {{"x": .., "y": ..}} points, as spline editors write them'
+    if listed and all(inner and len(inner) == 2 and all(map(_is_number, inner)) for inner in map(_as_list, listed)):
+        return f"one track of {len(listed)} [x, y] points without the brackets of the list of tracks around it"
+    return None
+
+
+def _is_xy(value: object) -> bool:
+    return isinstance(value, dict) and {"x", "y"} <= cast("dict[str, Any]", value).keys()
 
 
 def write_trajectory_json(path: Path, tracks: Sequence[Track], size: tuple[int, int]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import logging
 import os
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imageconductor.curation.curate_config import CurateConfig
+from imageconductor.files import list_files, read_csv, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ def find_sources(config: CurateConfig) -> list[Source]:
 
     Raises:
         FileNotFoundError: The input is missing or holds no source.
-        ValueError: A CSV lacks a column, or a text file is not in RealEstate10K's format.
+        ValueError: A CSV lacks a column, or its quotation marks do not balance; a text file is in another encoding than
+            Unicode's, or not in RealEstate10K's format.
     """
     root = Path(config.input)
     if not root.exists():
@@ -85,10 +86,10 @@ def _read_folder(root: Path, config: CurateConfig) -> Iterator[Source]:
     """The videos below a folder; `NAME.txt` beside `NAME.mp4` holds its caption."""
     if not root.is_dir():
         raise FileNotFoundError(f"input={root}: not a folder; for a table of clips set source=csv")
-    for path in sorted(root.rglob("*")):
+    for path in sorted(list_files(root)):
         if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
             text = path.with_suffix(".txt")
-            caption = " ".join(text.read_text(encoding="utf-8", errors="replace").split()) if text.is_file() else ""
+            caption = " ".join(read_text(text).split()) if text.is_file() else ""
             yield Source(_to_text(path.relative_to(root)), str(path), caption, config.camera_only)
 
 
@@ -97,21 +98,20 @@ def _read_csv(path: Path, config: CurateConfig) -> Iterator[Source]:
     if not path.is_file():
         raise FileNotFoundError(f"input={path}: source=csv needs a CSV file")
     root = Path(config.videos) if config.videos else path.parent
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = csv.DictReader(file)
-        header = rows.fieldnames or []
-        columns = {what: next((name for name in names if name in header), None) for what, names in _COLUMNS.items()}
-        if columns["id"] is None or ("path" not in header and "page_dir" not in header):
-            raise ValueError(
-                f"{path}: needs the columns id, caption, path, or WebVid's videoid, name, page_dir; "
-                f"it has {', '.join(header) or 'none'}"
-            )
-        for row in rows:
-            name = row[columns["id"]]
-            place = row["path"] if "path" in header else f"{row['page_dir']}/{name}.mp4"
-            if name and place:
-                caption = (row[columns["caption"]] or "") if columns["caption"] else ""
-                yield Source(name, str(root / place), " ".join(caption.split()), config.camera_only)
+    rows = read_csv(path)
+    header = next(rows, [])
+    columns = {what: next((name for name in names if name in header), None) for what, names in _COLUMNS.items()}
+    if columns["id"] is None or ("path" not in header and "page_dir" not in header):
+        raise ValueError(
+            f"{path}: needs the columns id, caption, path, or WebVid's videoid, name, page_dir; "
+            f"it has {', '.join(header) or 'none'}"
+        )
+    for row in (dict(zip(header, values, strict=True)) for values in rows):
+        name = row[columns["id"]]
+        place = row["path"] if "path" in header else f"{row['page_dir']}/{name}.mp4"
+        if name and place:
+            caption = (row[columns["caption"]] or "") if columns["caption"] else ""
+            yield Source(name, str(root / place), " ".join(caption.split()), config.camera_only)
 
 
 def _read_realestate10k(root: Path, config: CurateConfig) -> Iterator[Source]:
@@ -120,8 +120,8 @@ def _read_realestate10k(root: Path, config: CurateConfig) -> Iterator[Source]:
     The footage is `VIDEOS/YOUTUBE_ID.*`, or a folder `VIDEOS/CLIP` of frames that are named by their microseconds.
     """
     videos = Path(config.videos) if config.videos else root
-    for path in sorted(root.rglob("*.txt")):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for path in sorted(path for path in list_files(root) if path.suffix == ".txt"):
+        lines = read_text(path).splitlines()
         if not lines or "://" not in lines[0]:
             continue
         try:

@@ -8,7 +8,6 @@ participant saves them as CSV. `tally` counts them with the key, which the page 
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
 import itertools
 import json
@@ -22,6 +21,7 @@ from jinja2 import Environment
 from scipy.stats import binomtest
 
 from imageconductor.evaluation.video_files import count_frames
+from imageconductor.files import read_csv, read_text
 
 QUESTIONS = {
     "overall": "Which video do you prefer overall?",
@@ -107,7 +107,7 @@ def read_key(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no key at {path}")
     try:
-        key = json.loads(path.read_text(encoding="utf-8-sig"))
+        key = json.loads(read_text(path))
         if all(len(pair) == 3 for pair in key["pairs"].values()) and isinstance(key["study"], str):
             return key
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -173,14 +173,10 @@ def _read_answers(path: Path, key: Mapping[str, Any]) -> list[dict[str, str]]:
     """The rows of a participant's file, each of this study."""
     if not path.is_file():
         raise FileNotFoundError(f"no answers at {path}")
-    try:  # Spreadsheets put a mark before UTF-8.
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            rows, columns = list(reader), tuple(reader.fieldnames or ())
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a CSV file in UTF-8, as the study's page saves it: {error}") from None
-    if columns != _COLUMNS:
+    columns, *values = list(read_csv(path)) or [[]]
+    if tuple(columns) != _COLUMNS:
         raise ValueError(f"{path} was not saved by the study's page; its columns are {', '.join(columns)}")
+    rows = [dict(zip(columns, row, strict=True)) for row in values]
     for row in rows:
         if row["study"] != key["study"] or row["pair"] not in key["pairs"]:
             raise ValueError(f"{path} is from study {row['study']}, the key is of {key['study']}")

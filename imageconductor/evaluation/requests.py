@@ -28,6 +28,7 @@ from imageconductor.conditioning.trajectories import inside
 from imageconductor.data.sprites import Scene, SpriteSet, SpriteWorldConfig, render, sample_scene
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, RequestSet
 from imageconductor.evaluation.fixed_requests import FixedRequests
+from imageconductor.files import read_text
 
 _TRACKER_REACH_PX = 4  # farther than this from every sprite, the background displacement of true clips is 0.00 px
 _OBJECT_FRACTION = 0.2  # of the shorter side: the distance from an object's path at which the background begins
@@ -229,8 +230,9 @@ def _read_description(path: Path, size: tuple[int, int]) -> tuple[str, Trajector
     expected = '{"caption": "...", "objects": [[x, y], ...]}'
     if not path.is_file():
         raise FileNotFoundError(f"each image needs its JSON; there is no {path}: {expected}")
+    text = read_text(path)
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(text)
         caption, objects = content["caption"], np.asarray(content.get("objects", []), np.float64).reshape(-1, 2)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: expected {expected}") from error

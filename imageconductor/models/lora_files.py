@@ -19,6 +19,7 @@ from typing import Any
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from imageconductor.files import read_text
 from imageconductor.models.weights import read_checkpoint, read_header
 
 PEFT_PREFIX = "base_model.model."  # of peft's own files
@@ -190,8 +191,8 @@ def _read_strengths(path: Path, state: Mapping[str, Tensor]) -> dict[str, _Stren
             config = path.parent / CONFIG_NAME
             if not config.is_file():
                 raise ValueError(f"{path} keeps its strength in {CONFIG_NAME}, which is not beside it")
-            return {"": _strength(json.loads(config.read_text(encoding="utf-8")), str(path))}
-    except (TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            return {"": _strength(json.loads(read_text(config)), str(path))}
+    except (TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: its settings cannot be read: {error}") from error
     try:
         return {"": _Strength(float(header["ss_network_alpha"]))}

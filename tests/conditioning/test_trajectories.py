@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -197,3 +198,46 @@ def test_fields_must_fit_together(fields, said):
     good = {"points": torch.zeros(2, 3, 2), "visible": torch.ones(2, 3, dtype=torch.bool), "size": (4, 4)}
     with pytest.raises(ValueError, match=said):
         Trajectories(**(good | fields))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_an_editors_encoding_does_not_matter(encoding, tmp_path):
+    content = {"width": 64, "height": 64, "tracks": [{"points": [[20, 20], [40, 30]]}], "note": "é"}
+    (tmp_path / "tracks.json").write_bytes(json.dumps(content, ensure_ascii=False).encode(encoding))
+    assert Trajectories.load(tmp_path / "tracks.json", 2).points[0].tolist() == [[20, 20], [40, 30]]
+
+
+XY = [{"x": 20, "y": 20}, {"x": 30, "y": 24}, {"x": 40, "y": 30}]
+FOREIGN = {
+    "a spline editor's track": (json.dumps(XY), r'one track of 3 \{"x": \.\., "y": \.\.\} points'),
+    "a spline editor's tracks": (json.dumps([XY, XY]), r'2 tracks of \{"x"'),
+    "text in text": (json.dumps(json.dumps([XY])), "text inside of JSON"),
+    "a track alone": ("[[1, 2], [3, 4]]", "one track of 2 .* without the brackets"),
+    "lines": ("20,20\n30,24\n", r"not valid JSON .* it begins '20,20"),
+    "other keys": ('{"trajectories": [], "fps": 8}', r"lacks width, height, tracks; it has \['trajectories', 'fps'\]"),
+    "another encoding": ('{"width": "é"}'.encode("latin-1"), r"not UTF-8 text \(line 1\)"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_other_tools_files_are_named_for_what_they_are(name, tmp_path):
+    content, found = FOREIGN[name]
+    (tmp_path / "other.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(
+        ValueError, match=rf"other\.json.*{found}.*trajectories are read as JSON: .*\[\[\[x, y\]"
+    ) as error:
+        Trajectories.load(tmp_path / "other.json", 4)
+    assert "\n" not in str(error.value)
+
+
+def test_the_arrays_of_a_point_tracker_are_named(tmp_path):
+    np.save(tmp_path / "tracks.npy", np.zeros((2, 16, 2), np.float32))
+    np.savez(tmp_path / "tracks.npz", tracks=np.zeros((2, 16, 2)), visibles=np.ones((2, 16), bool))
+    for name, found in (("tracks.npy", r"float32 \(2, 16, 2\)"), ("tracks.npz", r"tracks float64 \(2, 16, 2\), visib")):
+        with pytest.raises(ValueError, match=rf"{name} is a NumPy file with {found}.*tolist.*trajectories are read as"):
+            Trajectories.load(tmp_path / name, 4)
+
+
+def test_advice_for_too_many_tracks_can_be_followed():
+    with pytest.raises(ValueError, match="400 tracks, at most 256 are accepted; draw fewer, or keep one in 2"):
+        Trajectories.from_tracks([[[1, 1]]] * 400, SIZE, 4)

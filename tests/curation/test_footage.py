@@ -237,3 +237,24 @@ def test_frames_in_a_folder_are_shown_as_a_viewer_shows_them(tmp_path):
 def test_processes_that_read_footage_do_without_torch():
     code = "import sys, imageconductor.curation.steps; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_videos_behind_a_link_and_captions_of_any_editor_are_found(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.mp4").touch()
+    (tmp_path / "elsewhere" / "a.txt").write_bytes("a café".encode("utf-16"))
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    (folder / "sub").symlink_to(tmp_path / "elsewhere")
+    assert find_sources(CurateConfig(str(folder), "")) == [Source("sub/a.mp4", str(folder / "sub" / "a.mp4"), "a café")]
+    (tmp_path / "elsewhere" / "a.txt").write_bytes("a café".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.txt: not UTF-8 text"):
+        find_sources(CurateConfig(str(folder), ""))
+
+
+def test_a_table_with_an_open_quotation_mark_is_refused(tmp_path):
+    rows = ["id,caption,path", *(f"{n},a cat,{n}.mp4" for n in range(100))]
+    rows[4] = '3,"a dog,3.mp4'
+    (tmp_path / "table.csv").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match=r"table\.csv, line 5: quotation marks do not balance"):
+        find_sources(CurateConfig(str(tmp_path / "table.csv"), "", source="csv"))
