@@ -3,7 +3,7 @@
 The schema lives beside the thing it configures; this module fills it in, and `command_line` shows it to users. Nothing
 of OmegaConf leaves it: callers get an instance of their own dataclass. Every fault of the user's (an unknown key, a
 wrong type, a value that `__post_init__` refuses, a missing file) is a `ValueError` of one line that says where it came
-from.
+from. Text is what it says: `${...}` and `???`, which mean something to OmegaConf, are text like any other.
 
 A field may be bool, int, float, str, Path, an Enum (by name or by value), a Literal, `X | None`, list, dict,
 `tuple[int, int]` (the length is checked), `tuple[int, ...]`, another dataclass, or Any, which `__post_init__` checks.
@@ -21,7 +21,7 @@ import math
 import re
 import textwrap
 import tokenize
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path, PurePath
 from typing import (
@@ -37,16 +37,19 @@ from typing import (
     get_type_hints,
 )
 
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from imageconductor.files import write_text
+from imageconductor.files import read_text, write_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+
+
+_MARK = "\ue000"  # of the private use area; keeps OmegaConf from seeing `${` and `???`
 
 
 class _Setting(NamedTuple):
@@ -84,19 +87,20 @@ def load(schema: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T
         try:
             _check_text(setting)
             if setting.hint is Any:  # A list may take a mapping's place, and the other way round.
-                OmegaConf.update(config, ".".join(setting.keys), setting.value, merge=False)
+                value = _map_text(_escape, setting.value)
+                OmegaConf.update(config, ".".join(setting.keys), value, merge=False)
             else:
-                config = OmegaConf.merge(config, nested)
+                config = OmegaConf.merge(config, _map_text(_escape, nested))
         except (OmegaConfBaseException, ValueError, TypeError) as error:
             raise ValueError(_wrong_type(setting)) from error
     source = str(path or f"{schema.__name__} defaults") + (f" with {' '.join(overrides)}" if overrides else "")
     try:
         if missing := sorted(OmegaConf.missing_keys(config)):
             raise ValueError(f"needs a value for {', '.join(missing)}")
-        made = cast(T, OmegaConf.to_object(config))
+        made = _build(schema, OmegaConf.to_container(config, structured_config_mode=SCMode.DICT))
         check_finite(made)
         return made
-    except (OmegaConfBaseException, ValueError, TypeError) as error:  # __post_init__, or a dangling ${interpolation}
+    except (OmegaConfBaseException, ValueError, TypeError) as error:  # of __post_init__
         raise ValueError(f"{source}: {_one_line(error)}") from error
 
 
@@ -120,29 +124,79 @@ def check_finite(value: Any, name: str = "") -> None:
 
 def save(config: "DataclassInstance", path: Path) -> None:
     """Write `config` as YAML from which `load` makes an equal one; whoever reads meanwhile never sees half a file."""
-    write_text(path, OmegaConf.to_yaml(OmegaConf.create(to_plain(config))))
+    write_text(path, _unescape(OmegaConf.to_yaml(OmegaConf.create(_map_text(_escape, to_plain(config))))))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file as plain containers, interpolations kept.
+    """A YAML file as plain containers.
 
     Raises:
         ValueError: It cannot be read, or holds no mapping.
     """
     try:
-        node = OmegaConf.load(io.StringIO(path.read_text(encoding="utf-8")))
+        return parse_yaml(read_text(path), str(path))
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such config file") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a UTF-8 text file") from error
-    except YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {_yaml_fault(error)}") from error
-    except OSError as error:  # the system's, of a folder or a locked file; OmegaConf's, of a lone scalar
+    except OSError as error:  # of a folder or a locked file
         raise ValueError(f"{path}: not a readable YAML mapping: {_one_line(error)}") from error
+
+
+def parse_yaml(text: str, source: str) -> dict[str, Any]:
+    """YAML text as plain containers.
+
+    Raises:
+        ValueError: It is not valid, or holds no mapping; names `source`.
+    """
+    try:
+        node = OmegaConf.load(io.StringIO(_escape(text)))
+    except YAMLError as error:
+        raise ValueError(f"{source}: not valid YAML: {_yaml_fault(error)}") from error
+    except OSError as error:  # OmegaConf's, of a lone scalar
+        raise ValueError(f"{source}: not a readable YAML mapping: {_one_line(error)}") from error
+    except OmegaConfBaseException as error:  # `${` that an escape sequence of YAML spells
+        raise ValueError(f"{source}: {_one_line(error)}") from error
     plain = OmegaConf.to_container(node, resolve=False)
     if not isinstance(plain, dict):
-        raise ValueError(f"{path}: expected a mapping of settings at the top, got a {type(plain).__name__}")
-    return cast("dict[str, Any]", plain)
+        raise ValueError(f"{source}: expected a mapping of settings at the top, got a {type(plain).__name__}")
+    return _map_text(_unescape, plain)
+
+
+def _escape(text: str) -> str:
+    """Text in which OmegaConf sees neither an interpolation nor a missing value."""
+    return re.sub(rf"{_MARK}|(?<=\$)(?=\{{)|\A(?=\?\?\?\Z)", lambda match: _MARK + ("m" if match[0] else ""), text)
+
+
+def _unescape(text: str) -> str:
+    return re.sub(f"{_MARK}(m?)", lambda match: _MARK if match[1] else "", text)
+
+
+def _map_text(function: Callable[[str], str], value: Any) -> Any:
+    """The value with every text in it, but for the keys of mappings, replaced by what the function gives."""
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, PurePath):
+        return type(value)(function(str(value)))
+    if isinstance(value, Mapping):
+        return {key: _map_text(function, member) for key, member in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        members = [_map_text(function, member) for member in cast("Sequence[Any]", value)]
+        return members if isinstance(value, list) else tuple(members)
+    return value
+
+
+def _build(hint: Any, value: Any) -> Any:
+    """A setting of type `hint` from plain containers of OmegaConf's, dataclasses in place."""
+    inner = required_type(hint)
+    members = get_args(inner)
+    if _is_schema(inner) and isinstance(value, Mapping):
+        hints, given = get_type_hints(inner), cast("Mapping[str, Any]", value)
+        return inner(**{name: _build(hints[name], member) for name, member in given.items()})
+    if isinstance(value, Mapping) and len(members) == 2:
+        return {key: _build(members[1], member) for key, member in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, list | tuple) and members:
+        built = [_build(members[0], member) for member in cast("Sequence[Any]", value)]
+        return tuple(built) if get_origin(inner) is tuple else built
+    return _map_text(_unescape, value)
 
 
 def _parse_override(schema: type["DataclassInstance"], text: str) -> list[_Setting]:
@@ -165,10 +219,10 @@ def _parse_value(raw: str, hint: Any, source: str) -> Any:
     if get_origin(required_type(hint)) is Literal and raw in get_args(required_type(hint)):
         return raw  # `mixed_precision=no` is no switch
     try:
-        plain = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)
+        plain = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={_escape(raw)}"]), resolve=False)
     except YAMLError as error:
         raise ValueError(f"{source}: not valid YAML: {_yaml_fault(error)}") from error
-    return cast("dict[str, Any]", plain)["value"]
+    return _map_text(_unescape, cast("dict[str, Any]", plain)["value"])
 
 
 def _settings(

@@ -37,7 +37,7 @@ def names(folder):
 
 
 def test_two_tracks_two_videos_and_a_run_that_repeats(tiny_model, image, tracks, tmp_path):
-    common = ["--model", str(tiny_model), "--image", str(image), "--prompt", "a red circle: moving, #1"]
+    common = ["--model", str(tiny_model), "--image", str(image), "--prompt", "a red circle: moving, #1 at ${fps}"]
     first = tmp_path / "first"
     code = sample.main(
         [*common, "--trajectories", str(tracks), "--control", "object", "--num-videos", "2", "--output", str(first)]
@@ -54,7 +54,7 @@ def test_two_tracks_two_videos_and_a_run_that_repeats(tiny_model, image, tracks,
     assert sample.main(["--config", str(first / "run.yaml"), "--output", str(second)]) == 0
     for name in expected:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
-    assert load_job(second / "run.yaml").prompt == "a red circle: moving, #1"
+    assert load_job(second / "run.yaml").prompt == "a red circle: moving, #1 at ${fps}"
 
 
 def test_a_bare_list_is_in_pixels_of_the_video(tiny_model, image, tmp_path):

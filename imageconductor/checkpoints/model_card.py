@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from imageconductor.config import parse_yaml
 from imageconductor.files import write_text
 
 FILES = ("sources.json", "results.json", "training/*.yaml")
@@ -87,7 +86,7 @@ def _parts(record: dict[str, Any]) -> str:
 def _training(stages: dict[str, str]) -> str:
     rows = []
     for name, text in stages.items():
-        config: Any = OmegaConf.to_container(OmegaConf.create(text))
+        config = parse_yaml(text, name)
         data = ", ".join(config.get("data") or []) or "sprite world: " + ", ".join(config.get("sets") or [])
         rows.append((name, *(config.get(key, "") for key in _STEPS), config.get("trajectories", ""), data))
     return "## Training\n\n" + _table(("stage", *_STEPS, "trajectories", "data"), rows)
