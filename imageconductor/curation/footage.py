@@ -13,7 +13,9 @@ from typing import Any
 import av
 import cv2
 import numpy as np
+from av.filter import Graph
 from av.sidedata.sidedata import Type as SideType
+from av.stream import Disposition
 from numpy.typing import NDArray
 
 Picture = NDArray[np.uint8]  # (H, W, 3) RGB
@@ -21,6 +23,7 @@ Resize = Callable[[tuple[int, int]], tuple[int, int]]
 """Maps the (W, H) of footage, upright and with square pixels, to the (W, H) that its frames are resized to."""
 
 _PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 _MAX_MISSING_FRACTION = 0.1  # of the stated duration, at its end
 _EPSILON_S = 1e-4
 _SEEK_MARGIN_S = 3.0  # seeks go to this long before the wanted time
@@ -152,16 +155,23 @@ def _read_video(
 
 
 def _find_stream(container: Any, limits: Limits) -> Any:
-    """The video stream of a container, which has a decoder and a size within the limits."""
+    """The video stream of a container that players choose, which has a decoder and a size within the limits."""
     if not container.streams.video:
         raise Rejected("no video", "only " + ", ".join(sorted({s.type for s in container.streams})))
-    stream = container.streams.video[0]
+    stream: Any = max(container.streams.video, key=_rank_stream)
     codec = stream.codec_context
     if codec is None or not codec.width or not codec.height:
         raise Rejected("unreadable", "no decoder, or no picture size")
     codec.thread_count = 1  # Clips are decoded in parallel, not frames.
     limits.check((codec.width, codec.height))
     return stream
+
+
+def _rank_stream(stream: Any) -> tuple[bool, bool, int]:
+    """Ranks video streams as players do: no cover or thumbnail, then the one marked as default, then the largest."""
+    codec, flags = stream.codec_context, stream.disposition
+    area = codec.width * codec.height if codec is not None else 0
+    return area > 0 and not flags & _PICTURES, bool(flags & Disposition.default), area
 
 
 def _orientation(frame: Any) -> tuple[bool, bool, bool]:
@@ -186,6 +196,8 @@ def _display_size(frame: Any, stream: Any) -> tuple[int, int]:
 def _convert_frame(frame: Any, size: tuple[int, int]) -> Picture:
     """A decoded frame as an upright RGB picture of `size` (W, H)."""
     exchanged, mirrors_x, mirrors_y = _orientation(frame)
+    if frame.interlaced_frame:
+        frame = _top_field(frame)
     width, height = size[::-1] if exchanged else size
     shrinks = width * height < frame.width * frame.height
     interpolation = "AREA" if shrinks else "BICUBIC"
@@ -194,6 +206,16 @@ def _convert_frame(frame: Any, size: tuple[int, int]) -> Picture:
     if exchanged:
         picture = picture.transpose(1, 0, 2)
     return np.ascontiguousarray(picture[:: -1 if mirrors_y else 1, :: -1 if mirrors_x else 1])
+
+
+def _top_field(frame: Any) -> Any:
+    """Every other row of an interlaced frame, which all belong to one moment."""
+    graph: Any = Graph()
+    graph.threads = 1
+    format_ = {"width": frame.width, "height": frame.height, "format": frame.format, "time_base": frame.time_base}
+    graph.link_nodes(graph.add_buffer(**format_), graph.add("field", "top"), graph.add("buffersink")).configure()
+    graph.push(frame)
+    return graph.pull()
 
 
 def _read_pictures(

@@ -258,3 +258,41 @@ def test_a_table_with_an_open_quotation_mark_is_refused(tmp_path):
     (tmp_path / "table.csv").write_text("\n".join(rows))
     with pytest.raises(ValueError, match=r"table\.csv, line 5: quotation marks do not balance"):
         find_sources(CurateConfig(str(tmp_path / "table.csv"), "", source="csv"))
+
+
+@pytest.mark.parametrize(("first", "flags"), [((48, 40), ("0", "0")), ((128, 96), ("0", "default"))])
+def test_the_stream_that_players_choose_is_read(first, flags, tmp_path):
+    for name, size in (("first", first), ("second", (96, 64))):
+        footage.write(tmp_path / f"{name}.mp4", footage.pan(0, 40, (1, 0), size))
+    options = ["-disposition:v:0", flags[0], "-disposition:v:1", flags[1]]
+    inputs = ["-i", tmp_path / "first.mp4", "-i", tmp_path / "second.mp4", "-map", "0", "-map", "1"]
+    ffmpeg(*inputs, "-c", "copy", *options, tmp_path / "both.mkv")
+    assert {p.shape for _, p in read_frames(tmp_path / "both.mkv", same, LIMITS)} == {(64, 96, 3)}
+
+
+def test_a_cover_is_not_read_in_place_of_the_video(tmp_path):
+    footage.write(tmp_path / "video.mp4", footage.pan(0, 40, (1, 0), (96, 64)))
+    cv2.imwrite(str(tmp_path / "cover.png"), footage.pan(0, 1, (0, 0))[0])
+    inputs = ["-i", tmp_path / "cover.png", "-i", tmp_path / "video.mp4", "-map", "0", "-map", "1"]
+    ffmpeg(*inputs, "-c", "copy", "-disposition:v:0", "attached_pic", tmp_path / "both.mp4")
+    assert [p.shape for _, p in read_frames(tmp_path / "both.mp4", same, LIMITS)] == [(64, 96, 3)] * 40
+
+
+@pytest.mark.parametrize("order", ["tff=1", "bff=1"])
+def test_interlaced_footage_is_read_without_combs(order, tmp_path):
+    frames = np.full((25, 96, 160, 3), 40, np.uint8)
+    for number in range(25):
+        for row in range(96):
+            field = row % 2 if order == "tff=1" else 1 - row % 2
+            left = 4 * number + 2 * field
+            frames[number, row, left : left + 24] = 220
+    x264 = {"x264-params": f"interlaced=1:{order}", "flags": "+ilme+ildct"}
+    footage.write(tmp_path / "tv.mp4", frames, **x264)
+    times, pictures = zip(*read_frames(tmp_path / "tv.mp4", same, LIMITS), strict=True)
+    decoded = np.stack(pictures).astype(float)
+    assert decoded.shape == frames.shape
+    assert np.abs(decoded[:, 1:-1] - (decoded[:, :-2] + decoded[:, 2:]) / 2).mean() < 0.3
+    combed = frames.astype(float)
+    assert np.abs(combed[:, 1:-1] - (combed[:, :-2] + combed[:, 2:]) / 2).mean() > 2
+    again = read_frames_at(tmp_path / "tv.mp4", times[3:9], same, LIMITS)
+    assert np.array_equal(again, np.stack(pictures[3:9]))
