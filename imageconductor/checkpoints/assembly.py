@@ -32,12 +32,12 @@ from imageconductor.checkpoints.model_folder import (
     locate_model,
     read_sampling_defaults,
 )
-from imageconductor.checkpoints.published import load_published, rename_motion_modules
+from imageconductor.checkpoints.published import PUBLISHED, load_published_network, rename_motion_modules
 from imageconductor.models.adapters import DIFFUSERS_WEIGHTS_NAME, Adapter, adapter_parameters, load_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
 from imageconductor.models.networks import Networks, load_network
-from imageconductor.models.weights import copy_weights, find_weights, read_checkpoint
+from imageconductor.models.weights import check_weight_file, copy_weights, find_weights, read_checkpoint
 
 
 @dataclass
@@ -227,16 +227,22 @@ def unet_sizes(folder: Path) -> dict[str, Any]:
 
 
 def _published(config: AssemblyConfig, root: Path, sizes: dict[str, Any]) -> tuple[Any, ...]:
+    """The authors' three networks, each converted and its file released before the next is read."""
     del root
-    paths = {name: locate(str(getattr(config, name))) for name in ("unet", "image_controlnet", "motion_controlnet")}
-    states = [read_checkpoint(path) for path in paths.values()]
-    heads = config.motion_num_attention_heads
-    try:
-        networks = load_published(*states, **sizes, motion_num_attention_heads=heads)
-    except ValueError as error:
-        raise ValueError(f"{', '.join(map(str, paths.values()))}: {error}") from error
-    counts = dict(zip(paths, map(len, states), strict=True))
-    return *networks, {name: _source(path, counts[name]) for name, path in paths.items()}
+    sizes |= {"motion_num_attention_heads": config.motion_num_attention_heads, "dtype": getattr(torch, config.dtype)}
+    paths = {name: locate(str(getattr(config, name))) for name in PUBLISHED}
+    for path in paths.values():
+        check_weight_file(path)
+    networks, sources = [], {}
+    for name, path in paths.items():
+        state = read_checkpoint(path)
+        try:
+            networks.append(load_published_network(name, state, **sizes))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        sources[name] = _source(path, len(state))
+        del state
+    return *networks, sources
 
 
 def _animatediff(config: AssemblyConfig, root: Path, sizes: dict[str, Any]) -> tuple[Any, ...]:

@@ -9,14 +9,22 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from imageconductor.models.adapters import Adapter, activate, adapter_parameters, attach_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
 from imageconductor.models.lora_files import pair_up
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
-from imageconductor.models.weights import copy_weights, unwrap
+from imageconductor.models.weights import allocate, copy_weights, unwrap
 
+PUBLISHED = {
+    "unet": "the UNet checkpoint",
+    "image_controlnet": "the image ControlNet checkpoint",
+    "motion_controlnet": "the motion ControlNet checkpoint",
+}
+"""The networks of the release, and what messages call their files."""
 PUBLISHED_ADAPTERS = {"cmcm_weights": Adapter.CAMERA.value, "omcm_weights": Adapter.OBJECT.value}
 """Names of our LoRAs by those that the release gives them."""
 PUBLISHED_MOTION_NORM_GROUPS = 32
@@ -117,13 +125,7 @@ def load_published(
     unet_state: Mapping[str, Any],
     image_controlnet_state: Mapping[str, Any],
     motion_controlnet_state: Mapping[str, Any],
-    *,
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280),
-    layers_per_block: int = 2,
-    cross_attention_dim: int = 768,
-    num_attention_heads: int = 8,
-    motion_num_attention_heads: int = 8,
-    norm_num_groups: int = 32,
+    **sizes: Any,
 ) -> tuple[MotionUNet, ImageControlNet, MotionControlNet]:
     """The three networks of the published release, in eval mode, with both adapters attached and none active.
 
@@ -131,18 +133,46 @@ def load_published(
         unet_state: Contents of `unet.ckpt`.
         image_controlnet_state: Contents of `image_controlnet.ckpt`.
         motion_controlnet_state: Contents of `flow_controlnet.ckpt`; LoRA ranks are read from it.
+        sizes: Keyword arguments of `load_published_network`.
+
+    Raises:
+        ValueError: Keys or shapes do not match; all of them are named.
+    """
+    states = (unet_state, image_controlnet_state, motion_controlnet_state)
+    unet, image, motion = (load_published_network(n, s, **sizes) for n, s in zip(PUBLISHED, states, strict=True))
+    return unet, image, motion
+
+
+def load_published_network(
+    name: str,
+    state: Mapping[str, Any],
+    *,
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280),
+    layers_per_block: int = 2,
+    cross_attention_dim: int = 768,
+    num_attention_heads: int = 8,
+    motion_num_attention_heads: int = 8,
+    norm_num_groups: int = 32,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A network of the published release, in eval mode and without gradients; no adapter is active.
+
+    Args:
+        name: "unet", "image_controlnet" or "motion_controlnet".
+        state: Contents of its file.
         block_out_channels: And the rest: SD-1.5's sizes by default.
         layers_per_block: Residual blocks a level.
         cross_attention_dim: Width of the text embedding.
         num_attention_heads: Heads of the spatial attention (the release's `attention_head_dim`).
         motion_num_attention_heads: Heads of the temporal attention.
         norm_num_groups: Groups of the spatial norms.
+        dtype: Precision into which the weights are copied, one tensor after the other.
 
     Raises:
         ValueError: Keys or shapes do not match; all of them are named.
     """
-    states = [unwrap(state) for state in (unet_state, image_controlnet_state, motion_controlnet_state)]
-    bases, adapters = zip(*(from_published(state) for state in states), strict=True)
+    source = PUBLISHED[name]
+    base, adapters = from_published(unwrap(state))
     sizes: dict[str, Any] = {
         "block_out_channels": tuple(block_out_channels),
         "layers_per_block": layers_per_block,
@@ -152,28 +182,26 @@ def load_published(
         "motion_norm_num_groups": PUBLISHED_MOTION_NORM_GROUPS,
     }
     # Channel counts that the files state themselves are not asked for again.
-    latent = _channels(bases[0], "conv_in.weight", "the UNet checkpoint")
-    unet_config = {**SD15_ANIMATEDIFF_V3, **sizes, "num_attention_heads": num_attention_heads}
-    control_config = {**sizes, "attention_head_dim": num_attention_heads, "in_channels": latent}
-    image_channels = _channels(bases[1], "controlnet_cond_embedding.weight", "the image ControlNet checkpoint")
-    motion_channels = _channels(bases[2], "controlnet_cond_embedding.weight", "the motion ControlNet checkpoint")
-
-    unet = MotionUNet(**unet_config, in_channels=latent, out_channels=latent)
-    image_controlnet = ImageControlNet(**control_config, conditioning_channels=image_channels - 1)
-    motion_controlnet = MotionControlNet(
-        **control_config, conditioning_channels=motion_channels, concat_conditioning_mask=False
-    )
-    names = ("the UNet checkpoint", "the image ControlNet checkpoint", "the motion ControlNet checkpoint")
-    networks: tuple[nn.Module, ...] = (unet, image_controlnet, motion_controlnet)
-    for network, base, name in zip(networks, bases, names, strict=True):
-        copy_weights(network.state_dict(), base, name)
-    for adapter, state in sorted(adapters[2].items()):
-        source = f"{names[2]}, {adapter} LoRA"
-        attach_adapter(motion_controlnet, adapter, pair_up(state, source), source=source)
-    activate(motion_controlnet)
-    for network in networks:
-        network.eval().requires_grad_(False)
-    return unet, image_controlnet, motion_controlnet
+    latent = _channels(base, "conv_in.weight", source)
+    with init_empty_weights(include_buffers=False):
+        if name == "unet":
+            config = {**SD15_ANIMATEDIFF_V3, **sizes, "num_attention_heads": num_attention_heads}
+            network = MotionUNet(**config, in_channels=latent, out_channels=latent)
+        else:
+            channels = _channels(base, "controlnet_cond_embedding.weight", source)
+            config = {**sizes, "attention_head_dim": num_attention_heads, "in_channels": latent}
+            if name == "image_controlnet":
+                network = ImageControlNet(**config, conditioning_channels=channels - 1)
+            else:
+                network = MotionControlNet(**config, conditioning_channels=channels, concat_conditioning_mask=False)
+    allocate(network, dtype)
+    copy_weights(network.state_dict(), base, source)
+    for adapter, weights in sorted(adapters.items()):
+        of_adapter = f"{source}, {adapter} LoRA"
+        attach_adapter(network, adapter, pair_up(weights, of_adapter), source=of_adapter)
+    if adapters:
+        activate(network)
+    return network.eval().requires_grad_(False)
 
 
 def _channels(state: Mapping[str, Tensor], key: str, source: str) -> int:

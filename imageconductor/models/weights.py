@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?"
@@ -66,6 +66,8 @@ def check_weight_file(path: Path) -> None:
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a `.safetensors` or a pickled `.ckpt`/`.pt`/`.bin` file, which is read without running code.
 
+    The tensors are mapped into memory: pages of the file, which the system drops again where memory is short.
+
     Raises:
         FileNotFoundError: No such file.
         ValueError: The file is truncated, no checkpoint, a pickle that holds more than tensors, or has weights that are
@@ -79,7 +81,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state = unwrap(load_file(path))
         else:
-            state = unwrap(torch.load(path, map_location="cpu", weights_only=True))
+            is_zip = zipfile.is_zipfile(path)  # Older files cannot be mapped into memory.
+            state = unwrap(torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip))
     except Exception as error:  # Both readers raise many types for one fact: this is no readable checkpoint.
         foreign = re.search(r"(?:GLOBAL|Unsupported class|Unsupported global:?) ([\w.]+\.\w+)", str(error))
         if isinstance(error, UnpicklingError) and foreign:
@@ -125,6 +128,17 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         k: torch.tensor(float(v)) for k, v in state.items() if k.endswith(".alpha") and isinstance(v, int | float)
     }
     return {key.removeprefix("module."): v for key, v in {**state, **alphas}.items() if isinstance(v, Tensor)}
+
+
+def allocate(network: nn.Module, dtype: torch.dtype) -> None:
+    """Gives parameters on the meta device memory in `dtype`, with arbitrary values, and casts the buffers."""
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu", dtype=dtype)))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.to(dtype))
 
 
 def copy_weights(target: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:

@@ -3,6 +3,8 @@
 import importlib
 import json
 import shutil
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +16,8 @@ from parity import CONFIG, model_config, weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from imageconductor import config as config_file
+from imageconductor.checkpoints import assembly
 from imageconductor.checkpoints.domain_adapter import DomainAdapter
 from imageconductor.checkpoints.personalise import personalise
 from imageconductor.checkpoints.published import from_published, load_published, to_published
@@ -62,6 +66,28 @@ def test_the_folder_holds_the_published_networks(assembled, stable_diffusion):
     record = json.loads((assembled / "sources.json").read_text())["sources"]
     assert record["motion_controlnet"]["keys"] == len(weights("flow_controlnet"))
     assert len(record["vae"]["sha256"]["diffusion_pytorch_model.safetensors"]) == 64
+
+
+def test_parts_are_mapped_and_converted_one_after_the_other(published, stable_diffusion, monkeypatch):
+    """What a file held is gone before the next is read, and no network is ever held in float32."""
+    read, states = assembly.read_checkpoint, []
+
+    def read_next(path):
+        assert not any(tensor() for tensor in states)
+        state = read(path)
+        assert str(path) in Path("/proc/self/maps").read_text()
+        states.append(weakref.ref(next(iter(state.values()))))
+        return state
+
+    monkeypatch.setattr(assembly, "read_checkpoint", read_next)
+    monkeypatch.setattr(Networks, "to", lambda *_: None)
+    recipe = published_recipe(published, stable_diffusion)
+    config = config_file.load(assembly.AssemblyConfig, Path(recipe[1]), [*recipe[2:-1], "dtype=float16"])
+    networks = assembly.assemble(config).networks
+    assert len(states) == 3
+    for network in (networks.unet, networks.image_controlnet, networks.motion_controlnet):
+        plain = {value.dtype for key, value in network.state_dict().items() if ".lora_" not in key}
+        assert plain == {torch.float16}
 
 
 def test_it_makes_a_video(assembled):
