@@ -79,7 +79,7 @@ def _pattern_waves(pattern: str, rng: np.random.Generator, unit: float) -> tuple
 
 
 def sample_background(
-    rng: np.random.Generator, unit: float, avoid: dict[str, tuple[int, int, int]]
+    rng: np.random.Generator, unit: float, avoid: dict[str, tuple[int, int, int]], contrast: float = 1.0
 ) -> tuple[Background, tuple[str, str]]:
     """A background and the names of its two colours.
 
@@ -87,6 +87,7 @@ def sample_background(
         rng: source of all random draws.
         unit: short side of the frame, pixels; features are about 1/6 to 1/3 of it.
         avoid: sprite colours by name; the background's colours have other names and are clearly different.
+        contrast: in (0, 1], brings the two colours nearer to their mean.
     """
     names = [
         name
@@ -106,9 +107,12 @@ def sample_background(
     ]
     tint_wave = _wave(rng.uniform(0, math.pi), unit * rng.uniform(1.2, 2.0), rng.uniform(0, 2 * math.pi), 1.0)
     tint = rng.normal(size=3)
+    colours = np.array([BACKGROUND_COLOURS[low], BACKGROUND_COLOURS[high]], dtype=np.float64)
+    if contrast != 1:
+        colours = colours.mean(0) + contrast * (colours - colours.mean(0))
     background = Background(
         pattern=pattern,
-        colours=np.array([BACKGROUND_COLOURS[low], BACKGROUND_COLOURS[high]], dtype=np.float64),
+        colours=colours,
         tint=26.0 * tint / np.linalg.norm(tint),
         waves=np.array([*waves, *light, tint_wave]),
         num_pattern_waves=len(waves),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from imageconductor.data.backgrounds import Background, render_background
-from imageconductor.data.shapes import EXTENT, SPRITE_COLOURS, signed_distance
+from imageconductor.data.shapes import EXTENT, SPRITE_COLOURS, pattern_distance, signed_distance
 
 _INK, _PAPER = (28.0, 36.0, 84.0), (246.0, 238.0, 216.0)
 
@@ -26,11 +26,12 @@ class Sprite:
 
     Attributes:
         shape, colour: keys of `SHAPES` and `SPRITE_COLOURS`.
-        outline: RGB in [0, 255].
+        outline: RGB in [0, 255], of the pattern too.
         radius: world pixels.
         tilt: radians, clockwise on the screen.
         path: (T, 2), its centre in each frame, world coordinates.
         motion: phrase for captions, such as "moves left".
+        pattern: key of `SPRITE_PATTERNS`, drawn on the sprite and fixed to it; None = plain.
     """
 
     shape: str
@@ -40,11 +41,12 @@ class Sprite:
     tilt: float
     path: np.ndarray
     motion: str = "stays still"
+    pattern: str | None = None
 
     @property
     def name(self) -> str:
-        """Phrase for captions, such as "red circle"."""
-        return f"{self.colour} {self.shape}"
+        """Phrase for captions, such as "red circle" or "striped red circle"."""
+        return " ".join(filter(None, [self.pattern, self.colour, self.shape]))
 
 
 @dataclass(frozen=True)
@@ -148,11 +150,14 @@ def _paint(frames: Tensor, sprite: Sprite, camera: np.ndarray) -> None:
     inverse = rotation(-sprite.tilt) @ np.linalg.inv(camera[:, :, :2]) / sprite.radius  # (T, 2, 2)
     local = np.einsum("nij,nj->ni", inverse[t], pixel).astype(np.float32)
     size_px = torch.from_numpy((sprite.radius * scale)[t].astype(np.float32))
-    distance = signed_distance(sprite.shape, torch.from_numpy(local)) * size_px
+    place = torch.from_numpy(local)
+    distance = signed_distance(sprite.shape, place) * size_px
     near = torch.nonzero(distance < 0.5)[:, 0]
     distance, size_px = distance[near], size_px[near]
     cover = (0.5 - distance).clamp_(0, 1)  # covered fraction of a pixel at that distance from an edge
     fill = (0.5 - distance - 0.15 * size_px).clamp_(0, 1)
+    if sprite.pattern is not None:
+        fill *= (0.5 + pattern_distance(sprite.pattern, place[near]) * size_px).clamp_(0, 1)
     where = torch.from_numpy((t * height + y) * width + x)[near]
     for c in range(3):
         edge, inner = float(sprite.outline[c]), float(SPRITE_COLOURS[sprite.colour][c])

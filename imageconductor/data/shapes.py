@@ -1,4 +1,4 @@
-"""Signed distances and colours of the sprites.
+"""Signed distances, patterns and colours of the sprites.
 
 Every shape has its area centroid at the origin, fits into a circle of radius `EXTENT`, and is upright when y points
 down. Outside a shape the distances are exact near its edges only, which suffices for one pixel of antialiasing.
@@ -74,6 +74,36 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross": _cross,
 }
 
+
+def _stripes(x: Tensor, y: Tensor) -> Tensor:
+    x = x + 0.12 * torch.sin(2 * math.pi * y / 0.9)  # wavy, so that motion along a stripe can be seen
+    return 0.83 * ((torch.remainder(x - 0.19, 0.76) - 0.38).abs() - 0.18)
+
+
+def _checks(x: Tensor, y: Tensor) -> Tensor:
+    x, y = ((torch.remainder(v, 1.0) - 0.5).abs() - 0.25 for v in (x, y))
+    return torch.maximum(torch.minimum(x, y), -torch.maximum(x, y))
+
+
+def _dots(x: Tensor, y: Tensor) -> Tensor:
+    # The nearest point of a hexagonal lattice, which is two rectangular ones.
+    spacing, height = 0.78, 0.78 * math.sqrt(3)
+    lattices = [
+        torch.hypot(
+            torch.remainder(x + spacing * (0.5 + shift), spacing) - 0.5 * spacing,
+            torch.remainder(y + height * (0.5 + shift), height) - 0.5 * height,
+        )
+        for shift in (0.0, 0.5)
+    ]
+    return torch.minimum(*lattices) - 0.24
+
+
+SPRITE_PATTERNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "striped": _stripes,
+    "checked": _checks,
+    "dotted": _dots,
+}
+
 SPRITE_COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (228, 32, 44),
     "orange": (255, 128, 0),
@@ -97,3 +127,16 @@ def signed_distance(shape: str, points: Tensor) -> Tensor:
         (...), in the same unit.
     """
     return SHAPES[shape](points[..., 0], points[..., 1])
+
+
+def pattern_distance(pattern: str, points: Tensor) -> Tensor:
+    """Signed distance to the marks of a pattern, negative inside.
+
+    Args:
+        pattern: a key of `SPRITE_PATTERNS`.
+        points: (..., 2), as in `signed_distance`.
+
+    Returns:
+        (...), in the same unit.
+    """
+    return SPRITE_PATTERNS[pattern](points[..., 0], points[..., 1])

@@ -17,7 +17,7 @@ import torch
 
 from imageconductor.data.backgrounds import BACKGROUND_COLOURS, PATTERNS, sample_background
 from imageconductor.data.scenes import Scene, Sprite, render, rotation
-from imageconductor.data.shapes import EXTENT, SHAPES, SPRITE_COLOURS
+from imageconductor.data.shapes import EXTENT, SHAPES, SPRITE_COLOURS, SPRITE_PATTERNS
 
 __all__ = [
     "Scene",
@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 _STILL = "stays still"
+_MAX_ATTEMPTS = 200
 _CAMERA_MOVES = (("pan",), ("zoom",), ("roll",), ("pan", "zoom"), ("pan", "roll"))
 _CAMERA_PROBABILITIES = (0.5, 0.16, 0.1, 0.14, 0.1)
 
@@ -54,7 +55,13 @@ class SpriteWorldConfig:
     size: tuple[int, int] = (64, 64)  # (W, H) in pixels
     num_frames: int = 16  # frames per clip
     kind: SpriteSet = SpriteSet.MIXED  # what moves: camera, object (the sprites), or mixed (both)
-    max_sprites: int = 2  # a clip has 1..this many sprites, each number equally likely; at most 3
+    min_sprites: int = 1  # a clip has min_sprites..max_sprites sprites, each number equally likely
+    max_sprites: int = 2  # at most 3
+    shapes: tuple[str, ...] = tuple(SHAPES)  # shapes of the sprites
+    colours: tuple[str, ...] = tuple(SPRITE_COLOURS)  # colours of the sprites, each at most once in a clip
+    patterns: tuple[str, ...] = ()  # patterns on the sprites: striped, checked, dotted; none = plain sprites
+    keep_clear: bool = False  # sprites stay whole in view and clear of each other during the whole clip
+    background_contrast: float = 1.0  # in (0, 1]; less brings the background's two colours nearer to each other
     camera_pan: tuple[float, float] = (0.15, 0.35)  # range of a pan, as a fraction of the shorter side
     camera_zoom: tuple[float, float] = (1.2, 1.5)  # range of the zoom ratio, at least 1; half of the zooms go out
     camera_roll_deg: tuple[float, float] = (12.0, 28.0)  # range of a roll in degrees, in either direction
@@ -79,8 +86,20 @@ class SpriteWorldConfig:
             raise ValueError(f"size must be at least 16 x 16 pixels, got {self.size}")
         if self.num_frames < 1:
             raise ValueError(f"num_frames must be at least 1, got {self.num_frames}")
+        for name, known in (("shapes", SHAPES), ("colours", SPRITE_COLOURS), ("patterns", SPRITE_PATTERNS)):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if unknown := [value for value in getattr(self, name) if value not in known]:
+                raise ValueError(f"{name}: there is no {unknown[0]!r}, only {', '.join(known)}")
+        if not self.shapes:
+            raise ValueError("shapes must name at least one")
         if not 1 <= self.max_sprites <= 3:
             raise ValueError(f"max_sprites must be 1, 2 or 3, got {self.max_sprites}")
+        if not 1 <= self.min_sprites <= self.max_sprites:
+            raise ValueError(f"min_sprites must lie in 1..max_sprites={self.max_sprites}, got {self.min_sprites}")
+        if len(set(self.colours)) < self.max_sprites:
+            raise ValueError(f"colours must name at least max_sprites={self.max_sprites}, got {self.colours}")
+        if not 0 < self.background_contrast <= 1:
+            raise ValueError(f"background_contrast must lie in (0, 1], got {self.background_contrast}")
         if self.camera_zoom[0] < 1:
             raise ValueError(f"camera_zoom is a ratio of at least 1, got {self.camera_zoom}")
         if not 0 < self.sprite_radius[0] <= self.sprite_radius[1] <= 0.3:
@@ -167,7 +186,8 @@ def _sample_placement(
 ) -> tuple[np.ndarray, str] | None:
     """A path that starts inside the frame and away from the other sprites.
 
-    Of up to 32 attempts, the first whose path stays in view is taken; otherwise the last that found room.
+    Of up to 32 attempts, the first whose path stays in view is taken; otherwise the last that found room. With
+    `keep_clear` none is taken but one on which the whole sprite stays in view and clear of the others.
 
     Returns:
         (T, 2) world coordinates and words, or None if no attempt found room.
@@ -180,20 +200,37 @@ def _sample_placement(
     for _ in range(32):
         margin = EXTENT * radius
         start = rng.uniform(margin - 0.5, size - 0.5 - margin)
-        if any(np.hypot(*(start - other.path[0])) < EXTENT * (radius + other.radius) for other in others):
+        if _meet(start[None], radius, others):
             continue
-        found = _sample_path(rng, config, start) if moves else (np.tile(start, (config.num_frames, 1)), _STILL)
-        centre = np.einsum("tij,tj->ti", camera[:, :, :2], found[0]) + camera[:, :, 2]
-        if ((centre > 0.5 * radius) & (centre < size - 0.5 * radius)).all():
-            break
+        path, words = _sample_path(rng, config, start) if moves else (np.tile(start, (config.num_frames, 1)), _STILL)
+        centre = np.einsum("tij,tj->ti", camera[:, :, :2], path) + camera[:, :, 2]
+        if config.keep_clear:
+            reach = radius * np.hypot(camera[:, :1, 0], camera[:, 1:, 0])  # (T, 1)
+            if _inside(centre, reach, size) and not _meet(path, radius, others):
+                return path, words
+        else:
+            found = path, words
+            if _inside(centre, 0.5 * radius, size):
+                break
     return found
+
+
+def _inside(centre: np.ndarray, margin: np.ndarray | float, size: np.ndarray) -> bool:
+    """Whether all pixels (T, 2) are farther than a margin from the borders."""
+    return bool(((centre > margin) & (centre < size - margin)).all())
+
+
+def _meet(path: np.ndarray, radius: float, others: list[Sprite]) -> bool:
+    """Whether a sprite on a path (T, 2), or where it starts (1, 2), comes near one of the others."""
+    gaps = [np.hypot(*(path - other.path[: len(path)]).T) - EXTENT * (radius + other.radius) for other in others]
+    return any((gap < 0).any() for gap in gaps)
 
 
 def _sample_sprites(rng: np.random.Generator, config: SpriteWorldConfig, camera: np.ndarray) -> list[Sprite]:
     sprites: list[Sprite] = []
-    count = rng.integers(1, config.max_sprites + 1)
-    colours = rng.permutation(list(SPRITE_COLOURS))  # each colour at most once: captions stay unambiguous
-    shapes = rng.choice(list(SHAPES), size=count)
+    count = rng.integers(config.min_sprites, config.max_sprites + 1)
+    colours = rng.permutation(config.colours)  # each colour at most once: captions stay unambiguous
+    shapes = rng.choice(config.shapes, size=count)
     for colour, shape in zip(colours[:count], shapes, strict=True):
         radius = min(config.size) * rng.uniform(*config.sprite_radius)
         placed = _sample_placement(rng, config, camera, sprites, radius)
@@ -203,20 +240,31 @@ def _sample_sprites(rng: np.random.Generator, config: SpriteWorldConfig, camera:
         rgb = np.array(SPRITE_COLOURS[str(colour)], dtype=np.float64)
         r, g, b = (0.25 * rgb + 0.75 * 255 if light else 0.28 * rgb).tolist()
         path, words = placed
-        sprites.append(Sprite(str(shape), str(colour), (r, g, b), radius, tilt, path, words))
+        pattern = str(rng.choice(config.patterns)) if config.patterns else None
+        sprites.append(Sprite(str(shape), str(colour), (r, g, b), radius, tilt, path, words, pattern))
     return sprites
 
 
 def sample_scene(config: SpriteWorldConfig, index: int) -> Scene:
-    """Clip number `index` of the set; all random draws derive from (config.seed, config.kind, index)."""
+    """Clip number `index` of the set; all random draws derive from (config.seed, config.kind, index).
+
+    Raises:
+        ValueError: The index is negative, or `min_sprites` sprites find no room.
+    """
     if index < 0:
         raise ValueError(f"index must not be negative, got {index}")
     rng = np.random.default_rng([config.seed, list(SpriteSet).index(config.kind), index])
     fixed = config.kind == SpriteSet.OBJECT or (config.kind == SpriteSet.MIXED and rng.random() < config.still_prob)
     camera, camera_words = (_still_camera(config.num_frames), _STILL) if fixed else _sample_camera(rng, config)
     sprites = _sample_sprites(rng, config, camera)
+    for _ in range(_MAX_ATTEMPTS):
+        if len(sprites) >= config.min_sprites:
+            break
+        sprites = _sample_sprites(rng, config, camera)  # The first ones left no room for the others.
+    else:
+        raise ValueError(f"no room for {config.min_sprites} sprites; make sprite_radius or the camera's motion smaller")
     avoid = {sprite.colour: SPRITE_COLOURS[sprite.colour] for sprite in sprites}
-    background, colours = sample_background(rng, min(config.size), avoid)
+    background, colours = sample_background(rng, min(config.size), avoid, config.background_contrast)
     caption = _describe(sprites, colours, background.pattern)
     if rng.random() < config.caption_motion_prob:
         caption += f", the camera {camera_words}"
@@ -243,7 +291,9 @@ def caption_words() -> list[str]:
     """Every word that a caption can hold, sorted; its only other characters are spaces and commas."""
     frame = "a an and on background the camera stays still pans moves left right up down returns"
     turns = "zooms in out rolls clockwise counterclockwise"
-    return sorted({*frame.split(), *turns.split(), *SHAPES, *SPRITE_COLOURS, *BACKGROUND_COLOURS, *PATTERNS})
+    return sorted(
+        {*frame.split(), *turns.split(), *SHAPES, *SPRITE_COLOURS, *SPRITE_PATTERNS, *BACKGROUND_COLOURS, *PATTERNS}
+    )
 
 
 class SpriteDataset(torch.utils.data.Dataset[dict[str, Any]]):

@@ -12,7 +12,12 @@ import torch
 
 from imageconductor.data.backgrounds import BACKGROUND_COLOURS, Background, sample_background
 from imageconductor.data.scenes import Scene, Sprite, render, rotation
-from imageconductor.data.shapes import EXTENT, SHAPES, SPRITE_COLOURS, signed_distance
+from imageconductor.data.shapes import (
+    EXTENT,
+    SHAPES,
+    SPRITE_COLOURS,
+    signed_distance,
+)
 from imageconductor.data.sprites import (
     SpriteDataset,
     SpriteSet,
@@ -322,6 +327,12 @@ def test_backgrounds_stay_apart_from_any_sprite_colours():
         ("sprite_radius", (0.0, 0.1)),
         ("caption_motion_prob", 1.5),
         ("kind", "zoo"),
+        ("min_sprites", 3),
+        ("shapes", ()),
+        ("shapes", ("blob",)),
+        ("colours", ("red",)),
+        ("patterns", ("tartan",)),
+        ("background_contrast", 0.0),
         ("grid", 0),
     ],
 )
