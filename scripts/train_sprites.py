@@ -122,7 +122,8 @@ def train_vae(recipe: SpriteRecipe, config: AutoencoderConfig, budget: float, ru
     if done.exists():
         return
     networks = Networks.load(model)
-    data = Batches(SpriteSamples(recipe.world, list(SpriteSet)), config.batch_size // config.frames_per_clip)
+    samples = SpriteSamples(recipe.world, list(SpriteSet), config.frames_per_clip)
+    data = Batches(samples, config.batch_size // config.frames_per_clip)
     train_autoencoder(networks.vae, data, config, runs)
     networks.vae.save_pretrained(model / "vae")
     done.touch()

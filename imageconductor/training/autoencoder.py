@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +29,19 @@ class AutoencoderConfig:
     crop: int = 32  # pixels; many small crops teach more in the same time than few whole frames
     whole_frames_from: float = 0.9  # fraction of the steps after which whole frames are seen
     learning_rate: float = 5e-4  # AdamW's, falling by a cosine
+    # Fraction of the steps that decode latents between latent pixels, against pixels shifted as far: motion then moves
+    # latents without changing them (EQ-VAE, Kouzelis et al., 2025).
+    equivariance: float = 0.0
     kl_weight: float = 1e-6  # of the posterior's divergence from a standard normal distribution
-    seed: int = 0  # of frames, crops and noise
+    mixed_precision: Literal["no", "bf16"] = "no"
+    seed: int = 0  # of frames, crops, shifts and noise
     save_every: int = 200  # steps between checkpoints
 
     def __post_init__(self) -> None:
         if self.batch_size % self.frames_per_clip:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of frames_per_clip")
+        if not 0 <= self.equivariance <= 1:
+            raise ValueError(f"equivariance must lie in [0, 1], got {self.equivariance}")
 
 
 def train_autoencoder(vae: Any, data: Dataset[dict[str, Any]], config: AutoencoderConfig, runs: Path) -> None:
@@ -70,10 +76,14 @@ def train_autoencoder(vae: Any, data: Dataset[dict[str, Any]], config: Autoencod
             frames = _crop(frames, config.crop, generator)
         else:
             frames = frames[: max(1, len(frames) * config.crop**2 // (frames.shape[-1] * frames.shape[-2]))]
-        frames = scale_pixels(frames.to(device))
-        posterior = vae.encode(frames).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        frames = scale_pixels(frames.to(device, memory_format=torch.channels_last))
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+            posterior = vae.encode(frames).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+            latents = posterior.mean + posterior.std * noise
+            if is_shifted := bool(torch.rand((), generator=generator) < config.equivariance):
+                latents, frames = shift(latents, frames, generator)
+            decoded = vae.decode(latents).sample.float()
         loss = F.l1_loss(decoded, frames) + F.mse_loss(decoded, frames)
         loss = loss + config.kl_weight * posterior.kl().mean()
         if not torch.isfinite(loss):
@@ -83,7 +93,7 @@ def train_autoencoder(vae: Any, data: Dataset[dict[str, Any]], config: Autoencod
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 10 == 0:
+        if step % 10 == 0 and not is_shifted:
             psnr = -10 * torch.log10((decoded.detach() - frames).square().mean() / 4)
             bar.set_postfix(loss=f"{loss.item():.4f}", psnr=f"{psnr.item():.1f} dB")
         if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps:
@@ -102,6 +112,25 @@ def sample_frames(clips: Tensor, count: int, generator: torch.Generator) -> Tens
     """`count` frames of each clip, (B*count, 3, H, W), from (B, 3, T, H, W)."""
     chosen = [clip[:, torch.randperm(clip.shape[1], generator=generator)[:count]] for clip in clips]
     return torch.cat([frames.transpose(0, 1) for frames in chosen])
+
+
+def shift(latents: Tensor, frames: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Latents at places between the latent pixels, linearly interpolated, and the pixels of just those places.
+
+    Args:
+        latents: (B, C, h, w).
+        frames: (B, 3, H, W), H/h pixels along a latent pixel.
+        generator: Draws how many pixels the places lie beside each other, from 0 to a latent pixel, in y and in x.
+
+    Returns:
+        (B, C, h - 1, w - 1) and (B, 3, H - H/h, W - W/w).
+    """
+    for axis in (-2, -1):
+        length, factor = latents.shape[axis] - 1, frames.shape[axis] // latents.shape[axis]
+        offset = int(torch.randint(factor, (), generator=generator))
+        latents = torch.lerp(latents.narrow(axis, 0, length), latents.narrow(axis, 1, length), offset / factor)
+        frames = frames.narrow(axis, offset, factor * length)
+    return latents, frames
 
 
 def _crop(frames: Tensor, size: int, generator: torch.Generator) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from imageconductor.data.batches import Batches, SpriteSamples
 from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig
 from imageconductor.models.networks import Networks
-from imageconductor.training.autoencoder import AutoencoderConfig, train_autoencoder
+from imageconductor.training.autoencoder import AutoencoderConfig, shift, train_autoencoder
 
 
 @pytest.mark.parametrize("decoder_only", [False, True])
@@ -22,3 +22,45 @@ def test_who_learns(decoder_only, tiny_model, tmp_path):
     learned = {key.split(".")[0] for key, value in vae.state_dict().items() if not torch.equal(value, before[key])}
     assert learned == ({"decoder"} if decoder_only else {"encoder", "quant_conv", "post_quant_conv", "decoder"})
     assert (vae.config["scaling_factor"] == factor) == decoder_only
+
+
+def test_shifted_latents_belong_to_the_pixels_they_are_paired_with():
+    """The mean of each 4 x 4 patch as a latent pixel: exact between them wherever brightness is linear."""
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(32.0), indexing="ij")
+    frames = torch.stack([x, y, x + 2 * y])[None]
+    means = torch.nn.functional.avg_pool2d(frames, 4)
+    seen = set()
+    for seed in range(20):
+        latents, pixels = shift(means, frames, torch.Generator().manual_seed(seed))
+        assert latents.shape == (1, 3, 5, 7)
+        assert pixels.shape == (1, 3, 20, 28)
+        torch.testing.assert_close(latents, torch.nn.functional.avg_pool2d(pixels, 4))
+        seen.add(tuple(pixels[0, :2, 0, 0].tolist()))
+    assert len(seen) > 8
+    assert {offset for pair in seen for offset in pair} == {0.0, 1.0, 2.0, 3.0}
+
+
+class Interrupted(Batches):
+    """Batches that end before the fourth."""
+
+    def __getitem__(self, index):
+        if index == 3:
+            raise InterruptedError
+        return super().__getitem__(index)
+
+
+def test_a_run_that_is_continued_repeats(tiny_model, tmp_path):
+    samples = SpriteSamples(SpriteWorldConfig(size=(32, 32), num_frames=4), [SpriteSet.MIXED])
+    config = AutoencoderConfig(
+        max_steps=4, batch_size=4, crop=16, save_every=2, equivariance=0.5, mixed_precision="bf16"
+    )
+
+    def train(kind, folder):
+        vae = Networks.load(tiny_model).vae
+        train_autoencoder(vae, kind(samples, 4), config, tmp_path / folder)
+        return vae.state_dict()
+
+    with pytest.raises(InterruptedError):
+        train(Interrupted, "twice")
+    once, twice = train(Batches, "once"), train(Batches, "twice")
+    assert all(torch.equal(value, twice[key]) for key, value in once.items())
