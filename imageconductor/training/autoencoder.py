@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from imageconductor.data.batches import scale_pixels
 from imageconductor.training import checkpointing
+from imageconductor.training.patch_discriminator import PatchDiscriminator
 
 
 @dataclass
@@ -32,6 +33,8 @@ class AutoencoderConfig:
     # Fraction of the steps that decode latents between latent pixels, against pixels shifted as far: motion then moves
     # latents without changing them (EQ-VAE, Kouzelis et al., 2025).
     equivariance: float = 0.0
+    # Of a patch discriminator that learns along and keeps edges sharp, as a fraction of the reconstruction's gradient.
+    adversarial_weight: float = 0.0
     kl_weight: float = 1e-6  # of the posterior's divergence from a standard normal distribution
     mixed_precision: Literal["no", "bf16"] = "no"
     seed: int = 0  # of frames, crops, shifts and noise
@@ -58,11 +61,8 @@ def train_autoencoder(vae: Any, data: Dataset[dict[str, Any]], config: Autoencod
     vae.decoder.requires_grad_(True)
     parameters = {name: parameter for name, parameter in vae.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    start = 0
-    if checkpoint := checkpointing.latest(runs):
-        start = checkpoint.step
-        vae.load_state_dict(checkpoint.tensors["parameters"])
-        optimizer.load_state_dict(checkpoint.optimizer)
+    judge = PatchDiscriminator(config.learning_rate, config.seed).to(device) if config.adversarial_weight else None
+    start = _restore(runs, vae, optimizer, judge)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=50, num_training_steps=config.max_steps)
     for _ in range(start):
         optimizer._opt_called = True  # type: ignore[attr-defined]
@@ -85,6 +85,8 @@ def train_autoencoder(vae: Any, data: Dataset[dict[str, Any]], config: Autoencod
                 latents, frames = shift(latents, frames, generator)
             decoded = vae.decode(latents).sample.float()
         loss = F.l1_loss(decoded, frames) + F.mse_loss(decoded, frames)
+        if judge is not None:
+            loss = loss + config.adversarial_weight * judge.decoder_loss(decoded, loss, vae.decoder.conv_out.weight)
         loss = loss + config.kl_weight * posterior.kl().mean()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"autoencoder loss is {loss.item()} at step {step}")
@@ -93,11 +95,13 @@ def train_autoencoder(vae: Any, data: Dataset[dict[str, Any]], config: Autoencod
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        if judge is not None:
+            judge.learn(frames, decoded)
         if step % 10 == 0 and not is_shifted:
             psnr = -10 * torch.log10((decoded.detach() - frames).square().mean() / 4)
             bar.set_postfix(loss=f"{loss.item():.4f}", psnr=f"{psnr.item():.1f} dB")
         if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps:
-            checkpointing.save(runs, step + 1, {"parameters": vae.state_dict()}, optimizer.state_dict(), keep=1)
+            _save(runs, step + 1, vae, optimizer, judge)
 
     vae.eval().requires_grad_(False)
     if config.decoder_only:
@@ -106,6 +110,26 @@ def train_autoencoder(vae: Any, data: Dataset[dict[str, Any]], config: Autoencod
         clips = torch.cat([data[config.max_steps + i]["pixel_values"] for i in range(8)])
         latents = vae.encode(scale_pixels(clips.transpose(1, 2).flatten(0, 1).to(device))).latent_dist.mean
     vae.register_to_config(scaling_factor=1 / latents.std().item())
+
+
+def _save(runs: Path, step: int, vae: Any, optimizer: Any, judge: PatchDiscriminator | None) -> None:
+    tensors, states = {"parameters": vae.state_dict()}, {"autoencoder": optimizer.state_dict()}
+    if judge is not None:
+        tensors, states = tensors | {"judge": judge.state_dict()}, states | {"judge": judge.optimizer.state_dict()}
+    checkpointing.save(runs, step, tensors, states, keep=1)
+
+
+def _restore(runs: Path, vae: Any, optimizer: Any, judge: PatchDiscriminator | None) -> int:
+    """Puts the latest checkpoint back, and gives its step; 0 without one."""
+    checkpoint = checkpointing.latest(runs)
+    if checkpoint is None:
+        return 0
+    vae.load_state_dict(checkpoint.tensors["parameters"])
+    optimizer.load_state_dict(checkpoint.optimizer["autoencoder"])
+    if judge is not None and "judge" in checkpoint.tensors:
+        judge.load_state_dict(checkpoint.tensors["judge"])
+        judge.optimizer.load_state_dict(checkpoint.optimizer["judge"])
+    return checkpoint.step
 
 
 def sample_frames(clips: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -9,6 +9,7 @@ from imageconductor.data.batches import Batches, SpriteSamples
 from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig
 from imageconductor.models.networks import Networks
 from imageconductor.training.autoencoder import AutoencoderConfig, shift, train_autoencoder
+from imageconductor.training.patch_discriminator import PatchDiscriminator
 
 
 @pytest.mark.parametrize("decoder_only", [False, True])
@@ -40,6 +41,23 @@ def test_shifted_latents_belong_to_the_pixels_they_are_paired_with():
     assert {offset for pair in seen for offset in pair} == {0.0, 1.0, 2.0, 3.0}
 
 
+def test_the_discriminator_prefers_sharp_frames_and_pulls_as_hard_as_the_reconstruction():
+    data = SpriteSamples(SpriteWorldConfig(size=(32, 32), num_frames=1), [SpriteSet.MIXED])
+    frames = torch.cat([data[i]["pixel_values"].transpose(0, 1) for i in range(16)])
+    blurred = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(frames, 4), scale_factor=4)
+    judge = PatchDiscriminator(2e-3)
+    for _ in range(30):
+        judge.learn(frames[:8], blurred[:8])
+    assert judge(frames[8:]).mean() > judge(blurred[8:]).mean() + 0.5
+
+    last = torch.nn.Conv2d(3, 3, 1)
+    decoded = last(blurred)
+    reconstruction = (decoded - frames).abs().mean()
+    pulls = [reconstruction, judge.decoder_loss(decoded, reconstruction, last.weight)]
+    lengths = [torch.autograd.grad(pull, last.weight, retain_graph=True)[0].norm() for pull in pulls]
+    torch.testing.assert_close(lengths[0], lengths[1])
+
+
 class Interrupted(Batches):
     """Batches that end before the fourth."""
 
@@ -52,7 +70,13 @@ class Interrupted(Batches):
 def test_a_run_that_is_continued_repeats(tiny_model, tmp_path):
     samples = SpriteSamples(SpriteWorldConfig(size=(32, 32), num_frames=4), [SpriteSet.MIXED])
     config = AutoencoderConfig(
-        max_steps=4, batch_size=4, crop=16, save_every=2, equivariance=0.5, mixed_precision="bf16"
+        max_steps=4,
+        batch_size=4,
+        crop=16,
+        save_every=2,
+        equivariance=0.5,
+        mixed_precision="bf16",
+        adversarial_weight=0.5,
     )
 
     def train(kind, folder):
