@@ -16,13 +16,14 @@ from imageconductor.command_line import finite_float, parse_command_line
 from imageconductor.conditioning.flow_map import FlowMapConvention
 from imageconductor.data.batches import Batches, SpriteSamples
 from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig, caption_words, captions
-from imageconductor.files import atomic_folder, check_writable
+from imageconductor.evaluation.one_step_error import format_errors, measure_one_step_errors
+from imageconductor.files import atomic_folder, check_writable, write_text
 from imageconductor.models.controlnets import MotionControlNet
 from imageconductor.models.networks import Networks
 from imageconductor.models.small_model import SmallModelConfig, add_full_resolution_attention, build_small_model
 from imageconductor.sampling.pipeline import ImageConductorPipeline, write_model_folder
 from imageconductor.training.autoencoder import AutoencoderConfig, train_autoencoder
-from imageconductor.training.run import run_stage
+from imageconductor.training.run import HELD_OUT_SEED, run_stage
 from imageconductor.training.stages.registry import load_config
 from imageconductor.training.train_config import TrainConfig
 
@@ -144,8 +145,17 @@ def train_foundation(recipe: SpriteRecipe, budget: float, runs: Path, model: Pat
                 shutil.copytree(Path(config.output) / part, model / part, dirs_exist_ok=True)
         if not (Path(config.output) / "motion_controlnet").is_dir():  # A phase that trains it goes on from its own.
             new_motion_controlnet(recipe, Networks.load(model)).save_pretrained(model / "motion_controlnet")
+        report_errors(recipe, model, Path(config.output))
         finished.touch()
     done.touch()
+
+
+def report_errors(recipe: SpriteRecipe, model: Path, output: Path) -> None:
+    """Prints how well the model carries content so far, and writes it into the phase's folder."""
+    world = replace(recipe.world, seed=recipe.world.seed + HELD_OUT_SEED)
+    table = format_errors(measure_one_step_errors(Networks.load(model), world))
+    write_text(output / "one_step_errors.md", table)
+    print(f"{output.name}: error of x_0 predicted from pure noise, 16 held-out clips\n\n{table}")
 
 
 def new_motion_controlnet(recipe: SpriteRecipe, networks: Networks) -> MotionControlNet:

@@ -120,6 +120,30 @@ class Scene:
             visible &= ~(self._inside(s, world) & (owner < s)[:, None])
         return pixels.float(), visible
 
+    def sources(self, cell: int = 1) -> tuple[Tensor, Tensor]:
+        """Where in frame 0 the content of each frame lies, the inverse of `track`.
+
+        Args:
+            cell: side of the square cells, in pixels, whose centres are asked for.
+
+        Returns:
+            points (T, H/cell, W/cell, 2) float32 pixels of frame 0, which may lie outside it or be covered there; and
+            owner (T, H/cell, W/cell) int64, the foremost sprite, -1 for the background.
+        """
+        steps = [(torch.arange(side // cell, dtype=torch.float64) + 0.5) * cell - 0.5 for side in self.size]
+        pixels = torch.stack(torch.meshgrid(*steps, indexing="xy"), dim=-1)  # (h, w, 2)
+        camera = torch.from_numpy(self.camera)
+        offset = pixels.reshape(-1, 1, 2) - camera[:, :, 2]
+        world = torch.einsum("tij,ntj->nti", torch.linalg.inv(camera[:, :, :2]), offset)  # (N, T, 2)
+        points, owner = world.clone(), torch.full(world.shape[:2], -1)
+        for s, sprite in enumerate(self.sprites):
+            inside = self._inside(s, world)
+            owner[inside] = s
+            points = torch.where(inside[..., None], world - torch.from_numpy(sprite.path - sprite.path[0]), points)
+        height, width = pixels.shape[:2]
+        points = points.unflatten(0, (height, width)).movedim(2, 0)
+        return points.float(), owner.unflatten(0, (height, width)).movedim(2, 0)
+
     def _inside(self, s: int, world: Tensor) -> Tensor:
         """(N, T) bool: whether the world points (N, T, 2) lie in sprite s in their frames; T = 1 means frame 0."""
         sprite = self.sprites[s]

@@ -22,7 +22,7 @@ PreviewFactory = Callable[[Sequence[dict[str, Any]], "str | None", Path, dict[st
 
 _PREVIEWED_CLIPS = 3
 _SPRITE_CLIPS = 16  # held-out clips of the sprite world
-_HELD_OUT_SEED = 20_000  # evaluation uses 10,000
+HELD_OUT_SEED = 20_000  # is added to a world's seed; evaluation uses 10,000
 
 
 def run_stage(config: TrainConfig, previews: PreviewFactory | None = None) -> TrainState:
@@ -79,7 +79,7 @@ def read_held_out(config: TrainConfig, count: int) -> list[dict[str, Any]]:
         )
         count = min(count, config.held_out_clips)
     else:
-        world = replace(config.world, seed=config.world.seed + _HELD_OUT_SEED)
+        world = replace(config.world, seed=config.world.seed + HELD_OUT_SEED)
         samples = SpriteSamples(world, config.sets)
     return [samples[position] for position in range(count)]
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from imageconductor.data.batches import Batches, SpriteSamples
+from imageconductor.data.batches import Batches, SpriteSamples, scale_pixels
 from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig
 from imageconductor.models.networks import Networks
 from imageconductor.training.autoencoder import AutoencoderConfig, shift, train_autoencoder
@@ -43,7 +43,7 @@ def test_shifted_latents_belong_to_the_pixels_they_are_paired_with():
 
 def test_the_discriminator_prefers_sharp_frames_and_pulls_as_hard_as_the_reconstruction():
     data = SpriteSamples(SpriteWorldConfig(size=(32, 32), num_frames=1), [SpriteSet.MIXED])
-    frames = torch.cat([data[i]["pixel_values"].transpose(0, 1) for i in range(16)])
+    frames = scale_pixels(torch.cat([data[i]["pixel_values"].transpose(0, 1) for i in range(16)]))
     blurred = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(frames, 4), scale_factor=4)
     judge = PatchDiscriminator(2e-3)
     for _ in range(30):
