@@ -114,10 +114,7 @@ def train(
     if accelerator.is_main_process:
         checkpointing.save_result(output, stage.save)
     log.close()
-    accelerator.wait_for_everyone()
-    if torch.distributed.is_initialized():
-        _PROCESS_GROUPS.append(torch.distributed.group.WORLD)
-    accelerator.end_training()
+    _leave(accelerator)
     return state
 
 
@@ -134,6 +131,14 @@ def draw_noise(
     t = (shift * u / (1 + (shift - 1) * u) * num_timesteps).long()
     eps = torch.stack([torch.randn(x_0.shape[1:], generator=generator) for generator in generators])
     return t.to(x_0.device), eps.to(x_0.device)
+
+
+def _leave(accelerator: Accelerator) -> None:
+    """Ends this process's part in a run, together with the others."""
+    accelerator.wait_for_everyone()
+    if torch.distributed.is_initialized():
+        _PROCESS_GROUPS.append(torch.distributed.group.WORLD)
+    accelerator.end_training()
 
 
 def _place(stage: Stage, config: LoopConfig, device: torch.device) -> None:

@@ -5,13 +5,10 @@ import json
 import shutil
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_networks
-from diffusers.utils import hub_utils
-from huggingface_hub import ModelCard
 from parity import CONFIG, model_config, weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -275,38 +272,6 @@ def test_a_lora_trained_from_another_model_is_refused(tiny_model, runs, tmp_path
     assert command(*recipe, f"motion_controlnet={path}", "--output", tmp_path / "mine") == 2
     assert "motion_controlnet is for another model" in capsys.readouterr().err
     assert not (tmp_path / "mine").exists()
-
-
-def test_a_folder_goes_to_the_hub_and_comes_back(tiny_model, tmp_path, monkeypatch, capsys):
-    """Offline: the two calls that reach the hub copy to and from a folder."""
-    hub = tmp_path / "hub"
-
-    def upload(repo_id, folder_path, **_):
-        shutil.copytree(folder_path, hub / repo_id)
-        return f"https://hub/{repo_id}/commit/1"
-
-    monkeypatch.setattr(hub_utils, "create_repo", lambda repo_id, **_: SimpleNamespace(repo_id=repo_id))
-    monkeypatch.setattr(hub_utils, "upload_folder", upload)
-    monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *_, **__: ModelCard("---\n---\nempty"))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: str(hub / name))
-    interval = {"mean": 1.234, "low": 1.0, "high": 1.5, "n": 8}
-    (tmp_path / "results.json").write_text(json.dumps({"cam_mc": 1.234, "intervals": {"cam_mc": interval}}))
-
-    arguments = ["--push-to-hub", "lab/conductor", "--model", tiny_model, "--results", tmp_path / "results.json"]
-    assert command(*arguments) == 0
-    assert "https://hub/lab/conductor" in capsys.readouterr().out
-    card = (hub / "lab" / "conductor" / "README.md").read_text()
-    assert 'from_pretrained("lab/conductor")' in card
-    assert "| cam_mc | 1.23 | 1.00 .. 1.50 | 8 |" in card
-    pipe, original = (
-        ImageConductorPipeline.from_pretrained("lab/conductor"),
-        ImageConductorPipeline.from_pretrained(tiny_model),
-    )
-    for name, network in original.components.items():
-        if isinstance(network, torch.nn.Module):
-            found = pipe.components[name].state_dict()
-            assert all(torch.equal(found[key], value) for key, value in network.state_dict().items()), name
-    assert json.loads(pipe.provenance["results.json"])["cam_mc"] == 1.234
 
 
 def broken(folder, published, name):

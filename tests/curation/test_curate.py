@@ -22,8 +22,6 @@ import pytest
 
 from imageconductor import config as config_file
 from imageconductor.curation.curate_config import CurateConfig
-from imageconductor.curation.passes import Annotate
-from imageconductor.curation.run_folder import Run
 from imageconductor.data.clip_index import find_clips, index_path
 from imageconductor.training.run import run_stage
 from imageconductor.training.stages.registry import find_stage
@@ -396,10 +394,3 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys):
             command(f"input={tmp_path}", f"output={output}", *arguments)
         assert stop.value.code == 2
         assert said in capsys.readouterr().err
-
-
-def test_blip2_is_loaded_before_the_work_begins(tmp_path):
-    annotate = Annotate(Run(CurateConfig("", "", captioner="blip2", blip2=str(tmp_path)), tmp_path), None)
-    assert annotate.uses_networks
-    with pytest.raises(ValueError, match=r"^BLIP-2 cannot be loaded from .*[^\n]$"):
-        annotate.prepare()

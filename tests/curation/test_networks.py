@@ -25,6 +25,8 @@ from imageconductor.curation import captions, motion_score
 from imageconductor.curation.captions import describe, load_blip2
 from imageconductor.curation.curate_config import CurateConfig
 from imageconductor.curation.motion_score import motion_scores
+from imageconductor.curation.passes import Annotate
+from imageconductor.curation.run_folder import Run
 from imageconductor.data.trackers import CoTracker
 
 
@@ -185,3 +187,10 @@ def test_a_blip2_that_lacks_weights_is_refused(blip2):
     (blip2 / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"^BLIP-2 cannot be loaded from .*: it lacks \d+ weights, such as qformer\."):
         load_blip2(str(blip2), "cpu")
+
+
+def test_blip2_is_loaded_before_the_work_begins(tmp_path):
+    annotate = Annotate(Run(CurateConfig("", "", captioner="blip2", blip2=str(tmp_path)), tmp_path), None)
+    assert annotate.uses_networks
+    with pytest.raises(ValueError, match=r"^BLIP-2 cannot be loaded from .*[^\n]$"):
+        annotate.prepare()
