@@ -138,6 +138,9 @@ def pair_up(
         strength = (strengths or {}).get(network)
         if strength is None:
             strength, name = (strengths or {}).get("", _Strength()), layer
+        if down.ndim < 2 or sides["up"][layer].shape[1:2] != down.shape[:1]:
+            shapes = f"{tuple(down.shape)} and {tuple(sides['up'][layer].shape)}"
+            raise ValueError(f"{source} is damaged: expected one LoRA rank, found those of {shapes} in {layer}")
         alpha = sides["alpha"].get(layer)
         value = strength.alpha_of(name, down.shape[0]) if alpha is None else float(alpha)
         pairs[layer] = LoraPair(down, sides["up"][layer], value)

@@ -87,8 +87,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         foreign = re.search(r"(?:GLOBAL|Unsupported class|Unsupported global:?) ([\w.]+\.\w+)", str(error))
         if isinstance(error, UnpicklingError) and foreign:
             raise ValueError(
-                f"{path} holds more than tensors ({foreign[1]}) and is not loaded, since that could run code; look for "
-                "a .safetensors version, or, if you trust its author, read it with "
+                f"{path} cannot be read as a checkpoint: it holds more than tensors ({foreign[1]}), which could run "
+                "code; look for a .safetensors version, or, if you trust its author, read it with "
                 "torch.load(FILE, weights_only=False) and write its tensors with safetensors.torch.save_file"
             ) from error
         reason = re.sub(r"\x1b\[[0-9;]*m", "", (str(error).splitlines() or [type(error).__name__])[0])

@@ -261,7 +261,7 @@ def test_what_is_missing_is_named(pipe, tmp_path):
 
 def test_a_pickle_with_foreign_classes_is_refused_with_the_way_out(tmp_path):
     torch.save({"state_dict": {"x": torch.zeros(1)}, "hparams": argparse.Namespace(lr=1)}, tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match=r"x\.ckpt holds more than tensors \(argparse\.Namespace\)") as error:
+    with pytest.raises(ValueError, match=r"x\.ckpt .* it holds more than tensors \(argparse\.Namespace\)") as error:
         read_checkpoint(tmp_path / "x.ckpt")
     assert "safetensors.torch.save_file" in str(error.value)
     (tmp_path / "y.ckpt").write_bytes(b"no checkpoint")
