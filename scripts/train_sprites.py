@@ -1,4 +1,4 @@
-"""Builds the bundled model from nothing: autoencoder, foundation, then stages 1-3 and a style LoRA as users train them.
+"""Builds the bundled model from nothing: autoencoder, foundation, decoder, then stages 1-3 and a style LoRA.
 
 Each part is resumable; run the same command again after an interruption. A finished part is not repeated.
 """
@@ -77,9 +77,9 @@ def main() -> None:
             ImageConductorPipeline(**networks.parts, sampling_defaults=defaults(recipe)).save_pretrained(folder)
     if recipe.start is None:
         train_vae(recipe, recipe.autoencoder, args.budget, runs / "autoencoder", model)
+    train_foundation(recipe, args.budget, runs, model)
     if recipe.decoder.max_steps:
         train_vae(recipe, recipe.decoder, args.budget, runs / "decoder", model)
-    train_foundation(recipe, args.budget, runs, model)
     made = {"motion_controlnet": model / "motion_controlnet"}
     if recipe.start is not None:  # A stage that is not repeated leaves its LoRA as it was.
         adapters = (f"{name}_lora" for name in ("camera", "object", "style"))

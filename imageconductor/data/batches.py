@@ -45,26 +45,37 @@ class SpriteSamples:
         world: Settings of the clips; `kind` is replaced by each of the sets.
         sets: Sets to alternate between.
         num_frames: Number of frames drawn from each clip; None = all.
+        max_frame_spacing: Largest step between them; None = as large as the clip allows.
     """
 
-    def __init__(self, world: SpriteWorldConfig, sets: Sequence[SpriteSet], num_frames: int | None = None):
+    def __init__(
+        self,
+        world: SpriteWorldConfig,
+        sets: Sequence[SpriteSet],
+        num_frames: int | None = None,
+        max_frame_spacing: int | None = None,
+    ):
         self.datasets = [SpriteDataset(replace(world, kind=SpriteSet(kind)), length=2**40) for kind in sets]
         self.seed = world.seed
         self.num_frames = world.num_frames if num_frames is None else num_frames
+        self.max_frame_spacing = max_frame_spacing
         if not 1 <= self.num_frames <= world.num_frames:
             raise ValueError(f"num_frames must lie in 1..{world.num_frames}, the frames of a clip; got {num_frames}")
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         turn, choice = divmod(position, len(self.datasets))
         data = self.datasets[choice]
-        frames = sample_frames(data.config.num_frames, self.num_frames, np.random.default_rng([self.seed, position]))
+        random = np.random.default_rng([self.seed, position])
+        frames = sample_frames(data.config.num_frames, self.num_frames, random, self.max_frame_spacing)
         return {name: value[0] for name, value in data.batch([turn], frames).items()}
 
 
-def sample_frames(available: int, wanted: int, random: np.random.Generator) -> list[int]:
+def sample_frames(
+    available: int, wanted: int, random: np.random.Generator, max_spacing: int | None = None
+) -> list[int]:
     """Indices of `wanted` evenly spaced frames out of `available`, with the spacing and the first index drawn."""
-    steps = max(1, wanted - 1)
-    stride = int(random.integers(1, max(1, (available - 1) // steps) + 1))
+    widest = max(1, (available - 1) // max(1, wanted - 1))
+    stride = int(random.integers(1, min(widest, max_spacing or widest) + 1))
     first = int(random.integers(available - stride * (wanted - 1)))
     return [first + stride * i for i in range(wanted)]
 

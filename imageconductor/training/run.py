@@ -92,7 +92,7 @@ def build_samples(config: TrainConfig) -> Samples:
         ValueError: The clips cannot be used together, or all of them are held out.
     """
     if not config.data:
-        return SpriteSamples(config.world, config.sets, config.num_frames)
+        return SpriteSamples(config.world, config.sets, config.num_frames, config.max_frame_spacing)
     return ClipSamples(
         config.data,
         config.size,

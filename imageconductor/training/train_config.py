@@ -106,6 +106,7 @@ class TrainConfig(LoopConfig):
     sets: list[SpriteSet] = field(default_factory=lambda: [SpriteSet.MIXED])  # of the sprite world, taken in turn
     # Frames of a clip that are seen, evenly spaced; null = all 16 of a sprite clip, 16 of any other (paper C.1).
     num_frames: int | None = None
+    max_frame_spacing: int | None = None  # largest step between them in a sprite clip; null = what the clip allows
     text_dropout: float = 0.1  # probability that a clip's text is dropped, for classifier-free guidance
     image_dropout: float = 0.0  # probability that a clip's first frame is dropped
     preview_steps: int = 25  # denoising steps of preview videos, paper C.1
@@ -125,6 +126,10 @@ class TrainConfig(LoopConfig):
         for name in ("preview_every", "validation_every"):
             if self.data and getattr(self, name) and not self.held_out_clips:
                 raise ValueError(f"{name} needs clips that are not trained on: set held_out_clips, or {name}=0")
+        if self.max_frame_spacing is not None and self.max_frame_spacing < 1:
+            raise ValueError(f"max_frame_spacing must be at least 1, got {self.max_frame_spacing}")
+        if self.max_frame_spacing is not None and self.data:
+            raise ValueError("max_frame_spacing is for clips of the sprite world; leave it null for `data`")
         if self.shuffle_shards < 1:
             raise ValueError(f"shuffle_shards must be at least 1, got {self.shuffle_shards}")
         check_fractions(self, "text_dropout", "image_dropout", "horizontal_flip")

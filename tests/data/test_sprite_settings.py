@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from imageconductor.data.batches import SpriteSamples, sample_frames
 from imageconductor.data.scenes import render, rotation
 from imageconductor.data.shapes import EXTENT, SPRITE_COLOURS, SPRITE_PATTERNS, pattern_distance, signed_distance
-from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig, caption_words, sample_scene
+from imageconductor.data.sprites import SpriteDataset, SpriteSet, SpriteWorldConfig, caption_words, sample_scene
 
 PATTERNED = SpriteWorldConfig(
     min_sprites=2,
@@ -49,6 +50,22 @@ def test_sprites_are_as_many_and_as_the_settings_say_and_keep_clear(kind):
             assert (centres < 64 - item.radius * zoom[:, None]).all()
         for a, b in combinations(scene.sprites, 2):
             assert np.linalg.norm(a.path - b.path, axis=-1).min() > EXTENT * (a.radius + b.radius)
+
+
+@pytest.mark.parametrize(("spacing", "seen"), [(1, {1}), (2, {1, 2}), (None, {1, 2, 3, 4, 5}), (9, {1, 2, 3, 4, 5})])
+def test_frames_lie_at_most_as_far_apart_as_asked(spacing, seen):
+    drawn = [sample_frames(16, 4, np.random.default_rng(seed), spacing) for seed in range(80)]
+    assert {gap for frames in drawn for gap in np.diff(frames).tolist()} == seen
+    assert all(len(frames) == 4 for frames in drawn)
+
+
+def test_a_source_of_samples_draws_frames_as_far_apart_as_asked():
+    config = SpriteWorldConfig(size=(16, 16), kind=SpriteSet.MIXED)
+    near = SpriteSamples(config, [SpriteSet.MIXED], num_frames=4, max_frame_spacing=1)
+    for position in range(4):
+        whole = SpriteDataset(config)[position]["pixel_values"]
+        clip = near[position]["pixel_values"]
+        assert any(torch.equal(clip, whole[:, first : first + 4]) for first in range(13))
 
 
 @pytest.mark.parametrize("pattern", list(SPRITE_PATTERNS))

@@ -1,0 +1,32 @@
+"""The recipe of the bundled model, without running it."""
+
+from pathlib import Path
+
+import pytest
+
+from imageconductor.config import load
+from imageconductor.models.small_model import build_small_model
+from scripts.train_sprites import SpriteRecipe, stage_config
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load(SpriteRecipe, Path("configs/train/sprites.yaml"))
+
+
+def test_every_phase_takes_the_recipes_world_and_a_share_of_its_steps(recipe, tmp_path):
+    for path in [*recipe.foundation, *recipe.stages]:
+        config, tried = (stage_config(path, recipe, budget, tmp_path, tmp_path / "model") for budget in (1, 0.01))
+        assert config.world.size == (128, 128)
+        assert config.world.patterns == recipe.world.patterns
+        assert config.output == str(tmp_path / Path(path).stem)
+        assert tried.max_steps == max(2, round(config.max_steps / 100))
+    spacings = [stage_config(path, recipe, 1, tmp_path, tmp_path).max_frame_spacing for path in recipe.foundation]
+    assert spacings == [1, 1, 2, 4, 4, None, None, None]  # content is copied before it is carried
+
+
+def test_the_weights_leave_room_for_the_adapters_within_50_mb(recipe):
+    networks = build_small_model(recipe.model, ["a"])
+    size = sum(2 * p.numel() for network in networks.modules.values() for p in network.parameters())
+    assert 40e6 < size < 46e6
+    assert networks.vae_scale_factor == 8
