@@ -106,17 +106,19 @@ def test_bad_input_is_named(methods, tmp_path, capsys):
         ((saved, "--key", out), "is not the key of a study"),
         ((saved, "--key", tmp_path / "nowhere"), "no key at"),
         ((tmp_path / "nowhere.csv", "--key", tmp_path / "study.key.json"), "no answers at"),
-        ((tmp_path / "utf16.csv", "--key", tmp_path / "study.key.json"), "is not a CSV file in UTF-8"),
+        ((tmp_path / "latin.csv", "--key", tmp_path / "study.key.json"), "latin.csv: not UTF-8 text"),
     ):
-        (tmp_path / "utf16.csv").write_text(saved.read_text(), encoding="utf-16")
+        (tmp_path / "latin.csv").write_text(f"{saved.read_text()}\u00e9", encoding="latin-1")
         assert run_command("tally", *wrong) == 2
         assert said in capsys.readouterr().err
     assert run_command("tally", saved, "--key", tmp_path / "study.key.json") == 0
     counted = capsys.readouterr().out
     assert "| a | " in counted
-    saved.write_text(saved.read_text(), encoding="utf-8-sig")  # as spreadsheets save it
-    assert run_command("tally", saved, "--key", tmp_path / "study.key.json") == 0
-    assert capsys.readouterr().out == counted
+    text = saved.read_text()
+    for encoding in ("utf-8-sig", "utf-16"):  # as spreadsheets save it
+        saved.write_text(text, encoding=encoding)
+        assert run_command("tally", saved, "--key", tmp_path / "study.key.json") == 0
+        assert capsys.readouterr().out == counted
 
 
 def test_a_person_answers_in_a_browser(methods, tmp_path):
