@@ -131,11 +131,15 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def allocate(network: nn.Module, dtype: torch.dtype) -> None:
-    """Gives parameters on the meta device memory in `dtype`, with arbitrary values, and casts the buffers."""
+    """Gives parameters on the meta device memory on the default one, in `dtype` and with arbitrary values.
+
+    Buffers are cast as well.
+    """
+    device = torch.get_default_device()
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
-                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu", dtype=dtype)))
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device, dtype=dtype)))
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point():
                 setattr(module, name, buffer.to(dtype))

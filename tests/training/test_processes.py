@@ -111,7 +111,8 @@ def test_the_orthogonal_loss_and_averages_are_sharded_too(tiny_model, tmp_path):
         )
     assert fsdp[-1]["validation/loss"] == pytest.approx(ddp[-1]["validation/loss"], rel=1e-5)
     adapters = [load_file(tmp_path / n / "object_lora" / "adapter_model.safetensors") for n in ("ddp", "fsdp")]
-    torch.testing.assert_close(adapters[1], adapters[0], atol=1e-4, rtol=1e-3)
+    # Rounding, which Adam makes as large where gradients are small; a step moves a weight by 1e-2.
+    torch.testing.assert_close(adapters[1], adapters[0], atol=5e-4, rtol=1e-3)
 
 
 @pytest.mark.slow
