@@ -61,6 +61,9 @@ from imageconductor.sampling.pipeline import ImageConductorPipeline
 pipe = ImageConductorPipeline.from_pretrained("{name}")
 video = pipe(image, trajectories, "what it shows", control="camera").frames[0]
 ```
+
+With the package `imageconductor` installed, `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)` of
+diffusers gives the same pipeline of a local copy (`huggingface_hub.snapshot_download` makes one of a repository).
 """
 
 

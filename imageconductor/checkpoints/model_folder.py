@@ -1,6 +1,7 @@
 """A model folder, read without loading its networks: defaults, LoRAs, sizes.
 
 model_index.json             parts and `sampling_defaults`, as diffusers writes it
+pipeline.py                  what diffusers' own loader runs, with `trust_remote_code=True`
 unet/, vae/, ...             parts, as diffusers and transformers write them
 NAME_lora/                   a LoRA of the motion ControlNet in peft's format, named NAME in the network
 domain_adapter/, style_lora/ LoRAs of the UNet
@@ -18,13 +19,33 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from imageconductor.checkpoints.domain_adapter import DomainAdapter
+from imageconductor.checkpoints.model_card import read_provenance
 from imageconductor.config import check_finite
+from imageconductor.files import write_text
 from imageconductor.models.adapters import WEIGHTS_NAME, adapter_parameters, describe_adapters, load_adapter
 from imageconductor.models.controlnets import MotionControlNet
 from imageconductor.models.networks import Networks
 from imageconductor.models.weights import find_weights, read_checkpoint
 
 _SUFFIX = "_lora"
+
+# `import ... as`: diffusers answers a plain import of a missing package with "Run `pip install imageconductor`".
+PIPELINE_CODE = '''"""The pipeline for diffusers: DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)."""
+
+try:
+    import imageconductor.sampling.diffusers_loader as loader
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] != "imageconductor":
+        raise
+    raise ImportError(
+        "this model needs the Python package imageconductor, which is not installed or too old: run `pip install .` in "
+        "an up-to-date copy of the Image Conductor repository (the folder with pyproject.toml and sample.py)"
+    ) from None
+
+ImageConductorPipeline = loader.LoadedByDiffusers
+'''
+"""Text of a model folder's `pipeline.py`."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +150,26 @@ def load_adapters(network: MotionControlNet, folder: str | Path) -> None:
         load_adapter(network, name, adapter_folder(folder, name))
         for parameter in adapter_parameters(network, name).values():
             parameter.data = parameter.data.to(network.dtype)
+
+
+def load_companions(pipe: Any, folder: Path) -> None:
+    """Gives a pipeline what diffusers does not read of its folder: LoRAs, the domain adapter, provenance.
+
+    The motion ControlNet is frozen and in eval mode then.
+    """
+    load_adapters(pipe.motion_controlnet, folder)
+    pipe.motion_controlnet.requires_grad_(False).eval()
+    pipe.domain_adapter = DomainAdapter.load(folder) if DomainAdapter.is_in(folder) else None
+    pipe.provenance = read_provenance(folder)
+
+
+def write_pipeline_code(folder: Path) -> None:
+    """Lets diffusers' own loader read a model folder: writes `pipeline.py` and names it in `model_index.json`."""
+    index = folder / "model_index.json"
+    config = json.loads(index.read_text(encoding="utf-8"))
+    config["_class_name"] = ["pipeline", "ImageConductorPipeline"]
+    write_text(folder / "pipeline.py", PIPELINE_CODE)
+    write_text(index, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def check_shape(folder: str | Path, size: tuple[int, int], num_frames: int) -> None:

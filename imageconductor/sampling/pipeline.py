@@ -22,13 +22,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from imageconductor.checkpoints.assembly import Assembly
 from imageconductor.checkpoints.domain_adapter import DomainAdapter
-from imageconductor.checkpoints.model_card import model_card, read_provenance, write_provenance
+from imageconductor.checkpoints.model_card import model_card, write_provenance
 from imageconductor.checkpoints.model_folder import (
     SamplingDefaults,
     adapter_folder,
-    load_adapters,
+    load_companions,
     locate_model,
     read_sampling_defaults,
+    write_pipeline_code,
 )
 from imageconductor.conditioning import (
     Trajectories,
@@ -132,11 +133,16 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             kwargs |= {name: load_network(name, folder / name, kwargs["dtype"]) for name in only}
         with single_progress_bar():
             pipe = super().from_pretrained(str(folder), **kwargs)
-        load_adapters(pipe.motion_controlnet, folder)
-        pipe.motion_controlnet.requires_grad_(False).eval()
-        pipe.domain_adapter = DomainAdapter.load(folder) if DomainAdapter.is_in(folder) else None
-        pipe.provenance = read_provenance(folder)
+        load_companions(pipe, folder)
         return pipe
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers', but this class is the one to load: the code in a model folder is not run."""
+        config = super().load_config(*args, **kwargs)
+        if isinstance(config, dict) and isinstance(config.get("_class_name"), list):
+            config["_class_name"] = cls.__name__
+        return config
 
     @classmethod
     def from_assembly(cls, assembly: Assembly) -> ImageConductorPipeline:
@@ -163,6 +169,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             raise ValueError("use push_to_hub(repository), which uploads the LoRAs too")
         folder = Path(save_directory)
         super().save_pretrained(folder, **kwargs)
+        write_pipeline_code(folder)
         for name in sorted(attached_adapters(self.motion_controlnet)):
             save_adapter(self.motion_controlnet, name, adapter_folder(folder, name))
         if self.domain_adapter is not None:
