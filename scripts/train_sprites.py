@@ -11,17 +11,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import torch
+
 from imageconductor.checkpoints.assembly import AssemblyConfig, assemble
 from imageconductor.command_line import finite_float, parse_command_line
 from imageconductor.conditioning.flow_map import FlowMapConvention
 from imageconductor.data.batches import Batches, SpriteSamples
 from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig, caption_words, captions
+from imageconductor.evaluation.motion import psnr
 from imageconductor.evaluation.one_step_error import format_errors, measure_one_step_errors
 from imageconductor.files import atomic_folder, check_writable, write_text
 from imageconductor.models.controlnets import MotionControlNet
 from imageconductor.models.networks import Networks
 from imageconductor.models.small_model import SmallModelConfig, add_full_resolution_attention, build_small_model
 from imageconductor.sampling.pipeline import ImageConductorPipeline, write_model_folder
+from imageconductor.sampling.video import contact_sheet, to_uint8
 from imageconductor.training.autoencoder import AutoencoderConfig, train_autoencoder
 from imageconductor.training.run import HELD_OUT_SEED, run_stage
 from imageconductor.training.stages.registry import load_config
@@ -126,8 +131,28 @@ def train_vae(recipe: SpriteRecipe, config: AutoencoderConfig, budget: float, ru
     samples = SpriteSamples(recipe.world, list(SpriteSet), config.frames_per_clip)
     data = Batches(samples, config.batch_size // config.frames_per_clip)
     train_autoencoder(networks.vae, data, config, runs)
+    report_decoded(recipe, networks.vae, runs)
     networks.vae.save_pretrained(model / "vae")
     done.touch()
+
+
+@torch.no_grad()
+def report_decoded(recipe: SpriteRecipe, vae: Any, output: Path) -> None:
+    """Prints the PSNR of 24 decoded held-out frames, and writes some of them beside the originals."""
+    samples = SpriteSamples(held_out(recipe), list(SpriteSet), num_frames=1)
+    frames = torch.cat([samples[i]["pixel_values"].transpose(0, 1) for i in range(24)])
+    decoded = torch.cat([vae.decode(vae.encode(x).latent_dist.mean).sample for x in frames.to(vae.device).split(4)])
+    true, shown = (((x.cpu().permute(0, 2, 3, 1) + 1) / 2).clamp(0, 1).numpy() for x in (frames, decoded))
+    rows = [("original", to_uint8(true)), ("decoded", to_uint8(shown))]
+    contact_sheet(output / "decoded.png", rows, columns=12)
+    print(
+        f"{output.name}: {np.mean([psnr(*pair) for pair in zip(shown, true, strict=True)]):.2f} dB on held-out frames"
+    )
+
+
+def held_out(recipe: SpriteRecipe) -> SpriteWorldConfig:
+    """Clips of the recipe's world that nothing is trained on."""
+    return replace(recipe.world, seed=recipe.world.seed + HELD_OUT_SEED)
 
 
 def train_foundation(recipe: SpriteRecipe, budget: float, runs: Path, model: Path) -> None:
@@ -152,8 +177,7 @@ def train_foundation(recipe: SpriteRecipe, budget: float, runs: Path, model: Pat
 
 def report_errors(recipe: SpriteRecipe, model: Path, output: Path) -> None:
     """Prints how well the model carries content so far, and writes it into the phase's folder."""
-    world = replace(recipe.world, seed=recipe.world.seed + HELD_OUT_SEED)
-    table = format_errors(measure_one_step_errors(Networks.load(model), world))
+    table = format_errors(measure_one_step_errors(Networks.load(model), held_out(recipe)))
     write_text(output / "one_step_errors.md", table)
     print(f"{output.name}: error of x_0 predicted from pure noise, 16 held-out clips\n\n{table}")
 
