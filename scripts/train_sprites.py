@@ -17,7 +17,7 @@ import torch
 from imageconductor.checkpoints.assembly import AssemblyConfig, assemble
 from imageconductor.command_line import finite_float, parse_command_line
 from imageconductor.conditioning.flow_map import FlowMapConvention
-from imageconductor.data.batches import Batches, SpriteSamples
+from imageconductor.data.batches import Batches, SpriteSamples, scale_pixels
 from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig, caption_words, captions
 from imageconductor.evaluation.motion import psnr
 from imageconductor.evaluation.one_step_error import format_errors, measure_one_step_errors
@@ -140,7 +140,7 @@ def train_vae(recipe: SpriteRecipe, config: AutoencoderConfig, budget: float, ru
 def report_decoded(recipe: SpriteRecipe, vae: Any, output: Path) -> None:
     """Prints the PSNR of 24 decoded held-out frames, and writes some of them beside the originals."""
     samples = SpriteSamples(held_out(recipe), list(SpriteSet), num_frames=1)
-    frames = torch.cat([samples[i]["pixel_values"].transpose(0, 1) for i in range(24)])
+    frames = scale_pixels(torch.cat([samples[i]["pixel_values"].transpose(0, 1) for i in range(24)]))
     decoded = torch.cat([vae.decode(vae.encode(x).latent_dist.mean).sample for x in frames.to(vae.device).split(4)])
     true, shown = (((x.cpu().permute(0, 2, 3, 1) + 1) / 2).clamp(0, 1).numpy() for x in (frames, decoded))
     rows = [("original", to_uint8(true)), ("decoded", to_uint8(shown))]
