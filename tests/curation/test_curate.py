@@ -28,7 +28,7 @@ from imageconductor.training.stages.registry import find_stage
 from scripts import curate
 
 ROOT = Path(__file__).parents[2]
-SIZE = (256, 128)  # from footage of 192x128; x264 repeats its bytes at widths that are multiples of 128
+SIZE = (256, 128)  # from footage of 192x128
 SCALE = 4 / 3
 GRID = 8
 PANS = {"slow": (0.3, 0.1), "pan": (1.0, 0.3), "fast": (-1.6, 0.0), "diagonal": (0.9, -0.8), "up": (0.0, -1.2)}

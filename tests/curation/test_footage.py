@@ -128,7 +128,7 @@ def test_frames_come_back_by_their_times(place, tmp_path):
 def test_an_mp4_keeps_its_pictures_and_its_bytes():
     clip = footage.pan(0, 8, (1, 0), size=(96, 64))
     content = encode_mp4(clip, 25 / 3)
-    assert encode_mp4(clip, 25 / 3) == content
+    assert {encode_mp4(clip, 25 / 3) for _ in range(20)} == {content}
     assert np.abs(decode_mp4(content).astype(int) - clip).mean() < 3
 
 
