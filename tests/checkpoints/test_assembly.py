@@ -106,7 +106,7 @@ def test_it_makes_a_video(assembled):
     assert video.isfinite().all()
 
 
-@pytest.mark.parametrize("form", ["safetensors", "ckpt"])
+@pytest.mark.parametrize("form", ["safetensors", pytest.param("ckpt", marks=pytest.mark.slow)])
 def test_export_gives_the_published_files_back(assembled, stable_diffusion, tmp_path, form):
     output = tmp_path / "exported"
     assert command("--export", "published", "--model", assembled, "--format", form, "--output", output) == 0
