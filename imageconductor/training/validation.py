@@ -54,7 +54,7 @@ class Validate:
     def __call__(self, state: TrainState) -> None:
         """Measures the step if its time has come."""
         every = self.config.validation_every
-        if not self.clips or not every or (state.step % every and state.step != self.config.max_steps):
+        if not self.clips or not every or state.step % every:
             return
         with torch.no_grad(), self.average.in_place(), self.stage.without_dropout(), self.accelerator.autocast():
             losses = [self._measure(batch) for batch in self._batches()]
