@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ class RunRecord:
 
     def __init__(self, folder: Path, config: LoopConfig, step: int, num_processes: int = 1):
         self.metrics = folder / "metrics.jsonl"
-        config_file.save(config, folder / "config.yaml")
+        # A permission is for one start; whoever starts again with this file is asked again.
+        config_file.save(replace(config, allow_changes=False), folder / "config.yaml")
         start = {
             "start": step,
             "clips_per_step": clips_per_step(config, num_processes),

@@ -39,13 +39,9 @@ def sleep(items):
 
 
 @pytest.fixture(scope="module")
-def faulty(tmp_path_factory):
+def faulty(importable):
     """A module, which worker processes can import, of functions that fail."""
-    folder = tmp_path_factory.mktemp("faulty")
-    (folder / "faulty.py").write_text(FAULTY)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(folder))
-        yield importlib.import_module("faulty")
+    return importable("faulty", FAULTY)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Which GPU each process of a pass with networks works on, with GPUs that do not exist."""
 
-import importlib
 import os
 import sys
 from dataclasses import replace
@@ -39,13 +38,9 @@ class NameGpus:
 
 
 @pytest.fixture(scope="module")
-def naming(tmp_path_factory):
+def naming(importable):
     """A module, which worker processes can import, that names GPUs."""
-    folder = tmp_path_factory.mktemp("naming")
-    (folder / "naming.py").write_text(MODULE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(folder))
-        yield importlib.import_module("naming")
+    return importable("naming", MODULE)
 
 
 @pytest.fixture

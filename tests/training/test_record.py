@@ -12,6 +12,7 @@ from imageconductor.training.command import main
 from imageconductor.training.loop import train
 from imageconductor.training.record import RunRecord, check_continuation
 from imageconductor.training.run import run_stage
+from imageconductor.training.stages.registry import load_config
 
 
 def leave_record(config):
@@ -124,3 +125,4 @@ def test_every_start_is_on_record_with_its_settings(trained):
         (0, 0, 1),
         (2, 1, 1),
     ]
+    assert load_config(Path(trained.output) / "config.yaml").allow_changes is False  # permitted for that start alone
