@@ -26,6 +26,7 @@ from accelerate import PartialState
 from imageconductor.command_line import parse_command_line
 from imageconductor.data.sprites import SpriteSet
 from imageconductor.files import write_text
+from imageconductor.training.loop import leave
 from imageconductor.training.run import run_stage
 from imageconductor.training.stages.registry import load_config
 from imageconductor.training.train_config import TrainConfig
@@ -81,6 +82,7 @@ def main() -> int:
         text = table(results)
         write_text(Path(config.output) / "results.md", text)
         print(text, end="")
+    leave()
     return 0
 
 

@@ -1,18 +1,27 @@
 """Builds the bundled model from nothing: autoencoder, foundation, decoder, then stages 1-3 and a style LoRA.
 
 Each part is resumable; run the same command again after an interruption. A finished part is not repeated.
+
+    python scripts/train_sprites.py --config configs/train/sprites.yaml --minutes 8
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 scripts/train_sprites.py --config ... --device cpu
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from PIL import Image
 
 from imageconductor.checkpoints.assembly import AssemblyConfig, assemble
 from imageconductor.command_line import finite_float, parse_command_line
@@ -21,16 +30,24 @@ from imageconductor.data.batches import Batches, SpriteSamples, scale_pixels
 from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig, caption_words, captions
 from imageconductor.evaluation.motion import psnr
 from imageconductor.evaluation.one_step_error import format_errors, measure_one_step_errors
-from imageconductor.files import atomic_folder, check_writable, write_text
+from imageconductor.files import atomic_folder, atomic_path, check_writable, write_text
 from imageconductor.models.controlnets import MotionControlNet
 from imageconductor.models.networks import Networks
 from imageconductor.models.small_model import SmallModelConfig, add_full_resolution_attention, build_small_model
 from imageconductor.sampling.pipeline import ImageConductorPipeline, write_model_folder
-from imageconductor.sampling.video import contact_sheet, to_uint8
 from imageconductor.training.autoencoder import AutoencoderConfig, train_autoencoder
+from imageconductor.training.loop import leave
 from imageconductor.training.run import HELD_OUT_SEED, run_stage
 from imageconductor.training.stages.registry import load_config
 from imageconductor.training.train_config import TrainConfig
+
+
+@dataclass
+class GpuSettings:
+    """What is different where a GPU trains: it wants more clips at once, and other processes to draw them."""
+
+    batch_factor: int = 4  # a phase of the foundation, or a stage, takes so many times the clips a step
+    num_workers: int = 12  # processes that draw clips
 
 
 @dataclass
@@ -58,7 +75,24 @@ class SpriteRecipe:
             "num_inference_steps": 25,
         }
     )
+    gpu: GpuSettings = field(default_factory=GpuSettings)
     seed: int = 0
+
+
+class OutOfTimeError(Exception):
+    """The minutes are over, and a part is not finished."""
+
+
+@dataclass
+class Clock:
+    """What is left of the minutes that a command may take."""
+
+    minutes: float | None
+    start: float = field(default_factory=time.monotonic)
+
+    def left(self) -> float | None:
+        """Minutes, more than 0; None without a limit."""
+        return None if self.minutes is None else max(1e-3, self.minutes - (time.monotonic() - self.start) / 60)
 
 
 def main() -> None:
@@ -67,35 +101,80 @@ def main() -> None:
     extra.add_argument(
         "--budget", type=finite_float, default=1.0, help="scales the steps of every part, e.g. 0.01 to try it"
     )
+    extra.add_argument(
+        "--minutes", type=finite_float, help="stop after so many; the same command goes on where this one stopped"
+    )
+    extra.add_argument("--device", choices=("cpu", "cuda"), help="where to train; a GPU if there is one")
     recipe, args = parse_command_line(SpriteRecipe, __doc__ or "", parents=[extra])
-    runs, model = Path(recipe.runs), Path(recipe.runs) / "model"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        extra.exit(2, "error: --device cuda: PyTorch finds no CUDA device here\n")
+    is_cpu = args.device == "cpu" or not torch.cuda.is_available()
+    PartialState(cpu=is_cpu, timeout=timedelta(days=1))  # Some parts are the main process's, while others wait.
     try:
         for folder in (recipe.output, recipe.runs):
             check_writable(Path(folder))
     except ValueError as error:
         extra.exit(2, f"error: {error}\n")
+    try:
+        build(recipe, args.budget, Clock(args.minutes))
+    except OutOfTimeError as error:
+        alone(partial(print, f"{error}; the same command goes on"))
+    leave()
+
+
+def build(recipe: SpriteRecipe, budget: float, clock: Clock) -> None:
+    """Makes what is missing of the model.
+
+    Raises:
+        OutOfTimeError: The time was over before.
+    """
+    runs, model = Path(recipe.runs), Path(recipe.runs) / "model"
     if model.is_dir() and not (model / "model_index.json").is_file():
         raise SystemExit(f"{model} is of an earlier version, or not whole; name other runs=FOLDER, or delete it")
-    if not model.is_dir():
-        networks = starting_networks(recipe)
-        with atomic_folder(model) as folder:
-            ImageConductorPipeline(**networks.parts, sampling_defaults=defaults(recipe)).save_pretrained(folder)
+    alone(lambda: start_model(recipe, model))
     if recipe.start is None:
-        train_vae(recipe, recipe.autoencoder, args.budget, runs / "autoencoder", model)
-    train_foundation(recipe, args.budget, runs, model)
+        train_vae(recipe, recipe.autoencoder, budget, runs / "autoencoder", model, clock)
+    train_foundation(recipe, budget, runs, model, clock)
     if recipe.decoder.max_steps:
-        train_vae(recipe, recipe.decoder, args.budget, runs / "decoder", model)
+        train_vae(recipe, recipe.decoder, budget, runs / "decoder", model, clock)
     made = {"motion_controlnet": model / "motion_controlnet"}
     if recipe.start is not None:  # A stage that is not repeated leaves its LoRA as it was.
         adapters = (f"{name}_lora" for name in ("camera", "object", "style"))
         made |= {name: Path(recipe.start) / name for name in adapters if (Path(recipe.start) / name).is_dir()}
     for path in recipe.stages:
-        config = stage_config(path, recipe, args.budget, runs, model)
+        config = stage_config(path, recipe, budget, runs, model)
         wanted = [key for key in ("motion_controlnet", "camera_lora") if hasattr(config, key) and key in made]
-        inputs = {key: str(made[key]) for key in wanted}
-        run_stage(replace(config, **inputs))
+        inputs: dict[str, Any] = {key: str(made[key]) for key in wanted}
+        train_part(replace(config, **inputs), clock)
         made[config.stage] = Path(config.output) / config.stage
-    finish(recipe, runs, model, made)
+    alone(lambda: finish(recipe, runs, model, made))
+
+
+def alone(work: Callable[[], object]) -> None:
+    """Lets the main process work while the others wait for it."""
+    if PartialState().is_main_process:
+        work()
+    PartialState().wait_for_everyone()
+
+
+def train_part(config: TrainConfig, clock: Clock) -> None:
+    """Trains a stage, the clips of a step shared by the processes.
+
+    Raises:
+        OutOfTimeError: The time was over before its end.
+    """
+    state = run_stage(replace(config, max_minutes=clock.left()))
+    if state.step < config.max_steps:
+        raise OutOfTimeError(f"{Path(config.output).name}: {state.step} of {config.max_steps} steps, {state.losses}")
+
+
+def start_model(recipe: SpriteRecipe, model: Path) -> None:
+    """Writes the networks that the training begins with, unless they are there."""
+    if model.is_dir():
+        return
+    networks = starting_networks(recipe)
+    with atomic_folder(model) as folder:
+        ImageConductorPipeline(**networks.parts, sampling_defaults=defaults(recipe)).save_pretrained(folder)
 
 
 def defaults(recipe: SpriteRecipe) -> dict[str, Any]:
@@ -121,30 +200,44 @@ def vocabulary(recipe: SpriteRecipe) -> list[str]:
     return [*captions(recipe.world, 200), " ".join(caption_words()) + " ,"]
 
 
-def train_vae(recipe: SpriteRecipe, config: AutoencoderConfig, budget: float, runs: Path, model: Path) -> None:
-    """Trains the autoencoder, or its decoder, unless the result is there."""
-    config = replace(config, max_steps=scale_steps(config.max_steps, budget))
+def train_vae(
+    recipe: SpriteRecipe, config: AutoencoderConfig, budget: float, runs: Path, model: Path, clock: Clock
+) -> None:
+    """Trains the autoencoder, or its decoder, in the main process, unless the result is there.
+
+    Raises:
+        OutOfTimeError: The time was over before its end.
+    """
+    config = replace(config, max_steps=scale_steps(config.max_steps, budget), max_minutes=clock.left())
     done = runs / "done"
-    if done.exists():
-        return
-    networks = Networks.load(model)
-    samples = SpriteSamples(recipe.world, list(SpriteSet), config.frames_per_clip)
-    data = Batches(samples, config.batch_size // config.frames_per_clip)
-    train_autoencoder(networks.vae, data, config, runs)
-    report_decoded(recipe, networks.vae, runs)
-    networks.vae.save_pretrained(model / "vae")
-    done.touch()
+
+    def work() -> None:
+        if done.exists():
+            return
+        networks = Networks.load(model)
+        samples = SpriteSamples(recipe.world, list(SpriteSet), config.frames_per_clip)
+        data = Batches(samples, config.batch_size // config.frames_per_clip)
+        workers = recipe.gpu.num_workers if PartialState().device.type == "cuda" else 0
+        if train_autoencoder(networks.vae, data, config, runs, workers) == config.max_steps:
+            report_decoded(recipe, networks.vae, runs)
+            networks.vae.save_pretrained(model / "vae")
+            done.touch()
+
+    alone(work)
+    if not done.exists():
+        raise OutOfTimeError(runs.name)
 
 
 @torch.no_grad()
 def report_decoded(recipe: SpriteRecipe, vae: Any, output: Path) -> None:
-    """Prints the PSNR of 24 decoded held-out frames, and writes some of them beside the originals."""
+    """Prints the PSNR of 24 decoded held-out frames, and writes some of them below the originals."""
     samples = SpriteSamples(held_out(recipe), list(SpriteSet), num_frames=1)
     frames = scale_pixels(torch.cat([samples[i]["pixel_values"].transpose(0, 1) for i in range(24)]))
     decoded = torch.cat([vae.decode(vae.encode(x).latent_dist.mean).sample for x in frames.to(vae.device).split(4)])
     true, shown = (((x.cpu().permute(0, 2, 3, 1) + 1) / 2).clamp(0, 1).numpy() for x in (frames, decoded))
-    rows = [("original", to_uint8(true)), ("decoded", to_uint8(shown))]
-    contact_sheet(output / "decoded.png", rows, columns=12)
+    sheet = np.concatenate([np.concatenate(list(row[:8]), axis=1) for row in (true, shown)])
+    with atomic_path(output / "decoded.png") as temporary:
+        Image.fromarray((sheet * 255).round().astype(np.uint8)).save(temporary)
     print(
         f"{output.name}: {np.mean([psnr(*pair) for pair in zip(shown, true, strict=True)]):.2f} dB on held-out frames"
     )
@@ -155,24 +248,34 @@ def held_out(recipe: SpriteRecipe) -> SpriteWorldConfig:
     return replace(recipe.world, seed=recipe.world.seed + HELD_OUT_SEED)
 
 
-def train_foundation(recipe: SpriteRecipe, budget: float, runs: Path, model: Path) -> None:
-    """Trains UNet, image ControlNet and text encoder, and starts the motion ControlNet from that UNet."""
-    done = runs / "foundation.done"
-    if done.exists():
-        return
+def train_foundation(recipe: SpriteRecipe, budget: float, runs: Path, model: Path, clock: Clock) -> None:
+    """Trains UNet, image ControlNet and text encoder, and starts the motion ControlNet from that UNet.
+
+    Raises:
+        OutOfTimeError: The time was over before its end; the model has what the phase has learned so far.
+    """
     for path in recipe.foundation:
         config = stage_config(path, recipe, budget, runs, model)
-        if (finished := Path(config.output) / "done").exists():
+        output = Path(config.output)
+        if (output / "done").exists():
             continue
-        run_stage(config)
-        for part in ("unet", "image_controlnet", "text_encoder", "motion_controlnet"):
-            if (Path(config.output) / part).is_dir():
-                shutil.copytree(Path(config.output) / part, model / part, dirs_exist_ok=True)
-        if not (Path(config.output) / "motion_controlnet").is_dir():  # A phase that trains it goes on from its own.
-            new_motion_controlnet(recipe, Networks.load(model)).save_pretrained(model / "motion_controlnet")
-        report_errors(recipe, model, Path(config.output))
-        finished.touch()
-    done.touch()
+        try:
+            train_part(config, clock)
+        except OutOfTimeError:
+            alone(partial(take_over, recipe, model, output))
+            raise
+        alone(partial(take_over, recipe, model, output))
+        alone((output / "done").touch)
+
+
+def take_over(recipe: SpriteRecipe, model: Path, output: Path) -> None:
+    """Puts what a phase has learned into the model, and prints and writes how well that carries content."""
+    for part in ("unet", "image_controlnet", "text_encoder", "motion_controlnet"):
+        if (output / part).is_dir():
+            shutil.copytree(output / part, model / part, dirs_exist_ok=True)
+    if not (output / "motion_controlnet").is_dir():  # A phase that trains it goes on from its own.
+        new_motion_controlnet(recipe, Networks.load(model)).save_pretrained(model / "motion_controlnet")
+    report_errors(recipe, model, output)
 
 
 def report_errors(recipe: SpriteRecipe, model: Path, output: Path) -> None:
@@ -189,10 +292,15 @@ def new_motion_controlnet(recipe: SpriteRecipe, networks: Networks) -> MotionCon
 
 def stage_config(path: str, recipe: SpriteRecipe, budget: float, runs: Path, model: Path) -> TrainConfig:
     """A stage's own YAML, with this recipe's folders, world and budget."""
-    config = load_config(Path(path))
-    steps = scale_steps(config.max_steps, budget)
+    config, processes = load_config(Path(path)), PartialState().num_processes
+    gpu = recipe.gpu if PartialState().device.type == "cuda" else GpuSettings(batch_factor=1, num_workers=0)
+    steps, clips = scale_steps(config.max_steps, budget), config.batch_size * gpu.batch_factor
+    if clips % processes:
+        raise SystemExit(f"{path}: {processes} processes cannot share {clips} clips a step evenly")
     return replace(
         config,
+        batch_size=clips // processes,
+        num_workers=gpu.num_workers,
         model=str(model),
         output=str(runs / Path(path).stem),
         world=replace(recipe.world, style=config.world.style),

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from braceexpand import braceexpand
 from numpy.typing import NDArray
 
 from imageconductor.data.clip_records import PARTS, ClipRecord, Part
@@ -114,6 +113,8 @@ def find_clips(sources: Sequence[str | Path]) -> list[Shard]:
     Raises:
         FileNotFoundError: A source holds no clip.
     """
+    from braceexpand import braceexpand  # Here, as a machine that trains on the sprite world alone may lack it.
+
     shards: list[Shard] = []
     for source in sources:
         paths = [Path(name) for name in braceexpand(str(source))]

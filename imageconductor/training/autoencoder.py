@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from diffusers.optimization import get_scheduler
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from imageconductor.data.batches import scale_pixels
@@ -25,6 +27,7 @@ class AutoencoderConfig:
 
     decoder_only: bool = False  # latents stay as they are, and what was trained on them stays valid
     max_steps: int = 1800  # optimiser steps
+    max_minutes: float | None = None  # then the training stops with a checkpoint; null = no limit
     batch_size: int = 16  # crops a step
     frames_per_clip: int = 1  # frames of other clips teach more than others of the same clip
     crop: int = 32  # pixels; many small crops teach more in the same time than few whole frames
@@ -47,7 +50,9 @@ class AutoencoderConfig:
             raise ValueError(f"equivariance must lie in [0, 1], got {self.equivariance}")
 
 
-def train_autoencoder(vae: Any, data: Dataset[dict[str, Any]], config: AutoencoderConfig, runs: Path) -> None:
+def train_autoencoder(
+    vae: Any, data: Dataset[dict[str, Any]], config: AutoencoderConfig, runs: Path, num_workers: int = 0
+) -> int:
     """Trains `vae` in place, continuing what `runs` holds, and sets its `scaling_factor` to 1 / std of the latents.
 
     Args:
@@ -55,6 +60,10 @@ def train_autoencoder(vae: Any, data: Dataset[dict[str, Any]], config: Autoencod
         data: Item i is batch i: pixel_values (B, 3, T, H, W) uint8.
         config: Settings of the training.
         runs: Folder of the checkpoints.
+        num_workers: Processes that prepare batches; 0 = this one does.
+
+    Returns:
+        The number of steps it has behind it, fewer than `max_steps` where the time was over before.
     """
     device = PartialState().device
     vae.to(device, memory_format=torch.channels_last).train().requires_grad_(not config.decoder_only)
@@ -68,10 +77,13 @@ def train_autoencoder(vae: Any, data: Dataset[dict[str, Any]], config: Autoencod
         optimizer._opt_called = True  # type: ignore[attr-defined]
         schedule.step()
 
-    bar = tqdm(range(start, config.max_steps), initial=start, total=config.max_steps, desc="autoencoder", unit="step")
-    for step in bar:
+    step, end = start, math.inf if config.max_minutes is None else time.monotonic() + 60 * config.max_minutes
+    steps = range(start, config.max_steps)
+    loader = DataLoader(data, batch_size=None, sampler=steps, num_workers=num_workers)
+    bar = tqdm(steps, initial=start, total=config.max_steps, desc="autoencoder", unit="step")
+    for step, batch in zip(bar, loader, strict=True):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        frames = sample_frames(data[step]["pixel_values"], config.frames_per_clip, generator)
+        frames = sample_frames(batch["pixel_values"], config.frames_per_clip, generator)
         if step < config.whole_frames_from * config.max_steps:
             frames = _crop(frames, config.crop, generator)
         else:
@@ -100,16 +112,20 @@ def train_autoencoder(vae: Any, data: Dataset[dict[str, Any]], config: Autoencod
         if step % 10 == 0 and not is_shifted:
             psnr = -10 * torch.log10((decoded.detach() - frames).square().mean() / 4)
             bar.set_postfix(loss=f"{loss.item():.4f}", psnr=f"{psnr.item():.1f} dB")
-        if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps:
+        is_over = step + 1 == config.max_steps or time.monotonic() >= end
+        if (step + 1) % config.save_every == 0 or is_over:
             _save(runs, step + 1, vae, optimizer, judge)
+        if is_over:
+            break
 
     vae.eval().requires_grad_(False)
     if config.decoder_only:
-        return
+        return step + 1
     with torch.no_grad():
         clips = torch.cat([data[config.max_steps + i]["pixel_values"] for i in range(8)])
         latents = vae.encode(scale_pixels(clips.transpose(1, 2).flatten(0, 1).to(device))).latent_dist.mean
     vae.register_to_config(scaling_factor=1 / latents.std().item())
+    return step + 1
 
 
 def _save(runs: Path, step: int, vae: Any, optimizer: Any, judge: PatchDiscriminator | None) -> None:

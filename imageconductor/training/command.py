@@ -39,10 +39,12 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from accelerate import PartialState
 
+    from imageconductor.training.loop import leave
     from imageconductor.training.run import run_stage
 
     try:
         run_stage(config, previews)
+        leave()
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,7 @@
-"""What happens between the steps of a run: a line of metrics, a checkpoint, preview videos, each at its interval."""
+"""What happens between the steps of a run: a line of metrics, a checkpoint, preview videos, each at its interval.
+
+And whether there is time for another step.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -99,8 +103,33 @@ class Log:
             self.record.close()
 
 
+class TimeLimit:
+    """Tells every process of a run the same about whether its `max_minutes` are over; they begin here.
+
+    Args:
+        config: Of the run.
+        accelerator: Of this process.
+    """
+
+    def __init__(self, config: LoopConfig, accelerator: Accelerator):
+        self.config, self.accelerator = config, accelerator
+        self.end = None if config.max_minutes is None else time.monotonic() + 60 * config.max_minutes
+
+    def is_over(self, state: TrainState) -> bool:
+        """Whether the run has to stop; several processes agree on it when metrics are logged, and wait then anyway."""
+        if self.end is None:
+            return False
+        is_late = time.monotonic() >= self.end
+        if self.accelerator.num_processes == 1:
+            return is_late
+        if state.step % self.config.log_every:
+            return False
+        reduce: Any = self.accelerator.reduce
+        return reduce(torch.tensor(float(is_late), device=self.accelerator.device), "sum").item() > 0
+
+
 class Save:
-    """A checkpoint every `save_every` steps and after the last one.
+    """A checkpoint every `save_every` steps, after the last one, and when it is asked for.
 
     Args:
         config: Of the run.
@@ -113,9 +142,13 @@ class Save:
 
     def __call__(self, state: TrainState) -> None:
         """Saves the step if its time has come."""
+        if state.step % self.config.save_every == 0 or state.step == self.config.max_steps:
+            self.write(state)
+
+    def write(self, state: TrainState) -> None:
+        """Saves the step."""
         config, is_main = self.config, self.engine.accelerator.is_main_process
-        is_due = state.step % config.save_every == 0 or state.step == config.max_steps
-        if not is_due or not (is_main or self.engine.saves_together):
+        if not (is_main or self.engine.saves_together):
             return
         averages = {"ema": average} if (average := self.average.named()) else {}
         groups, states = self.engine.gather_state({"parameters": self.engine.parameters, **averages})

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -21,7 +21,7 @@ from imageconductor.models.motion_module import Float32Attention
 from imageconductor.models.networks import cast_network
 from imageconductor.training import checkpointing, sharding
 from imageconductor.training.engines import build_engine
-from imageconductor.training.hooks import Log, Preview, Save, ShowPreview, TrainState
+from imageconductor.training.hooks import Log, Preview, Save, ShowPreview, TimeLimit, TrainState
 from imageconductor.training.optimizers import build_optimizer
 from imageconductor.training.stages.base import Stage
 from imageconductor.training.train_config import LoopConfig
@@ -44,6 +44,8 @@ def train(
     held_out: Sequence[dict[str, Any]] = (),
 ) -> TrainState:
     """Runs a stage to `config.max_steps`, continuing what its output folder holds, and saves what it learned.
+
+    A run whose `config.max_minutes` are over ends before that, with a checkpoint; the state says at which step.
 
     Args:
         stage: What is trained.
@@ -75,15 +77,17 @@ def train(
     if accelerator.is_main_process:
         remove_partial(output)  # of a run that was killed while it wrote
     log = Log(config, engine, lr_scheduler, state, stage.name.replace("_", " "))
+    save = Save(config, engine, average)
     hooks = (
         Validate(config, engine, average, stage, module, held_out),
         log,
-        Save(config, engine, average),
+        save,
         ShowPreview(config, engine, average, stage.networks, preview),
     )
     batches = _batches(data, config, accelerator, start=state.step)
     num_micro_steps, num_timesteps = config.gradient_accumulation_steps, stage.scheduler.config["num_train_timesteps"]
-    while state.step < config.max_steps:
+    limit = TimeLimit(config, accelerator)
+    while state.step < config.max_steps and not limit.is_over(state):
         state.terms = {}
         found: list[tuple[Tensor, list[str]]] = []
         for micro_step in range(num_micro_steps):
@@ -109,12 +113,14 @@ def train(
         for hook in hooks:
             hook(state)
 
+    if state.step < config.max_steps:
+        save.write(state)
     average.copy_to_weights()
     engine.gather_weights(stage)
     if accelerator.is_main_process:
         checkpointing.save_result(output, stage.save)
     log.close()
-    _leave(accelerator)
+    accelerator.wait_for_everyone()
     return state
 
 
@@ -133,12 +139,13 @@ def draw_noise(
     return t.to(x_0.device), eps.to(x_0.device)
 
 
-def _leave(accelerator: Accelerator) -> None:
-    """Ends this process's part in a run, together with the others."""
-    accelerator.wait_for_everyone()
+def leave() -> None:
+    """Ends this process's part in a command that has trained, together with the others; no stage can follow."""
+    state = PartialState()
+    state.wait_for_everyone()
     if torch.distributed.is_initialized():
         _PROCESS_GROUPS.append(torch.distributed.group.WORLD)
-    accelerator.end_training()
+    state.destroy_process_group()
 
 
 def _place(stage: Stage, config: LoopConfig, device: torch.device) -> None:

@@ -6,6 +6,7 @@ The record also decides which run may be continued: one whose settings mean the 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard.writer import SummaryWriter
 
 from imageconductor import config as config_file
 from imageconductor.files import write_text
@@ -58,19 +58,25 @@ class RunRecord:
         if self.metrics.exists():
             lines = self.metrics.read_text().splitlines(keepends=True)
             write_text(self.metrics, "".join(line for line in lines if _step(line) <= step))
-        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.tensorboard: Any = None  # Left out where it is not installed, as on a machine that is lent for a while.
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Adds a line of metrics."""
         with self.metrics.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        for key, value in values.items():
-            self.tensorboard.add_scalar(key, value, step)
-        self.tensorboard.flush()
+        if self.tensorboard is not None:
+            for key, value in values.items():
+                self.tensorboard.add_scalar(key, value, step)
+            self.tensorboard.flush()
 
     def close(self) -> None:
         """Closes the files."""
-        self.tensorboard.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
 
 def clips_per_step(config: LoopConfig, num_processes: int) -> int:

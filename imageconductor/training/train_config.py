@@ -17,6 +17,8 @@ class LoopConfig:
     stage: str = ""  # name of the stage that these settings are for
     output: str = "runs/stage"  # run folder; an unfinished run found there is continued
     max_steps: int = 1000  # optimiser steps
+    # A run stops after them with a checkpoint and its result so far; the same command goes on. null = no limit.
+    max_minutes: float | None = None
     batch_size: int = 4  # clips per process and micro-step
     gradient_accumulation_steps: int = 1  # micro-steps whose gradients are added up for one step
     # adamw_8bit: the extra `lowmem`, CUDA only. muon: Muon for matrices, AdamW for the rest; PyTorch 2.9 or newer.
@@ -47,6 +49,7 @@ class LoopConfig:
     FREE_TO_CHANGE: ClassVar[frozenset[str]] = frozenset(
         {
             "output",
+            "max_minutes",
             "allow_changes",
             # Batch i is the same however it is split; `record` compares the clips per step.
             "batch_size",
@@ -84,6 +87,8 @@ class LoopConfig:
         for name in ("learning_rate", "timestep_shift", "max_grad_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ValueError(f"max_minutes must be positive, got {self.max_minutes}")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
 

@@ -51,6 +51,28 @@ def test_two_and_two_steps_are_four(configure, build, tmp_path, extra):
         assert rates.setdefault(record["step"], record["learning_rate"]) == record["learning_rate"]
 
 
+def test_a_run_whose_time_is_over_stops_with_its_result_and_goes_on(configure, build, tmp_path, monkeypatch):
+    config = configure("camera_lora", max_steps=4, save_every=100, ema_decay=0.5)
+    whole, data = build(config)
+    train(whole, data, config)
+
+    minutes = iter(range(100))
+    monkeypatch.setattr("imageconductor.training.hooks.time.monotonic", lambda: 60 * next(minutes))
+    parts = replace(config, output=str(tmp_path / "parts"), max_minutes=3)
+    stopped, data = build(parts)
+    assert train(stopped, data, parts).step == 2
+    assert [path.name for path in Path(parts.output).glob("checkpoint-*")] == ["checkpoint-00000002"]
+    saved = load_file(Path(parts.output) / "camera_lora" / "adapter_model.safetensors")
+    average = load_file(Path(parts.output) / "checkpoint-00000002" / "ema.safetensors")
+    assert {tuple(value.shape) for value in saved.values()} == {tuple(value.shape) for value in average.values()}
+    assert sum(value.double().sum() for value in saved.values()) == sum(v.double().sum() for v in average.values())
+
+    resumed, data = build(parts)
+    assert train(resumed, data, replace(parts, max_minutes=None)).step == 4
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
 def test_a_continued_run_learns_at_the_rate_that_it_is_given(configure, build, parameters):
     config = configure("camera_lora")
     first, data = build(config)

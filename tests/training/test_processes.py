@@ -71,6 +71,60 @@ def test_two_processes_are_one_with_twice_the_batch(two, tiny_model, tmp_path):
     torch.testing.assert_close(torch.tensor(losses(two)), torch.tensor(losses(tmp_path / "one")), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_the_stages_of_a_smoke_run_follow_each_other_in_two_processes(tiny_model, tmp_path):
+    small = "[batch_size=1,gradient_accumulation_steps=1,num_workers=0,mixed_precision=no,num_frames=4,'size=[32,32]']"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = ["scripts/smoke_training.py", "--config", "configs/train/smoke.yaml", "max_steps=2", f"settings={small}"]
+    run([*launcher, *script, f"model={tiny_model}", f"output={tmp_path}"])
+    measured = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/measured.json")}
+    assert len(measured) == 4
+    assert measured["object_lora"]["clips_per_step"] == 2
+
+
+_BARE_MACHINE = """
+import runpy, sys
+from importlib.machinery import PathFinder
+absent = "cv2 decord imageio imageio_ffmpeg webdataset braceexpand tensorboard jinja2 av ray pyarrow scenedetect pebble"
+find = PathFinder.find_spec
+present = lambda cls, name, *more: None if name.split(".")[0] in absent.split() else find(name, *more)
+PathFinder.find_spec = classmethod(present)
+sys.path.insert(0, ".")
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_model_is_built_in_parts_by_two_processes_on_a_machine_with_few_packages(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        """
+        world: {size: [32, 32], num_frames: 4, grid: 4, max_sprites: 1}
+        model:
+          {autoencoder_channels: [8, 8, 8], latent_channels: 4, block_out_channels: [16, 16], norm_num_groups: 4,
+           num_attention_heads: 2, text_width: 16, text_layers: 1}
+        autoencoder: {max_steps: 2000, batch_size: 4, crop: 32}
+        decoder: {max_steps: 2000, batch_size: 4, crop: 32, decoder_only: true, adversarial_weight: 0.1}
+        foundation: [configs/train/sprites/foundation_spacing1_dense.yaml]
+        stages: [configs/train/sprites/camera_lora.yaml, configs/train/sprites/object_lora.yaml]
+        """
+    )
+    (tmp_path / "bare.py").write_text(_BARE_MACHINE)
+    output, runs = tmp_path / "model", tmp_path / "runs"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = [str(tmp_path / "bare.py"), "scripts/train_sprites.py", "--config", str(recipe), "--device", "cpu"]
+    arguments = [*launcher, *script, "--budget", "0.001", f"runs={runs}", f"output={output}"]
+    run([*arguments, "--minutes", "0.001"])
+    assert list((runs / "autoencoder").glob("checkpoint-*"))
+    assert not output.exists()
+    run(arguments)
+    assert (output / "object_lora" / "adapter_model.safetensors").is_file()
+    start = json.loads((runs / "foundation_spacing1_dense" / "environment.jsonl").read_text().splitlines()[-1])
+    assert start["settings"]["batch_size"] == 8  # half of the recipe's
+    assert start["clips_per_step"] == 16
+
+
 # What accelerate makes of configs/accelerate/fsdp.yaml and deepspeed.yaml.
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}

@@ -1,8 +1,10 @@
 """The recipe of the bundled model, without running it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from imageconductor.config import load
 from imageconductor.models.small_model import build_small_model
@@ -23,6 +25,20 @@ def test_every_phase_takes_the_recipes_world_and_a_share_of_its_steps(recipe, tm
         assert tried.max_steps == max(2, round(config.max_steps / 100))
     spacings = [stage_config(path, recipe, 1, tmp_path, tmp_path).max_frame_spacing for path in recipe.foundation]
     assert spacings == [1, 1, 2, 4, 4, None, None, None]  # content is copied before it is carried
+
+
+def test_a_gpu_takes_more_clips_and_processes_share_them(recipe, tmp_path, monkeypatch):
+    path = recipe.foundation[0]
+    alone = stage_config(path, recipe, 1, tmp_path, tmp_path)
+    for device, processes, clips, workers in (("cpu", 2, 8, 0), ("cuda", 1, 64, 12), ("cuda", 4, 16, 12)):
+        state = SimpleNamespace(num_processes=processes, device=torch.device(device))
+        monkeypatch.setattr("scripts.train_sprites.PartialState", lambda state=state: state)
+        config = stage_config(path, recipe, 1, tmp_path, tmp_path)
+        assert (config.batch_size, config.num_workers) == (clips, workers)
+        assert config.max_steps == alone.max_steps
+    state.num_processes = 3
+    with pytest.raises(SystemExit, match="3 processes cannot share 64 clips"):
+        stage_config(path, recipe, 1, tmp_path, tmp_path)
 
 
 def test_the_weights_leave_room_for_the_adapters_within_50_mb(recipe):
