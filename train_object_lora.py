@@ -6,8 +6,7 @@ An interrupted run goes on where it stopped. `train.py` trains this stage and al
 
 import sys
 
-from imageconductor.training.command import main
-from train import previews
+from imageconductor.commands.train import main
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__ or "", previews, stage="object_lora"))
+    sys.exit(main(stage="object_lora", description=__doc__ or ""))

@@ -7,10 +7,10 @@ import dataclasses
 import math
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 from imageconductor.config import list_fields, load, required_type, to_plain, type_name
+from imageconductor.files import find_shipped
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -38,7 +38,9 @@ def parse_command_line(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=list(parents),
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file; what it leaves out keeps its default")
+    parser.add_argument(
+        "--config", type=find_shipped, metavar="FILE", help="YAML file; what it leaves out keeps its default"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes one setting; wins over the file")
     args = parser.parse_intermixed_args(argv)
     try:

@@ -20,6 +20,21 @@ from pathlib import Path
 from typing import IO, TextIO
 
 _PARTIAL = ".partial"
+_SHIPPED = ("configs", "models", "assets")  # folders of the repository that an installed package has too
+
+
+def find_shipped(path: str | Path) -> Path:
+    """A path as it is given, or where nothing is there, that of what the package brings along by this name.
+
+    The repository's `configs/...`, `models/sprites` and `assets/...` so have the same name in any working folder.
+    """
+    given = Path(path)
+    if given.parts[:1] and given.parts[0] in _SHIPPED and not given.exists():
+        package = Path(__file__).parent
+        for root in (package / "shipped", package.parent):  # of a wheel, of a checkout
+            if (root / given).exists():
+                return root / given
+    return given
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def build_stage_configs(config: AblationConfig, variant: Variant, seed: int) -> 
     Raises:
         ValueError: A YAML file is not of one of the paper's three stages, or a setting is wrong.
     """
-    from imageconductor.training.stages.registry import load_config
+    from imageconductor.training.stage_configs import load_config
 
     digest = hashlib.sha256(f"{config.model} {config.fresh_motion_controlnet}".encode())
     plan = {}

@@ -24,11 +24,11 @@ import torch
 from accelerate import PartialState
 
 from imageconductor.command_line import parse_command_line
-from imageconductor.data.sprites import SpriteSet
+from imageconductor.data.sprite_world import SpriteSet
 from imageconductor.files import write_text
 from imageconductor.training.loop import leave
 from imageconductor.training.run import run_stage
-from imageconductor.training.stages.registry import load_config
+from imageconductor.training.stage_configs import load_config
 from imageconductor.training.train_config import TrainConfig
 
 

@@ -27,7 +27,8 @@ from imageconductor.checkpoints.assembly import AssemblyConfig, assemble
 from imageconductor.command_line import finite_float, parse_command_line
 from imageconductor.conditioning.flow_map import FlowMapConvention
 from imageconductor.data.batches import Batches, SpriteSamples, scale_pixels
-from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig, caption_words, captions
+from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
+from imageconductor.data.sprites import caption_words, captions
 from imageconductor.evaluation.motion import psnr
 from imageconductor.evaluation.one_step_error import format_errors, measure_one_step_errors
 from imageconductor.files import atomic_folder, atomic_path, check_writable, write_text
@@ -38,7 +39,7 @@ from imageconductor.sampling.pipeline import ImageConductorPipeline, write_model
 from imageconductor.training.autoencoder import AutoencoderConfig, train_autoencoder
 from imageconductor.training.loop import leave
 from imageconductor.training.run import HELD_OUT_SEED, run_stage
-from imageconductor.training.stages.registry import load_config
+from imageconductor.training.stage_configs import load_config
 from imageconductor.training.train_config import TrainConfig
 
 
@@ -157,6 +158,12 @@ def alone(work: Callable[[], object]) -> None:
     PartialState().wait_for_everyone()
 
 
+def has_gpu() -> bool:
+    """Whether this process trains on a GPU."""
+    device = PartialState().device
+    return device is not None and device.type == "cuda"
+
+
 def train_part(config: TrainConfig, clock: Clock) -> None:
     """Trains a stage, the clips of a step shared by the processes.
 
@@ -217,7 +224,7 @@ def train_vae(
         networks = Networks.load(model)
         samples = SpriteSamples(recipe.world, list(SpriteSet), config.frames_per_clip)
         data = Batches(samples, config.batch_size // config.frames_per_clip)
-        workers = recipe.gpu.num_workers if PartialState().device.type == "cuda" else 0
+        workers = recipe.gpu.num_workers if has_gpu() else 0
         if train_autoencoder(networks.vae, data, config, runs, workers) == config.max_steps:
             report_decoded(recipe, networks.vae, runs)
             networks.vae.save_pretrained(model / "vae")
@@ -293,7 +300,7 @@ def new_motion_controlnet(recipe: SpriteRecipe, networks: Networks) -> MotionCon
 def stage_config(path: str, recipe: SpriteRecipe, budget: float, runs: Path, model: Path) -> TrainConfig:
     """A stage's own YAML, with this recipe's folders, world and budget."""
     config, processes = load_config(Path(path)), PartialState().num_processes
-    gpu = recipe.gpu if PartialState().device.type == "cuda" else GpuSettings(batch_factor=1, num_workers=0)
+    gpu = recipe.gpu if has_gpu() else GpuSettings(batch_factor=1, num_workers=0)
     steps, clips = scale_steps(config.max_steps, budget), config.batch_size * gpu.batch_factor
     if clips % processes:
         raise SystemExit(f"{path}: {processes} processes cannot share {clips} clips a step evenly")

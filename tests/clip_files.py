@@ -7,7 +7,8 @@ import tarfile
 import imageio.v3 as iio
 
 from imageconductor.data.clip_records import encode_tracks
-from imageconductor.data.sprites import SpriteDataset, SpriteSet, SpriteWorldConfig
+from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
+from imageconductor.data.sprites import SpriteDataset
 
 SIZE = (32, 32)
 WORLD = SpriteWorldConfig(size=SIZE, num_frames=8, kind=SpriteSet.MIXED, seed=3, grid=3)

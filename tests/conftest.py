@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from imageconductor.data.sprites import SpriteWorldConfig, caption_words
+from imageconductor.data.sprite_world import SpriteWorldConfig
+from imageconductor.data.sprites import caption_words
 from imageconductor.models.adapters import Adapter, adapter_parameters, add_adapter
 from imageconductor.models.networks import Networks
 from imageconductor.models.small_model import SmallModelConfig, build_small_model

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-import sample
 from imageconductor.checkpoints.personalise import load_style_lora
+from imageconductor.commands import sample
 from imageconductor.models.adapters import attached_adapters
 from imageconductor.sampling.job import load_job, prepare
 from imageconductor.sampling.pipeline import ImageConductorPipeline

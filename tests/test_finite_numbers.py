@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import sample
 from imageconductor import config as config_file
 from imageconductor.checkpoints.assembly import AssemblyConfig
 from imageconductor.checkpoints.model_folder import read_sampling_defaults
+from imageconductor.commands import sample
 from imageconductor.conditioning import Trajectories
 from imageconductor.config import list_fields, required_type
 from imageconductor.curation.curate_config import CurateConfig

@@ -1,21 +1,18 @@
 """Commands refuse an output folder that cannot be written before they read a weight."""
 
-from functools import partial
-
 import pytest
 
-from imageconductor.sampling.preview import VideoPreview
-from imageconductor.training.command import main as train
-from scripts import ablations, assemble_model, cache_latents, curate, evaluate
+from imageconductor.commands import assemble, curate, evaluate, train
+from scripts import ablations, cache_latents
 
 COMMANDS = {
-    "train": (partial(train, "", VideoPreview, None), ["stage=camera_lora", "model=nowhere", "output={output}"]),
+    "train": (train.main, ["stage=camera_lora", "model=nowhere", "output={output}"]),
     "evaluate": (evaluate.main, ["model=models/sprites", "--output", "{output}"]),
     "curate": (curate.main, ["input={folder}", "output={output}"]),
     "cache_latents": (cache_latents.main, ["data=[nowhere]", "output={output}"]),
     "ablations": (ablations.main, ["--config", "configs/ablations/loras_sprites.yaml", "output={output}"]),
-    "assemble": (assemble_model.main, ["--config", "configs/model/trained.yaml", "--output", "{output}"]),
-    "export": (assemble_model.main, ["--export", "published", "--model", "models/sprites", "--output", "{output}"]),
+    "assemble": (assemble.main, ["--config", "configs/model/trained.yaml", "--output", "{output}"]),
+    "export": (assemble.main, ["--export", "published", "--model", "models/sprites", "--output", "{output}"]),
 }
 
 

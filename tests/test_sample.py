@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import sample
+from imageconductor.commands import sample
 from imageconductor.conditioning.presets import CAMERA_PRESETS, OBJECT_PRESETS
 from imageconductor.sampling.job import SampleJob, load_job
 

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from imageconductor.checkpoints.domain_adapter import DomainAdapter
 from imageconductor.checkpoints.model_card import read_provenance
 from imageconductor.config import check_finite
-from imageconductor.files import write_text
+from imageconductor.files import find_shipped, write_text
 from imageconductor.models.adapters import WEIGHTS_NAME, adapter_parameters, describe_adapters, load_adapter
 from imageconductor.models.controlnets import MotionControlNet
 from imageconductor.models.networks import Networks
@@ -73,7 +73,7 @@ def locate(name: str | Path, what: str = "file or folder") -> Path:
     Raises:
         FileNotFoundError: Neither exists, or the hub cannot be reached.
     """
-    path = Path(name)
+    path = find_shipped(name)
     if path.exists():
         return path
     if path.is_absolute() or len(path.parts) < 2 or path.parent.is_dir():
@@ -96,7 +96,8 @@ def locate_model(name: str | Path) -> Path:
     Raises:
         FileNotFoundError: There is none.
     """
-    if Path(name).is_file() or (len(Path(name).parts) != 2 and not Path(name).is_dir()):
+    path = find_shipped(name)
+    if path.is_file() or (len(path.parts) != 2 and not path.is_dir()):
         raise FileNotFoundError(f"no model folder at {name}")
     return locate(name, "model folder")
 

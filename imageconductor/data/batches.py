@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from imageconductor.data.sprites import SpriteDataset, SpriteSet, SpriteWorldConfig
+from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
+from imageconductor.data.sprites import SpriteDataset
 
 
 class Samples(Protocol):

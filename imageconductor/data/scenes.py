@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from imageconductor.data.backgrounds import Background, render_background
-from imageconductor.data.shapes import EXTENT, SPRITE_COLOURS, pattern_distance, signed_distance
+from imageconductor.data.shapes import EXTENT, pattern_distance, signed_distance
+from imageconductor.data.sprite_world import SPRITE_COLOURS
 
 _INK, _PAPER = (28.0, 36.0, 84.0), (246.0, 238.0, 216.0)
 
@@ -25,13 +26,13 @@ class Sprite:
     """A coloured shape that moves without turning.
 
     Attributes:
-        shape, colour: keys of `SHAPES` and `SPRITE_COLOURS`.
+        shape, colour: of `SHAPE_NAMES`, and a key of `SPRITE_COLOURS`.
         outline: RGB in [0, 255], of the pattern too.
         radius: world pixels.
         tilt: radians, clockwise on the screen.
         path: (T, 2), its centre in each frame, world coordinates.
         motion: phrase for captions, such as "moves left".
-        pattern: key of `SPRITE_PATTERNS`, drawn on the sprite and fixed to it; None = plain.
+        pattern: of `PATTERN_NAMES`, drawn on the sprite and fixed to it; None = plain.
     """
 
     shape: str

@@ -1,4 +1,4 @@
-"""Signed distances, patterns and colours of the sprites.
+"""Signed distances of the sprites' shapes and patterns.
 
 Every shape has its area centroid at the origin, fits into a circle of radius `EXTENT`, and is upright when y points
 down. Outside a shape the distances are exact near its edges only, which suffices for one pixel of antialiasing.
@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from imageconductor.data.sprite_world import PATTERN_NAMES, SHAPE_NAMES
 
 EXTENT = 1.3  # no shape reaches farther from its centre, in units of its radius
 
@@ -64,15 +66,9 @@ def _cross(x: Tensor, y: Tensor) -> Tensor:
     )
 
 
-SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
-    "star": _star,
-    "diamond": _diamond,
-    "heart": _heart,
-    "cross": _cross,
-}
+SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = dict(
+    zip(SHAPE_NAMES, (_circle, _square, _triangle, _star, _diamond, _heart, _cross), strict=True)
+)
 
 
 def _stripes(x: Tensor, y: Tensor) -> Tensor:
@@ -98,22 +94,9 @@ def _dots(x: Tensor, y: Tensor) -> Tensor:
     return torch.minimum(*lattices) - 0.24
 
 
-SPRITE_PATTERNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "striped": _stripes,
-    "checked": _checks,
-    "dotted": _dots,
-}
-
-SPRITE_COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (228, 32, 44),
-    "orange": (255, 128, 0),
-    "yellow": (255, 222, 24),
-    "green": (22, 172, 64),
-    "cyan": (20, 214, 230),
-    "blue": (34, 74, 236),
-    "purple": (140, 40, 212),
-    "pink": (255, 92, 184),
-}
+SPRITE_PATTERNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = dict(
+    zip(PATTERN_NAMES, (_stripes, _checks, _dots), strict=True)
+)
 
 
 def signed_distance(shape: str, points: Tensor) -> Tensor:

@@ -1,116 +1,33 @@
 """The sprite world: endless synthetic clips with exact trajectories, for training and evaluating the whole method.
 
-This file samples scene parameters at random. `scenes.py` defines a scene and renders it; `shapes.py` and
-`backgrounds.py` define its parts.
+This file samples scene parameters at random, within the settings of `sprite_world.py`. `scenes.py` defines a scene and
+renders it; `shapes.py` and `backgrounds.py` define its parts.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from imageconductor.data.backgrounds import BACKGROUND_COLOURS, PATTERNS, sample_background
 from imageconductor.data.scenes import Scene, Sprite, render, rotation
-from imageconductor.data.shapes import EXTENT, SHAPES, SPRITE_COLOURS, SPRITE_PATTERNS
-
-__all__ = [
-    "Scene",
-    "Sprite",
-    "SpriteDataset",
-    "SpriteSet",
-    "SpriteWorldConfig",
-    "caption_words",
-    "captions",
-    "render",
-    "sample_scene",
-]
+from imageconductor.data.shapes import EXTENT
+from imageconductor.data.sprite_world import (
+    PATTERN_NAMES,
+    SHAPE_NAMES,
+    SPRITE_COLOURS,
+    SpriteSet,
+    SpriteWorldConfig,
+)
 
 _STILL = "stays still"
 _MAX_ATTEMPTS = 200
 _CAMERA_MOVES = (("pan",), ("zoom",), ("roll",), ("pan", "zoom"), ("pan", "roll"))
 _CAMERA_PROBABILITIES = (0.5, 0.16, 0.1, 0.14, 0.1)
-
-
-class SpriteSet(str, Enum):
-    """The moving parts: the camera (as in RealEstate10K), both (as in WebVid), or the sprites (for evaluation)."""
-
-    CAMERA = "camera"
-    MIXED = "mixed"
-    OBJECT = "object"
-
-
-@dataclass(frozen=True)
-class SpriteWorldConfig:
-    """Settings of one endless set of clips.
-
-    Lengths are fractions of the frame's shorter side; ranges are (low, high) over a whole clip.
-    """
-
-    size: tuple[int, int] = (64, 64)  # (W, H) in pixels
-    num_frames: int = 16  # frames per clip
-    kind: SpriteSet = SpriteSet.MIXED  # what moves: camera, object (the sprites), or mixed (both)
-    min_sprites: int = 1  # a clip has min_sprites..max_sprites sprites, each number equally likely
-    max_sprites: int = 2  # at most 3
-    shapes: tuple[str, ...] = tuple(SHAPES)  # shapes of the sprites
-    colours: tuple[str, ...] = tuple(SPRITE_COLOURS)  # colours of the sprites, each at most once in a clip
-    patterns: tuple[str, ...] = ()  # patterns on the sprites: striped, checked, dotted; none = plain sprites
-    keep_clear: bool = False  # sprites stay whole in view and clear of each other during the whole clip
-    background_contrast: float = 1.0  # in (0, 1]; less brings the background's two colours nearer to each other
-    camera_pan: tuple[float, float] = (0.15, 0.35)  # range of a pan, as a fraction of the shorter side
-    camera_zoom: tuple[float, float] = (1.2, 1.5)  # range of the zoom ratio, at least 1; half of the zooms go out
-    camera_roll_deg: tuple[float, float] = (12.0, 28.0)  # range of a roll in degrees, in either direction
-    sprite_radius: tuple[float, float] = (0.09, 0.15)  # range of the radii, as fractions of the shorter side
-    sprite_travel: tuple[float, float] = (0.15, 0.4)  # range of the distances that sprites move, as such fractions
-    still_prob: float = 0.15  # mixed set: probability that the camera, or any sprite but the first, stays still
-    caption_motion_prob: float = 0.5  # probability that a caption also names the motion
-    grid: int = 8  # tracked points along each side of the first frame
-    seed: int = 0  # seed of the set; another one gives a validation set
-    style: Literal["colour", "ink"] = "colour"  # ink: the same brightness in blue ink on cream paper
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", SpriteSet(self.kind))
-        for name in ("size", "camera_pan", "camera_zoom", "camera_roll_deg", "sprite_radius", "sprite_travel"):
-            value = tuple(getattr(self, name))  # YAML gives lists
-            object.__setattr__(self, name, value)
-            if len(value) != 2:
-                raise ValueError(f"{name} needs two values, got {value}")
-            if name != "size" and not 0 <= value[0] <= value[1]:
-                raise ValueError(f"{name} must be a range with 0 <= low <= high, got {value}")
-        if min(self.size) < 16:
-            raise ValueError(f"size must be at least 16 x 16 pixels, got {self.size}")
-        if self.num_frames < 1:
-            raise ValueError(f"num_frames must be at least 1, got {self.num_frames}")
-        for name, known in (("shapes", SHAPES), ("colours", SPRITE_COLOURS), ("patterns", SPRITE_PATTERNS)):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-            if unknown := [value for value in getattr(self, name) if value not in known]:
-                raise ValueError(f"{name}: there is no {unknown[0]!r}, only {', '.join(known)}")
-        if not self.shapes:
-            raise ValueError("shapes must name at least one")
-        if not 1 <= self.max_sprites <= 3:
-            raise ValueError(f"max_sprites must be 1, 2 or 3, got {self.max_sprites}")
-        if not 1 <= self.min_sprites <= self.max_sprites:
-            raise ValueError(f"min_sprites must lie in 1..max_sprites={self.max_sprites}, got {self.min_sprites}")
-        if len(set(self.colours)) < self.max_sprites:
-            raise ValueError(f"colours must name at least max_sprites={self.max_sprites}, got {self.colours}")
-        if not 0 < self.background_contrast <= 1:
-            raise ValueError(f"background_contrast must lie in (0, 1], got {self.background_contrast}")
-        if self.camera_zoom[0] < 1:
-            raise ValueError(f"camera_zoom is a ratio of at least 1, got {self.camera_zoom}")
-        if not 0 < self.sprite_radius[0] <= self.sprite_radius[1] <= 0.3:
-            raise ValueError(f"sprite_radius must lie in (0, 0.3], got {self.sprite_radius}")
-        for name in ("still_prob", "caption_motion_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.grid < 1:
-            raise ValueError(f"grid must be at least 1, got {self.grid}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
 
 
 def _sample_profile(rng: np.random.Generator, num_frames: int) -> tuple[np.ndarray, bool]:
@@ -292,7 +209,7 @@ def caption_words() -> list[str]:
     frame = "a an and on background the camera stays still pans moves left right up down returns"
     turns = "zooms in out rolls clockwise counterclockwise"
     return sorted(
-        {*frame.split(), *turns.split(), *SHAPES, *SPRITE_COLOURS, *SPRITE_PATTERNS, *BACKGROUND_COLOURS, *PATTERNS}
+        {*frame.split(), *turns.split(), *SHAPE_NAMES, *SPRITE_COLOURS, *PATTERN_NAMES, *BACKGROUND_COLOURS, *PATTERNS}
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from imageconductor.conditioning.presets import CAMERA_PRESETS, OBJECT_PRESETS, camera_preset, object_preset
 from imageconductor.conditioning.trajectory_json import check_size
+from imageconductor.files import find_shipped
 
 _KEYS = ("size", "num_frames", "strength", "camera_presets", "object_presets", "trajectories_sha256", "seeds")
 
@@ -49,9 +50,10 @@ class FixedRequests:
             FileNotFoundError: There is no file.
             ValueError: It holds no set of requests, or this version draws its presets in another way.
         """
-        if not Path(path).is_file():
+        path = find_shipped(path)
+        if not path.is_file():
             raise FileNotFoundError(f"fixed_requests: no file at {path}")
-        data = Path(path).read_bytes()
+        data = path.read_bytes()
         try:
             content = cast("dict[str, Any]", json.loads(data.decode("utf-8")))
             missing = [key for key in _KEYS if key not in content]

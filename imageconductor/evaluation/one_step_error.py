@@ -17,7 +17,8 @@ from imageconductor.conditioning.flow_map import flow_map
 from imageconductor.data.batches import scale_pixels
 from imageconductor.data.scenes import Scene
 from imageconductor.data.sparse_tracks import sample_sparse
-from imageconductor.data.sprites import SpriteDataset, SpriteSet, SpriteWorldConfig
+from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
+from imageconductor.data.sprites import SpriteDataset
 from imageconductor.models.denoiser import Condition
 from imageconductor.models.networks import Networks
 

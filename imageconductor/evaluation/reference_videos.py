@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imageconductor.conditioning import cover_crop
-from imageconductor.data.sprites import SpriteSet, sample_scene
+from imageconductor.data.sprite_world import SpriteSet
+from imageconductor.data.sprites import sample_scene
 from imageconductor.evaluation.evaluate_config import EvaluateConfig
 from imageconductor.evaluation.requests import build_world, render_frames
 

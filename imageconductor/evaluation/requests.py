@@ -25,7 +25,8 @@ from PIL import Image
 
 from imageconductor.conditioning import Trajectories, camera_preset, cover_crop, load_image, object_preset
 from imageconductor.conditioning.trajectories import inside
-from imageconductor.data.sprites import Scene, SpriteSet, SpriteWorldConfig, render, sample_scene
+from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
+from imageconductor.data.sprites import Scene, render, sample_scene
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, RequestSet
 from imageconductor.evaluation.fixed_requests import FixedRequests
 from imageconductor.files import read_text

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig
+from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
+from imageconductor.files import find_shipped
 
 
 @dataclass
@@ -123,6 +124,7 @@ class TrainConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.model = str(find_shipped(self.model))
         check_sources(self.data)
         if not self.sets:
             raise ValueError("sets must name at least one of camera, mixed, object")

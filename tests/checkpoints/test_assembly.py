@@ -18,19 +18,19 @@ from imageconductor.checkpoints import assembly
 from imageconductor.checkpoints.domain_adapter import DomainAdapter
 from imageconductor.checkpoints.personalise import personalise
 from imageconductor.checkpoints.published import from_published, load_published, to_published
+from imageconductor.commands import assemble
 from imageconductor.conditioning import camera_preset
 from imageconductor.models.adapters import Adapter, adapter_parameters, add_adapter, save_adapter
 from imageconductor.models.controlnets import MotionControlNet
 from imageconductor.models.networks import Networks
 from imageconductor.sampling.pipeline import ImageConductorPipeline
-from scripts import assemble_model
 
 HEADS = CONFIG["motion_heads"]
 PUBLISHED = {"unet": "unet", "image_controlnet": "image_controlnet", "motion_controlnet": "flow_controlnet"}
 
 
 def command(*arguments):
-    return assemble_model.main([str(argument) for argument in arguments])
+    return assemble.main([str(argument) for argument in arguments])
 
 
 def published_recipe(folder, stable_diffusion, suffix=".ckpt"):

@@ -8,8 +8,8 @@ import torch
 from diffusers.utils import hub_utils
 from huggingface_hub import ModelCard
 
+from imageconductor.commands import assemble
 from imageconductor.sampling.pipeline import ImageConductorPipeline
-from scripts import assemble_model
 
 
 def test_a_folder_goes_to_the_hub_and_comes_back(tiny_model, tmp_path, monkeypatch, capsys):
@@ -28,7 +28,7 @@ def test_a_folder_goes_to_the_hub_and_comes_back(tiny_model, tmp_path, monkeypat
     (tmp_path / "results.json").write_text(json.dumps({"cam_mc": 1.234, "intervals": {"cam_mc": interval}}))
 
     arguments = ["--push-to-hub", "lab/conductor", "--model", tiny_model, "--results", tmp_path / "results.json"]
-    assert assemble_model.main([str(argument) for argument in arguments]) == 0
+    assert assemble.main([str(argument) for argument in arguments]) == 0
     assert "https://hub/lab/conductor" in capsys.readouterr().out
     card = (hub / "lab" / "conductor" / "README.md").read_text()
     assert 'from_pretrained("lab/conductor")' in card

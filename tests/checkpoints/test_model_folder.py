@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import sample
 from imageconductor.checkpoints.model_folder import (
     adapter_names,
     check_adapters,
@@ -18,6 +17,7 @@ from imageconductor.checkpoints.model_folder import (
     read_dtype,
     read_sampling_defaults,
 )
+from imageconductor.commands import sample
 from imageconductor.models.adapters import attached_adapters
 from imageconductor.models.networks import Networks
 from imageconductor.models.weights import find_weights

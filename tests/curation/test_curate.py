@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from imageconductor import config as config_file
+from imageconductor.commands import curate
 from imageconductor.curation.curate_config import CurateConfig
 from imageconductor.data.clip_index import find_clips, index_path
 from imageconductor.training.run import run_stage
 from imageconductor.training.stages.registry import find_stage
-from scripts import curate
 
 ROOT = Path(__file__).parents[2]
 SIZE = (256, 128)  # from footage of 192x128

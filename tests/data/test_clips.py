@@ -14,11 +14,13 @@ from imageconductor.data.batches import Batches, SpriteSamples, sample_frames, s
 from imageconductor.data.clip_index import find_clips
 from imageconductor.data.clip_records import CorruptClipError, encode_tracks
 from imageconductor.data.clips import ClipSamples, MixedOrder, ShuffledOrder
-from imageconductor.data.sprites import SpriteDataset, SpriteSet
+from imageconductor.data.sprite_world import SpriteSet
+from imageconductor.data.sprites import SpriteDataset
 from imageconductor.models.networks import Networks
 from imageconductor.sampling.preview import VideoPreview
 from imageconductor.training.run import run_stage
-from imageconductor.training.stages.registry import find_stage, load_config
+from imageconductor.training.stage_configs import load_config
+from imageconductor.training.stages.registry import find_stage
 from scripts import cache_latents
 
 

@@ -11,8 +11,9 @@ import torch
 
 from imageconductor.data.batches import SpriteSamples, sample_frames
 from imageconductor.data.scenes import render, rotation
-from imageconductor.data.shapes import EXTENT, SPRITE_COLOURS, SPRITE_PATTERNS, pattern_distance, signed_distance
-from imageconductor.data.sprites import SpriteDataset, SpriteSet, SpriteWorldConfig, caption_words, sample_scene
+from imageconductor.data.shapes import EXTENT, SPRITE_PATTERNS, pattern_distance, signed_distance
+from imageconductor.data.sprite_world import SPRITE_COLOURS, SpriteSet, SpriteWorldConfig
+from imageconductor.data.sprites import SpriteDataset, caption_words, sample_scene
 
 PATTERNED = SpriteWorldConfig(
     min_sprites=2,

@@ -12,20 +12,9 @@ import torch
 
 from imageconductor.data.backgrounds import BACKGROUND_COLOURS, Background, sample_background
 from imageconductor.data.scenes import Scene, Sprite, render, rotation
-from imageconductor.data.shapes import (
-    EXTENT,
-    SHAPES,
-    SPRITE_COLOURS,
-    signed_distance,
-)
-from imageconductor.data.sprites import (
-    SpriteDataset,
-    SpriteSet,
-    SpriteWorldConfig,
-    caption_words,
-    captions,
-    sample_scene,
-)
+from imageconductor.data.shapes import EXTENT, SHAPES, signed_distance
+from imageconductor.data.sprite_world import SPRITE_COLOURS, SpriteSet, SpriteWorldConfig
+from imageconductor.data.sprites import SpriteDataset, caption_words, captions, sample_scene
 
 T = 8
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imageconductor.commands.evaluate import main
 from imageconductor.conditioning.presets import CAMERA_PRESETS, OBJECT_PRESETS
 from imageconductor.evaluation.evaluate_config import EvaluateConfig
 from imageconductor.evaluation.fixed_requests import FixedRequests
 from imageconductor.evaluation.requests import build_requests
 from imageconductor.evaluation.video_format import resolve_formats
-from scripts.evaluate import main
 
 PUBLIC = Path(__file__).parents[2] / "configs" / "evaluate" / "table1_requests.json"
 

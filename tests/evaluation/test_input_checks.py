@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from imageconductor.commands.evaluate import main
 from imageconductor.evaluation import protocol
-from scripts.evaluate import main
 
 OWN = ["motions=own", "num_scenes=1", "size=[64,64]", "num_frames=16", "device=cpu"]
 

@@ -7,7 +7,8 @@ import torch
 from conftest import TINY, TINY_WORLD, tiny_networks
 
 from imageconductor.data.scenes import render
-from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig, caption_words, sample_scene
+from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
+from imageconductor.data.sprites import caption_words, sample_scene
 from imageconductor.evaluation.one_step_error import format_errors, measure_one_step_errors, warp
 from imageconductor.models.small_model import build_small_model
 

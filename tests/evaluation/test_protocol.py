@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from imageconductor import config as config_file
+from imageconductor.commands.evaluate import main
 from imageconductor.conditioning import Trajectories, camera_preset
 from imageconductor.data.trackers import LucasKanadeTracker
 from imageconductor.evaluation import protocol
@@ -23,7 +24,6 @@ from imageconductor.evaluation.requests import build_requests
 from imageconductor.evaluation.scores import measure
 from imageconductor.evaluation.video_files import read_video
 from imageconductor.sampling.video import upscale_for_viewing, write_mp4
-from scripts.evaluate import main
 
 SIZE, FRAMES = (64, 64), 16
 ROOT = Path(__file__).parents[2]

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from imageconductor.commands.evaluate import main
 from imageconductor.evaluation import distances, reference_statistics
 from imageconductor.evaluation.appearance import ClipScorer
 from imageconductor.evaluation.evaluate_config import EvaluateConfig
 from imageconductor.evaluation.protocol import Evaluation
 from imageconductor.evaluation.report import format_latex, format_markdown
 from imageconductor.evaluation.scores import describe_failure, summarise_scores
-from scripts.evaluate import main
 
 SCENES = ["motions=own", "num_scenes=3", "size=[64,64]", "num_frames=16", "device=cpu", "shown=1"]
 

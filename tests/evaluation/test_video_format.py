@@ -12,6 +12,7 @@ from footage import texture
 from PIL import Image
 
 from imageconductor import config as config_file
+from imageconductor.commands.evaluate import main
 from imageconductor.conditioning import Trajectories, cover_crop, load_image
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method
 from imageconductor.evaluation.protocol import Evaluation
@@ -19,7 +20,6 @@ from imageconductor.evaluation.report import format_markdown
 from imageconductor.evaluation.requests import Request, build_requests
 from imageconductor.evaluation.video_format import VideoFormat, fit_requests, resolve_formats
 from imageconductor.sampling.video import write_mp4
-from scripts.evaluate import main
 
 DRAWN = VideoFormat((384, 256), 16)
 DRAGNUWA = "{videos: %s, size: [576, 320], num_frames: 14}"

@@ -10,9 +10,9 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-import sample
 from imageconductor.checkpoints.domain_adapter import DomainAdapter
 from imageconductor.checkpoints.model_folder import PIPELINE_CODE
+from imageconductor.commands import sample
 from imageconductor.conditioning import camera_preset
 from imageconductor.models.adapters import attached_adapters
 from imageconductor.sampling.pipeline import ImageConductorPipeline

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from imageconductor.data.batches import Batches, SpriteSamples, scale_pixels
-from imageconductor.data.sprites import SpriteSet, SpriteWorldConfig
+from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
 from imageconductor.models.networks import Networks
 from imageconductor.training.autoencoder import AutoencoderConfig, shift, train_autoencoder
 from imageconductor.training.patch_discriminator import PatchDiscriminator

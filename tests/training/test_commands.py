@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-import train as train_command
-from imageconductor.sampling.preview import VideoPreview
-from imageconductor.training.command import main
-from imageconductor.training.stages.registry import STAGES, load_config
+from imageconductor.commands.train import main
+from imageconductor.training.stage_configs import load_config
+from imageconductor.training.stages.registry import STAGES
 from imageconductor.training.train_config import TrainConfig
 from scripts import smoke_training
 
@@ -44,10 +43,10 @@ def test_a_command_trains_a_part(name, tiny_model, tmp_path, capsys):
     overrides += ["lora_rank=2"] if name.endswith("_lora") else []
     config = ["--config", f"{SPRITES}/{'motion_controlnet_dense' if name == 'motion_controlnet' else name}.yaml"]
     door = name if name in DOORS else None
-    assert main("", train_command.previews, door, [*config, *overrides]) == 0
+    assert main([*config, *overrides], door) == 0
     assert (tmp_path / name).is_dir()
     assert capsys.readouterr().out.strip() == f"{tmp_path}/{name}"
-    assert main("", VideoPreview, door, [*config, *overrides, "model=nowhere"]) == 2
+    assert main([*config, *overrides, "model=nowhere"], door) == 2
     assert "no model folder at nowhere" in capsys.readouterr().err
 
 
@@ -84,7 +83,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_bad_settings_are_told_in_one_line(name, capsys):
     stage, arguments, words = REFUSED[name]
-    assert main("", VideoPreview, stage, arguments) == 2
+    assert main(arguments, stage) == 2
     said = capsys.readouterr()
     assert not said.out
     (line,) = said.err.splitlines()
@@ -95,7 +94,7 @@ def test_bad_settings_are_told_in_one_line(name, capsys):
 def test_a_yaml_without_its_stage_is_refused_by_a_door_too(tmp_path, capsys):
     path = tmp_path / "old.yaml"
     path.write_text("max_steps: 3\n")
-    assert main("", VideoPreview, "camera_lora", ["--config", str(path)]) == 2
+    assert main(["--config", str(path)], "camera_lora") == 2
     assert "old.yaml does not say its stage; add stage: camera_lora" in capsys.readouterr().err
 
 
@@ -106,7 +105,7 @@ def test_help_lists_the_stages_or_the_settings_of_one(capsys):
         (["stage=style_lora", "--help"], ["lora_rank"], ["max_tracks"]),
     ):
         with pytest.raises(SystemExit) as end:
-            main("Trains.", VideoPreview, None, arguments)
+            main(arguments)
         assert end.value.code == 0
         text = capsys.readouterr().out
         assert all(word in text for word in shown)

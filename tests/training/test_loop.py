@@ -16,9 +16,9 @@ from imageconductor.training.engines import build_engine
 from imageconductor.training.loop import train
 from imageconductor.training.optimizers import build_optimizer
 from imageconductor.training.run import run_stage
+from imageconductor.training.stage_configs import load_config
 from imageconductor.training.stages.base import ParameterGroup
 from imageconductor.training.stages.image_conductor import ObjectLoraStage
-from imageconductor.training.stages.registry import load_config
 
 NEEDS_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs PyTorch 2.9")
 

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-import train as train_command
+from imageconductor.commands.train import main
 from imageconductor.training import checkpointing
-from imageconductor.training.command import main
 from imageconductor.training.loop import train
 from imageconductor.training.record import RunRecord, check_continuation
 from imageconductor.training.run import run_stage
-from imageconductor.training.stages.registry import load_config
+from imageconductor.training.stage_configs import load_config
 
 
 def leave_record(config):
@@ -112,7 +111,7 @@ def test_a_refused_run_leaves_its_folder_as_it_was(trained, capsys):
     folder = Path(trained.output)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     command = ["--config", f"{folder}/config.yaml", "max_steps=3"]
-    assert main("", train_command.previews, None, [*command, "lora_rank=4"]) == 2
+    assert main([*command, "lora_rank=4"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {folder} holds a run with lora_rank=2, now 4")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

@@ -9,7 +9,7 @@ import torch
 
 from imageconductor.data.batches import collate
 from imageconductor.training.run import read_held_out, run_stage
-from imageconductor.training.stages.registry import load_config
+from imageconductor.training.stage_configs import load_config
 from imageconductor.training.train_config import TrainConfig
 
 STILL = 1e-30  # a learning rate that changes nothing

@@ -6,35 +6,17 @@ It stands in for the pretraining of SD-1.5, AnimateDiff v3 and SparseCtrl (scrip
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from imageconductor.models.denoiser import Condition
 from imageconductor.models.networks import Networks
+from imageconductor.training.stage_configs import FoundationConfig
 from imageconductor.training.stages.base import TrajectoryStage
-from imageconductor.training.train_config import TrajectoryConfig, check_fractions
-
-
-@dataclass
-class FoundationConfig(TrajectoryConfig):
-    """Settings of the foundation."""
-
-    stage: Literal["foundation"] = "foundation"
-    # A motion ControlNet learns along, so that the UNet can be controlled later (docs/decisions.md, 19); without it
-    # no trajectories are seen.
-    train_motion_controlnet: bool = False
-    motion_dropout: float = 0.25  # probability that a clip's trajectories are dropped
-
-    FIXED = TrajectoryConfig.FIXED | {"train_motion_controlnet"}
-    RENAMED: ClassVar[dict[str, str]] = {**TrajectoryConfig.RENAMED, "steered": "train_motion_controlnet"}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_fractions(self, "motion_dropout")
 
 
 class FoundationStage(TrajectoryStage):

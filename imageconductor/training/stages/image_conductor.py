@@ -10,9 +10,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,50 +28,16 @@ from imageconductor.models.adapters import (
 )
 from imageconductor.models.denoiser import Condition
 from imageconductor.models.networks import Networks
+from imageconductor.training.stage_configs import (
+    CameraLoraConfig,
+    LoraStageConfig,
+    MotionControlNetConfig,
+    ObjectLoraConfig,
+)
 from imageconductor.training.stages.base import TrajectoryStage
-from imageconductor.training.train_config import TrainConfig, TrajectoryConfig
+from imageconductor.training.train_config import TrainConfig
 
 CAMERA, OBJECT = Adapter.CAMERA.value, Adapter.OBJECT.value
-
-
-@dataclass
-class MotionControlNetConfig(TrajectoryConfig):
-    """Settings of stage 1."""
-
-    stage: Literal["motion_controlnet"] = "motion_controlnet"
-
-
-@dataclass
-class LoraStageConfig(TrajectoryConfig):
-    """Settings of stages 2 and 3."""
-
-    lora_rank: int = 64  # = alpha, as the release
-    lora_targets: Literal["all", "linear"] = "all"  # the release adapts convolutions too, the paper says linear
-
-    FIXED = TrajectoryConfig.FIXED | {"lora_rank", "lora_targets"}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.lora_rank < 1:
-            raise ValueError(f"lora_rank must be at least 1, got {self.lora_rank}")
-
-
-@dataclass
-class CameraLoraConfig(LoraStageConfig):
-    """Settings of stage 2."""
-
-    stage: Literal["camera_lora"] = "camera_lora"
-
-
-@dataclass
-class ObjectLoraConfig(LoraStageConfig):
-    """Settings of stage 3."""
-
-    stage: Literal["object_lora"] = "object_lora"
-    camera_lora: str | None = None  # folder of the camera LoRA; null = the model's
-    orthogonal_weight: float = 0.1  # lambda on Eq. 4; the paper does not give it
-    orthogonal_target: Literal["identity", "zero"] = "identity"  # as printed, or true orthogonality
-    orthogonal_linear_only: bool = True  # Eq. 4 speaks of linear layers
 
 
 class MotionControlNetStage(TrajectoryStage):

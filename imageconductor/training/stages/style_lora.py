@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,26 +18,11 @@ from imageconductor.models.adapters import (
     save_for_diffusers,
 )
 from imageconductor.models.networks import Networks
+from imageconductor.training.stage_configs import StyleLoraConfig
 from imageconductor.training.stages.base import Stage
-from imageconductor.training.train_config import TrainConfig
 
 STYLE = "style"
 _MAX_TRACKS = 8
-
-
-@dataclass
-class StyleLoraConfig(TrainConfig):
-    """Settings of a style LoRA."""
-
-    stage: Literal["style_lora"] = "style_lora"
-    lora_rank: int = 64  # = alpha
-
-    FIXED = TrainConfig.FIXED | {"lora_rank"}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.lora_rank < 1:
-            raise ValueError(f"lora_rank must be at least 1, got {self.lora_rank}")
 
 
 class StyleLoraStage(Stage):

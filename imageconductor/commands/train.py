@@ -1,4 +1,9 @@
-"""The command of `train.py` and of the three scripts that train one stage each."""
+"""Trains any stage from its YAML, which says `stage: NAME`.
+
+imageconductor train --config configs/train/sprites/camera_lora.yaml max_steps=100
+On several GPUs: accelerate launch train.py --config FILE [key=value ...]
+An interrupted run goes on where it stopped. `--config FILE --help` lists the settings of the file's stage.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +12,20 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from imageconductor.command_line import describe
-from imageconductor.training.stages.registry import STAGES, find_stage, load_config, stated_stage
+from imageconductor.files import find_shipped
+from imageconductor.training.stage_configs import STAGE_CONFIGS, check_stage, load_config, stated_stage
 from imageconductor.training.train_config import TrainConfig
 
-if TYPE_CHECKING:
-    from imageconductor.training.run import PreviewFactory
 
-
-def main(
-    description: str, previews: PreviewFactory, stage: str | None = None, argv: Sequence[str] | None = None
-) -> int:
-    """Runs a training command and gives its exit code; 2 = bad input, told in one line.
+def main(argv: Sequence[str] | None = None, stage: str | None = None, description: str = __doc__ or "") -> int:
+    """Runs the command and gives its exit code; 2 = bad input, told in one line.
 
     Args:
-        description: Shown by `--help`, before the list of settings.
-        previews: Makes the previews, as `run_stage`.
-        stage: The only stage that the command trains; None = the one that the settings name.
         argv: Arguments; None = the command line's.
+        stage: The only stage that the command trains; None = the one that the settings name.
+        description: Shown by `--help`, before the list of settings.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -39,11 +38,12 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from accelerate import PartialState
 
+    from imageconductor.sampling.preview import VideoPreview
     from imageconductor.training.loop import leave
     from imageconductor.training.run import run_stage
 
     try:
-        run_stage(config, previews)
+        run_stage(config, VideoPreview)
         leave()
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -65,13 +65,15 @@ def build_parser(description: str, stage: str | None, argv: Sequence[str]) -> ar
     known, _ = peek.parse_known_intermixed_args([text for text in argv if text not in ("-h", "--help")])
     name = stated_stage(known.config, known.overrides) or stage
     if name is None:
-        lines = [f"  {stage.name:<20} {(stage.__doc__ or '').splitlines()[0]}" for stage in STAGES.values()]
+        lines = [f"  {name:<20} {(stage.__doc__ or '').splitlines()[0]}" for name, stage in STAGE_CONFIGS.items()]
         epilog = "\n".join(["stages:", *lines, "", "Settings that all stages share:", describe(TrainConfig)])
     else:
-        epilog = f"stage {name}\n{describe(find_stage(name).Config)}"
+        epilog = f"stage {name}\n{describe(STAGE_CONFIGS[check_stage(name)])}"
     parser = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file; what it leaves out keeps its default")
+    parser.add_argument(
+        "--config", type=find_shipped, metavar="FILE", help="YAML file; what it leaves out keeps its default"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes one setting; wins over the file")
     return parser

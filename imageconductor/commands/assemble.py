@@ -1,0 +1,126 @@
+"""Makes a model folder from its parts, once; writes a folder's networks as the authors' files; or uploads a folder.
+
+    imageconductor assemble --config configs/model/image_conductor_v1.yaml --output models/image_conductor_v1
+    imageconductor assemble --config configs/model/trained.yaml --output models/mine
+    imageconductor assemble --export published --model models/sprites --output exported
+    imageconductor assemble --push-to-hub organisation/name --model models/mine --results results/results.json
+
+docs/weights.md says which files to download. A part that does not fit is refused with every key that is missing, left
+over or mis-shaped, and nothing is written. The folder's sources.json records each file's SHA-256, its README.md is a
+model card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from imageconductor import config as config_file
+from imageconductor.files import atomic_folder, check_writable, find_shipped
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; 2 = bad input, told in one line; 1 = the machine's fault."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=find_shipped, metavar="FILE", help="recipe; configs/model holds those we know")
+    parser.add_argument("--export", choices=["published"], help="write a folder's networks under the published names")
+    parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload a folder, with a card that sums it up")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="with --export and --push-to-hub")
+    parser.add_argument("--format", choices=["safetensors", "ckpt"], default="safetensors", help="with --export")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="with --push-to-hub: imageconductor evaluate's figures"
+    )
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub: a new repository is private")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="new folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes one setting of the recipe")
+    args = parser.parse_intermixed_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    output: Path | None = args.output
+    try:
+        if [bool(args.config), bool(args.export), bool(args.push_to_hub)].count(True) != 1:
+            raise ValueError("give one of --config FILE, --export published and --push-to-hub ORG/NAME")
+        if bool(args.model) == bool(args.config):
+            raise ValueError("--model FOLDER goes with --export and --push-to-hub")
+        if args.push_to_hub:
+            print(push(args.model, args.push_to_hub, args.results, args.private))
+            return 0
+        if output is None:
+            raise ValueError("--output DIR is missing")
+        check_writable(output)
+        if output.exists():
+            raise ValueError(f"{output} exists; name another --output")
+        if args.export:
+            export(args.model, args.format, output)
+        else:
+            assemble_folder(args.config, args.overrides, output)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # A full disk, or something that appeared at the output meanwhile.
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(output)
+    return 0
+
+
+def assemble_folder(path: Path, overrides: list[str], output: Path) -> None:
+    """Checks and loads every part of a recipe, and writes the model folder."""
+    from imageconductor.checkpoints.assembly import AssemblyConfig, assemble
+    from imageconductor.sampling.pipeline import write_model_folder
+
+    assembly = assemble(config_file.load(AssemblyConfig, path, overrides))
+    for name, source in json.loads(assembly.provenance["sources.json"])["sources"].items():
+        print(f"{name}: {source['keys']} tensors from {source['path']}")
+    write_model_folder(assembly, output)
+
+
+def export(model: Path, form: str, output: Path) -> None:
+    """Writes the three published files of a model folder, and its LoRAs."""
+    import torch
+    from safetensors.torch import save_file
+
+    from imageconductor.checkpoints.model_folder import adapter_folder
+    from imageconductor.checkpoints.published import PUBLISHED_ADAPTERS, to_published
+    from imageconductor.models.adapters import WEIGHTS_NAME, attached_adapters
+
+    pipe = load(model)
+    attached = attached_adapters(pipe.motion_controlnet)
+    adapters = [name for name in PUBLISHED_ADAPTERS.values() if name in attached]
+    states = {
+        "unet": to_published(pipe.unet),
+        "image_controlnet": to_published(pipe.image_controlnet),
+        "flow_controlnet": to_published(pipe.motion_controlnet, adapters),
+    }
+    with atomic_folder(output) as folder:
+        for name, state in states.items():
+            tensors = {key: value.contiguous().clone() for key, value in state.items()}
+            if form == "ckpt":
+                torch.save({"state_dict": tensors}, folder / f"{name}.ckpt")
+            else:
+                save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
+        for name in adapters:
+            shutil.copyfile(adapter_folder(model, name) / WEIGHTS_NAME, folder / f"{name}_lora.safetensors")
+
+
+def load(model: Path) -> Any:
+    """The pipeline of a folder, in the precision of its files."""
+    from imageconductor.checkpoints.model_folder import read_dtype, read_sampling_defaults
+    from imageconductor.sampling.pipeline import ImageConductorPipeline
+
+    read_sampling_defaults(model)
+    return ImageConductorPipeline.from_pretrained(model, dtype=read_dtype(model))
+
+
+def push(model: Path, repository: str, results: Path | None, private: bool) -> str:
+    """Uploads a model folder; returns the commit's address."""
+    if results is not None and not results.is_file():
+        raise FileNotFoundError(f"no file at {results}")
+    pipe = load(model)
+    if results is not None:
+        pipe.provenance["results.json"] = results.read_text()
+    return str(pipe.push_to_hub(repository, private=private or None))

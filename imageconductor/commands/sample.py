@@ -1,0 +1,70 @@
+"""One image, a prompt and drawn trajectories become a video.
+
+Without arguments: the bundled model, image and trajectories (configs/sample/sprites.yaml).
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from imageconductor.command_line import add_arguments
+from imageconductor.files import atomic_folder, check_new_folder, find_shipped
+from imageconductor.sampling.job import SampleJob, load_job, load_pipeline, prepare, render, write
+
+DEFAULT_CONFIG = Path("configs/sample/sprites.yaml")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options: the fields of `SampleJob`, where the files go, and a YAML file of the same settings."""
+    from imageconductor.conditioning.presets import PRESET_HELP
+
+    presets = "\n".join(f"  {name:<16} {text}" for name, text in PRESET_HELP.items())
+    p = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"presets:\n{presets}\n\nVideos smaller than 256 pixels are enlarged by a whole factor.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(p, SampleJob)
+    p.add_argument("--output", type=Path, metavar="FOLDER", help="new folder for the files; default: outputs/TIME")
+    p.add_argument(
+        "--config", type=find_shipped, metavar="FILE", help="YAML of the same settings, e.g. a run.yaml; options win"
+    )
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and gives its exit code: 2 = bad input, 1 = the machine's fault, 130 = interrupted."""
+    args = vars(parser().parse_args(argv))
+    output: Path = args.pop("output") or Path("outputs") / time.strftime("%Y-%m-%d-%H%M%S")
+    config = args.pop("config")
+    if config is None and "image" not in args:
+        config = find_shipped(DEFAULT_CONFIG)
+    try:
+        check_new_folder(output)
+        inputs = prepare(build_job(config, args))
+        with atomic_folder(output) as folder:  # opened first, so that a place that cannot be written costs no video
+            videos = render(load_pipeline(inputs.job), [inputs])[0]
+            write(inputs, videos, folder)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # A full disk, or something that appeared at the output meanwhile.
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    print("\n".join(str(path) for path in sorted(output.iterdir())))
+    return 0
+
+
+def build_job(config: Path | None, options: dict) -> SampleJob:
+    """The job that YAML and options ask for; a preset replaces the YAML's trajectories, and the other way round."""
+    job = SampleJob() if config is None else load_job(config)
+    if "preset" in options and "trajectories" not in options:
+        job = replace(job, trajectories=None)
+    elif "trajectories" in options and "preset" not in options:
+        job = replace(job, preset=None)
+    return replace(job, **options)
