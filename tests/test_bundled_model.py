@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+import diffusers
+import numpy as np
+import pytest
 import torch
 
 from imageconductor.checkpoints.personalise import load_style_lora
 from imageconductor.commands import sample
+from imageconductor.evaluation.motion import psnr
 from imageconductor.models.adapters import attached_adapters
 from imageconductor.sampling.job import load_job, prepare
 from imageconductor.sampling.pipeline import ImageConductorPipeline
@@ -23,6 +27,31 @@ def test_it_loads_and_makes_a_video():
     assert frames.std() > 0.05
 
 
+SCHEDULERS = {
+    "DDIMScheduler": {},
+    "DPMSolverMultistepScheduler": {},  # DPM++ 2M
+    "EulerDiscreteScheduler": {},
+    "EulerAncestralDiscreteScheduler": {},
+    "UniPCMultistepScheduler": {},
+    "LCMScheduler": {"original_inference_steps": 1000},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_it_makes_a_sane_video_with_each_usual_scheduler(name):
+    inputs = prepare(load_job(sample.DEFAULT_CONFIG))
+    pipe = ImageConductorPipeline.from_pretrained(inputs.job.model, dtype=torch.bfloat16)
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **SCHEDULERS[name])
+    pipe.set_progress_bar_config(disable=True)
+    tracks, job = inputs.trajectories, inputs.job
+    video = pipe(inputs.image, tracks, job.prompt, seed=1, num_inference_steps=6, output_type="np").frames[0]
+    assert psnr(video[0], np.asarray(inputs.image) / 255) > 25
+    ends = tracks.points[:, -1].round().int()  # the yellow square has come to the end of its track
+    yellow = video[-1, ends[0, 1], ends[0, 0]]
+    assert yellow[:2].min() > yellow[2] + 0.3
+
+
 def test_its_style_lora_fits_it_and_acts():
     model = Path(load_job(sample.DEFAULT_CONFIG).model)
     pipe = ImageConductorPipeline.from_pretrained(model)
@@ -36,6 +65,6 @@ def test_its_style_lora_fits_it_and_acts():
 
 
 def test_it_stays_small():
-    folder = Path(sample.__file__).parent / "models" / "sprites"
+    folder = Path(__file__).parents[1] / "models" / "sprites"
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 50e6
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".ckpt", ".pt")]

@@ -3,7 +3,7 @@
 from imageconductor.conditioning.first_frame import (
     cover_crop,
     encode_first_frame,
-    first_frame_condition,
+    keyframe_condition,
     load_image,
     to_pixels,
     to_rgb,
@@ -28,8 +28,8 @@ __all__ = [
     "camera_preset",
     "cover_crop",
     "encode_first_frame",
-    "first_frame_condition",
     "flow_map",
+    "keyframe_condition",
     "load_image",
     "object_preset",
     "to_pixels",

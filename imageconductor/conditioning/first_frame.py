@@ -1,5 +1,6 @@
-"""The first frame, from a picture file to the condition of the image ControlNet."""
+"""The first frame, or several, from picture files to the condition of the image ControlNet."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -148,23 +149,29 @@ def encode_first_frame(vae: "AutoencoderKL", pixels: Tensor, *, device: torch.de
     return (latent if shift is None else latent - shift) * config.scaling_factor
 
 
-def first_frame_condition(latent: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
-    """A clip of zeros with the latent as frame 0, and the mask of that frame.
+def keyframe_condition(latents: Tensor, frames: Sequence[int], num_frames: int) -> tuple[Tensor, Tensor]:
+    """A clip of zeros with latents at some of its frames, and the mask of those frames.
 
     Args:
-        latent: (B, C, h, w), scaled.
+        latents: (B, C, K, h, w), scaled.
+        frames: K numbers of frames, (0,) for a first frame alone.
         num_frames: T.
 
     Returns:
-        (B, C, T, h, w) zeros with `latent` at frame 0; (B, 1, T, h, w) zeros with ones at frame 0. dtype of `latent`.
+        (B, C, T, h, w), and (B, 1, T, h, w) with ones where latents are; dtype of `latents`.
+
+    Raises:
+        ValueError: The latents have another shape, or a frame is not among the clip's.
     """
-    if latent.ndim != 4 or num_frames < 1:
+    if latents.ndim != 5 or num_frames < 1:
         raise ValueError(
-            f"need a (B, C, h, w) latent and at least one frame, got {tuple(latent.shape)} and {num_frames} frames"
+            f"need (B, C, K, h, w) latents and at least one frame, got {tuple(latents.shape)} and {num_frames} frames"
         )
-    batch, channels, height, width = latent.shape
-    clip = latent.new_zeros(batch, channels, num_frames, height, width)
-    mask = latent.new_zeros(batch, 1, num_frames, height, width)
-    clip[:, :, 0] = latent
-    mask[:, :, 0] = 1
+    if latents.shape[2] != len(frames) or not all(0 <= frame < num_frames for frame in frames):
+        raise ValueError(f"{latents.shape[2]} latents cannot stand at frames {list(frames)} of {num_frames}")
+    batch, channels, _, height, width = latents.shape
+    clip = latents.new_zeros(batch, channels, num_frames, height, width)
+    mask = latents.new_zeros(batch, 1, num_frames, height, width)
+    clip[:, :, list(frames)] = latents
+    mask[:, :, list(frames)] = 1
     return clip, mask

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imageconductor.conditioning.first_frame import first_frame_condition
+from imageconductor.conditioning.first_frame import keyframe_condition
 from imageconductor.conditioning.flow_map import flow_map
 from imageconductor.data.batches import scale_pixels
 from imageconductor.data.scenes import Scene
@@ -98,11 +98,11 @@ def _predict(
     points, visible = sample["points"].to(device), sample["visible"].to(device)
     few = visible & sample_sparse(points, visible, max_tracks, [generator])[..., None]
     text = networks.text_encoder(networks.tokenize(sample["caption"]).to(device)).last_hidden_state
-    condition = Condition(text, *first_frame_condition(x_0[None, :, 0], x_0.shape[1]))
+    condition = Condition(text, *keyframe_condition(x_0[None, :, :1], (0,), x_0.shape[1]))
     convention = networks.motion_controlnet.flow_convention
     for row, shown in (("model, no tracks", None), (f"model, 1..{max_tracks} tracks", few), ("model, dense", visible)):
         flow = None if shown is None else flow_map(points, shown, scene.size, convention)
-        given = Condition(condition.text, condition.first_frame, condition.mask, flow)
+        given = Condition(condition.text, condition.keyframes, condition.mask, flow)
         rows[row] = _predict_x_0(networks, x_0[None], eps, given)[0]
     return x_0, rows
 

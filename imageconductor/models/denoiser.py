@@ -3,7 +3,7 @@
 | depends on | evaluated by |
 |---|---|
 | (x_t, t, text) | `encode`: the UNet's down path and mid block |
-| (t, text, first frame) and (t, text, trajectories, adapters) | `residuals`: the ControlNets, which do not see x_t |
+| (t, text, pictures) and (t, text, trajectories, adapters) | `residuals`: the ControlNets, which do not see x_t |
 | both | `decode`: the UNet's up path |
 
 Training calls the whole, sampling the parts, so that branches of the guidance share what they have in common. A new
@@ -31,15 +31,16 @@ class Condition:
 
     Attributes:
         text: (B, L, D) embedding; (B, L) int64 token ids in a stage whose text encoder learns.
-        first_frame: (B, C, T, h, w) scaled latents, zero but for frame 0.
-        mask: (B, 1, T, h, w), one at frame 0 of clips whose first frame is given.
+        keyframes: (B, C, T, h, w) scaled latents of the frames that are given, as a rule frame 0, and zero elsewhere;
+            None = no pictures, and the image ControlNet is left out.
+        mask: (B, 1, T, h, w), one at the frames that are given; None with `keyframes`.
         flow: (B, 2, T, H, W) flow map in pixels; None = no trajectories, and the motion ControlNet is left out.
         has_flow: (B,) bool, clips that have trajectories; None = all, if there is a flow map.
     """
 
     text: Tensor
-    first_frame: Tensor
-    mask: Tensor
+    keyframes: Tensor | None = None
+    mask: Tensor | None = None
     flow: Tensor | None = None
     has_flow: Tensor | None = None
 
@@ -91,15 +92,17 @@ class Denoiser:
         with _autograd_if_learning(self.unet, x_t, text):
             return self.unet.encode(x_t, t, text)
 
-    def residuals(self, t: Tensor, condition: Condition) -> Residuals:
-        """Sum of what the ControlNets add to the features."""
-        image = self.image_residuals(t, condition)
-        return image if condition.flow is None else image + self.motion_residuals(t, condition)
+    def residuals(self, t: Tensor, condition: Condition) -> Residuals | None:
+        """Sum of what the ControlNets add to the features; None where both are left out."""
+        motion = None if condition.flow is None else self.motion_residuals(t, condition)
+        return add(self.image_residuals(t, condition), motion)
 
-    def image_residuals(self, t: Tensor, condition: Condition) -> Residuals:
-        """What carries the first frame; depends on (t, text, first frame)."""
-        with _autograd_if_learning(self.image_controlnet, condition.text, condition.first_frame):
-            return self.image_controlnet(t, condition.text, condition.first_frame, condition.mask)
+    def image_residuals(self, t: Tensor, condition: Condition) -> Residuals | None:
+        """What carries the pictures; depends on (t, text, pictures). None without pictures."""
+        if condition.keyframes is None or condition.mask is None:
+            return None
+        with _autograd_if_learning(self.image_controlnet, condition.text, condition.keyframes):
+            return self.image_controlnet(t, condition.text, condition.keyframes, condition.mask)
 
     def motion_residuals(self, t: Tensor, condition: Condition, adapters: Sequence[str] | None = None) -> Residuals:
         """What carries the motion; depends on (t, text, trajectories, adapters).
@@ -112,15 +115,22 @@ class Denoiser:
         acting = nullcontext() if adapters is None else active(self.motion_controlnet, *adapters)
         with acting:
             residuals = self.motion_controlnet(t, condition.text, condition.flow)
-        if condition.has_flow is None:
+        if condition.has_flow is None or condition.flow is None:
             return residuals
-        num_frames = condition.first_frame.shape[2]
-        has_flow = condition.has_flow.repeat_interleave(num_frames).to(condition.first_frame.dtype).view(-1, 1, 1, 1)
+        has_flow = condition.has_flow.repeat_interleave(condition.flow.shape[2])
+        has_flow = has_flow.to(residuals.mid.dtype).view(-1, 1, 1, 1)
         return Residuals(tuple(has_flow * x for x in residuals.down), has_flow * residuals.mid)
 
-    def decode(self, features: UNetFeatures, residuals: Residuals) -> Tensor:
+    def decode(self, features: UNetFeatures, residuals: Residuals | None) -> Tensor:
         """Prediction (B, C, T, h, w) of the UNet's second half."""
         return self.unet.decode(features, residuals)
+
+
+def add(first: Residuals | None, second: Residuals | None) -> Residuals | None:
+    """The sum of what is there."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
 
 
 def _autograd_if_learning(network: nn.Module, *inputs: Tensor) -> Any:

@@ -168,3 +168,23 @@ def copy_weights(target: Mapping[str, Tensor], state: Mapping[str, Tensor], sour
     with torch.no_grad():
         for key, value in wanted.items():
             value.copy_(given[key])
+
+
+def refuse_non_finite(pipe: Any, values: Tensor, where: str) -> None:
+    """Makes sure that a result is neither nan nor infinite; `where` says what gave it.
+
+    Raises:
+        ValueError: It is; the message has the weights that are not finite themselves, or the way out.
+    """
+    if values.isfinite().all():
+        return
+    folder = f" of {pipe.name_or_path}" if pipe.name_or_path else ""
+    for name, part in pipe.components.items():
+        key = find_non_finite(part.state_dict()) if isinstance(part, nn.Module) else None
+        if key is not None:
+            raise ValueError(
+                f"{where} gave nan or infinite values: weights of {name}{folder} are damaged, {key} holds such values"
+            )
+    is_half = values.dtype == torch.float16 or pipe.unet.dtype == torch.float16
+    advice = "float16 ends at 65504, so try float32 or bfloat16" if is_half else "a scale may be too large"
+    raise ValueError(f"{where} gave nan or infinite values, though all weights are finite; {advice}")

@@ -22,7 +22,7 @@ from torch import Tensor
 from imageconductor.diffusion.guidance import camera_free_guidance, classifier_free_guidance, trajectory_guidance
 from imageconductor.models.adapters import Adapter, merge_copy
 from imageconductor.models.controlnets import MotionControlNet, Residuals
-from imageconductor.models.denoiser import Condition, Denoiser
+from imageconductor.models.denoiser import Condition, Denoiser, add
 
 Text = Literal["uncond", "prompt"]
 Adapters = tuple[str, ...] | None
@@ -142,7 +142,9 @@ class GuidedDenoiser:
         videos, num_frames = x_t.shape[0], x_t.shape[2]
         per_condition = videos // self.num_conditions
 
-        def repeat_row(residuals: Residuals, row: int) -> Residuals:
+        def repeat_row(residuals: Residuals | None, row: int) -> Residuals | None:
+            if residuals is None:
+                return None
             rows = residuals.videos(row * self.num_conditions, (row + 1) * self.num_conditions, num_frames)
             return rows.repeat_videos(per_condition, num_frames)
 
@@ -157,9 +159,7 @@ class GuidedDenoiser:
                 motion = self.denoiser.motion_residuals(t, self.group_conditions[adapters], acting)
             for index, branch in enumerate(group):
                 row = self.texts.index(branch.text)
-                residuals = repeat_row(image, row)
-                if motion is not None:
-                    residuals = residuals + repeat_row(motion, index)
+                residuals = add(repeat_row(image, row), repeat_row(motion, index))
                 output = self.denoiser.decode(features.videos(row * videos, (row + 1) * videos), residuals)
                 prediction = prediction + branch.weight * output
         return prediction

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from torch import Tensor, nn
+from torch import Tensor
 
 from imageconductor.models.denoiser import Condition, Denoiser
-from imageconductor.models.weights import find_non_finite
+from imageconductor.models.weights import refuse_non_finite
 from imageconductor.sampling.branches import GuidedDenoiser, Text
 from imageconductor.sampling.inputs import CallInputs
 
@@ -83,26 +83,6 @@ def _fit_rows(name: str, given: Tensor, before: Tensor) -> Tensor:
     ):
         return given.to(before).expand_as(before)
     raise ValueError(f"callback_on_step_end: {name} must be {tuple(before.shape)}, got {tuple(given.shape)}")
-
-
-def refuse_non_finite(pipe: Any, values: Tensor, where: str) -> None:
-    """Makes sure that a result is neither nan nor infinite; `where` says what gave it.
-
-    Raises:
-        ValueError: It is; the message has the weights that are not finite themselves, or the way out.
-    """
-    if values.isfinite().all():
-        return
-    folder = f" of {pipe.name_or_path}" if pipe.name_or_path else ""
-    for name, part in pipe.components.items():
-        key = find_non_finite(part.state_dict()) if isinstance(part, nn.Module) else None
-        if key is not None:
-            raise ValueError(
-                f"{where} gave nan or infinite values: weights of {name}{folder} are damaged, {key} holds such values"
-            )
-    is_half = values.dtype == torch.float16 or pipe.unet.dtype == torch.float16
-    advice = "float16 ends at 65504, so try float32 or bfloat16" if is_half else "a scale may be too large"
-    raise ValueError(f"{where} gave nan or infinite values, though all weights are finite; {advice}")
 
 
 def denoise(

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from imageconductor.checkpoints.model_folder import SamplingDefaults, check_video_shape
-from imageconductor.conditioning import Trajectories, to_rgb
+from imageconductor.conditioning import (
+    Trajectories,
+    build_flow_map,
+    encode_first_frame,
+    keyframe_condition,
+    to_pixels,
+    to_rgb,
+)
 from imageconductor.config import check_finite
 from imageconductor.models.adapters import attached_adapters, describe_adapters
+from imageconductor.models.denoiser import Condition
 from imageconductor.models.motion_unet import MotionUNet
-from imageconductor.sampling.branches import ADAPTERS, Branch, Control, plan
+from imageconductor.models.weights import refuse_non_finite
+from imageconductor.sampling.branches import ADAPTERS, Branch, Control, Text, plan
+
+Picture = Image.Image | Mapping[int, Image.Image]
+"""A first frame, or pictures by the number of their frame."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +36,8 @@ class CallInputs:
     """What a call asks for.
 
     Attributes:
-        images, prompts, negative_prompts: Each of length 1, which serves all, or `count`; images are RGB.
+        images: RGB pictures by frame, of length 1, which serves all, or `count`; none for text-to-video.
+        prompts, negative_prompts: Texts or their embeddings (P, L, D), of length 1, which serves all, or `count`.
         trajectories: Of length 1 or `count`; none without trajectories.
         count: P, number of conditions.
         size: (W, H) in pixels.
@@ -32,10 +47,10 @@ class CallInputs:
         plan: Evaluations of the model in each step, by guidance scale.
     """
 
-    images: list[Image.Image]
+    images: list[dict[int, Image.Image]]
     trajectories: list[Trajectories]
-    prompts: list[str]
-    negative_prompts: list[str]
+    prompts: list[str] | Tensor
+    negative_prompts: list[str] | Tensor
     count: int
     size: tuple[int, int]
     num_frames: int
@@ -46,10 +61,10 @@ class CallInputs:
 
 def check_inputs(
     pipe: Any,
-    image: Image.Image | Sequence[Image.Image],
+    image: Picture | Sequence[Picture] | None,
     trajectories: Trajectories | Sequence[Trajectories] | None,
-    prompt: str | Sequence[str],
-    negative_prompt: str | Sequence[str] | None,
+    prompt: str | Sequence[str] | Tensor,
+    negative_prompt: str | Sequence[str] | Tensor | None,
     control: Control | str | None,
     camera_free_scale: float | None,
     guidance_scale: float | None,
@@ -91,12 +106,17 @@ def check_inputs(
     branches(scale)  # raises where the scales do not go together
     if drawn:
         _check_trajectories(pipe, drawn, num_frames, control)
-    images, prompts = [to_rgb(one) for one in _as_list(image)], _as_list(prompt)
-    negatives = _as_list(_given(negative_prompt, defaults.negative_prompt))
-    given = {"image": images, "prompt": prompts, "negative_prompt": negatives, "trajectories": drawn}
+    images = [] if image is None else [_read_pictures(one, num_frames) for one in _as_list(image)]
+    prompts, negatives = _as_list(prompt), _as_list(_given(negative_prompt, defaults.negative_prompt))
+    given: dict[str, Sequence[Any]] = {
+        "image": images,
+        "prompt": prompts,
+        "negative_prompt": negatives,
+        "trajectories": drawn,
+    }
     count = max(map(len, given.values()))
     for name, values in given.items():
-        if len(values) not in (1, count) and (values or name != "trajectories"):
+        if len(values) not in (1, count) and (len(values) or name not in ("trajectories", "image")):
             raise ValueError(f"{name}: expected 1 or {count} of them, got {len(values)}")
     return CallInputs(images, drawn, prompts, negatives, count, (width, height), num_frames, steps, scale, branches)
 
@@ -104,6 +124,60 @@ def check_inputs(
 def broadcast(values: list[Any], count: int) -> list[Any]:
     """`count` values, of which one may serve all."""
     return values * count if len(values) == 1 else values
+
+
+def build_conditions(pipe: Any, inputs: CallInputs) -> dict[Text, Condition]:
+    """The condition of all videos for each text, on the device and in the dtype of the networks.
+
+    Raises:
+        ValueError: The text encoder, or the VAE, gives values that are not finite.
+    """
+    device, dtype, count = pipe._execution_device, pipe.unet.dtype, inputs.count
+
+    def embed(texts: list[str] | Tensor) -> Tensor:
+        if isinstance(texts, Tensor):
+            return texts.to(device, dtype).expand(count, -1, -1)
+        return pipe.encode_prompt(broadcast(texts, count)).to(dtype)
+
+    texts: dict[Text, Tensor] = {"uncond": embed(inputs.negative_prompts), "prompt": embed(inputs.prompts)}
+    if texts["uncond"].shape != texts["prompt"].shape:
+        shapes = " and ".join(str(tuple(text.shape)) for text in texts.values())
+        raise ValueError(f"embeddings of negative prompt and prompt must have one shape, got {shapes}")
+    refuse_non_finite(pipe, torch.cat(list(texts.values())), "the text encoder")
+    keyframes = mask = flow = None
+    if inputs.images:
+        pixels = torch.cat([to_pixels(image, inputs.size) for one in inputs.images for image in one.values()])
+        latents = encode_first_frame(pipe.vae, pixels, device=device).to(device, dtype)
+        refuse_non_finite(pipe, latents, "encoding of the first frame")
+        parts = latents.transpose(0, 1)[None].split([len(one) for one in inputs.images], dim=2)
+        clips = [
+            keyframe_condition(part, tuple(one), inputs.num_frames)
+            for part, one in zip(parts, inputs.images, strict=True)
+        ]
+        keyframes, mask = (torch.cat(part).expand(count, -1, -1, -1, -1) for part in zip(*clips, strict=True))
+    if inputs.trajectories:
+        convention = pipe.motion_controlnet.flow_convention
+        flows = [build_flow_map(one.cover_crop(inputs.size), convention, device) for one in inputs.trajectories]
+        flow = torch.cat(flows).to(dtype).expand(count, -1, -1, -1, -1)
+    return {name: Condition(text, keyframes, mask, flow) for name, text in texts.items()}
+
+
+def choose_texts(
+    prompt: str | Sequence[str], embeds: Tensor | None, negative: str | Sequence[str] | None, negative_embeds: Any
+) -> tuple[Any, Any]:
+    """Prompt and negative prompt, or their embeddings where these are given.
+
+    Raises:
+        ValueError: Both are given of one, or embeddings are not (P, L, D).
+    """
+    chosen: list[Any] = []
+    for name, text, given in (("prompt", prompt, embeds), ("negative_prompt", negative, negative_embeds)):
+        if given is not None and text:
+            raise ValueError(f"{name} and {name}_embeds exclude each other; leave one out")
+        if given is not None and given.ndim != 3:
+            raise ValueError(f"{name}_embeds must be (P, L, D), got {tuple(given.shape)}")
+        chosen.append(text if given is None else given)
+    return chosen[0], chosen[1]
 
 
 def parse_control(value: Control | str) -> Control:
@@ -134,5 +208,27 @@ def _given(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+def _read_pictures(value: Any, num_frames: int) -> dict[int, Image.Image]:
+    """RGB pictures by frame, in order; one alone is the first frame, and frames count from the end below zero.
+
+    Raises:
+        ValueError: A frame is not among the video's, or stands there twice, or a picture is none.
+    """
+    if not isinstance(value, Mapping):
+        return {0: to_rgb(value)}
+    pictures: dict[int, Image.Image] = {}
+    for frame, picture in cast("Mapping[Any, Any]", value).items():
+        if not isinstance(frame, int) or not -num_frames <= frame < num_frames or frame % num_frames in pictures:
+            raise ValueError(
+                f"image: {frame!r} must be the number of one of the video's {num_frames} frames, each once; "
+                f"got {', '.join(map(repr, value))}"
+            )
+        pictures[frame % num_frames] = to_rgb(picture, f"image {frame}")
+    if not pictures:
+        raise ValueError("image: a mapping from frames to pictures is empty; leave the image out for text-to-video")
+    return dict(sorted(pictures.items()))
+
+
+def _as_list(value: Any) -> Any:
+    """A list as it is, one value as a list of it; a tensor of embeddings (P, L, D) stands for P of them."""
+    return list(value) if isinstance(value, (list, tuple)) else value if isinstance(value, Tensor) else [value]

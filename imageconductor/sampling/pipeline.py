@@ -31,24 +31,17 @@ from imageconductor.checkpoints.model_folder import (
     read_sampling_defaults,
     write_pipeline_code,
 )
-from imageconductor.conditioning import (
-    Trajectories,
-    build_flow_map,
-    encode_first_frame,
-    first_frame_condition,
-    to_pixels,
-)
+from imageconductor.conditioning import Trajectories
 from imageconductor.config import check_finite
 from imageconductor.files import atomic_folder
 from imageconductor.models.adapters import attached_adapters, save_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
-from imageconductor.models.denoiser import Condition
 from imageconductor.models.motion_unet import MotionUNet
 from imageconductor.models.networks import NETWORKS, Networks, load_network, single_progress_bar, tokenize, warn_of_cut
-from imageconductor.models.weights import find_weights
-from imageconductor.sampling.branches import Control, Text
-from imageconductor.sampling.denoising import CALLBACK_TENSORS, StepCallback, as_generators, denoise, refuse_non_finite
-from imageconductor.sampling.inputs import CallInputs, broadcast, check_inputs
+from imageconductor.models.weights import find_weights, refuse_non_finite
+from imageconductor.sampling.branches import Control
+from imageconductor.sampling.denoising import CALLBACK_TENSORS, StepCallback, as_generators, denoise
+from imageconductor.sampling.inputs import CallInputs, Picture, build_conditions, check_inputs, choose_texts
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -279,7 +272,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
     @torch.no_grad()
     def __call__(
         self,
-        image: Image.Image | Sequence[Image.Image],
+        image: Picture | Sequence[Picture] | None = None,
         trajectories: Trajectories | Sequence[Trajectories] | None = None,
         prompt: str | Sequence[str] = "",
         negative_prompt: str | Sequence[str] | None = None,
@@ -293,7 +286,10 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         width: int | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: int | Sequence[int] | None = None,
         latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
         eta: float = 0.0,
         decode_chunk_size: int = 16,
         output_type: str = "pil",
@@ -306,7 +302,8 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         Several images, trajectories or prompts make several videos; one of a kind serves all.
 
         Args:
-            image: First frame, cover-cropped to the size.
+            image: First frame, cover-cropped to the size, or pictures by the number of their frame, {0: first,
+                -1: last}. None leaves the image ControlNet out: text-to-video.
             trajectories: With as many frames as the video, drawn on a frame of any size, which is cropped as the image
                 is. None leaves the motion ControlNet out.
             prompt: What the video shows.
@@ -321,7 +318,10 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             width: Pixels, a multiple of the VAE scale factor.
             num_videos_per_prompt: Videos of each condition; they share the ControlNets' work.
             generator: One for all videos, drawn from in turn, or one for each; also of the noise within steps.
+            seed: In its place: one video of each condition for each of the numbers.
             latents: (B, C, T, h, w), the initial noise of unit variance, instead of drawing it.
+            prompt_embeds: (P, L, D), text embeddings in place of the prompts.
+            negative_prompt_embeds: (P, L, D), in place of the negative prompts.
             eta: DDIM's stochasticity.
             decode_chunk_size: Frames decoded at a time.
             output_type: "pil", "np", "pt" or "latent".
@@ -333,6 +333,10 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         Raises:
             ValueError: Arguments that do not fit the model or each other.
         """
+        seeds = [] if seed is None else [seed] if isinstance(seed, int) else list(seed)
+        if seeds and (generator is not None or num_videos_per_prompt not in (1, len(seeds))):
+            raise ValueError(f"seed={seed} stands in place of generator and num_videos_per_prompt; leave them out")
+        num_videos_per_prompt = max(num_videos_per_prompt, len(seeds))
         if num_videos_per_prompt < 1 or output_type not in _OUTPUT_TYPES:
             raise ValueError(
                 f"num_videos_per_prompt must be at least 1 and output_type one of {', '.join(_OUTPUT_TYPES)}, "
@@ -341,37 +345,21 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         scales = (camera_free_scale, guidance_scale, trajectory_guidance_scale)
         shape = (num_inference_steps, num_frames, (width, height))
         check_finite({"eta": eta})
-        inputs = check_inputs(self, image, trajectories, prompt, negative_prompt, control, *scales, *shape)
+        texts = choose_texts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
+        inputs = check_inputs(self, image, trajectories, *texts, control, *scales, *shape)
+        if seeds:
+            generator = [torch.Generator().manual_seed(seed) for _ in range(inputs.count) for seed in seeds]
         callback = StepCallback.parse(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.scheduler.set_timesteps(inputs.num_inference_steps, device=self._execution_device)
         generators = as_generators(generator, inputs.count * num_videos_per_prompt)
         noise = self.prepare_latents(inputs, num_videos_per_prompt, generators, latents)
         self._guidance_scale, self._num_timesteps = inputs.guidance_scale, len(self.scheduler.timesteps)
         self._interrupt = False
-        sample = denoise(self, noise, inputs, self._conditions(inputs), generators, eta, callback)
+        sample = denoise(self, noise, inputs, build_conditions(self, inputs), generators, eta, callback)
         frames = sample if output_type == "latent" else self.decode_latents(sample, decode_chunk_size)
         self.maybe_free_model_hooks()
         output = _convert(frames, output_type)
         return ImageConductorOutput(frames=output) if return_dict else (output,)
-
-    def _conditions(self, inputs: CallInputs) -> dict[Text, Condition]:
-        """The condition of all videos for each text, on the device and in the dtype of the networks."""
-        device, dtype, count = self._execution_device, self.unet.dtype, inputs.count
-        texts: dict[Text, Tensor] = {
-            "uncond": self.encode_prompt(broadcast(inputs.negative_prompts, count)).to(dtype),
-            "prompt": self.encode_prompt(broadcast(inputs.prompts, count)).to(dtype),
-        }
-        refuse_non_finite(self, torch.cat(list(texts.values())), "the text encoder")
-        pixels = torch.cat([to_pixels(image, inputs.size) for image in inputs.images])
-        latent = encode_first_frame(self.vae, pixels, device=device).to(device, dtype)
-        refuse_non_finite(self, latent, "encoding of the first frame")
-        first_frame, mask = first_frame_condition(latent.expand(count, -1, -1, -1), inputs.num_frames)
-        flow = None
-        if inputs.trajectories:
-            convention = self.motion_controlnet.flow_convention
-            flows = [build_flow_map(one.cover_crop(inputs.size), convention, device) for one in inputs.trajectories]
-            flow = torch.cat(flows).to(dtype).expand(count, -1, -1, -1, -1)
-        return {name: Condition(text, first_frame, mask, flow) for name, text in texts.items()}
 
 
 def write_model_folder(assembly: Assembly, output: Path, replace: bool = False) -> None:

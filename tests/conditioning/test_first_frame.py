@@ -9,7 +9,7 @@ from imageconductor.conditioning import (
     Trajectories,
     cover_crop,
     encode_first_frame,
-    first_frame_condition,
+    keyframe_condition,
     load_image,
     to_pixels,
     to_rgb,
@@ -197,11 +197,17 @@ def test_encoding_is_the_scaled_mode_and_repeats(vae):
     torch.testing.assert_close(latent / 0.5 + 0.25, vae.encode(pixels).latent_dist.mean.detach())
 
 
-def test_the_condition_fills_frame_zero_only():
-    latent = torch.randn(2, 4, 3, 5)
-    clip, mask = first_frame_condition(latent, 6)
-    assert torch.equal(clip[:, :, 0], latent)
+def test_the_condition_fills_the_given_frames_only():
+    latents = torch.randn(2, 4, 2, 3, 5)
+    clip, mask = keyframe_condition(latents[:, :, :1], (0,), 6)
+    assert torch.equal(clip[:, :, 0], latents[:, :, 0])
     assert not clip[:, :, 1:].any()
     assert torch.equal(mask, torch.tensor([1.0, 0, 0, 0, 0, 0]).view(1, 1, 6, 1, 1).expand(2, 1, 6, 3, 5))
+    clip, mask = keyframe_condition(latents, (5, 2), 6)
+    assert torch.equal(clip[:, :, (5, 2)], latents)
+    assert mask[:, 0, :, 0, 0].tolist() == [[0, 0, 1, 0, 0, 1]] * 2
+    assert not clip[:, :, (0, 1, 3, 4)].any()
     with pytest.raises(ValueError, match="at least one frame"):
-        first_frame_condition(latent, 0)
+        keyframe_condition(latents, (0, 1), 0)
+    with pytest.raises(ValueError, match=r"2 latents cannot stand at frames \[0, 6\] of 6"):
+        keyframe_condition(latents, (0, 6), 6)

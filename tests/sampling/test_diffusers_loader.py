@@ -12,7 +12,6 @@ from PIL import Image
 
 from imageconductor.checkpoints.domain_adapter import DomainAdapter
 from imageconductor.checkpoints.model_folder import PIPELINE_CODE
-from imageconductor.commands import sample
 from imageconductor.conditioning import camera_preset
 from imageconductor.models.adapters import attached_adapters
 from imageconductor.sampling.pipeline import ImageConductorPipeline
@@ -122,7 +121,7 @@ def test_a_folder_without_the_code_loads_as_ever(half, ours, tmp_path):
 
 
 def test_the_bundled_model_has_the_code():
-    folder = Path(sample.__file__).parent / "models" / "sprites"
+    folder = Path(__file__).parents[2] / "models" / "sprites"
     assert (folder / "pipeline.py").read_text() == PIPELINE_CODE
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == [
         "pipeline",

@@ -16,6 +16,7 @@ from imageconductor.models.networks import Networks
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 
 SIZE, FRAMES = (32, 32), 4
+QUICK = {"num_inference_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +212,62 @@ def test_words_that_the_text_encoder_does_not_read_are_named_once(pipe, image, c
     kept = pipe.tokenizer.decode(tokens[1], skip_special_tokens=True).split()
     left_out = message.rpartition("leaves out ")[2].strip("'").split()
     assert kept + left_out == long.split()
+
+
+def test_pictures_may_stand_at_any_frames_and_none_is_text_to_video(pipe, image):
+    alone = run(pipe, image, **QUICK)
+    other = image.transpose(Image.Transpose.ROTATE_180)
+    assert np.array_equal(run(pipe, {0: image}, **QUICK), alone)
+    both = run(pipe, {-1: other, 0: image}, **QUICK)
+    assert np.array_equal(both, run(pipe, {0: image, FRAMES - 1: other}, **QUICK))
+    assert not np.array_equal(both, alone)
+    together = run(pipe, [image, {0: image, 3: other}], seeds=(1, 1), **QUICK)
+    np.testing.assert_allclose(together, np.concatenate([alone, both]), atol=1e-5)
+
+    track = camera_preset("pan-left", SIZE, FRAMES)
+    without, drawn = run(pipe, None, **QUICK), run(pipe, None, track, **QUICK)
+    assert not np.array_equal(without, alone)
+    assert not np.array_equal(without, drawn)
+    for wrong, message in (
+        ({4: image}, "4 must be the number of one of the video's 4 frames"),
+        ({0: image, -4: image}, "each once; got 0, -4"),
+        ({}, "empty; leave the image out for text-to-video"),
+        ({1: "picture.png"}, "image 1: expected a PIL image, got str"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(pipe, wrong, **QUICK)
+
+
+def test_without_a_condition_its_controlnet_is_not_evaluated(pipe, image, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("evaluated")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(pipe.image_controlnet), "forward", refuse)
+        run(pipe, None, camera_preset("pan-left", SIZE, FRAMES), **QUICK)
+    monkeypatch.setattr(type(pipe.motion_controlnet), "forward", refuse)
+    run(pipe, None, **QUICK)
+
+
+def test_embeddings_stand_for_prompts(pipe, image):
+    texts = ["a red circle", "a blue star"]
+    embeds, negative = pipe.encode_prompt(texts), pipe.encode_prompt(["blurred"])
+    expected = run(pipe, image, seeds=(1, 2), prompt=texts, negative_prompt="blurred", guidance_scale=3.0, **QUICK)
+    given = {"prompt": "", "prompt_embeds": embeds, "negative_prompt_embeds": negative, "guidance_scale": 3.0, **QUICK}
+    assert np.array_equal(run(pipe, image, seeds=(1, 2), **given), expected)
+    with pytest.raises(ValueError, match="prompt and prompt_embeds exclude each other"):
+        run(pipe, image, prompt_embeds=embeds)
+    with pytest.raises(ValueError, match=r"prompt_embeds must be \(P, L, D\)"):
+        run(pipe, image, prompt="", prompt_embeds=embeds[0])
+    with pytest.raises(ValueError, match="must have one shape"):
+        run(pipe, image, prompt="", prompt_embeds=embeds[:, :4])
+
+
+def test_seeds_are_videos_of_each_condition(pipe, image):
+    arguments = {"prompt": ["a red circle", "a blue star"], "output_type": "np", "num_inference_steps": 1}
+    expected = pipe(image, generator=seeded(5, 7, 5, 7), num_videos_per_prompt=2, **arguments).frames
+    assert np.array_equal(pipe(image, seed=[5, 7], **arguments).frames, expected)
+    arguments["prompt"] = "a red circle"
+    assert np.array_equal(pipe(image, seed=5, **arguments).frames, pipe(image, generator=seeded(5), **arguments).frames)
+    with pytest.raises(ValueError, match="seed=5 stands in place of generator"):
+        pipe(image, seed=5, generator=seeded(5))

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from imageconductor.conditioning.first_frame import first_frame_condition
+from imageconductor.conditioning.first_frame import keyframe_condition
 from imageconductor.conditioning.flow_map import flow_map
 from imageconductor.data.batches import scale_pixels
 from imageconductor.data.sparse_tracks import sample_sparse
@@ -120,12 +120,12 @@ class Stage(nn.Module):
 
         dropped = [bool(torch.rand((), generator=g) < self.text_dropout) for g in generators]
         given = [bool(torch.rand((), generator=g) >= self.image_dropout) for g in generators]
-        first_frame, mask = first_frame_condition(mean[:, :, 0], mean.shape[2])
+        keyframes, mask = keyframe_condition(mean[:, :, :1], (0,), mean.shape[2])
         is_given = torch.tensor(given, device=mean.device).to(mean.dtype).view(-1, 1, 1, 1, 1)
         with torch.autocast(mean.device.type, enabled=False):  # Flow maps are pixels; half precision would round them.
             flow, has_flow = self.draw_flow(batch, size, generators)
         text = self.encode_text(batch, dropped)
-        return x_0, Condition(text, first_frame * is_given, mask * is_given, flow, has_flow)
+        return x_0, Condition(text, keyframes * is_given, mask * is_given, flow, has_flow)
 
     def encode_text(self, batch: dict[str, Any], dropped: Sequence[bool]) -> Tensor:
         """(B, L, D), the empty text in place of dropped ones."""
