@@ -13,18 +13,24 @@ from imageconductor.conditioning.presets import (
     CAMERA_PRESETS,
     OBJECT_PRESETS,
     PRESET_HELP,
+    camera_motion,
     camera_preset,
     object_preset,
 )
+from imageconductor.conditioning.timing import EASINGS
 from imageconductor.conditioning.trajectories import Trajectories
+from imageconductor.conditioning.trajectory_json import TRACK_CONTROLS
 
 __all__ = [
     "CAMERA_PRESETS",
+    "EASINGS",
     "OBJECT_PRESETS",
     "PRESET_HELP",
+    "TRACK_CONTROLS",
     "FlowMapConvention",
     "Trajectories",
     "build_flow_map",
+    "camera_motion",
     "camera_preset",
     "cover_crop",
     "encode_first_frame",

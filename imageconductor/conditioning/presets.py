@@ -16,24 +16,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from imageconductor.conditioning.camera import CameraMotion
+from imageconductor.conditioning.timing import Timing
 from imageconductor.conditioning.trajectories import Trajectories, inside
+from imageconductor.conditioning.trajectory_json import check_size
 
 logger = logging.getLogger(__name__)
 
 _REACH = 0.225
 _DIAGONAL = math.sqrt(0.5)
 _Preset = TypeVar("_Preset")
-
-
-@dataclass(frozen=True)
-class _CameraMotion:
-    """Motion of the scene: direction of its shift (y down), zoom (1 = grows, -1 = shrinks), roll (1 = clockwise)."""
-
-    help: str
-    shift: tuple[float, float] = (0.0, 0.0)
-    zoom: int = 0
-    roll: int = 0
-    returns: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,6 +36,14 @@ class _ObjectMotion:
     path: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True)
+class _CameraPreset:
+    """A motion of the camera whose amounts are those at strength 1."""
+
+    help: str
+    motion: CameraMotion
+
+
 def _there_and_back(u: Tensor) -> Tensor:
     return 1 - (2 * u - 1).abs()
 
@@ -52,21 +52,29 @@ def _shake(u: Tensor) -> Tensor:
     return torch.sin(6 * math.pi * u)
 
 
-_CAMERA: Mapping[str, _CameraMotion] = {
-    "pan-left": _CameraMotion("the camera pans left: the scene moves right", (1, 0)),
-    "pan-right": _CameraMotion("the camera pans right: the scene moves left", (-1, 0)),
-    "pan-up": _CameraMotion("the camera pans up: the scene moves down", (0, 1)),
-    "pan-down": _CameraMotion("the camera pans down: the scene moves up", (0, -1)),
-    "zoom-in": _CameraMotion("the camera zooms in: the scene grows from the centre", zoom=1),
-    "zoom-out": _CameraMotion("the camera zooms out: the scene shrinks to the centre", zoom=-1),
-    "pan-up-left": _CameraMotion("the camera pans up and left: the scene moves down and right", (_DIAGONAL, _DIAGONAL)),
-    "pan-down-right": _CameraMotion(
-        "the camera pans down and right: the scene moves up and left", (-_DIAGONAL, -_DIAGONAL)
+_CAMERA: Mapping[str, _CameraPreset] = {
+    "pan-left": _CameraPreset("the camera pans left: the scene moves right", CameraMotion((-_REACH, 0))),
+    "pan-right": _CameraPreset("the camera pans right: the scene moves left", CameraMotion((_REACH, 0))),
+    "pan-up": _CameraPreset("the camera pans up: the scene moves down", CameraMotion((0, -_REACH))),
+    "pan-down": _CameraPreset("the camera pans down: the scene moves up", CameraMotion((0, _REACH))),
+    "zoom-in": _CameraPreset("the camera zooms in: the scene grows from the centre", CameraMotion(zoom=_REACH)),
+    "zoom-out": _CameraPreset("the camera zooms out: the scene shrinks to the centre", CameraMotion(zoom=-_REACH)),
+    "pan-up-left": _CameraPreset(
+        "the camera pans up and left: the scene moves down and right",
+        CameraMotion((-_DIAGONAL * _REACH, -_DIAGONAL * _REACH)),
     ),
-    "pan-down-up": _CameraMotion(
-        "the camera pans down, then up again: the scene rises and returns", (0, -1), returns=True
+    "pan-down-right": _CameraPreset(
+        "the camera pans down and right: the scene moves up and left",
+        CameraMotion((_DIAGONAL * _REACH, _DIAGONAL * _REACH)),
     ),
-    "roll": _CameraMotion("the camera rolls clockwise: the scene turns counter-clockwise about the centre", roll=-1),
+    "pan-down-up": _CameraPreset(
+        "the camera pans down, then up again: the scene rises and returns", CameraMotion((0, _REACH), returns=True)
+    ),
+    # By this angle a point half the shorter side from the centre moves by the reach.
+    "roll": _CameraPreset(
+        "the camera rolls clockwise: the scene turns counter-clockwise about the centre",
+        CameraMotion(roll=math.degrees(2 * _REACH)),
+    ),
 }
 
 _OBJECT: Mapping[str, _ObjectMotion] = {
@@ -109,27 +117,55 @@ def camera_preset(
     Raises:
         ValueError: an unknown name, or a strength, grid or number of frames that is not positive.
     """
-    motion = _look_up(name, _CAMERA, "camera")
-    columns, rows = grid
-    if columns < 1 or rows < 1:
-        raise ValueError(f"grid must have at least one column and row, got {grid}")
-    u, reach = _phase(num_frames), _reach(size, strength)
-    if motion.returns:
-        u = _there_and_back(u)
-    centre = (torch.tensor(size, dtype=torch.float64) - 1) / 2
-    x, y = (
-        ((torch.arange(count, dtype=torch.float64) + 0.5) * length / count - 0.5).clamp(min=0)
-        for count, length in zip(grid, size, strict=True)
+    motion = _look_up(name, _CAMERA, "camera").motion
+    _check_strength(strength)
+    return camera_motion(
+        size,
+        num_frames,
+        pan=(strength * motion.pan[0], strength * motion.pan[1]),
+        zoom=strength * motion.zoom,
+        roll=strength * motion.roll,
+        returns=motion.returns,
+        grid=grid,
     )
-    start = torch.cartesian_prod(y, x).flip(-1) - centre  # (N, 2), row by row
-    turn = 2 * _REACH * strength * u  # This angle or growth gives the reach at half the shorter side from the centre.
-    angle, growth = motion.roll * turn, (1 + turn) ** motion.zoom
-    cos, sin = growth * torch.cos(angle), growth * torch.sin(angle)
-    shift = torch.tensor(motion.shift, dtype=torch.float64) * reach * u[:, None]  # (T, 2)
-    x0, y0 = start[:, None].unbind(-1)  # (N, 1) each
-    points = torch.stack([x0 * cos - y0 * sin, x0 * sin + y0 * cos], dim=-1) + shift + centre
-    visible = inside(points, size).cumprod(dim=1).bool()
-    return Trajectories(points, visible, size)
+
+
+def camera_motion(
+    size: tuple[int, int],
+    num_frames: int,
+    *,
+    pan: tuple[float, float] = (0.0, 0.0),
+    zoom: float = 0.0,
+    roll: float = 0.0,
+    easing: str = "linear",
+    start: float | None = None,
+    end: float | None = None,
+    returns: bool = False,
+    grid: tuple[int, int] = (3, 3),
+) -> Trajectories:
+    """Tracks of scene points under a motion of the camera, starting on a grid over the frame.
+
+    Amounts describe the camera; the scene, and with it the tracks, moves the opposite way. A track that leaves the
+    frame is invisible from then on, even if it returns. If the camera does not move, the tracks hold still.
+
+    Args:
+        size: (W, H).
+        num_frames: T.
+        pan: (x, y) in parts of the frame's shorter side, positive = to the right and down.
+        zoom: positive = in: the scene grows by 1 + 2 zoom, so that a point half the shorter side from the centre moves
+            by `zoom` of the shorter side; negative = out: it shrinks by the same factor.
+        roll: degrees, positive = clockwise.
+        easing: one of `EASINGS`.
+        start: frame at which the motion begins; None = the first.
+        end: frame at which it has reached its amounts; None = the last.
+        returns: whether it goes back in the second half.
+        grid: columns and rows of tracks.
+
+    Raises:
+        ValueError: a value of a wrong kind or out of range; names it.
+    """
+    camera = CameraMotion(pan, zoom, roll, Timing(start, end, easing), returns, grid)
+    return Trajectories.from_camera(camera, check_size(size), num_frames)
 
 
 def object_preset(
@@ -179,6 +215,10 @@ def _phase(num_frames: int) -> Tensor:
 
 
 def _reach(size: tuple[int, int], strength: float) -> float:
+    _check_strength(strength)
+    return _REACH * strength * min(size)
+
+
+def _check_strength(strength: float) -> None:
     if not 0 < strength < math.inf:
         raise ValueError(f"strength must be positive, got {strength}")
-    return _REACH * strength * min(size)

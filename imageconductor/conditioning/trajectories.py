@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy.interpolate import PchipInterpolator  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 
+from imageconductor.conditioning.camera import CameraMotion
 from imageconductor.conditioning.first_frame import cover_scale
 from imageconductor.conditioning.trajectory_json import (
+    TRACK_CONTROLS,
     Track,
     check_size,
     check_tracks,
@@ -29,6 +32,7 @@ from imageconductor.conditioning.trajectory_json import (
 MAX_TRACKS = 256
 """Number of tracks in a clip record; a drawing with more is taken for a mistake."""
 
+_FARTHEST_PX = 1e6  # Farther outside of the frame, a point is taken for a mistake.
 _INSIDE_PX = 1 / 64  # Border points are moved this far below W, which is exact in float32 too.
 
 
@@ -48,6 +52,8 @@ class Trajectories:
         visible: (N, T) bool.
         size: (W, H) of the frame that `points` refer to.
         still: (N,) bool, tracks drawn as a single point, which means "hold still"; None = no track.
+        control: (N,) int64, what each track says that it moves: the place in `TRACK_CONTROLS`, -1 = it does not say;
+            None = no track says it.
 
     Raises:
         ValueError: shapes that do not fit together, or an invalid size.
@@ -57,6 +63,7 @@ class Trajectories:
     visible: Tensor
     size: tuple[int, int]
     still: Tensor = field(default=cast("Tensor", None))  # Replaced in __post_init__: its length is not known here.
+    control: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.points.ndim != 3 or self.points.shape[-1] != 2 or self.points.shape[1] < 1:
@@ -71,6 +78,13 @@ class Trajectories:
             still = torch.zeros(self.num_tracks, dtype=torch.bool, device=self.points.device)
         if still.shape != (self.num_tracks,) or still.dtype != torch.bool:
             raise ValueError(f"still must be bool ({self.num_tracks},), got {still.dtype} {tuple(still.shape)}")
+        if (control := self.control) is not None:
+            is_code = control.dtype == torch.int64 and bool(((control >= -1) & (control < len(TRACK_CONTROLS))).all())
+            if control.shape != (self.num_tracks,) or not is_code:
+                raise ValueError(
+                    f"control must be int64 ({self.num_tracks},) from -1 to {len(TRACK_CONTROLS) - 1}, "
+                    f"got {control.dtype} {tuple(control.shape)}"
+                )
         object.__setattr__(self, "points", self.points.double())
         object.__setattr__(self, "size", check_size(self.size))
         object.__setattr__(self, "still", still)
@@ -112,7 +126,33 @@ class Trajectories:
                 tracks or a wrong size; names source, track and point.
         """
         size = check_size(size, source)
-        return cls._interpolate(check_tracks(tracks, size, max_tracks, source), size, num_frames)
+        checked = check_tracks(tracks, size, max_tracks, source, num_frames)
+        return cls._interpolate(checked, size, num_frames, source=source)
+
+    @classmethod
+    def from_camera(
+        cls, camera: CameraMotion, size: tuple[int, int], num_frames: int, counted_in: int | None = None
+    ) -> "Trajectories":
+        """Tracks of scene points under a motion of the camera, which start on its grid over the frame.
+
+        A track that leaves the frame is invisible from then on, even if it returns. Under a camera that does not move
+        the tracks hold still.
+
+        Args:
+            camera: the motion.
+            size: (W, H).
+            num_frames: T.
+            counted_in: frames of the clip in which the start and end of the motion count; None = T.
+
+        Raises:
+            ValueError: a number of frames that is not positive, or a motion that ends after the last of them.
+        """
+        if num_frames < 1:
+            raise ValueError(f"num_frames must be at least 1, got {num_frames}")
+        camera.timing.check_frames(counted_in or num_frames)
+        points = camera.place(size, num_frames, counted_in or num_frames)
+        visible = inside(points, size).cumprod(dim=1).bool()
+        return cls(points, visible, size, torch.full((camera.num_tracks,), camera.is_still))
 
     @classmethod
     def load(
@@ -124,22 +164,25 @@ class Trajectories:
         published_size: tuple[int, int] | None = None,
         max_tracks: int = MAX_TRACKS,
     ) -> "Trajectories":
-        """Trajectories of a JSON file in the published form or in ours.
+        """Trajectories of a JSON file in the published form or in ours; docs/trajectories.md lists what it may state.
 
         Args:
             path: the file.
             num_frames: T.
             size: (W, H) of the result, to which tracks are rescaled; None keeps the size at which they were drawn.
-            published_size: (W, H) of the frame in which tracks of the published form, which states no size, were drawn;
-                None = `size`, or 384x256 if that is None too.
+            published_size: (W, H) of the frame of files that state no size, which are the published form and files with
+                only a camera's motion; None = `size`, or 384x256 if that is None too.
             max_tracks: largest number of tracks accepted.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: as `from_tracks`, or malformed JSON; names the file.
         """
-        tracks, drawn_at = read_trajectory_json(Path(path), published_size or size, max_tracks)
-        return cls._interpolate(tracks, drawn_at, num_frames).resize(size or drawn_at)
+        drawing = read_trajectory_json(Path(path), published_size or size, max_tracks, num_frames)
+        drawn = cls._interpolate(drawing.tracks, drawing.size, num_frames, drawing.num_frames, source=str(path))
+        if drawing.camera is not None:
+            drawn = drawn._join_camera(cls.from_camera(drawing.camera, drawing.size, num_frames, drawing.num_frames))
+        return drawn.resize(size or drawing.size)
 
     @classmethod
     def empty(cls, size: tuple[int, int], num_frames: int) -> "Trajectories":
@@ -147,18 +190,54 @@ class Trajectories:
         return cls._interpolate([], size, num_frames)
 
     @classmethod
-    def _interpolate(cls, tracks: Sequence[Track], size: tuple[int, int], num_frames: int) -> "Trajectories":
+    def _interpolate(
+        cls,
+        tracks: Sequence[Track],
+        size: tuple[int, int],
+        num_frames: int,
+        counted_in: int | None = None,
+        source: str = "tracks",
+    ) -> "Trajectories":
+        """The tracks in each frame; their times count in a clip of `counted_in` frames, by default T."""
         if num_frames < 1:
             raise ValueError(f"num_frames must be at least 1, got {num_frames}")
         points = np.zeros((len(tracks), num_frames, 2))
         visible = np.zeros((len(tracks), num_frames), np.bool_)
         for n, track in enumerate(tracks):
-            points[n] = _interpolate_pchip(track.points, num_frames)
-            # A frame between two control points is visible if both of them are.
-            at = np.arange(num_frames) * (len(track.points) - 1)
-            visible[n] = track.visible[at // max(num_frames - 1, 1)] & track.visible[-(-at // max(num_frames - 1, 1))]
+            if track.hides_outside and np.abs(track.points).max() > _FARTHEST_PX:
+                raise ValueError(f"{source}: track {n} has points more than {_FARTHEST_PX:g} px outside the frame")
+            points[n], visible[n] = _place_track(track, num_frames, counted_in or num_frames)
+            if track.hides_outside:
+                visible[n] &= inside(torch.as_tensor(points[n]), size).numpy()
+                if not visible[n].any():
+                    raise ValueError(
+                        f"{source}: track {n} never enters the {size[0]}x{size[1]} frame; move its points, or drop it"
+                    )
         still = torch.tensor([len(track.points) == 1 for track in tracks], dtype=torch.bool)
-        return cls(torch.as_tensor(points), torch.as_tensor(visible), size, still)
+        codes = [-1 if track.control is None else TRACK_CONTROLS.index(track.control) for track in tracks]
+        control = torch.tensor(codes) if any(code >= 0 for code in codes) else None
+        return cls(torch.as_tensor(points), torch.as_tensor(visible), size, still, control)
+
+    def _join_camera(self, camera: "Trajectories") -> "Trajectories":
+        """These tracks, then those of a camera's motion, which say so."""
+        unstated = torch.full((self.num_tracks,), -1)
+        codes = torch.full((camera.num_tracks,), TRACK_CONTROLS.index("camera"))
+        return Trajectories(
+            torch.cat([self.points, camera.points]),
+            torch.cat([self.visible, camera.visible]),
+            self.size,
+            torch.cat([self.still, camera.still]),
+            torch.cat([unstated if self.control is None else self.control, codes]),
+        )
+
+    def resample(self, num_frames: int) -> "Trajectories":
+        """The same motion over another number of frames, by PCHIP; a frame between two others is seen if both are.
+
+        Raises:
+            ValueError: a number of frames that is not positive.
+        """
+        resampled = self._interpolate(self._tracks(), self.size, num_frames)
+        return dataclasses.replace(resampled, control=self.control)
 
     def save(self, path: str | Path) -> None:
         """Writes our JSON form, with T points per track and one per still track; `load` gives the same back.
@@ -166,10 +245,17 @@ class Trajectories:
         Raises:
             ValueError: a point is not finite.
         """
+        write_trajectory_json(Path(path), self._tracks(), self.size)
+
+    def _tracks(self) -> list[Track]:
+        """Control points: one per frame, or a single one of still tracks."""
         points, visible = self.points.cpu().numpy(), self.visible.cpu().numpy()
         counts = [1 if still else self.num_frames for still in self.still]
-        tracks = [Track(points[n, :count], visible[n, :count]) for n, count in enumerate(counts)]
-        write_trajectory_json(Path(path), tracks, self.size)
+        codes = [-1] * self.num_tracks if self.control is None else [int(code) for code in self.control]
+        return [
+            Track(points[n, :count], visible[n, :count], control=TRACK_CONTROLS[code] if code >= 0 else None)
+            for n, (count, code) in enumerate(zip(counts, codes, strict=True))
+        ]
 
     def resize(self, size: tuple[int, int]) -> "Trajectories":
         """The trajectories in the picture resized to `size` (W, H); the axes may scale differently."""
@@ -221,12 +307,22 @@ class Trajectories:
         return torch.where(kept[..., None], moved.clamp(min=0).minimum(new - _INSIDE_PX), moved), kept
 
 
-def _interpolate_pchip(control: np.ndarray, num_frames: int) -> np.ndarray:
-    if len(control) == 1:
-        return np.repeat(control, num_frames, axis=0)
-    if len(control) == num_frames:
-        return control  # Evaluating the curve could round, but a saved file must load exactly.
-    curve = PchipInterpolator(np.linspace(0, 1, len(control)), control)
-    # PCHIP does not overshoot, but its rounding could move a border point outside the frame.
-    values = curve(np.linspace(0, 1, num_frames))
-    return np.minimum(np.maximum(values, control.min(axis=0)), control.max(axis=0))
+def _place_track(
+    track: Track, num_frames: int, counted_in: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """Points (T, 2) and visibility (T,) of a track; its times count in a clip of `counted_in` frames."""
+    control, count = track.points, len(track.points)
+    if count == 1:
+        return np.repeat(control, num_frames, axis=0), np.repeat(track.visible, num_frames)
+    if count == num_frames and track.timing.is_default:
+        return control, track.visible  # Evaluating the curve could round, but a saved file must load exactly.
+    knots, at = track.timing.knots(count, num_frames, counted_in)
+    if track.interpolation == "linear":
+        points = np.stack([np.interp(at, knots, control[:, axis]) for axis in (0, 1)], axis=-1)
+    else:
+        points = cast("npt.NDArray[np.float64]", PchipInterpolator(knots, control)(at))
+    # Neither curve overshoots, but their rounding could move a border point outside the frame.
+    points = np.minimum(np.maximum(points, control.min(axis=0)), control.max(axis=0))
+    # A frame between two control points is visible if both of them are.
+    place = np.round(np.interp(at, knots, np.arange(count)), 9)
+    return points, track.visible[np.floor(place).astype(int)] & track.visible[np.ceil(place).astype(int)]

@@ -9,11 +9,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from imageconductor.conditioning.camera import CameraMotion
+from imageconductor.conditioning.checks import check_keys, suggest
+from imageconductor.conditioning.timing import STEADY, Timing
 from imageconductor.files import read_text, write_text
 
 _FORMS = '{"width": W, "height": H, "tracks": [{"points": [[x, y], ...]}, ...]} or [[[x, y], ...], ...]'
@@ -21,6 +24,17 @@ _ADVICE = f"trajectories are read as JSON: {_FORMS}"
 
 PUBLISHED_SIZE = (384, 256)
 """(W, H) of the published release, whose JSON form states no size."""
+
+TRACK_CONTROLS = ("camera", "object")
+"""What a track may say that it moves, by the code in `Trajectories.control`."""
+
+_NOTE = "note"  # free text, since JSON has no comments
+_FILE_KEYS = ("width", "height", "num_frames", "tracks", "camera", _NOTE)
+_TRACK_KEYS = (
+    *("points", "visible", "start", "end", "easing", "times", "interpolation", "control", "outside"),
+    _NOTE,
+)
+_CAMERA_KEYS = ("pan", "zoom", "roll", "start", "end", "easing", "returns", "grid", _NOTE)
 
 
 @dataclass(frozen=True)
@@ -30,10 +44,35 @@ class Track:
     Attributes:
         points: (K, 2) float64, xy in pixels; K = 1 means "hold still".
         visible: (K,) bool.
+        timing: when the motion takes place.
+        interpolation: the curve through the points, of which straight lines keep their corners.
+        control: one of `TRACK_CONTROLS`; None = the track does not say what it moves.
+        hides_outside: whether the track is invisible outside the frame, which it may enter and leave.
     """
 
     points: npt.NDArray[np.float64]
     visible: npt.NDArray[np.bool_]
+    timing: Timing = STEADY
+    interpolation: Literal["pchip", "linear"] = "pchip"
+    control: str | None = None
+    hides_outside: bool = False
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a file holds.
+
+    Attributes:
+        tracks: the drawn tracks.
+        size: (W, H) of the frame they are drawn in.
+        num_frames: frames of the clip in which `start`, `end` and `times` count.
+        camera: motion of the camera, whose tracks come after the drawn ones; None = not stated.
+    """
+
+    tracks: list[Track]
+    size: tuple[int, int]
+    num_frames: int
+    camera: CameraMotion | None = None
 
 
 def check_size(size: object, source: str = "size") -> tuple[int, int]:
@@ -50,16 +89,17 @@ def check_size(size: object, source: str = "size") -> tuple[int, int]:
     return int(values[0]), int(values[1])
 
 
-def check_tracks(tracks: object, size: tuple[int, int], max_tracks: int, source: str) -> list[Track]:
+def check_tracks(tracks: object, size: tuple[int, int], max_tracks: int, source: str, num_frames: int) -> list[Track]:
     """The control points of every track, each a finite [x, y] inside the frame.
 
     Args:
-        tracks: list of tracks; a track is a list of [x, y] pixels, or {"points": [[x, y], ...]} with an optional
-            "visible" list of booleans. Tracks that state their visibility were measured, not drawn, and may leave
-            the frame.
+        tracks: list of tracks; a track is a list of [x, y] pixels, or {"points": [[x, y], ...]} with the further keys
+            that docs/trajectories.md lists. Tracks that state their visibility were measured, not drawn, and may leave
+            the frame, as those with "outside" may.
         size: (W, H). A point is inside if 0 <= x < W and 0 <= y < H.
         max_tracks: largest number of tracks accepted.
         source: name at the start of messages, such as that of the file.
+        num_frames: frames of the clip in which tracks count their times.
 
     Raises:
         ValueError: malformed tracks; names source, track and point.
@@ -72,16 +112,21 @@ def check_tracks(tracks: object, size: tuple[int, int], max_tracks: int, source:
             f"{source}: {len(listed)} tracks, at most {max_tracks} are accepted; "
             f"draw fewer, or keep one in {-(-len(listed) // max_tracks)}"
         )
-    return [_check_track(track, size, f"{source}: track {n}") for n, track in enumerate(listed)]
+    return [_check_track(track, size, f"{source}: track {n}", num_frames) for n, track in enumerate(listed)]
 
 
-def read_trajectory_json(
-    path: Path, size: tuple[int, int] | None, max_tracks: int
-) -> tuple[list[Track], tuple[int, int]]:
-    """The tracks of a JSON file, and the (W, H) of the frame they are drawn in.
+def read_trajectory_json(path: Path, size: tuple[int, int] | None, max_tracks: int, num_frames: int) -> Drawing:
+    """What a JSON file draws.
 
     The published form is a bare list of tracks, whose frame is taken to be `size`, or 384x256 if that is None. Our form
-    is {"width": W, "height": H, "tracks": [{"points": [[x, y], ...]}]}.
+    is {"width": W, "height": H, "tracks": [{"points": [[x, y], ...]}]} with further keys, which docs/trajectories.md
+    lists. A file that states only the motion of the camera needs no frame and is taken to be drawn in `size` too.
+
+    Args:
+        path: the file.
+        size: (W, H) of the frame of files that state none.
+        max_tracks: largest number of tracks accepted, those of the camera's motion included.
+        num_frames: frames of the video, in which the times of files that do not state "num_frames" count.
 
     Raises:
         FileNotFoundError: no such file.
@@ -101,14 +146,38 @@ def read_trajectory_json(
         raise ValueError(f"{path} holds {found}; {_ADVICE}")
     if isinstance(content, list):
         drawn_at = check_size(size or PUBLISHED_SIZE)
-        return check_tracks(cast("object", content), drawn_at, max_tracks, str(path)), drawn_at
+        tracks = check_tracks(cast("object", content), drawn_at, max_tracks, str(path), num_frames)
+        return Drawing(tracks, drawn_at, num_frames)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a list of tracks or an object, found {_abbreviate(content)}; {_ADVICE}")
-    fields = cast("dict[str, Any]", content)
-    if missing := [key for key in ("width", "height", "tracks") if key not in fields]:
-        raise ValueError(f"{path}: lacks {', '.join(missing)}; it has {_abbreviate(list(fields))}; {_ADVICE}")
-    drawn_at = check_size((fields["width"], fields["height"]), str(path))
-    return check_tracks(fields["tracks"], drawn_at, max_tracks, str(path)), drawn_at
+    return _check_drawing(cast("dict[str, Any]", content), size, max_tracks, str(path), num_frames)
+
+
+def _check_drawing(
+    fields: dict[str, Any], size: tuple[int, int] | None, max_tracks: int, source: str, num_frames: int
+) -> Drawing:
+    """A file in our form, by its keys."""
+    has_frame = "tracks" in fields or "camera" not in fields or "width" in fields or "height" in fields
+    needed = ("width", "height") if "camera" in fields else ("width", "height", "tracks")
+    if missing := [key for key in needed if has_frame and key not in fields]:
+        raise ValueError(f"{source}: lacks {', '.join(missing)}; it has {_abbreviate(list(fields))}; {_ADVICE}")
+    check_keys(fields, _FILE_KEYS, source)
+    drawn_at = check_size((fields["width"], fields["height"]) if has_frame else size or PUBLISHED_SIZE, source)
+    if "num_frames" in fields:
+        counted: object = fields["num_frames"]
+        if not isinstance(counted, int) or isinstance(counted, bool) or counted < 1:
+            raise ValueError(f"{source}: num_frames must be a whole number of at least 1, got {counted!r}")
+        num_frames = counted
+    camera = None
+    if "camera" in fields:
+        camera = _check_camera(fields["camera"], f"{source}: camera", num_frames)
+        if camera.num_tracks > max_tracks:
+            raise ValueError(
+                f"{source}: camera: grid has {camera.num_tracks} tracks, at most {max_tracks} are accepted"
+            )
+        max_tracks -= camera.num_tracks
+    tracks = check_tracks(fields.get("tracks", []), drawn_at, max_tracks, source, num_frames)
+    return Drawing(tracks, drawn_at, num_frames, camera)
 
 
 def _describe_array(path: Path) -> str | None:
@@ -157,26 +226,75 @@ def write_trajectory_json(path: Path, tracks: Sequence[Track], size: tuple[int, 
         inside = (track.points >= 0) & (track.points < np.asarray(size))
         if not (track.visible.all() and inside.all()):
             entry["visible"] = track.visible.tolist()
+        if track.control is not None:
+            entry["control"] = track.control
         entries.append(entry)
     write_text(path, json.dumps({"width": size[0], "height": size[1], "tracks": entries}))
 
 
-def _check_track(track: object, size: tuple[int, int], where: str) -> Track:
-    flags: object = None
+def _check_track(track: object, size: tuple[int, int], where: str, num_frames: int) -> Track:
+    fields: dict[str, Any] = {}
     if isinstance(track, dict):
         fields = cast("dict[str, Any]", track)
-        track, flags = fields.get("points"), fields.get("visible")
+        check_keys(fields, _TRACK_KEYS, where)
+        track = fields.get("points")
+    flags, outside = fields.get("visible"), fields.get("outside", False)
     points = _as_list(track)
     if points is None:
         raise ValueError(f"{where} must be a list of [x, y] points, got {_abbreviate(track)}")
     if not points:
         raise ValueError(f"{where} has no points; a track needs at least one")
-    frame = size if flags is None else None
+    if not isinstance(outside, bool):
+        raise ValueError(f"{where}: outside must be true or false, got {_abbreviate(outside)}")
+    frame = size if flags is None and not outside else None
     controls = [_check_point(point, frame, f"{where}, point {k}") for k, point in enumerate(points)]
     visible = [True] * len(points) if flags is None else _as_list(flags)
     if visible is None or len(visible) != len(points) or not all(isinstance(v, (bool, np.bool_)) for v in visible):
         raise ValueError(f"{where}: visible must be a list of {len(points)} booleans, got {_abbreviate(flags)}")
-    return Track(np.asarray(controls, np.float64), np.asarray(visible, np.bool_))
+    interpolation, control = fields.get("interpolation", "pchip"), fields.get("control")
+    for key, value, known in (
+        ("interpolation", interpolation, ("pchip", "linear")),
+        ("control", control, TRACK_CONTROLS),
+    ):
+        if value not in known and key in fields:
+            raise ValueError(f"{where}: {key} must be {' or '.join(known)}, got {value!r}{suggest(value, known)}")
+    timing = _check_timing(fields, where, num_frames, len(points))
+    return Track(
+        np.asarray(controls, np.float64), np.asarray(visible, np.bool_), timing, interpolation, control, outside
+    )
+
+
+def _check_timing(fields: dict[str, Any], where: str, num_frames: int, num_points: int | None = None) -> Timing:
+    """When the motion of a track of `num_points` points takes place, or that of the camera."""
+    given = {key: fields[key] for key in ("start", "end", "easing", "times") if key in fields}
+    if num_points == 1 and given:
+        raise ValueError(f"{where} is a single point, which holds still; {next(iter(given))} needs two or more points")
+    if (times := _as_list(given.get("times"))) is not None:
+        given["times"] = tuple(times)
+        if len(times) != num_points:
+            raise ValueError(f"{where}: times must be {num_points} frames, one for each point, got {len(times)}")
+    try:
+        timing = Timing(**given)
+        timing.check_frames(num_frames)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return timing
+
+
+def _check_camera(camera: object, where: str, num_frames: int) -> CameraMotion:
+    if not isinstance(camera, dict):
+        raise ValueError(f'{where} must be an object such as {{"pan": [0.2, 0]}}, got {_abbreviate(camera)}')
+    fields = cast("dict[str, Any]", camera)
+    check_keys(fields, _CAMERA_KEYS, where)
+    amounts = {key: fields[key] for key in ("pan", "zoom", "roll", "returns", "grid") if key in fields}
+    for key in ("pan", "grid"):
+        if (pair := _as_list(amounts.get(key))) is not None:
+            amounts[key] = tuple(pair)
+    timing = _check_timing(fields, where, num_frames)
+    try:
+        return CameraMotion(**amounts, timing=timing)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _check_point(point: object, size: tuple[int, int] | None, where: str) -> list[float]:

@@ -49,7 +49,8 @@ def test_no_tracks_is_a_drawing_too():
         ([[[True, 1]]], ["track 0, point 0", "two numbers"]),
         ([[["3", 1]]], ["track 0, point 0", "two numbers"]),
         ([3], ["track 0", "list of [x, y]", "got 3"]),
-        ([{"point": [[1, 1]]}], ["track 0", "list of [x, y]"]),
+        ([{"point": [[1, 1]]}], ["track 0: unknown key 'point'; did you mean points?"]),
+        ([{"visible": [True]}], ["track 0", "list of [x, y]"]),
         ([{"points": [[1, 1]], "visible": [1]}], ["track 0", "booleans"]),
         ([[[1, 1]]] * 9, ["9 tracks", "at most 8"]),
         ("drawn", ["list of tracks"]),
@@ -192,6 +193,8 @@ def test_operations_that_change_nothing():
         ({"visible": torch.ones(2, 3)}, "visible must be bool"),
         ({"still": torch.zeros(3, dtype=torch.bool)}, r"still must be bool \(2,\)"),
         ({"size": (4, 0)}, "frame size"),
+        ({"control": torch.tensor([0, 2])}, r"control must be int64 \(2,\) from -1 to 1"),
+        ({"control": torch.tensor([0, 1, 1])}, r"control must be int64 \(2,\) from -1 to 1, got torch.int64 \(3,\)"),
     ],
 )
 def test_fields_must_fit_together(fields, said):
