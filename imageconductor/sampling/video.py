@@ -10,12 +10,17 @@ import imageio.v3 as iio
 import numpy as np
 from numpy.typing import NDArray
 
-from imageconductor.conditioning import Trajectories
+from imageconductor.conditioning import TRACK_CONTROLS, Trajectories
 from imageconductor.files import atomic_path
 
 Frames = NDArray[np.uint8]  # (T, H, W, 3)
+Colour = tuple[int, int, int]
 
 _COLOURS = ((255, 64, 64), (64, 160, 255), (255, 200, 40), (90, 220, 120), (220, 110, 255), (255, 140, 60))
+_CONTROL_COLOURS = {"camera": (64, 160, 255), "object": (255, 64, 64)}
+_WHITE = (255, 255, 255)
+_FARTHEST_PX = 2.0**20  # OpenCV counts in 32 bits
+_SUBPIXEL_BITS = 4  # OpenCV draws at sixteenths of a pixel
 _WATCHABLE_PX = 256
 
 
@@ -41,37 +46,74 @@ def write_mp4(path: Path, frames: Frames, fps: int) -> None:
 
 
 def draw_trajectories(frames: Frames, trajectories: Trajectories, factor: int = 1) -> Frames:
-    """Frames with the tracks drawn on them: the path thin, the part travelled so far thick, the position as a dot.
+    """Frames with the tracks drawn on them, which show where each point is and how fast it moves.
+
+    The path is thin, the part travelled so far thick. Each frame's position is a dot on it: where the dots are far
+    apart, the point is fast. The present position is a larger dot; a point that holds still has a ring.
 
     Args:
         frames: (T, H, W, 3).
-        trajectories: With T frames, of the frames' size before they were enlarged by `factor`.
+        trajectories: With T frames, of the frames' size before they were enlarged by `factor`. Tracks that state what
+            they move are blue (camera) or red (object).
         factor: By which the frames were enlarged.
     """
     points = (trajectories.points.numpy() + 0.5) * factor - 0.5
-    visible = trajectories.visible.numpy()
+    visible = trajectories.visible.numpy() & np.isfinite(points).all(axis=-1)
+    colours = _choose_colours(trajectories)
     scale = max(1, round(min(frames.shape[1:3]) / 256))
     drawn = frames.copy()
     for t, frame in enumerate(drawn):
-        for n in range(trajectories.num_tracks):
-            colour = _COLOURS[n % len(_COLOURS)]
-            _path(frame, points[n], visible[n], colour, scale)
-            _path(frame, points[n, : t + 1], visible[n, : t + 1], colour, 3 * scale)
-            if not visible[n, t]:
-                continue
-            x, y = np.round(points[n, t]).astype(int).tolist()
-            cv2.circle(frame, (x, y), 5 * scale, (255, 255, 255), -1, cv2.LINE_AA)
-            cv2.circle(frame, (x, y), 4 * scale, colour, -1, cv2.LINE_AA)
+        for n, colour in enumerate(colours):
+            past, now = slice(0, t + 1), slice(t, t + 1)
+            if not trajectories.still[n]:
+                _draw_path(frame, points[n], visible[n], colour, scale)
+                _draw_dots(frame, points[n], visible[n], colour, 2.2 * scale)
+                _draw_path(frame, points[n, past], visible[n, past], colour, 5 * scale)
+                _draw_dots(frame, points[n, past], visible[n, past], _WHITE, 1.2 * scale)
+            _draw_dots(frame, points[n, now], visible[n, now], _WHITE, 5 * scale)
+            _draw_dots(frame, points[n, now], visible[n, now], colour, 4 * scale)
             if trajectories.still[n]:
-                cv2.circle(frame, (x, y), 9 * scale, colour, 2 * scale, cv2.LINE_AA)
+                _draw_dots(frame, points[n, now], visible[n, now], colour, 9 * scale, 2 * scale)
     return drawn
 
 
-def _path(frame: Frames, points: NDArray[np.floating], visible: NDArray[np.bool_], colour: tuple, width: int) -> None:
+def _choose_colours(trajectories: Trajectories) -> list[Colour]:
+    """A colour for each track: that of what it moves, or the next one of the palette."""
+    if trajectories.control is None:
+        return [_COLOURS[n % len(_COLOURS)] for n in range(trajectories.num_tracks)]
+    others = [colour for colour in _COLOURS if colour not in _CONTROL_COLOURS.values()]
+    return [
+        _CONTROL_COLOURS[TRACK_CONTROLS[code]] if code >= 0 else others[n % len(others)]
+        for n, code in enumerate(trajectories.control.tolist())
+    ]
+
+
+def _draw_path(
+    frame: Frames, points: NDArray[np.floating], visible: NDArray[np.bool_], colour: Colour, width: int
+) -> None:
     for start, end, seen in zip(points[:-1], points[1:], visible[:-1] & visible[1:], strict=True):
         if seen:
-            first, last = (np.round(p).astype(int).tolist() for p in (start, end))
-            cv2.line(frame, first, last, colour, width, cv2.LINE_AA)
+            cv2.line(frame, _subpixel(start), _subpixel(end), colour, width, cv2.LINE_AA, _SUBPIXEL_BITS)
+
+
+def _draw_dots(
+    frame: Frames,
+    points: NDArray[np.floating],
+    visible: NDArray[np.bool_],
+    colour: Colour,
+    radius: float,
+    ring_width: int = -1,
+) -> None:
+    """Discs around the visible points, or rings."""
+    size = round(radius * 2**_SUBPIXEL_BITS)
+    for point in points[visible]:
+        cv2.circle(frame, _subpixel(point), size, colour, ring_width, cv2.LINE_AA, _SUBPIXEL_BITS)
+
+
+def _subpixel(point: NDArray[np.floating]) -> tuple[int, int]:
+    near = np.clip(point, -_FARTHEST_PX, _FARTHEST_PX)  # measured points may be anywhere
+    x, y = np.round(near * 2**_SUBPIXEL_BITS).astype(int).tolist()
+    return x, y
 
 
 def contact_sheet(path: Path, rows: Sequence[tuple[str, Frames]], columns: int = 6) -> None:
