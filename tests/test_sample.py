@@ -107,6 +107,31 @@ def test_flags_win_over_yaml_and_mean_the_same(tmp_path):
     assert job == SampleJob(steps=9, seed=[3], trajectories="t.json")
 
 
+def test_an_option_replaces_what_the_yaml_says_of_motion(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text("trajectories: t.json\n")
+    for option in ({"motion_from": "v.mp4"}, {"preset": "arc"}):
+        assert sample.build_job(path, option) == SampleJob(**option)
+    assert sample.build_job(path, {"steps": 3}) == SampleJob(trajectories="t.json", steps=3)
+
+
+def test_a_file_of_camera_motion_suits_the_camera(tiny_model, image, tmp_path):
+    from imageconductor.sampling.job import prepare
+
+    path = tmp_path / "drawn.json"
+    camera, track = {"pan": [0.2, 0]}, {"points": [[8, 8], [20, 8]]}
+    contents = {
+        "camera": {"camera": camera},
+        "object": {"width": 32, "height": 32, "tracks": [track], "camera": camera},
+    }
+    for control, content in contents.items():
+        path.write_text(json.dumps(content))
+        inputs = prepare(SampleJob(model=str(tiny_model), image=str(image), trajectories=str(path)))
+        assert inputs.job.control == control
+    asked = SampleJob(model=str(tiny_model), image=str(image), trajectories=str(path), control="mixed")
+    assert prepare(asked).job.control == "mixed"
+
+
 def test_every_preset_suits_its_control(tiny_model, image):
     from imageconductor.sampling.job import prepare
 
@@ -123,6 +148,9 @@ BAD = {
     "malformed JSON": (["--trajectories", "{text}"], "note.txt"),
     "point outside": (["--trajectories", "{outside}"], r"track 0, point 1 at (700"),
     "unknown preset": (["--preset", "pan-lef"], "pan-left"),
+    "two motions": (["--motion-from", "{text}", "--preset", "pan-left"], "exclude each other"),
+    "missing footage": (["--motion-from", "nowhere.mp4"], "nowhere.mp4: no such video file"),
+    "text as footage": (["--motion-from", "{text}"], "note.txt cannot be read as a video"),
     "no steps": (["--steps", "0"], "steps must be at least 1"),
     "no LoRA": (["--model", "{bare}", "--preset", "pan-left"], "camera LoRA"),
     "no model": (["--model", "nowhere/at/all"], "nowhere/at/all"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from imageconductor.command_line import add_arguments
 from imageconductor.files import atomic_folder, check_new_folder, find_shipped
-from imageconductor.sampling.job import SampleJob, load_job, load_pipeline, prepare, render, write
+from imageconductor.sampling.job import MOTIONS, SampleJob, load_job, load_pipeline, prepare, render, write
 
 DEFAULT_CONFIG = Path("configs/sample/sprites.yaml")
 
@@ -61,10 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_job(config: Path | None, options: dict) -> SampleJob:
-    """The job that YAML and options ask for; a preset replaces the YAML's trajectories, and the other way round."""
+    """The job that YAML and options ask for; an option that says how things move replaces what the YAML says of it."""
     job = SampleJob() if config is None else load_job(config)
-    if "preset" in options and "trajectories" not in options:
-        job = replace(job, trajectories=None)
-    elif "trajectories" in options and "preset" not in options:
-        job = replace(job, preset=None)
-    return replace(job, **options)
+    unset = dict.fromkeys(MOTIONS) if any(options.get(name) is not None for name in MOTIONS) else {}
+    return replace(job, **{**unset, **options})

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from imageconductor import config as config_file
 from imageconductor.conditioning.presets import CAMERA_PRESETS, OBJECT_PRESETS
+from imageconductor.conditioning.trajectory_json import TRACK_CONTROLS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from imageconductor.conditioning import Trajectories
     from imageconductor.sampling.pipeline import ImageConductorPipeline
     from imageconductor.sampling.video import Frames
+
+MOTIONS = ("trajectories", "preset", "motion_from")
+"""Settings of which one says how things move."""
 
 _FILE = {"metavar": "FILE"}
 _LORA = {"metavar": "FILE[:X]"}
@@ -36,13 +40,15 @@ class SampleJob:
     image: str | None = field(default=None, metadata=_FILE)
     # drawn tracks as JSON; a track of one point holds still
     trajectories: str | None = field(default=None, metadata=_FILE)
+    # a video whose motion is taken instead, on a grid of 3 x 3 points and over its whole length
+    motion_from: str | None = field(default=None, metadata={"metavar": "VIDEO"})
     # a ready-made motion instead, listed below
     preset: str | None = field(default=None, metadata={"metavar": "NAME"})
     start: tuple[float, float] | None = None  # where an object preset begins, pixels; default: the middle
     strength: float = 1.0  # factor on the motion of a preset, 1 = moderate
     prompt: str = ""  # what the video shows
     negative_prompt: str | None = None  # what it does not show
-    # what the trajectories move; base = no LoRA; default: what suits the preset, else object
+    # what the trajectories move; base = no LoRA; default: what suits the preset or what all tracks state, else object
     control: Literal["camera", "object", "mixed", "base"] | None = None
     camera_free_scale: float | None = None  # lambda_trajs of Eq. 5, above 1 pins the camera; default: off
     guidance_scale: float | None = None  # lambda_cfg of classifier-free guidance, 1 = off
@@ -82,8 +88,9 @@ class SampleJob:
             raise ValueError(f"seed names a number twice: {self.seed}")
         if self.num_videos is not None and self.num_videos < len(self.seed):
             raise ValueError(f"num_videos is {self.num_videos}, but {len(self.seed)} seeds are given")
-        if self.trajectories is not None and self.preset is not None:
-            raise ValueError(f"trajectories ({self.trajectories}) and preset ({self.preset}) exclude each other")
+        stated = [f"{name} ({value})" for name in MOTIONS if (value := getattr(self, name)) is not None]
+        if len(stated) > 1:
+            raise ValueError(f"{' and '.join(stated)} exclude each other")
         if self.compile and self.offload != "none":
             raise ValueError(f"compile and offload {self.offload!r} exclude each other")
         for text in (*self.lora, *self.motion_lora):
@@ -136,7 +143,7 @@ def load_job(path: Path) -> SampleJob:
     job = config_file.load(SampleJob, path)
     beside = {
         name: str(path.parent / value)
-        for name in ("image", "trajectories", "model")
+        for name in ("image", "trajectories", "motion_from", "model")
         if (value := getattr(job, name)) is not None and (path.parent / value).exists()
     }
     return replace(job, **beside)
@@ -157,15 +164,17 @@ def prepare(job: SampleJob) -> Inputs:
         raise ValueError("an image is needed: --image FILE")
     job = _with_defaults(job)
     size, num_frames = (cast(int, job.width), cast(int, job.height)), cast(int, job.num_frames)
-    if job.camera_free_scale is not None and job.control != "object":
-        raise ValueError(f"camera_free_scale goes with control 'object', not {job.control!r}")
+    check_shape(job.model, size, num_frames)
     image = load_image(cast(str, job.image))
     trajectories = _build_trajectories(job, size, num_frames)
+    if job.control is None:
+        job = replace(job, control=_suitable_control(trajectories, job.preset))
+    if job.camera_free_scale is not None and job.control != "object":
+        raise ValueError(f"camera_free_scale goes with control 'object', not {job.control!r}")
     if job.domain_adapter_scale is not None and not DomainAdapter.is_in(Path(job.model)):
         raise FileNotFoundError(f"{job.model} has no domain adapter; assemble it with domain_adapter=FILE")
     if trajectories.num_tracks:
         check_adapters(job.model, ADAPTERS[Control(job.control)], f"control {job.control!r}")
-    check_shape(job.model, size, num_frames)
     return Inputs(replace(job, seed=job.seeds, num_videos=None), cover_crop(image, size), trajectories)
 
 
@@ -219,7 +228,7 @@ def render(
     from imageconductor.sampling.video import to_uint8
 
     job = inputs[0].job
-    own = {"image", "trajectories", "preset", "start", "strength", "prompt", "negative_prompt", "seed"}
+    own = {"image", *MOTIONS, "start", "strength", "prompt", "negative_prompt", "seed"}
     for field_ in fields(SampleJob):
         values = [getattr(one.job, field_.name) for one in inputs]
         if field_.name not in own and any(value != values[0] for value in values):
@@ -269,6 +278,7 @@ def write(inputs: Inputs, videos: Sequence[Frames], folder: Path) -> None:
         image="first_frame.png",
         trajectories="trajectories.json" if trajectories.num_tracks else None,
         preset=None,
+        motion_from=None,
         start=None,
         model=str(Path(job.model).resolve()),
         base=None if job.base is None else str(Path(job.base).resolve()),
@@ -299,8 +309,6 @@ def _with_defaults(job: SampleJob) -> SampleJob:
         raise ValueError(f"offload {job.offload!r} keeps networks off the GPU, and the device is cpu; leave it out")
     dtype = job.dtype or ("float16" if device.startswith("cuda") else "float32")
     job = replace(job, model=str(locate_model(job.model)), device=device, dtype=dtype)
-    if job.control is None:
-        job = replace(job, control="camera" if job.preset in CAMERA_PRESETS else "object")
     defaults = read_sampling_defaults(job.model)
     defaults["steps"] = defaults.pop("num_inference_steps")
     unset = {f.name: defaults[f.name] for f in fields(job) if getattr(job, f.name) is None and f.name in defaults}
@@ -308,7 +316,7 @@ def _with_defaults(job: SampleJob) -> SampleJob:
 
 
 def _build_trajectories(job: SampleJob, size: tuple[int, int], num_frames: int) -> Trajectories:
-    """What is drawn, or what the preset draws, in pixels of `size` (W, H)."""
+    """What is drawn, what the preset draws, or how a video moves, in pixels of `size` (W, H)."""
     from imageconductor.conditioning import Trajectories, camera_preset, object_preset
 
     if job.preset in CAMERA_PRESETS:
@@ -318,7 +326,18 @@ def _build_trajectories(job: SampleJob, size: tuple[int, int], num_frames: int) 
         return object_preset(job.preset, size, num_frames, start=start, strength=job.strength)
     if job.trajectories is not None:
         return Trajectories.load(job.trajectories, num_frames, published_size=size).cover_crop(size)
+    if job.motion_from is not None:
+        from imageconductor.data.video_motion import take_motion
+
+        return take_motion(Path(job.motion_from), size, num_frames)
     return Trajectories.empty(size, num_frames)
+
+
+def _suitable_control(trajectories: Trajectories, preset: str | None) -> Literal["camera", "object"]:
+    """The camera if the preset is one of it, or if every track says that it moves the camera; else the object."""
+    codes = trajectories.control
+    says_camera = codes is not None and bool((codes == TRACK_CONTROLS.index("camera")).all())
+    return "camera" if preset in CAMERA_PRESETS or says_camera else "object"
 
 
 def _check_device(name: str | None) -> str:
