@@ -164,7 +164,6 @@ def prepare(job: SampleJob) -> Inputs:
         raise ValueError("an image is needed: --image FILE")
     job = _with_defaults(job)
     size, num_frames = (cast(int, job.width), cast(int, job.height)), cast(int, job.num_frames)
-    check_shape(job.model, size, num_frames)
     image = load_image(cast(str, job.image))
     trajectories = _build_trajectories(job, size, num_frames)
     if job.control is None:
@@ -175,6 +174,7 @@ def prepare(job: SampleJob) -> Inputs:
         raise FileNotFoundError(f"{job.model} has no domain adapter; assemble it with domain_adapter=FILE")
     if trajectories.num_tracks:
         check_adapters(job.model, ADAPTERS[Control(job.control)], f"control {job.control!r}")
+    check_shape(job.model, size, num_frames)
     return Inputs(replace(job, seed=job.seeds, num_videos=None), cover_crop(image, size), trajectories)
 
 
@@ -311,6 +311,7 @@ def _with_defaults(job: SampleJob) -> SampleJob:
     job = replace(job, model=str(locate_model(job.model)), device=device, dtype=dtype)
     defaults = read_sampling_defaults(job.model)
     defaults["steps"] = defaults.pop("num_inference_steps")
+    del defaults["control"]  # depends on the trajectories
     unset = {f.name: defaults[f.name] for f in fields(job) if getattr(job, f.name) is None and f.name in defaults}
     return replace(job, **unset)
 
