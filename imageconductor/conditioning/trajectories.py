@@ -211,7 +211,8 @@ class Trajectories:
                 visible[n] &= inside(torch.as_tensor(points[n]), size).numpy()
                 if not visible[n].any():
                     raise ValueError(
-                        f"{source}: track {n} never enters the {size[0]}x{size[1]} frame; move its points, or drop it"
+                        f"{source}: track {n} lies outside {size[0]}x{size[1]} in each of the {num_frames} frames; "
+                        "move its points, or drop it"
                     )
         still = torch.tensor([len(track.points) == 1 for track in tracks], dtype=torch.bool)
         codes = [-1 if track.control is None else TRACK_CONTROLS.index(track.control) for track in tracks]

@@ -181,7 +181,10 @@ BAD_TRACKS = {
     "a control": ({"control": "objekt"}, "control must be camera or object, got 'objekt'; did you mean object?"),
     "outside as text": ({"outside": "yes"}, "track 1: outside must be true or false, got 'yes'"),
     "a point outside": ({"points": [[1, 1], [70, 1]]}, "outside the 64x48 frame"),
-    "never inside": ({"points": [[70, 1], [80, 1]], "outside": True}, "track 1 never enters the 64x48 frame"),
+    "never inside": (
+        {"points": [[70, 1], [80, 1]], "outside": True},
+        "track 1 lies outside 64x48 in each of the 16 frames",
+    ),
     "too far": (
         {"points": [[-1e308, 1], [1e308, 1], [0, 0]], "outside": True},
         "track 1 has points more than 1e+06 px outside",
