@@ -63,6 +63,11 @@ def test_start_or_end_alone(tmp_path):
     assert xs(tmp_path, end=5) == pytest.approx([0, 2, 4, 6, 8] + [10] * 6)
 
 
+def test_as_many_points_as_frames_do_not_hide_a_timing(tmp_path):
+    points = load(tmp_path, {"points": CORNER, "start": 1}, length=3).points[0]
+    assert points.tolist() == [CORNER[0], CORNER[0], CORNER[2]]
+
+
 def test_easings_agree_at_the_ends_and_differ_between(tmp_path):
     halves = {"linear": 5, "ease-in": 2.5, "ease-out": 7.5, "ease-in-out": 5}
     quarter = {"linear": 2, "ease-in": 0.4, "ease-out": 3.6, "ease-in-out": 1.04}
