@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from imageconductor.commands import sample
-from imageconductor.conditioning.presets import CAMERA_PRESETS, OBJECT_PRESETS
+from imageconductor.conditioning.preset_names import CAMERA_PRESETS, OBJECT_PRESETS
 from imageconductor.sampling.job import SampleJob, load_job
 
 

@@ -18,7 +18,7 @@ DEFAULT_CONFIG = Path("configs/sample/sprites.yaml")
 
 def parser() -> argparse.ArgumentParser:
     """The command's options: the fields of `SampleJob`, where the files go, and a YAML file of the same settings."""
-    from imageconductor.conditioning.presets import PRESET_HELP
+    from imageconductor.conditioning.preset_names import PRESET_HELP
 
     presets = "\n".join(f"  {name:<16} {text}" for name, text in PRESET_HELP.items())
     p = argparse.ArgumentParser(

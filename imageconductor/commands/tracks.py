@@ -24,9 +24,7 @@ _BAR_AFTER_S = 2.0
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    p = argparse.ArgumentParser(
-        prog="tracks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("video", type=Path, metavar="VIDEO", help="the footage, in any format that ffmpeg reads")
     p.add_argument("output", type=Path, metavar="OUT.json", help="the trajectory file; one that is there is replaced")
     where = p.add_mutually_exclusive_group()

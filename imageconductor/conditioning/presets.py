@@ -2,6 +2,7 @@
 
 The paper (section 3) names pans and zooms, and straight lines, curves, shaking lines and their combinations, without
 coordinates; the coordinates here are our choice. At strength 1 a motion reaches 0.225 of the frame's shorter side.
+`preset_names` says in words what each one does.
 
 Camera presets are named after the *camera*: "pan-left" turns the camera to the left, and the scene moves to the right.
 """
@@ -10,7 +11,6 @@ import difflib
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -28,20 +28,8 @@ _DIAGONAL = math.sqrt(0.5)
 _Preset = TypeVar("_Preset")
 
 
-@dataclass(frozen=True)
-class _ObjectMotion:
-    """Motion of a point: `path` maps phases (T,) in [0, 1] to x and y offsets (T,) in units of the reach, y down."""
-
-    help: str
-    path: Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class _CameraPreset:
-    """A motion of the camera whose amounts are those at strength 1."""
-
-    help: str
-    motion: CameraMotion
+_Path = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Maps phases (T,) in [0, 1] to x and y offsets (T,) in units of the reach, y down."""
 
 
 def _there_and_back(u: Tensor) -> Tensor:
@@ -52,50 +40,32 @@ def _shake(u: Tensor) -> Tensor:
     return torch.sin(6 * math.pi * u)
 
 
-_CAMERA: Mapping[str, _CameraPreset] = {
-    "pan-left": _CameraPreset("the camera pans left: the scene moves right", CameraMotion((-_REACH, 0))),
-    "pan-right": _CameraPreset("the camera pans right: the scene moves left", CameraMotion((_REACH, 0))),
-    "pan-up": _CameraPreset("the camera pans up: the scene moves down", CameraMotion((0, -_REACH))),
-    "pan-down": _CameraPreset("the camera pans down: the scene moves up", CameraMotion((0, _REACH))),
-    "zoom-in": _CameraPreset("the camera zooms in: the scene grows from the centre", CameraMotion(zoom=_REACH)),
-    "zoom-out": _CameraPreset("the camera zooms out: the scene shrinks to the centre", CameraMotion(zoom=-_REACH)),
-    "pan-up-left": _CameraPreset(
-        "the camera pans up and left: the scene moves down and right",
-        CameraMotion((-_DIAGONAL * _REACH, -_DIAGONAL * _REACH)),
-    ),
-    "pan-down-right": _CameraPreset(
-        "the camera pans down and right: the scene moves up and left",
-        CameraMotion((_DIAGONAL * _REACH, _DIAGONAL * _REACH)),
-    ),
-    "pan-down-up": _CameraPreset(
-        "the camera pans down, then up again: the scene rises and returns", CameraMotion((0, _REACH), returns=True)
-    ),
+_CAMERA: Mapping[str, CameraMotion] = {  # with the amounts of strength 1
+    "pan-left": CameraMotion((-_REACH, 0)),
+    "pan-right": CameraMotion((_REACH, 0)),
+    "pan-up": CameraMotion((0, -_REACH)),
+    "pan-down": CameraMotion((0, _REACH)),
+    "zoom-in": CameraMotion(zoom=_REACH),
+    "zoom-out": CameraMotion(zoom=-_REACH),
+    "pan-up-left": CameraMotion((-_DIAGONAL * _REACH, -_DIAGONAL * _REACH)),
+    "pan-down-right": CameraMotion((_DIAGONAL * _REACH, _DIAGONAL * _REACH)),
+    "pan-down-up": CameraMotion((0, _REACH), returns=True),
     # By this angle a point half the shorter side from the centre moves by the reach.
-    "roll": _CameraPreset(
-        "the camera rolls clockwise: the scene turns counter-clockwise about the centre",
-        CameraMotion(roll=math.degrees(2 * _REACH)),
-    ),
+    "roll": CameraMotion(roll=math.degrees(2 * _REACH)),
 }
 
-_OBJECT: Mapping[str, _ObjectMotion] = {
-    "line-right": _ObjectMotion("straight to the right", lambda u: (u, 0 * u)),
-    "line-left": _ObjectMotion("straight to the left", lambda u: (-u, 0 * u)),
-    "line-up": _ObjectMotion("straight up", lambda u: (0 * u, -u)),
-    "line-down": _ObjectMotion("straight down", lambda u: (0 * u, u)),
-    "diagonal": _ObjectMotion("straight to the right and up", lambda u: (_DIAGONAL * u, -_DIAGONAL * u)),
-    "arc": _ObjectMotion(
-        "right, bending upwards", lambda u: (torch.sin(u * math.pi / 2), torch.cos(u * math.pi / 2) - 1)
-    ),
-    "s-curve": _ObjectMotion("right, swinging up, then down", lambda u: (u, -0.35 * torch.sin(2 * math.pi * u))),
-    "shake": _ObjectMotion("shaking left and right in place", lambda u: (0.4 * _shake(u), 0 * u)),
-    "shaking-line": _ObjectMotion("right, shaking up and down", lambda u: (u, 0.2 * _shake(u))),
-    "line-and-back": _ObjectMotion("right, then back to the start", lambda u: (_there_and_back(u), 0 * u)),
+_OBJECT: Mapping[str, _Path] = {
+    "line-right": lambda u: (u, 0 * u),
+    "line-left": lambda u: (-u, 0 * u),
+    "line-up": lambda u: (0 * u, -u),
+    "line-down": lambda u: (0 * u, u),
+    "diagonal": lambda u: (_DIAGONAL * u, -_DIAGONAL * u),
+    "arc": lambda u: (torch.sin(u * math.pi / 2), torch.cos(u * math.pi / 2) - 1),
+    "s-curve": lambda u: (u, -0.35 * torch.sin(2 * math.pi * u)),
+    "shake": lambda u: (0.4 * _shake(u), 0 * u),
+    "shaking-line": lambda u: (u, 0.2 * _shake(u)),
+    "line-and-back": lambda u: (_there_and_back(u), 0 * u),
 }
-
-CAMERA_PRESETS: tuple[str, ...] = tuple(_CAMERA)
-OBJECT_PRESETS: tuple[str, ...] = tuple(_OBJECT)
-PRESET_HELP: Mapping[str, str] = {name: motion.help for name, motion in (*_CAMERA.items(), *_OBJECT.items())}
-"""One line of description per preset, for menus and --help."""
 
 
 def camera_preset(
@@ -117,7 +87,7 @@ def camera_preset(
     Raises:
         ValueError: an unknown name, or a strength, grid or number of frames that is not positive.
     """
-    motion = _look_up(name, _CAMERA, "camera").motion
+    motion = _look_up(name, _CAMERA, "camera")
     _check_strength(strength)
     return camera_motion(
         size,
@@ -186,11 +156,11 @@ def object_preset(
     Raises:
         ValueError: an unknown name, a start outside the frame, or a strength or number of frames that is not positive.
     """
-    motion = _look_up(name, _OBJECT, "object")
+    path_of = _look_up(name, _OBJECT, "object")
     origin = torch.tensor(start, dtype=torch.float64)
     if not inside(origin, size):
         raise ValueError(f"start ({start[0]:g}, {start[1]:g}) lies outside the {size[0]}x{size[1]} frame")
-    path = torch.stack(motion.path(_phase(num_frames)), dim=-1) * _reach(size, strength)  # (T, 2)
+    path = torch.stack(path_of(_phase(num_frames)), dim=-1) * _reach(size, strength)  # (T, 2)
     last = (torch.tensor(size, dtype=torch.float64) - 1).maximum(origin)
     room = torch.where(path > 0, last - origin, origin)  # (T, 2), distance to the border on that side
     fits = min(1.0, float((room / path.abs().clamp(min=1e-9)).min()))

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from imageconductor.conditioning.presets import CAMERA_PRESETS, OBJECT_PRESETS
+from imageconductor.conditioning.preset_names import CAMERA_PRESETS, OBJECT_PRESETS
 
 RequestSet = Literal["camera", "object"]
 FrechetName = Literal["fid", "fvd", "frechet_small"]

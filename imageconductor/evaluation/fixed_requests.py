@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from imageconductor.conditioning.presets import CAMERA_PRESETS, OBJECT_PRESETS, camera_preset, object_preset
+from imageconductor.conditioning.preset_names import CAMERA_PRESETS, OBJECT_PRESETS
+from imageconductor.conditioning.presets import camera_preset, object_preset
 from imageconductor.conditioning.trajectory_json import check_size
 from imageconductor.files import find_shipped
 

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from imageconductor import config as config_file
-from imageconductor.conditioning.presets import CAMERA_PRESETS, OBJECT_PRESETS
-from imageconductor.conditioning.trajectory_json import TRACK_CONTROLS
+from imageconductor.conditioning.preset_names import CAMERA_PRESETS, OBJECT_PRESETS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -336,6 +335,8 @@ def _build_trajectories(job: SampleJob, size: tuple[int, int], num_frames: int) 
 
 def _suitable_control(trajectories: Trajectories, preset: str | None) -> Literal["camera", "object"]:
     """The camera if the preset is one of it, or if every track says that it moves the camera; else the object."""
+    from imageconductor.conditioning import TRACK_CONTROLS
+
     codes = trajectories.control
     says_camera = codes is not None and bool((codes == TRACK_CONTROLS.index("camera")).all())
     return "camera" if preset in CAMERA_PRESETS or says_camera else "object"

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from imageconductor.conditioning import FlowMapConvention, Trajectories, build_flow_map, flow_map
+from imageconductor.conditioning import FlowMapConvention, Trajectories, build_flow_map
+from imageconductor.conditioning.flow_map import flow_map
 
 DATA = Path(__file__).parents[1] / "data/flow"
 GOLDEN = json.loads((DATA / "flow_cases.json").read_text())

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from imageconductor.commands.evaluate import main
-from imageconductor.conditioning.presets import CAMERA_PRESETS, OBJECT_PRESETS
+from imageconductor.conditioning.preset_names import CAMERA_PRESETS, OBJECT_PRESETS
 from imageconductor.evaluation.evaluate_config import EvaluateConfig
 from imageconductor.evaluation.fixed_requests import FixedRequests
 from imageconductor.evaluation.requests import build_requests
