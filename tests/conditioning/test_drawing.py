@@ -1,6 +1,7 @@
 """What a drawing may state beside its points: when and how fast, between which frames, what it moves, the camera."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from scipy.interpolate import PchipInterpolator
 from imageconductor.conditioning import FlowMapConvention, Trajectories, build_flow_map, camera_motion
 from imageconductor.conditioning.trajectories import inside
 
+ASSETS = Path(__file__).parents[2] / "assets"
 SIZE = (64, 48)
 CORNER = [[10, 8], [40, 8], [40, 38]]
 
@@ -40,7 +42,7 @@ def test_a_file_that_states_points_alone_is_the_curve_of_the_release(num_frames,
 
 
 def test_the_bundled_drawing_is_where_it_was():
-    points = Trajectories.load("assets/sprites.json", 16).points[0, [1, 5, 9]]
+    points = Trajectories.load(ASSETS / "sprites.json", 16).points[0, [1, 5, 9]]
     was = [[24.21917845117845, 40.69066666666667], [29.457912457912457, 45.88888888888889], [35.22836363636363, 46.984]]
     torch.testing.assert_close(points, torch.tensor(was, dtype=torch.float64), rtol=0, atol=1e-12)
 
