@@ -12,6 +12,7 @@ COMMANDS = {
     "curate": "raw video becomes shards of clips with tracks and captions",
     "evaluate": "the paper's tables and figures: make videos, measure, report",
     "assemble": "a model folder from downloaded parts or trained stages; export and upload",
+    "convert": "track files of one tool as those of another",
     "tracks": "the motion of points in footage, as a trajectory file",
 }
 """What each command does, by its name; `commands/NAME.py` has its `main`."""

@@ -1,6 +1,7 @@
 """The generation command: what it writes, that it repeats, and how it refuses."""
 
 import json
+from dataclasses import replace
 
 import imageio.v3 as iio
 import numpy as np
@@ -67,6 +68,40 @@ def test_a_bare_list_is_in_pixels_of_the_video(tiny_model, image, tmp_path):
     assert points[1, 0].tolist() == [30, 31]
 
 
+def test_a_spline_is_in_pixels_of_the_picture_or_of_the_size_given(tiny_model, image, tmp_path, caplog):
+    from imageconductor.sampling.job import prepare
+
+    path = tmp_path / "spline.json"
+    path.write_text("[{'x': 30, 'y': 20}, {'x': 40, 'y': 20}]")
+    job = SampleJob(model=str(tiny_model), image=str(image), trajectories=str(path))
+    # 60x40 covers 32x32 at 0.8, and 8 columns are cut off at each side.
+    ends = prepare(job).trajectories.points[0, [0, -1]].tolist()
+    assert np.allclose(ends, [[30.5 * 0.8 - 8.5, 15.9], [40.5 * 0.8 - 8.5, 15.9]])
+    assert "spline.json (kjnodes) states no frame size; 60x40 was assumed" in caplog.text
+    caplog.clear()
+    ends = prepare(replace(job, trajectories_size="120x80")).trajectories.points[0, [0, -1]].tolist()
+    assert np.allclose(ends, [[30.5 * 0.4 - 8.5, 20.5 * 0.4 - 0.5], [40.5 * 0.4 - 8.5, 20.5 * 0.4 - 0.5]])
+    assert not caplog.text
+
+
+def test_a_run_with_another_tools_tracks_repeats(tiny_model, image, tmp_path):
+    from imageconductor.sampling.job import prepare, write
+
+    folder = tmp_path / "tora"
+    folder.mkdir()
+    for n in (1, 2):
+        (folder / f"{n}.txt").write_text("".join(f"{100 + 3 * i},{90 * n}\n" for i in range(20)))
+    job = SampleJob(model=str(tiny_model), image=str(image), trajectories=str(folder), trajectories_size="720x480")
+    inputs = prepare(job)
+    write(inputs, [np.zeros((4, 32, 32, 3), np.uint8)], tmp_path)
+    saved = load_job(tmp_path / "run.yaml")
+    assert (saved.trajectories, saved.trajectories_size) == (str(tmp_path / "trajectories.json"), None)
+    again = prepare(saved).trajectories
+    assert again.num_tracks == 2
+    assert torch.equal(again.points, inputs.trajectories.points)
+    assert torch.equal(again.visible, inputs.trajectories.visible)
+
+
 def test_camera_preset_with_two_seeds(tiny_model, image, tmp_path):
     out = tmp_path / "out"
     arguments = ["--model", str(tiny_model), "--image", str(image), "--control", "camera", "--preset", "pan-left"]
@@ -115,21 +150,22 @@ def test_an_option_replaces_what_the_yaml_says_of_motion(tmp_path):
     assert sample.build_job(path, {"steps": 3}) == SampleJob(trajectories="t.json", steps=3)
 
 
-def test_a_file_of_camera_motion_suits_the_camera(tiny_model, image, tmp_path):
+def test_the_control_suits_what_a_file_moves(tiny_model, image, tmp_path):
     from imageconductor.sampling.job import prepare
 
     path = tmp_path / "drawn.json"
     camera, track = {"pan": [0.2, 0]}, {"points": [[8, 8], [20, 8]]}
     contents = {
         "camera": {"camera": camera},
-        "object": {"width": 32, "height": 32, "tracks": [track], "camera": camera},
+        "mixed": {"width": 32, "height": 32, "tracks": [track], "camera": camera},
+        "object": {"width": 32, "height": 32, "tracks": [track]},
     }
     for control, content in contents.items():
         path.write_text(json.dumps(content))
         inputs = prepare(SampleJob(model=str(tiny_model), image=str(image), trajectories=str(path)))
         assert inputs.job.control == control
-    asked = SampleJob(model=str(tiny_model), image=str(image), trajectories=str(path), control="mixed")
-    assert prepare(asked).job.control == "mixed"
+    asked = SampleJob(model=str(tiny_model), image=str(image), trajectories=str(path), control="base")
+    assert prepare(asked).job.control == "base"
 
 
 def test_every_preset_suits_its_control(tiny_model, image):
@@ -147,6 +183,7 @@ BAD = {
     "text as image": (["--image", "{text}"], "note.txt"),
     "malformed JSON": (["--trajectories", "{text}"], "note.txt"),
     "point outside": (["--trajectories", "{outside}"], r"track 0, point 1 at (700"),
+    "wrong size": (["--trajectories-size", "wide"], "trajectories_size must be WIDTHxHEIGHT in pixels"),
     "unknown preset": (["--preset", "pan-lef"], "pan-left"),
     "two motions": (["--motion-from", "{text}", "--preset", "pan-left"], "exclude each other"),
     "missing footage": (["--motion-from", "nowhere.mp4"], "nowhere.mp4: no such video file"),

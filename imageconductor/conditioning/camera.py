@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, cast
 
 from imageconductor.conditioning.checks import check_number
 from imageconductor.conditioning.timing import STEADY, Timing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FARTHEST = 100.0  # sides of the frame; beyond it an amount is taken for a mistake
 
@@ -63,7 +63,7 @@ class CameraMotion:
         """Number of tracks of the grid."""
         return self.grid[0] * self.grid[1]
 
-    def place(self, size: tuple[int, int], num_frames: int, counted_in: int) -> Tensor:
+    def place(self, size: tuple[int, int], num_frames: int, counted_in: int) -> "Tensor":
         """The tracks of scene points that start on a grid over the frame, row by row.
 
         Args:
@@ -74,6 +74,8 @@ class CameraMotion:
         Returns:
             (N, T, 2) float64, pixels; points leave the frame.
         """
+        import torch  # Here, so that files can be checked and converted without it.
+
         u = torch.as_tensor(self.timing.progress(num_frames, counted_in, self.returns))
         centre = (torch.tensor(size, dtype=torch.float64) - 1) / 2
         x, y = (

@@ -7,33 +7,35 @@ are still in the picture back into [0, W), by at most half a pixel of the coarse
 """
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from scipy.interpolate import PchipInterpolator  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 
 from imageconductor.conditioning.camera import CameraMotion
 from imageconductor.conditioning.first_frame import cover_scale
+from imageconductor.conditioning.formats import TrackFile, read_tracks
+from imageconductor.conditioning.interpolation import place_track
 from imageconductor.conditioning.trajectory_json import (
+    BORDER_PX,
     TRACK_CONTROLS,
     Track,
     check_size,
     check_tracks,
-    read_trajectory_json,
     write_trajectory_json,
 )
+
+logger = logging.getLogger(__name__)
 
 MAX_TRACKS = 256
 """Number of tracks in a clip record; a drawing with more is taken for a mistake."""
 
 _FARTHEST_PX = 1e6  # Farther outside of the frame, a point is taken for a mistake.
-_INSIDE_PX = 1 / 64  # Border points are moved this far below W, which is exact in float32 too.
 
 
 def inside(points: Tensor, size: tuple[int, int]) -> Tensor:
@@ -157,32 +159,63 @@ class Trajectories:
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        path: str | Path | Sequence[str | Path],
         num_frames: int,
         size: tuple[int, int] | None = None,
         *,
         published_size: tuple[int, int] | None = None,
+        drawn_size: tuple[int, int] | None = None,
+        image_size: tuple[int, int] | None = None,
         max_tracks: int = MAX_TRACKS,
     ) -> "Trajectories":
-        """Trajectories of a JSON file in the published form or in ours; docs/trajectories.md lists what it may state.
+        """Trajectories of a file in our form (docs/trajectories.md) or in that of another tool (docs/formats.md).
+
+        Warns of what the file leaves open. Points that are given for every frame are resampled in time, linearly
+        between visible frames.
 
         Args:
-            path: the file.
+            path: the file; several files or a folder if the form has one track in each.
             num_frames: T.
             size: (W, H) of the result, to which tracks are rescaled; None keeps the size at which they were drawn.
             published_size: (W, H) of the frame of files that state no size, which are the published form and files with
                 only a camera's motion; None = `size`, or 384x256 if that is None too.
+            drawn_size: (W, H) of the frame in which tracks of any form that states no size were drawn; None = as
+                `published_size` and `image_size` say.
+            image_size: (W, H) of the picture, for forms that refer to it.
             max_tracks: largest number of tracks accepted.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: as `from_tracks`, or malformed JSON; names the file.
+            ValueError: as `from_tracks`, a malformed or unknown file, or a form that needs a size; names the file.
         """
-        drawing = read_trajectory_json(Path(path), published_size or size, max_tracks, num_frames)
-        drawn = cls._interpolate(drawing.tracks, drawing.size, num_frames, drawing.num_frames, source=str(path))
-        if drawing.camera is not None:
-            drawn = drawn._join_camera(cls.from_camera(drawing.camera, drawing.size, num_frames, drawing.num_frames))
-        return drawn.resize(size or drawing.size)
+        file = read_tracks(
+            path,
+            drawn_size=drawn_size,
+            image_size=image_size,
+            published_size=published_size or size,
+            num_frames=num_frames,
+            max_tracks=max_tracks,
+        )
+        for note in file.notes:
+            logger.warning("%s", note)
+        return cls.from_file(file, num_frames, str(path)).resize(size or file.size)
+
+    @classmethod
+    def from_file(cls, file: TrackFile, num_frames: int, source: str = "tracks") -> "Trajectories":
+        """The tracks of a file in each of T frames, those of its camera last.
+
+        Args:
+            file: from `formats.read_tracks`.
+            num_frames: T.
+            source: name at the start of messages.
+
+        Raises:
+            ValueError: a track is in no frame, or T is not positive.
+        """
+        drawn = cls._interpolate(file.tracks, file.size, num_frames, file.num_frames, source)
+        if file.camera is None:
+            return drawn
+        return drawn._join_camera(cls.from_camera(file.camera, file.size, num_frames, file.num_frames))
 
     @classmethod
     def empty(cls, size: tuple[int, int], num_frames: int) -> "Trajectories":
@@ -206,7 +239,7 @@ class Trajectories:
         for n, track in enumerate(tracks):
             if track.hides_outside and np.abs(track.points).max() > _FARTHEST_PX:
                 raise ValueError(f"{source}: track {n} has points more than {_FARTHEST_PX:g} px outside the frame")
-            points[n], visible[n] = _place_track(track, num_frames, counted_in or num_frames)
+            points[n], visible[n] = place_track(track, num_frames, counted_in)
             if track.hides_outside:
                 visible[n] &= inside(torch.as_tensor(points[n]), size).numpy()
                 if not visible[n].any():
@@ -232,12 +265,12 @@ class Trajectories:
         )
 
     def resample(self, num_frames: int) -> "Trajectories":
-        """The same motion over another number of frames, by PCHIP; a frame between two others is seen if both are.
+        """The same motion over another number of frames, linearly between those in which a point is seen.
 
         Raises:
             ValueError: a number of frames that is not positive.
         """
-        resampled = self._interpolate(self._tracks(), self.size, num_frames)
+        resampled = self._interpolate(self.to_tracks(), self.size, num_frames)
         return dataclasses.replace(resampled, control=self.control)
 
     def save(self, path: str | Path) -> None:
@@ -246,15 +279,20 @@ class Trajectories:
         Raises:
             ValueError: a point is not finite.
         """
-        write_trajectory_json(Path(path), self._tracks(), self.size)
+        write_trajectory_json(Path(path), self.to_tracks(), self.size)
 
-    def _tracks(self) -> list[Track]:
-        """Control points: one per frame, or a single one of still tracks."""
+    def to_tracks(self) -> list[Track]:
+        """The tracks as files hold them: one point for a still track, T points for others."""
         points, visible = self.points.cpu().numpy(), self.visible.cpu().numpy()
         counts = [1 if still else self.num_frames for still in self.still]
         codes = [-1] * self.num_tracks if self.control is None else [int(code) for code in self.control]
         return [
-            Track(points[n, :count], visible[n, :count], control=TRACK_CONTROLS[code] if code >= 0 else None)
+            Track(
+                points[n, :count],
+                visible[n, :count],
+                control=TRACK_CONTROLS[code] if code >= 0 else None,
+                per_frame=count > 1,
+            )
             for n, (count, code) in enumerate(zip(counts, codes, strict=True))
         ]
 
@@ -305,25 +343,4 @@ class Trajectories:
         slack = 1e-6  # 11 * (25 / 11) is a little more than 25
         kept = was_inside & ((edge >= -slack) & (edge <= new + slack)).all(-1)
         moved = a * factor + offset - 0.5
-        return torch.where(kept[..., None], moved.clamp(min=0).minimum(new - _INSIDE_PX), moved), kept
-
-
-def _place_track(
-    track: Track, num_frames: int, counted_in: int
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """Points (T, 2) and visibility (T,) of a track; its times count in a clip of `counted_in` frames."""
-    control, count = track.points, len(track.points)
-    if count == 1:
-        return np.repeat(control, num_frames, axis=0), np.repeat(track.visible, num_frames)
-    if count == num_frames and track.timing.is_default:
-        return control, track.visible  # Evaluating the curve could round, but a saved file must load exactly.
-    knots, at = track.timing.knots(count, num_frames, counted_in)
-    if track.interpolation == "linear":
-        points = np.stack([np.interp(at, knots, control[:, axis]) for axis in (0, 1)], axis=-1)
-    else:
-        points = cast("npt.NDArray[np.float64]", PchipInterpolator(knots, control)(at))
-    # Neither curve overshoots, but their rounding could move a border point outside the frame.
-    points = np.minimum(np.maximum(points, control.min(axis=0)), control.max(axis=0))
-    # A frame between two control points is visible if both of them are.
-    place = np.round(np.interp(at, knots, np.arange(count)), 9)
-    return points, track.visible[np.floor(place).astype(int)] & track.visible[np.ceil(place).astype(int)]
+        return torch.where(kept[..., None], moved.clamp(min=0).minimum(new - BORDER_PX), moved), kept

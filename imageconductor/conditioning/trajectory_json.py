@@ -1,13 +1,15 @@
-"""Drawn tracks in the two JSON forms, and checks whose messages name the track and the point.
+"""Tracks as files hold them, our JSON form, and checks whose messages name the track and the point.
 
-A file holds control points; `trajectories.py` interpolates them to one point per frame. Messages count tracks and
-points from 0, as JSON tools do.
+`formats` reads files, `interpolation.py` gives one point per frame. Messages count tracks and points from 0, as JSON
+tools do.
 """
 
 import json
+import re
+import reprlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,10 +19,18 @@ import numpy.typing as npt
 from imageconductor.conditioning.camera import CameraMotion
 from imageconductor.conditioning.checks import check_keys, suggest
 from imageconductor.conditioning.timing import STEADY, Timing
-from imageconductor.files import read_text, write_text
+from imageconductor.files import write_text
 
-_FORMS = '{"width": W, "height": H, "tracks": [{"points": [[x, y], ...]}, ...]} or [[[x, y], ...], ...]'
-_ADVICE = f"trajectories are read as JSON: {_FORMS}"
+ADVICE = (
+    'trajectories are read as JSON: {"width": W, "height": H, "tracks": [{"points": [[x, y], ...]}, ...]} or '
+    "[[[x, y], ...], ...]; docs/formats.md lists the files of other tools that are read"
+)
+
+MAX_FILE_TRACKS = 4096
+"""Largest number of tracks that is read from a file."""
+
+BORDER_PX = 1 / 64
+"""Points on the right or lower border are moved this far below W, which is exact in float32 too."""
 
 PUBLISHED_SIZE = (384, 256)
 """(W, H) of the published release, whose JSON form states no size."""
@@ -39,7 +49,7 @@ _CAMERA_KEYS = ("pan", "zoom", "roll", "start", "end", "easing", "returns", "gri
 
 @dataclass(frozen=True)
 class Track:
-    """Control points of one track.
+    """One track of a file.
 
     Attributes:
         points: (K, 2) float64, xy in pixels; K = 1 means "hold still".
@@ -48,6 +58,7 @@ class Track:
         interpolation: the curve through the points, of which straight lines keep their corners.
         control: one of `TRACK_CONTROLS`; None = the track does not say what it moves.
         hides_outside: whether the track is invisible outside the frame, which it may enter and leave.
+        per_frame: whether points are those of K frames, measured or sampled, and not control points of a curve.
     """
 
     points: npt.NDArray[np.float64]
@@ -56,6 +67,7 @@ class Track:
     interpolation: Literal["pchip", "linear"] = "pchip"
     control: str | None = None
     hides_outside: bool = False
+    per_frame: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,21 @@ def check_size(size: object, source: str = "size") -> tuple[int, int]:
     return int(values[0]), int(values[1])
 
 
-def check_tracks(tracks: object, size: tuple[int, int], max_tracks: int, source: str, num_frames: int) -> list[Track]:
+def parse_size(text: str, source: str = "size") -> tuple[int, int]:
+    """(W, H) of a text such as 576x320.
+
+    Raises:
+        ValueError: it is not two positive whole numbers; names `source`.
+    """
+    match = re.fullmatch(r"\s*(\d{1,6})\s*[xX×]\s*(\d{1,6})\s*", text)
+    if match is None:
+        raise ValueError(f"{source} must be WIDTHxHEIGHT in pixels, such as 576x320, got {text!r}")
+    return check_size((int(match[1]), int(match[2])), source)
+
+
+def check_tracks(
+    tracks: object, size: tuple[int, int], max_tracks: int, source: str, num_frames: int = 1, *, is_closed: bool = False
+) -> list[Track]:
     """The control points of every track, each a finite [x, y] inside the frame.
 
     Args:
@@ -100,67 +126,58 @@ def check_tracks(tracks: object, size: tuple[int, int], max_tracks: int, source:
         max_tracks: largest number of tracks accepted.
         source: name at the start of messages, such as that of the file.
         num_frames: frames of the clip in which tracks count their times.
+        is_closed: x = W and y = H count as inside, and are moved below it.
 
     Raises:
         ValueError: malformed tracks; names source, track and point.
     """
-    listed = _as_list(tracks)
+    listed = as_list(tracks)
     if listed is None:
-        raise ValueError(f"{source}: expected a list of tracks, got {_abbreviate(tracks)}")
-    if len(listed) > max_tracks:
+        raise ValueError(f"{source}: expected a list of tracks, got {abbreviate(tracks)}")
+    check_count(len(listed), max_tracks, source)
+    checked = [
+        _check_track(track, size, f"{source}: track {n}", num_frames, is_closed) for n, track in enumerate(listed)
+    ]
+    if not is_closed:
+        return checked
+    limit = np.asarray(size) - BORDER_PX
+    return [replace(track, points=np.minimum(track.points, limit)) for track in checked]
+
+
+def check_count(num_tracks: int, max_tracks: int, source: str) -> None:
+    """Makes sure that a file does not hold more tracks than are accepted.
+
+    Raises:
+        ValueError: it does; says how to thin them out.
+    """
+    if num_tracks > max_tracks:
+        every = -(-num_tracks // max_tracks)
+        command = f" (imageconductor convert --every {every})" if num_tracks <= MAX_FILE_TRACKS else ""
         raise ValueError(
-            f"{source}: {len(listed)} tracks, at most {max_tracks} are accepted; "
-            f"draw fewer, or keep one in {-(-len(listed) // max_tracks)}"
+            f"{source}: {num_tracks} tracks, at most {max_tracks} are accepted; "
+            f"draw fewer, or keep one in {every}{command}"
         )
-    return [_check_track(track, size, f"{source}: track {n}", num_frames) for n, track in enumerate(listed)]
 
 
-def read_trajectory_json(path: Path, size: tuple[int, int] | None, max_tracks: int, num_frames: int) -> Drawing:
-    """What a JSON file draws.
-
-    The published form is a bare list of tracks, whose frame is taken to be `size`, or 384x256 if that is None. Our form
-    is {"width": W, "height": H, "tracks": [{"points": [[x, y], ...]}]} with further keys, which docs/trajectories.md
-    lists. A file that states only the motion of the camera needs no frame and is taken to be drawn in `size` too.
+def check_drawing(
+    fields: dict[str, Any], size: tuple[int, int] | None, max_tracks: int, source: str, num_frames: int
+) -> Drawing:
+    """What a file in our form draws; docs/trajectories.md lists its keys.
 
     Args:
-        path: the file.
-        size: (W, H) of the frame of files that state none.
+        fields: the file.
+        size: (W, H) of the frame of a file that states only the motion of the camera; None = 384x256.
         max_tracks: largest number of tracks accepted, those of the camera's motion included.
+        source: name at the start of messages.
         num_frames: frames of the video, in which the times of files that do not state "num_frames" count.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: malformed content; names file, track and point.
+        ValueError: malformed content; names source, track and key.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such trajectory file")
-    try:
-        text = read_text(path)
-    except ValueError as error:
-        raise ValueError(f"{_describe_array(path) or error}; {_ADVICE}") from error
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); it begins {text[:20]!r}; {_ADVICE}") from error
-    if found := _describe_foreign(content):
-        raise ValueError(f"{path} holds {found}; {_ADVICE}")
-    if isinstance(content, list):
-        drawn_at = check_size(size or PUBLISHED_SIZE)
-        tracks = check_tracks(cast("object", content), drawn_at, max_tracks, str(path), num_frames)
-        return Drawing(tracks, drawn_at, num_frames)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a list of tracks or an object, found {_abbreviate(content)}; {_ADVICE}")
-    return _check_drawing(cast("dict[str, Any]", content), size, max_tracks, str(path), num_frames)
-
-
-def _check_drawing(
-    fields: dict[str, Any], size: tuple[int, int] | None, max_tracks: int, source: str, num_frames: int
-) -> Drawing:
-    """A file in our form, by its keys."""
     has_frame = "tracks" in fields or "camera" not in fields or "width" in fields or "height" in fields
     needed = ("width", "height") if "camera" in fields else ("width", "height", "tracks")
     if missing := [key for key in needed if has_frame and key not in fields]:
-        raise ValueError(f"{source}: lacks {', '.join(missing)}; it has {_abbreviate(list(fields))}; {_ADVICE}")
+        raise ValueError(f"{source}: lacks {', '.join(missing)}; it has {abbreviate(list(fields))}; {ADVICE}")
     check_keys(fields, _FILE_KEYS, source)
     drawn_at = check_size((fields["width"], fields["height"]) if has_frame else size or PUBLISHED_SIZE, source)
     if "num_frames" in fields:
@@ -178,38 +195,6 @@ def _check_drawing(
         max_tracks -= camera.num_tracks
     tracks = check_tracks(fields.get("tracks", []), drawn_at, max_tracks, source, num_frames)
     return Drawing(tracks, drawn_at, num_frames, camera)
-
-
-def _describe_array(path: Path) -> str | None:
-    """What a binary file of NumPy's holds, such as tracks of a point tracker; None for other files."""
-    with path.open("rb") as file:
-        if not file.read(6).startswith((b"\x93NUMPY", b"PK\x03\x04")):
-            return None
-    try:
-        arrays: Any = np.load(path, allow_pickle=False)
-        named: dict[str, Any] = {"": arrays} if isinstance(arrays, np.ndarray) else dict(arrays)
-    except (ValueError, OSError, KeyError):
-        return f"{path} is an archive or an array that cannot be read"
-    shapes = [f"{name} {array.dtype} {array.shape}".strip() for name, array in named.items()]
-    return f"{path} is a NumPy file with {', '.join(shapes)}; write each (T, 2) track by its tolist()"
-
-
-def _describe_foreign(content: object) -> str | None:
-    """What the content of a JSON file of another tool is; None for the forms that are read, right or wrong."""
-    if isinstance(content, str):
-        return f"text inside of JSON, {_abbreviate(content)}; take the outer quotation marks away"
-    listed = _as_list(content)
-    if listed and all(_is_xy(member) for member in listed):
-        return f'one track of {len(listed)} {{"x": .., "y": ..}} points, as spline editors write them'
-    if listed and all(inner and all(map(_is_xy, inner)) for inner in map(_as_list, listed)):
-        return f'{len(listed)} tracks of {{"x": .., "y": ..}} points, as spline editors write them'
-    if listed and all(inner and len(inner) == 2 and all(map(_is_number, inner)) for inner in map(_as_list, listed)):
-        return f"one track of {len(listed)} [x, y] points without the brackets of the list of tracks around it"
-    return None
-
-
-def _is_xy(value: object) -> bool:
-    return isinstance(value, dict) and {"x", "y"} <= cast("dict[str, Any]", value).keys()
 
 
 def write_trajectory_json(path: Path, tracks: Sequence[Track], size: tuple[int, int]) -> None:
@@ -232,25 +217,25 @@ def write_trajectory_json(path: Path, tracks: Sequence[Track], size: tuple[int, 
     write_text(path, json.dumps({"width": size[0], "height": size[1], "tracks": entries}))
 
 
-def _check_track(track: object, size: tuple[int, int], where: str, num_frames: int) -> Track:
+def _check_track(track: object, size: tuple[int, int], where: str, num_frames: int, is_closed: bool) -> Track:
     fields: dict[str, Any] = {}
     if isinstance(track, dict):
         fields = cast("dict[str, Any]", track)
         check_keys(fields, _TRACK_KEYS, where)
         track = fields.get("points")
     flags, outside = fields.get("visible"), fields.get("outside", False)
-    points = _as_list(track)
+    points = as_list(track)
     if points is None:
-        raise ValueError(f"{where} must be a list of [x, y] points, got {_abbreviate(track)}")
+        raise ValueError(f"{where} must be a list of [x, y] points, got {abbreviate(track)}")
     if not points:
         raise ValueError(f"{where} has no points; a track needs at least one")
     if not isinstance(outside, bool):
-        raise ValueError(f"{where}: outside must be true or false, got {_abbreviate(outside)}")
+        raise ValueError(f"{where}: outside must be true or false, got {abbreviate(outside)}")
     frame = size if flags is None and not outside else None
-    controls = [_check_point(point, frame, f"{where}, point {k}") for k, point in enumerate(points)]
-    visible = [True] * len(points) if flags is None else _as_list(flags)
+    controls = [_check_point(point, frame, f"{where}, point {k}", is_closed) for k, point in enumerate(points)]
+    visible = [True] * len(points) if flags is None else as_list(flags)
     if visible is None or len(visible) != len(points) or not all(isinstance(v, (bool, np.bool_)) for v in visible):
-        raise ValueError(f"{where}: visible must be a list of {len(points)} booleans, got {_abbreviate(flags)}")
+        raise ValueError(f"{where}: visible must be a list of {len(points)} booleans, got {abbreviate(flags)}")
     interpolation, control = fields.get("interpolation", "pchip"), fields.get("control")
     for key, value, known in (
         ("interpolation", interpolation, ("pchip", "linear")),
@@ -269,7 +254,7 @@ def _check_timing(fields: dict[str, Any], where: str, num_frames: int, num_point
     given = {key: fields[key] for key in ("start", "end", "easing", "times") if key in fields}
     if num_points == 1 and given:
         raise ValueError(f"{where} is a single point, which holds still; {next(iter(given))} needs two or more points")
-    if (times := _as_list(given.get("times"))) is not None:
+    if (times := as_list(given.get("times"))) is not None:
         given["times"] = tuple(times)
         if len(times) != num_points:
             raise ValueError(f"{where}: times must be {num_points} frames, one for each point, got {len(times)}")
@@ -283,12 +268,12 @@ def _check_timing(fields: dict[str, Any], where: str, num_frames: int, num_point
 
 def _check_camera(camera: object, where: str, num_frames: int) -> CameraMotion:
     if not isinstance(camera, dict):
-        raise ValueError(f'{where} must be an object such as {{"pan": [0.2, 0]}}, got {_abbreviate(camera)}')
+        raise ValueError(f'{where} must be an object such as {{"pan": [0.2, 0]}}, got {abbreviate(camera)}')
     fields = cast("dict[str, Any]", camera)
     check_keys(fields, _CAMERA_KEYS, where)
     amounts = {key: fields[key] for key in ("pan", "zoom", "roll", "returns", "grid") if key in fields}
     for key in ("pan", "grid"):
-        if (pair := _as_list(amounts.get(key))) is not None:
+        if (pair := as_list(amounts.get(key))) is not None:
             amounts[key] = tuple(pair)
     timing = _check_timing(fields, where, num_frames)
     try:
@@ -297,30 +282,42 @@ def _check_camera(camera: object, where: str, num_frames: int) -> CameraMotion:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _check_point(point: object, size: tuple[int, int] | None, where: str) -> list[float]:
-    values = _as_list(point)
-    if values is None or len(values) != 2 or not all(_is_number(v) for v in values):
-        raise ValueError(f"{where} must be [x, y], two numbers, got {_abbreviate(point)}")
+def _check_point(point: object, size: tuple[int, int] | None, where: str, is_closed: bool) -> list[float]:
+    values = as_list(point)
+    if values is None or len(values) != 2 or not all(is_number(v) for v in values):
+        raise ValueError(f"{where} must be [x, y], two numbers, got {abbreviate(point)}")
     # The bound also excludes integers too large for a float, and NaN, which fails every comparison.
     if not all(abs(v) <= sys.float_info.max for v in values):
-        raise ValueError(f"{where} must be finite, got {_abbreviate(point)}")
+        raise ValueError(f"{where} must be finite, got {abbreviate(point)}")
     x, y = float(values[0]), float(values[1])
-    if size is not None and not (0 <= x < size[0] and 0 <= y < size[1]):
+    if size is not None and not (0 <= x < size[0] and 0 <= y < size[1]) and not (is_closed and _touches(x, y, size)):
+        end = "]" if is_closed else ")"
         raise ValueError(
             f"{where} at ({x:g}, {y:g}) lies outside the {size[0]}x{size[1]} frame; "
-            f"x must be in [0, {size[0]}) and y in [0, {size[1]})"
+            f"x must be in [0, {size[0]}{end} and y in [0, {size[1]}{end}"
         )
     return [x, y]
 
 
-def _is_number(value: object) -> bool:
+def _touches(x: float, y: float, size: tuple[int, int]) -> bool:
+    return 0 <= x <= size[0] and 0 <= y <= size[1]
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number; booleans are not."""
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
-def _as_list(value: object) -> list[Any] | None:
+def as_list(value: object) -> list[Any] | None:
+    """The members of a list, a tuple or an array; None for anything else."""
     return list(cast("Sequence[Any]", value)) if isinstance(value, (list, tuple, np.ndarray)) else None
 
 
-def _abbreviate(value: object) -> str:
-    text = repr(value)
+_REPR = reprlib.Repr()  # of nested lists of any depth and length
+_REPR.maxlevel, _REPR.maxlist, _REPR.maxdict, _REPR.maxstring, _REPR.maxother = 5, 20, 20, 80, 80
+
+
+def abbreviate(value: object) -> str:
+    """What a message shows of a value, at most 80 characters."""
+    text = _REPR.repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

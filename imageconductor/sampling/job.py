@@ -37,8 +37,12 @@ class SampleJob:
 
     # first frame; cropped to the shape of the video
     image: str | None = field(default=None, metadata=_FILE)
-    # drawn tracks as JSON; a track of one point holds still
+    # drawn tracks: JSON, or a file of another tool (docs/formats.md), or a folder of Tora's text files; a track of one
+    # point holds still
     trajectories: str | None = field(default=None, metadata=_FILE)
+    # frame in which they were drawn, where the file does not state it; default: the image's, or that of the video for
+    # bare lists
+    trajectories_size: str | None = field(default=None, metadata={"metavar": "WxH"})
     # a video whose motion is taken instead, on a grid of 3 x 3 points and over its whole length
     motion_from: str | None = field(default=None, metadata={"metavar": "VIDEO"})
     # a ready-made motion instead, listed below
@@ -90,6 +94,10 @@ class SampleJob:
         stated = [f"{name} ({value})" for name in MOTIONS if (value := getattr(self, name)) is not None]
         if len(stated) > 1:
             raise ValueError(f"{' and '.join(stated)} exclude each other")
+        if self.trajectories_size is not None:
+            from imageconductor.conditioning.trajectory_json import parse_size
+
+            parse_size(self.trajectories_size, "trajectories_size")
         if self.compile and self.offload != "none":
             raise ValueError(f"compile and offload {self.offload!r} exclude each other")
         for text in (*self.lora, *self.motion_lora):
@@ -164,7 +172,7 @@ def prepare(job: SampleJob) -> Inputs:
     job = _with_defaults(job)
     size, num_frames = (cast(int, job.width), cast(int, job.height)), cast(int, job.num_frames)
     image = load_image(cast(str, job.image))
-    trajectories = _build_trajectories(job, size, num_frames)
+    trajectories = _build_trajectories(job, size, num_frames, image.size)
     if job.control is None:
         job = replace(job, control=_suitable_control(trajectories, job.preset))
     if job.camera_free_scale is not None and job.control != "object":
@@ -227,7 +235,7 @@ def render(
     from imageconductor.sampling.video import to_uint8
 
     job = inputs[0].job
-    own = {"image", *MOTIONS, "start", "strength", "prompt", "negative_prompt", "seed"}
+    own = {"image", *MOTIONS, "trajectories_size", "start", "strength", "prompt", "negative_prompt", "seed"}
     for field_ in fields(SampleJob):
         values = [getattr(one.job, field_.name) for one in inputs]
         if field_.name not in own and any(value != values[0] for value in values):
@@ -276,6 +284,7 @@ def write(inputs: Inputs, videos: Sequence[Frames], folder: Path) -> None:
         job,
         image="first_frame.png",
         trajectories="trajectories.json" if trajectories.num_tracks else None,
+        trajectories_size=None,
         preset=None,
         motion_from=None,
         start=None,
@@ -315,7 +324,9 @@ def _with_defaults(job: SampleJob) -> SampleJob:
     return replace(job, **unset)
 
 
-def _build_trajectories(job: SampleJob, size: tuple[int, int], num_frames: int) -> Trajectories:
+def _build_trajectories(
+    job: SampleJob, size: tuple[int, int], num_frames: int, image_size: tuple[int, int]
+) -> Trajectories:
     """What is drawn, what the preset draws, or how a video moves, in pixels of `size` (W, H)."""
     from imageconductor.conditioning import Trajectories, camera_preset, object_preset
 
@@ -325,7 +336,13 @@ def _build_trajectories(job: SampleJob, size: tuple[int, int], num_frames: int) 
         start = job.start or (size[0] / 2, size[1] / 2)
         return object_preset(job.preset, size, num_frames, start=start, strength=job.strength)
     if job.trajectories is not None:
-        return Trajectories.load(job.trajectories, num_frames, published_size=size).cover_crop(size)
+        from imageconductor.conditioning.trajectory_json import parse_size
+
+        drawn_size = None if job.trajectories_size is None else parse_size(job.trajectories_size)
+        drawn = Trajectories.load(
+            job.trajectories, num_frames, published_size=size, drawn_size=drawn_size, image_size=image_size
+        )
+        return drawn.cover_crop(size)
     if job.motion_from is not None:
         from imageconductor.data.video_motion import take_motion
 
@@ -333,13 +350,17 @@ def _build_trajectories(job: SampleJob, size: tuple[int, int], num_frames: int) 
     return Trajectories.empty(size, num_frames)
 
 
-def _suitable_control(trajectories: Trajectories, preset: str | None) -> Literal["camera", "object"]:
-    """The camera if the preset is one of it, or if every track says that it moves the camera; else the object."""
+def _suitable_control(trajectories: Trajectories, preset: str | None) -> Literal["camera", "object", "mixed"]:
+    """The camera for its presets and for tracks that all say so, both LoRAs where only some do, else the object."""
     from imageconductor.conditioning import TRACK_CONTROLS
 
     codes = trajectories.control
-    says_camera = codes is not None and bool((codes == TRACK_CONTROLS.index("camera")).all())
-    return "camera" if preset in CAMERA_PRESETS or says_camera else "object"
+    if preset in CAMERA_PRESETS:
+        return "camera"
+    if codes is None or not len(codes):
+        return "object"
+    says_camera = codes == TRACK_CONTROLS.index("camera")
+    return "camera" if bool(says_camera.all()) else "mixed" if bool(says_camera.any()) else "object"
 
 
 def _check_device(name: str | None) -> str:

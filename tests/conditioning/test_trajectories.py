@@ -1,7 +1,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -210,35 +209,25 @@ def test_an_editors_encoding_does_not_matter(encoding, tmp_path):
     assert Trajectories.load(tmp_path / "tracks.json", 2).points[0].tolist() == [[20, 20], [40, 30]]
 
 
-XY = [{"x": 20, "y": 20}, {"x": 30, "y": 24}, {"x": 40, "y": 30}]
-FOREIGN = {
-    "a spline editor's track": (json.dumps(XY), r'one track of 3 \{"x": \.\., "y": \.\.\} points'),
-    "a spline editor's tracks": (json.dumps([XY, XY]), r'2 tracks of \{"x"'),
-    "text in text": (json.dumps(json.dumps([XY])), "text inside of JSON"),
+UNKNOWN = {
     "a track alone": ("[[1, 2], [3, 4]]", "one track of 2 .* without the brackets"),
-    "lines": ("20,20\n30,24\n", r"not valid JSON .* it begins '20,20"),
+    "text": ("walk left\n", r"not valid JSON .* it begins 'walk left"),
+    "lines of three numbers": ("20,20,1\n30,24,1\n", r"not valid JSON .* it begins '20,20,1"),
+    "text in JSON": ('"walk left"', "expected a list of tracks or an object, found 'walk left'"),
     "other keys": ('{"trajectories": [], "fps": 8}', r"lacks width, height, tracks; it has \['trajectories', 'fps'\]"),
     "another encoding": ('{"width": "é"}'.encode("latin-1"), r"not UTF-8 text \(line 1\)"),
 }
 
 
-@pytest.mark.parametrize("name", FOREIGN)
-def test_other_tools_files_are_named_for_what_they_are(name, tmp_path):
-    content, found = FOREIGN[name]
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_is_not_read_is_named_for_what_it_is(name, tmp_path):
+    content, found = UNKNOWN[name]
     (tmp_path / "other.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(
         ValueError, match=rf"other\.json.*{found}.*trajectories are read as JSON: .*\[\[\[x, y\]"
     ) as error:
         Trajectories.load(tmp_path / "other.json", 4)
     assert "\n" not in str(error.value)
-
-
-def test_the_arrays_of_a_point_tracker_are_named(tmp_path):
-    np.save(tmp_path / "tracks.npy", np.zeros((2, 16, 2), np.float32))
-    np.savez(tmp_path / "tracks.npz", tracks=np.zeros((2, 16, 2)), visibles=np.ones((2, 16), bool))
-    for name, found in (("tracks.npy", r"float32 \(2, 16, 2\)"), ("tracks.npz", r"tracks float64 \(2, 16, 2\), visib")):
-        with pytest.raises(ValueError, match=rf"{name} is a NumPy file with {found}.*tolist.*trajectories are read as"):
-            Trajectories.load(tmp_path / name, 4)
 
 
 def test_advice_for_too_many_tracks_can_be_followed():

@@ -1,0 +1,108 @@
+"""The convert command: what it says, what it writes, and how it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+
+from imageconductor.commands.convert import main
+from imageconductor.conditioning.formats import FORMATS, read_tracks
+
+
+@pytest.fixture
+def ours(tmp_path):
+    path = tmp_path / "ours.json"
+    tracks = [{"points": [[20, 10], [30, 20], [100, 40]]}, {"points": [[40, 30]]}]
+    path.write_text(json.dumps({"width": 128, "height": 64, "tracks": tracks}))
+    return path
+
+
+def test_it_says_what_it_read_and_what_is_lost(ours, tmp_path, capsys):
+    assert main([str(ours), str(tmp_path / "x.npy"), "--to", "wan-move"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"read {ours}: imageconductor, 2 tracks, control points, 128x64, 1 hold still",
+        "note: tracks were resampled to 81 points, the first and last point kept",
+        "note: wan-move holds no frame size; this one is 128x64",
+        f"wrote {tmp_path / 'x_tracks.npy'}, {tmp_path / 'x_visibility.npy'}: wan-move",
+    ]
+    back = [str(tmp_path / "x_tracks.npy"), str(tmp_path / "back.json"), "--size", "128x64"]
+    assert main(back) == 0
+    again = read_tracks(tmp_path / "back.json")
+    assert again.size == (128, 64)
+    assert again.tracks[0].points[[0, 40, 80]].tolist() == [[20, 10], [30, 20], [100, 40]]
+    assert again.tracks[1].points.tolist() == [[40, 30]]
+
+
+def test_suffixes_tell_the_form_or_it_is_asked_for(ours, tmp_path, capsys):
+    for suffix, name in ((".pth", "ati"), (".pkl", "tapvid"), (".npz", "cotracker"), (".json", "imageconductor")):
+        output = tmp_path / f"new{suffix}"
+        assert main([str(ours), str(output)]) == 0
+        assert read_tracks(output, drawn_size=(128, 64)).format == name
+    capsys.readouterr()
+    assert main([str(ours), str(tmp_path / "x.npy")]) == 2
+    assert "name the form with --to, one of imageconductor, published" in capsys.readouterr().err
+
+
+def test_several_tora_files_in_and_out(ours, tmp_path, capsys):
+    assert main([str(ours), str(tmp_path / "t.txt")]) == 0
+    files = [tmp_path / "t_0.txt", tmp_path / "t_1.txt"]
+    assert main([*map(str, files), str(tmp_path / "both.json"), "--size", "128x64", "--frames", "5"]) == 0
+    tracks = read_tracks(tmp_path / "both.json").tracks
+    assert [len(track.points) for track in tracks] == [5, 1]
+    assert np.abs(tracks[0].points[[0, -1]] - [[20, 10], [100, 40]]).max() <= 0.25
+    out = capsys.readouterr().out
+    assert "note: tora holds whole steps; positions were rounded" in out
+    assert "points of 49 frames" in out
+
+
+def test_tracks_are_thinned_out(tmp_path, capsys):
+    np.savez(tmp_path / "t.npz", tracks=np.arange(10.0)[:, None, None] + np.arange(800).reshape(400, 2) % 97)
+    assert main([str(tmp_path / "t.npz"), str(tmp_path / "thin.json"), "--size", "128x128", "--every", "2"]) == 0
+    assert len(read_tracks(tmp_path / "thin.json", max_tracks=256).tracks) == 200
+    assert "kept 200 of 400 tracks" in capsys.readouterr().out
+
+
+def test_nothing_is_overwritten_unasked(ours, tmp_path, capsys):
+    (tmp_path / "x_visibility.npy").touch()
+    arguments = [str(ours), str(tmp_path / "x.npy"), "--to", "wan-move"]
+    assert main(arguments) == 2
+    assert "x_visibility.npy exists; name another, or pass --overwrite" in capsys.readouterr().err
+    assert not (tmp_path / "x_tracks.npy").exists()
+    assert main([*arguments, "--overwrite"]) == 0
+    before = ours.read_bytes()
+    assert main([str(ours), str(ours), "--to", "published", "--overwrite"]) == 2, "the input is not its own output"
+    assert ours.read_bytes() == before
+
+
+BAD = {
+    "no size": (["{bare}", "x.json", "--from", "motionpro"], "motionpro files have 'traj_key_points'"),
+    "size needed": (["{spline}", "x.json"], "kjnodes files state no frame size; give the one that was drawn in, as"),
+    "wrong size": (["{spline}", "x.json", "--size", "12"], "--size must be WIDTHxHEIGHT in pixels, such as 576x320"),
+    "no frames": (["{bare}", "x.json", "--frames", "0"], "--frames must be from 1 to 4096, got 0"),
+    "absent": (["nowhere.json", "x.json"], "nowhere.json: no such trajectory file"),
+    "a folder": (["{bare}", "{folder}", "--to", "published"], "is a folder; name a file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bare.json").write_text("[[[1, 1], [5, 5]]]")
+    (tmp_path / "spline.json").write_text('[{"x": 1, "y": 1}]')
+    (tmp_path / "folder").mkdir()
+    paths = {path.stem: path for path in tmp_path.iterdir()}
+    arguments, said = BAD[name]
+    assert main([argument.format(**paths) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert said in captured.err
+    assert set(tmp_path.iterdir()) == set(paths.values())
+
+
+def test_help_lists_every_form(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n  {name} " in text for name in FORMATS)
+    assert max(map(len, text.splitlines())) <= 120
