@@ -43,7 +43,10 @@ def main(argv: list[str] | None = None) -> int:
         config = find_shipped(DEFAULT_CONFIG)
     try:
         check_new_folder(output)
-        inputs = prepare(build_job(config, args))
+        job = build_job(config, args)
+        inputs = prepare(job)
+        if not Path(job.model).exists():
+            print(f"model: {inputs.job.model}", file=sys.stderr)  # of the package, or downloaded
         with atomic_folder(output) as folder:  # opened first, so that a place that cannot be written costs no video
             videos = render(load_pipeline(inputs.job), [inputs])[0]
             write(inputs, videos, folder)

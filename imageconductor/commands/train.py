@@ -11,7 +11,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from imageconductor.command_line import describe
 from imageconductor.files import find_shipped
@@ -60,7 +59,7 @@ def build_parser(description: str, stage: str | None, argv: Sequence[str]) -> ar
         ValueError: The stage does not exist, or the YAML file cannot be read.
     """
     peek = argparse.ArgumentParser(add_help=False)
-    peek.add_argument("--config", type=Path)
+    peek.add_argument("--config", type=find_shipped)
     peek.add_argument("overrides", nargs="*")
     known, _ = peek.parse_known_intermixed_args([text for text in argv if text not in ("-h", "--help")])
     name = stated_stage(known.config, known.overrides) or stage

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from imageconductor.__main__ import COMMANDS, main
 from imageconductor.files import find_shipped
@@ -53,6 +54,16 @@ def test_scripts_are_doors_to_the_same_functions(script, command):
     door = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(door)
     assert door.main is importlib.import_module(f"imageconductor.commands.{command}").main
+
+
+def test_a_command_takes_shipped_settings_and_says_which_model_it_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--config", "configs/train/sprites/camera_lora.yaml", "model=nowhere"]) == 2
+    assert "no model folder at nowhere" in capsys.readouterr().err
+    Image.new("RGB", (64, 64)).save("picture.png")
+    quick = ["--steps", "1", "--num-frames", "2", "--device", "cpu"]
+    assert main(["sample", "--image", "picture.png", *quick, "--output", "out"]) == 0
+    assert f"model: {ROOT / 'models' / 'sprites'}\n" in capsys.readouterr().err
 
 
 def test_shipped_files_are_found_from_any_folder_and_give_way_to_the_users(tmp_path, monkeypatch):
