@@ -1,0 +1,261 @@
+"""Nodes that make tracks: from text, presets and amounts of camera motion.
+
+Tracks are placed when the size and the number of frames of the video are known, which is in the node that samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imageconductor.conditioning import (
+    CAMERA_PRESETS,
+    EASINGS,
+    OBJECT_PRESETS,
+    TRACK_CONTROLS,
+    Trajectories,
+    camera_motion,
+    camera_preset,
+    object_preset,
+)
+
+from . import host
+
+Place = Callable[[tuple[int, int], int], Trajectories]
+"""Makes tracks of a size (W, H) and a number of frames."""
+
+
+@dataclass(frozen=True)
+class Tracks:
+    """What flows between nodes: sets of tracks that are not placed yet."""
+
+    parts: tuple[Place, ...]
+
+    def place(self, size: tuple[int, int], num_frames: int) -> Trajectories:
+        """All tracks, in order, for a video of `size` (W, H).
+
+        Raises:
+            ValueError: A part does not fit into the video.
+        """
+        return _join([part(size, num_frames) for part in self.parts])
+
+
+class _TrackNode:
+    CATEGORY = host.CATEGORY
+    RETURN_TYPES = (host.TRACKS,)
+    RETURN_NAMES = ("tracks",)
+    FUNCTION = "make"
+
+
+class TextTracks(_TrackNode):
+    """Tracks of a JSON text: this project's trajectory form, or a spline editor's coordinates."""
+
+    DESCRIPTION = "Tracks from trajectory JSON, or from the coordinates that a spline editor such as KJNodes' gives."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """The node's inputs in ComfyUI's form."""
+        side = {"default": 0, "min": 0, "max": 16384}
+        example = '[{"x": 12, "y": 40}, {"x": 44, "y": 24}]'
+        tip = "of the frame that the text was drawn in, pixels. 0: the video's. A text that states its frame keeps it."
+        return {
+            "required": {
+                "text": ("STRING", {"default": example, "multiline": True}),
+                "width": ("INT", {**side, "tooltip": f"Width {tip}"}),
+                "height": ("INT", {**side, "tooltip": f"Height {tip}"}),
+            }
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, text: str | None = None) -> bool | str:
+        """True, or what is wrong with a text that is written into the node; one from another node is None."""
+        try:
+            if text is not None:
+                _parse(text)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    def make(self, text: str, width: int, height: int) -> tuple[Tracks]:
+        """The tracks.
+
+        Raises:
+            ValueError: The text is no JSON, or one side of the frame is given without the other.
+        """
+        content = _parse(text)
+        if bool(width) != bool(height):
+            raise ValueError(
+                f"give width and height of the frame that was drawn in, or 0 for both; got {width}x{height}"
+            )
+
+        def place(size: tuple[int, int], num_frames: int) -> Trajectories:
+            return _read(content, (width, height) if width else size, num_frames).cover_crop(size)
+
+        return (Tracks((place,)),)
+
+
+class PresetTracks(_TrackNode):
+    """Tracks of a ready-made motion."""
+
+    DESCRIPTION = "A ready-made motion of the camera or of one object; an object starts at the given place."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """The node's inputs in ComfyUI's form."""
+        part = {"default": 0.5, "min": 0.0, "max": 1.0, "step": 0.01}
+        return {
+            "required": {
+                "preset": ([*CAMERA_PRESETS, *OBJECT_PRESETS],),
+                "strength": (
+                    "FLOAT",
+                    {"default": 1.0, "min": 0.01, "max": 10.0, "step": 0.05, "tooltip": "Factor on the motion."},
+                ),
+                "start_x": ("FLOAT", {**part, "tooltip": "Where an object starts, from 0 = left to 1 = right."}),
+                "start_y": ("FLOAT", {**part, "tooltip": "Where an object starts, from 0 = top to 1 = bottom."}),
+            }
+        }
+
+    def make(self, preset: str, strength: float, start_x: float, start_y: float) -> tuple[Tracks]:
+        """The tracks; `start_x` and `start_y` are parts of the video's width and height."""
+
+        def place(size: tuple[int, int], num_frames: int) -> Trajectories:
+            if preset in CAMERA_PRESETS:
+                return _state(camera_preset(preset, size, num_frames, strength=strength), "camera")
+            start = (min(start_x * size[0], size[0] - 1.0), min(start_y * size[1], size[1] - 1.0))
+            return _state(object_preset(preset, size, num_frames, start=start, strength=strength), "object")
+
+        return (Tracks((place,)),)
+
+
+class CameraTracks(_TrackNode):
+    """Tracks that scene points have under a motion of the camera."""
+
+    DESCRIPTION = "A motion of the camera by amounts of pan, zoom and roll. The scene moves the opposite way."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """The node's inputs in ComfyUI's form."""
+        part = {"default": 0.0, "min": -2.0, "max": 2.0, "step": 0.005}
+        degrees = {"default": 0.0, "min": -360.0, "max": 360.0, "step": 0.5}
+        side = "in parts of the frame's shorter side."
+        return {
+            "required": {
+                "pan_x": ("FLOAT", {**part, "tooltip": f"Positive: the camera turns right, {side}"}),
+                "pan_y": ("FLOAT", {**part, "tooltip": f"Positive: the camera turns down, {side}"}),
+                "zoom": ("FLOAT", {**part, "tooltip": "Positive: in, the scene grows by 1 + 2 zoom. Negative: out."}),
+                "roll": ("FLOAT", {**degrees, "tooltip": "Degrees, positive: the camera turns clockwise."}),
+                "easing": ([*EASINGS],),
+            }
+        }
+
+    def make(self, pan_x: float, pan_y: float, zoom: float, roll: float, easing: str) -> tuple[Tracks]:
+        """The tracks."""
+
+        def place(size: tuple[int, int], num_frames: int) -> Trajectories:
+            motion = camera_motion(size, num_frames, pan=(pan_x, pan_y), zoom=zoom, roll=roll, easing=easing)
+            return _state(motion, "camera")
+
+        return (Tracks((place,)),)
+
+
+class MergeTracks(_TrackNode):
+    """Two sets of tracks as one."""
+
+    DESCRIPTION = "Joins two sets of tracks."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """The node's inputs in ComfyUI's form."""
+        return {"required": {"first": (host.TRACKS,), "second": (host.TRACKS,)}}
+
+    def make(self, first: Tracks, second: Tracks) -> tuple[Tracks]:
+        """The tracks of both, those of `first` before."""
+        return (Tracks(first.parts + second.parts),)
+
+
+def says_camera(trajectories: Trajectories) -> bool:
+    """Whether all tracks state that they are the camera's motion."""
+    codes = trajectories.control
+    return codes is not None and bool((codes == TRACK_CONTROLS.index("camera")).all())
+
+
+def _parse(text: str) -> Any:
+    """JSON, with the single quotes that ComfyUI's spline nodes accept.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        return json.loads(text.replace("'", '"') if '"' not in text else text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the text of the tracks is not valid JSON ({error}); it begins {text[:20]!r}") from None
+
+
+def _read(content: Any, drawn: tuple[int, int], num_frames: int) -> Trajectories:
+    """Tracks of parsed JSON, in the frame that it states or in `drawn` (W, H).
+
+    Raises:
+        ValueError: Malformed content; names track and point.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tracks.json"
+        # TO SWAP: when `Trajectories.load` reads spline editors' strings itself, write `content` as it is, pass
+        # drawn_size=drawn in place of published_size, and drop `_from_splines`.
+        path.write_text(json.dumps(_from_splines(content, drawn)), encoding="utf-8")
+        try:
+            return Trajectories.load(path, num_frames, published_size=drawn)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(path), "tracks")) from None
+
+
+def _from_splines(content: Any, drawn: tuple[int, int]) -> Any:
+    """KJNodes' lists of {"x", "y"}, flat for one spline, as this project's form; other content as it is.
+
+    Editors keep points in the closed box from 0 to W and write a held point once for each frame.
+    """
+    splines = [content] if _is_spline(content) else content
+    if not (isinstance(splines, list) and splines and all(map(_is_spline, splines))):
+        return content
+    tracks: list[dict[str, Any]] = []
+    for spline in splines:
+        points = [[point["x"], point["y"]] for point in spline]
+        last = [(axis, length, length - 1 / 64) for axis, length in enumerate(drawn)]
+        for point in points:
+            for axis, length, inside in last:
+                point[axis] = inside if point[axis] == length else point[axis]
+        tracks.append({"points": points[:1] if all(point == points[0] for point in points) else points})
+    return {"width": drawn[0], "height": drawn[1], "tracks": tracks}
+
+
+def _is_spline(value: Any) -> bool:
+    return (
+        isinstance(value, list) and bool(value) and all(isinstance(p, dict) and {"x", "y"} <= p.keys() for p in value)
+    )
+
+
+def _state(trajectories: Trajectories, control: str) -> Trajectories:
+    """The tracks, which say what they move."""
+    codes = torch.full((trajectories.num_tracks,), TRACK_CONTROLS.index(control))
+    return dataclasses.replace(trajectories, control=codes)
+
+
+def _join(sets: list[Trajectories]) -> Trajectories:
+    """The tracks of all sets, which have one size and one number of frames."""
+    if len(sets) == 1:
+        return sets[0]
+    unstated = [torch.full((one.num_tracks,), -1) if one.control is None else one.control for one in sets]
+    codes = torch.cat(unstated)
+    return Trajectories(
+        torch.cat([one.points for one in sets]),
+        torch.cat([one.visible for one in sets]),
+        sets[0].size,
+        torch.cat([one.still for one in sets]),
+        codes if bool((codes >= 0).any()) else None,
+    )
