@@ -1,6 +1,7 @@
 """The ComfyUI nodes, called as its server does, on the tiny model; ComfyUI itself is not needed."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import comfyui_host
@@ -284,6 +285,9 @@ def test_tracks_are_drawn_where_they_are_and_on_each_video(package):
     assert drawn.shape == frames.shape
     assert (drawn[:, :10, :10].amax((1, 2, 3)) > 0.5).all()
     assert not drawn[:, 20:].any()
+    (large,) = run_node(package, "DrawTracks", frames=frames, tracks=tracks)
+    assert large.shape == (6, 256, 256, 3)
+    assert large[0, :72, :72].amax() > 0.5 >= large[0, :24, :24].amax()  # around (4 + 0.5) * 8 - 0.5
     with pytest.raises(ValueError, match="num_videos is 4, of which 6 frames"):
         run_node(package, "DrawTracks", frames=frames, tracks=tracks, num_videos=4)
 
@@ -310,6 +314,19 @@ def test_models_and_weights_of_comfyui_are_found_by_name(package, host, tiny_mod
     assert load.VALIDATE_INPUTS(loras="style:0.5") is True
     with pytest.raises(FileNotFoundError, match="no model folder at nowhere"):
         run_node(package, "LoadModel", model="nowhere")
+
+
+def test_what_the_loading_node_asks_for(package, host, monkeypatch, tmp_path):
+    for kind, name in (("checkpoints", "base"), ("loras", "style")):
+        (tmp_path / name).touch()
+        host.files[kind, name] = str(tmp_path / name)
+    monkeypatch.setattr(package.model_nodes, "load_pipeline", lambda job: job)
+    (job,) = run_node(package, "LoadModel", base=" base ", loras="style:0.5\n\nstyle\n")
+    assert (job.base, job.lora) == (f"{tmp_path}/base", [f"{tmp_path}/style:0.5", f"{tmp_path}/style:1.0"])
+    assert (job.device, job.dtype) == ("cpu", "float32")
+    assert Path(job.model).name == "sprites"
+    (half,) = run_node(package, "LoadModel", dtype="bfloat16")
+    assert (half.base, half.lora, half.dtype) == (None, [], "bfloat16")
 
 
 def test_new_weights_under_an_old_name_are_loaded_anew(package, tmp_path):
