@@ -55,7 +55,7 @@ class _TrackNode:
 
 
 class TextTracks(_TrackNode):
-    """Tracks of a JSON text: this project's trajectory form, or a spline editor's coordinates."""
+    """Tracks of a JSON text: this project's form, or one of another tool, such as a spline editor's coordinates."""
 
     DESCRIPTION = "Tracks from trajectory JSON, or from the coordinates that a spline editor such as KJNodes' gives."
 
@@ -206,38 +206,11 @@ def _read(content: Any, drawn: tuple[int, int], num_frames: int) -> Trajectories
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tracks.json"
-        # TO SWAP: when `Trajectories.load` reads spline editors' strings itself, write `content` as it is, pass
-        # drawn_size=drawn in place of published_size, and drop `_from_splines`.
-        path.write_text(json.dumps(_from_splines(content, drawn)), encoding="utf-8")
+        path.write_text(json.dumps(content), encoding="utf-8")
         try:
-            return Trajectories.load(path, num_frames, published_size=drawn)
+            return Trajectories.load(path, num_frames, drawn_size=drawn)
         except ValueError as error:
             raise ValueError(str(error).replace(str(path), "tracks")) from None
-
-
-def _from_splines(content: Any, drawn: tuple[int, int]) -> Any:
-    """KJNodes' lists of {"x", "y"}, flat for one spline, as this project's form; other content as it is.
-
-    Editors keep points in the closed box from 0 to W and write a held point once for each frame.
-    """
-    splines = [content] if _is_spline(content) else content
-    if not (isinstance(splines, list) and splines and all(map(_is_spline, splines))):
-        return content
-    tracks: list[dict[str, Any]] = []
-    for spline in splines:
-        points = [[point["x"], point["y"]] for point in spline]
-        last = [(axis, length, length - 1 / 64) for axis, length in enumerate(drawn)]
-        for point in points:
-            for axis, length, inside in last:
-                point[axis] = inside if point[axis] == length else point[axis]
-        tracks.append({"points": points[:1] if all(point == points[0] for point in points) else points})
-    return {"width": drawn[0], "height": drawn[1], "tracks": tracks}
-
-
-def _is_spline(value: Any) -> bool:
-    return (
-        isinstance(value, list) and bool(value) and all(isinstance(p, dict) and {"x", "y"} <= p.keys() for p in value)
-    )
 
 
 def _state(trajectories: Trajectories, control: str) -> Trajectories:

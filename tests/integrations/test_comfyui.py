@@ -256,7 +256,10 @@ def test_tracks_follow_the_size_and_length_of_the_video(package):
     assert got.control.tolist() == [0] * 9
     corner = place(package, "PresetTracks", (64, 32), 7, preset="line-left", start_x=1.0, start_y=0.25)
     assert corner.points[0, 0].tolist() == [63, 8]
-    assert place(package, "TextTracks", (64, 32), 7, text='{"camera": {"pan": [0.2, 0]}}').num_frames == 7
+    told = place(
+        package, "TextTracks", (64, 32), 7, text='{"camera": {"pan": [0.25, 0], "zoom": -0.1, "easing": "ease-in"}}'
+    )
+    assert torch.equal(told.points, want.points)
 
 
 def test_merged_tracks_keep_what_they_state(package):
