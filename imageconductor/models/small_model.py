@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -165,21 +166,33 @@ def build_tokenizer(captions: Iterable[str], length: int) -> CLIPTokenizer:
     words = sorted({word for caption in captions for word, _ in _pre_tokens(blank, caption)})
     alphabet = sorted(ByteLevel.alphabet())
     vocabulary = [*alphabet, *(letter + "</w>" for letter in alphabet)]
-    merges: list[tuple[str, str]] = []
+    ranks: dict[tuple[str, str], int] = {}  # of merges, which are applied in this order and not from left to right
     for word in words:
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        while len(pieces) > 1:  # left to right, so that words with the same beginning share merges
-            pair = (pieces[0], pieces[1])
-            pieces[:2] = ["".join(pair)]
-            if pair not in merges:
-                merges.append(pair)
-                vocabulary.append(pieces[0])
+        pieces = _merge_pieces([*word[:-1], word[-1] + "</w>"], ranks)
+        while len(pieces) > 1:
+            ranks[pieces[0], pieces[1]] = len(ranks)
+            pieces[:2] = [pieces[0] + pieces[1]]
+            vocabulary.append(pieces[0])
     vocabulary = list(dict.fromkeys([*vocabulary, "<|startoftext|>", "<|endoftext|>"]))
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(vocabulary)},
-        merges=merges,  # type: ignore[arg-type]
+        merges=list(ranks),  # type: ignore[arg-type]
         model_max_length=length,
     )
+
+
+def _merge_pieces(pieces: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
+    """What byte-pair encoding makes of a word's pieces: of the merges that apply, always the first one."""
+    while known := [ranks[pair] for pair in itertools.pairwise(pieces) if pair in ranks]:
+        first, second = next(pair for pair, rank in ranks.items() if rank == min(known))
+        merged: list[str] = []
+        for piece in pieces:
+            if merged and merged[-1] == first and piece == second:
+                merged[-1] = first + second
+            else:
+                merged.append(piece)
+        pieces = merged
+    return pieces
 
 
 def _pre_tokens(tokenizer: CLIPTokenizer, text: str) -> list[tuple[str, tuple[int, int]]]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import TINY, tiny_networks
 
-from imageconductor.models.small_model import add_full_resolution_attention, build_small_model
+from imageconductor.data.sprites import caption_words
+from imageconductor.models.small_model import add_full_resolution_attention, build_small_model, build_tokenizer
 
 
 def test_attention_that_is_added_changes_nothing_until_it_learns():
@@ -36,3 +37,10 @@ def test_attention_that_is_added_changes_nothing_until_it_learns():
         }
     with pytest.raises(ValueError, match="has spatial attention in its first level"):
         add_full_resolution_attention(networks)
+
+
+def test_every_word_of_a_caption_is_one_token():
+    words = caption_words()
+    tokenizer = build_tokenizer([" ".join(words) + " ,"], length=48)
+    assert [word for word in words if len(tokenizer.tokenize(word)) != 1] == []
+    assert len(tokenizer.tokenize("words that are new, in bytes")) > 6
