@@ -166,7 +166,11 @@ def train_model(config: AblationConfig, name: str, plan: Mapping[str, TrainConfi
         folder = Path(settings.output)
         if not (folder / "done").exists():
             print(f"{name}: {folder}")
-            run_stage(set_weights(settings, weights))
+            state = run_stage(set_weights(settings, weights))
+            if state.step < settings.max_steps:
+                raise ValueError(
+                    f"{folder} stopped at step {state.step} of {settings.max_steps}: leave max_minutes out"
+                )
             (folder / "done").touch()
         weights[settings.stage] = str(folder / settings.stage)
     folder = Path(config.output) / "models" / name

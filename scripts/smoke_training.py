@@ -106,6 +106,7 @@ def shorten(real: TrainConfig, smoke: SmokeConfig, name: str, made: dict[str, st
         world=world,
         sets=[SpriteSet.CAMERA] if real.stage == "camera_lora" else [SpriteSet.MIXED],
         max_steps=smoke.max_steps,
+        max_minutes=None,
         warmup_steps=min(real.warmup_steps, smoke.max_steps // 4),
         log_every=max(1, smoke.max_steps // 10),
         save_every=smoke.max_steps,

@@ -225,7 +225,7 @@ def train_vae(
         samples = SpriteSamples(recipe.world, list(SpriteSet), config.frames_per_clip)
         data = Batches(samples, config.batch_size // config.frames_per_clip)
         workers = recipe.gpu.num_workers if has_gpu() else 0
-        if train_autoencoder(networks.vae, data, config, runs, workers) == config.max_steps:
+        if train_autoencoder(networks.vae, data, config, runs, workers) >= config.max_steps:
             report_decoded(recipe, networks.vae, runs)
             networks.vae.save_pretrained(model / "vae")
             done.touch()

@@ -183,7 +183,11 @@ BAD = {
     "text as image": (["--image", "{text}"], "note.txt"),
     "malformed JSON": (["--trajectories", "{text}"], "note.txt"),
     "point outside": (["--trajectories", "{outside}"], r"track 0, point 1 at (700"),
-    "wrong size": (["--trajectories-size", "wide"], "trajectories_size must be WIDTHxHEIGHT in pixels"),
+    "wrong size": (
+        ["--trajectories", "{outside}", "--trajectories-size", "wide"],
+        "trajectories_size must be WIDTHxHEIGHT in pixels",
+    ),
+    "size of nothing": (["--preset", "pan-left", "--trajectories-size", "8x8"], "goes with trajectories"),
     "unknown preset": (["--preset", "pan-lef"], "pan-left"),
     "two motions": (["--motion-from", "{text}", "--preset", "pan-left"], "exclude each other"),
     "missing footage": (["--motion-from", "nowhere.mp4"], "nowhere.mp4: no such video file"),

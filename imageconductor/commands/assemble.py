@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", type=find_shipped, metavar="FILE", help="recipe; configs/model holds those we know")
     parser.add_argument("--export", choices=["published"], help="write a folder's networks under the published names")
     parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload a folder, with a card that sums it up")
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="with --export and --push-to-hub")
+    parser.add_argument("--model", type=find_shipped, metavar="FOLDER", help="with --export and --push-to-hub")
     parser.add_argument("--format", choices=["safetensors", "ckpt"], default="safetensors", help="with --export")
     parser.add_argument(
         "--results", type=Path, metavar="FILE", help="with --push-to-hub: imageconductor evaluate's figures"

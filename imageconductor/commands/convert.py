@@ -83,8 +83,11 @@ def _convert(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be from 1 to 4096, got {value}")
     size = None if args.size is None else parse_size(args.size, "--size")
     paths: list[Path] = args.inputs
-    file = read_tracks(paths, drawn_size=size, format=args.source, sample=args.sample)
-    listed = _place_timed(file, args.frames)
+    num_frames = args.frames or FORMATS[target].num_frames or DEFAULT_FRAMES
+    file = read_tracks(paths, drawn_size=size, format=args.source, sample=args.sample, num_frames=num_frames)
+    if args.sample is not None and file.format != "tapvid":
+        raise ValueError(f"--sample chooses a clip of a tapvid file, and this one is {file.format}")
+    listed = _place_timed(file, num_frames)
     tracks = listed[:: args.every]
     outputs = list_written(args.output, len(tracks), target)
     _check_outputs(outputs, paths, args.overwrite)
@@ -99,14 +102,14 @@ def _convert(args: argparse.Namespace) -> None:
     print(f"wrote {', '.join(map(str, written.paths))}: {target}")
 
 
-def _place_timed(file: TrackFile, num_frames: int | None) -> list[Track]:
+def _place_timed(file: TrackFile, num_frames: int) -> list[Track]:
     """The tracks; those of a drawing that states times, corners, or the camera's motion as a point for each frame."""
     plain = [Track(t.points, t.visible, control=t.control, per_frame=t.per_frame) for t in file.tracks]
     if file.camera is None and all(map(_is_same, plain, file.tracks)):
         return file.tracks
     from imageconductor.conditioning import Trajectories
 
-    return Trajectories.from_file(file, num_frames or file.num_frames or DEFAULT_FRAMES).to_tracks()
+    return Trajectories.from_file(file, num_frames).to_tracks()
 
 
 def _is_same(plain: Track, track: Track) -> bool:
@@ -129,4 +132,7 @@ def _describe(file: TrackFile) -> str:
     still = sum(len(track.points) == 1 for track in file.tracks)
     hidden = sum(int((~track.visible).sum()) for track in file.tracks)
     more = [f"{still} hold still"] * bool(still) + [f"{hidden} points hidden"] * bool(hidden)
-    return ", ".join([file.format, f"{len(file.tracks)} tracks", kind, f"{file.size[0]}x{file.size[1]}", *more])
+    count = f"{len(file.tracks)} tracks"
+    if file.camera is not None:
+        count += f" and {file.camera.num_tracks} of the camera"
+    return ", ".join([file.format, count, kind, f"{file.size[0]}x{file.size[1]}", *more])

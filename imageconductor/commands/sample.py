@@ -66,5 +66,6 @@ def main(argv: list[str] | None = None) -> int:
 def build_job(config: Path | None, options: dict) -> SampleJob:
     """The job that YAML and options ask for; an option that says how things move replaces what the YAML says of it."""
     job = SampleJob() if config is None else load_job(config)
-    unset = dict.fromkeys(MOTIONS) if any(options.get(name) is not None for name in MOTIONS) else {}
-    return replace(job, **{**unset, **options})
+    if any(options.get(name) is not None for name in MOTIONS):
+        options = {**dict.fromkeys((*MOTIONS, "trajectories_size")), **options}
+    return replace(job, **options)

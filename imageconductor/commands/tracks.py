@@ -6,11 +6,11 @@ The file is for the option --trajectories of sample.py. Points are in pixels of 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from imageconductor.conditioning.trajectory_json import parse_size
 from imageconductor.files import check_writable
 
 if TYPE_CHECKING:
@@ -131,10 +131,10 @@ def _point(text: str) -> tuple[float, float]:
 
 
 def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"expected WxH such as 384x256, got {text!r}")
-    return int(found[1]), int(found[2])
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _count(text: str) -> int:
@@ -149,7 +149,3 @@ def _number(text: str, at_least: int = 0) -> int:
     if value < at_least:
         raise argparse.ArgumentTypeError(f"must be at least {at_least}, got {value}")
     return value
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -42,12 +42,14 @@ def main(argv: Sequence[str] | None = None, stage: str | None = None, descriptio
     from imageconductor.training.run import run_stage
 
     try:
-        run_stage(config, VideoPreview)
+        state = run_stage(config, VideoPreview)
         leave()
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if PartialState().is_main_process:
+        if state.step < config.max_steps:
+            print(f"stopped at step {state.step} of {config.max_steps}; the same command goes on", file=sys.stderr)
         print(f"{config.output}/{config.stage}")
     return 0
 

@@ -18,6 +18,8 @@ _EASINGS: Mapping[str, Callable[[Array], Array]] = {
     "ease-in-out": lambda u: u**2 * (3 - 2 * u),
 }
 
+_LEAST_FRAMES = 1e-3  # between two times: nearer ones are the same, but for rounding
+
 EASINGS: tuple[str, ...] = tuple(_EASINGS)
 """Names of the easings: steady; from rest, steadily faster; steadily slower, to rest; from rest to rest."""
 
@@ -50,7 +52,7 @@ class Timing:
         for name in ("start", "end"):
             if getattr(self, name) is not None:
                 check_number(getattr(self, name), name, minimum=0)
-        if self.end is not None and (self.start or 0) >= self.end:
+        if self.end is not None and (self.start or 0) > self.end - _LEAST_FRAMES:
             raise ValueError(f"end must be after start, got start {self.start or 0:g} and end {self.end:g}")
         if self.times is None:
             return
@@ -60,7 +62,7 @@ class Timing:
             raise ValueError(f"times must be a list of frames, one for each point, got {self.times!r}")
         for k, time in enumerate(self.times):
             check_number(time, f"times: number {k}", minimum=0)
-            if k and time <= self.times[k - 1]:
+            if k and time < self.times[k - 1] + _LEAST_FRAMES:
                 raise ValueError(f"times must rise, got {time:g} after {self.times[k - 1]:g}")
 
     @property
@@ -82,7 +84,7 @@ class Timing:
                     f"{name}: there is no frame {frame:g} in a clip of {num_frames} frames, the last is {last}; "
                     '"num_frames" of the file says of how many frames its clip is'
                 )
-        if self.start == last and self.end is None:
+        if self.start is not None and self.end is None and self.start > last - _LEAST_FRAMES:
             raise ValueError(f"start must be before the last frame, {last}, got {self.start:g}")
 
     def progress(self, num_frames: int, counted_in: int, returns: bool = False) -> Array:

@@ -270,8 +270,7 @@ class Trajectories:
         Raises:
             ValueError: a number of frames that is not positive.
         """
-        resampled = self._interpolate(self.to_tracks(), self.size, num_frames)
-        return dataclasses.replace(resampled, control=self.control)
+        return self._interpolate(self.to_tracks(), self.size, num_frames)
 
     def save(self, path: str | Path) -> None:
         """Writes our JSON form, with T points per track and one per still track; `load` gives the same back.

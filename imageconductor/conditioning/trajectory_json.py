@@ -29,6 +29,9 @@ ADVICE = (
 MAX_FILE_TRACKS = 4096
 """Largest number of tracks that is read from a file."""
 
+MAX_FILE_FRAMES = 4096
+"""Largest number of points in a track of a file, and of frames that a drawing may count in."""
+
 BORDER_PX = 1 / 64
 """Points on the right or lower border are moved this far below W, which is exact in float32 too."""
 
@@ -182,8 +185,10 @@ def check_drawing(
     drawn_at = check_size((fields["width"], fields["height"]) if has_frame else size or PUBLISHED_SIZE, source)
     if "num_frames" in fields:
         counted: object = fields["num_frames"]
-        if not isinstance(counted, int) or isinstance(counted, bool) or counted < 1:
-            raise ValueError(f"{source}: num_frames must be a whole number of at least 1, got {counted!r}")
+        if not isinstance(counted, int) or isinstance(counted, bool) or not 1 <= counted <= MAX_FILE_FRAMES:
+            raise ValueError(
+                f"{source}: num_frames must be a whole number from 1 to {MAX_FILE_FRAMES}, got {abbreviate(counted)}"
+            )
         num_frames = counted
     camera = None
     if "camera" in fields:

@@ -107,6 +107,7 @@ def check_inputs(
     if drawn:
         _check_trajectories(pipe, drawn, num_frames, control)
     images = [] if image is None else [_read_pictures(one, num_frames) for one in _as_list(image)]
+    may_lack = {"trajectories", "image"} if image is None else {"trajectories"}
     prompts, negatives = _as_list(prompt), _as_list(_given(negative_prompt, defaults.negative_prompt))
     given: dict[str, Sequence[Any]] = {
         "image": images,
@@ -116,7 +117,7 @@ def check_inputs(
     }
     count = max(map(len, given.values()))
     for name, values in given.items():
-        if len(values) not in (1, count) and (len(values) or name not in ("trajectories", "image")):
+        if len(values) not in (1, count) and (len(values) or name not in may_lack):
             raise ValueError(f"{name}: expected 1 or {count} of them, got {len(values)}")
     return CallInputs(images, drawn, prompts, negatives, count, (width, height), num_frames, steps, scale, branches)
 

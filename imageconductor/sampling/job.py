@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from imageconductor import config as config_file
 from imageconductor.conditioning.preset_names import CAMERA_PRESETS, OBJECT_PRESETS
+from imageconductor.files import find_shipped
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -51,7 +52,8 @@ class SampleJob:
     strength: float = 1.0  # factor on the motion of a preset, 1 = moderate
     prompt: str = ""  # what the video shows
     negative_prompt: str | None = None  # what it does not show
-    # what the trajectories move; base = no LoRA; default: what suits the preset or what all tracks state, else object
+    # what the trajectories move; base = no LoRA; default: as the preset or the tracks say, mixed where only some say
+    # camera, else object
     control: Literal["camera", "object", "mixed", "base"] | None = None
     camera_free_scale: float | None = None  # lambda_trajs of Eq. 5, above 1 pins the camera; default: off
     guidance_scale: float | None = None  # lambda_cfg of classifier-free guidance, 1 = off
@@ -95,6 +97,8 @@ class SampleJob:
         if len(stated) > 1:
             raise ValueError(f"{' and '.join(stated)} exclude each other")
         if self.trajectories_size is not None:
+            if self.trajectories is None:
+                raise ValueError(f"trajectories_size {self.trajectories_size} goes with trajectories; leave it out")
             from imageconductor.conditioning.trajectory_json import parse_size
 
             parse_size(self.trajectories_size, "trajectories_size")
@@ -134,15 +138,17 @@ def parse_lora(text: str) -> tuple[str, float]:
     Raises:
         ValueError: What stands after the colon of a file that does not exist as written is no finite number.
     """
+    if (whole := find_shipped(text)).exists():
+        return str(whole), 1.0
     path, colon, scale = text.rpartition(":")
-    if not colon or Path(text).exists():
+    if not colon:
         return text, 1.0
     try:
         number = float(scale)
     except ValueError:
         raise ValueError(f"{text!r}: expected FILE or FILE:scale, and {scale!r} is no number") from None
     config_file.check_finite(number, f"{text!r}: the scale")
-    return path, number
+    return str(find_shipped(path)), number
 
 
 def load_job(path: Path) -> SampleJob:
@@ -174,7 +180,7 @@ def prepare(job: SampleJob) -> Inputs:
     image = load_image(cast(str, job.image))
     trajectories = _build_trajectories(job, size, num_frames, image.size)
     if job.control is None:
-        job = replace(job, control=_suitable_control(trajectories, job.preset))
+        job = replace(job, control=suitable_control(trajectories, job.preset))
     if job.camera_free_scale is not None and job.control != "object":
         raise ValueError(f"camera_free_scale goes with control 'object', not {job.control!r}")
     if job.domain_adapter_scale is not None and not DomainAdapter.is_in(Path(job.model)):
@@ -350,7 +356,7 @@ def _build_trajectories(
     return Trajectories.empty(size, num_frames)
 
 
-def _suitable_control(trajectories: Trajectories, preset: str | None) -> Literal["camera", "object", "mixed"]:
+def suitable_control(trajectories: Trajectories, preset: str | None = None) -> Literal["camera", "object", "mixed"]:
     """The camera for its presets and for tracks that all say so, both LoRAs where only some do, else the object."""
     from imageconductor.conditioning import TRACK_CONTROLS
 

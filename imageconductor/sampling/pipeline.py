@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -333,7 +334,10 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         Raises:
             ValueError: Arguments that do not fit the model or each other.
         """
-        seeds = [] if seed is None else [seed] if isinstance(seed, int) else list(seed)
+        given: Any = [seed] if isinstance(seed, Integral) else seed or []
+        seeds = [int(one) for one in given]
+        if seed is not None and not seeds:
+            raise ValueError("seed is an empty list; give one number for each video, or leave it out")
         if seeds and (generator is not None or num_videos_per_prompt not in (1, len(seeds))):
             raise ValueError(f"seed={seed} stands in place of generator and num_videos_per_prompt; leave them out")
         num_videos_per_prompt = max(num_videos_per_prompt, len(seeds))

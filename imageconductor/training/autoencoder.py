@@ -77,7 +77,7 @@ def train_autoencoder(
         optimizer._opt_called = True  # type: ignore[attr-defined]
         schedule.step()
 
-    step, end = start, math.inf if config.max_minutes is None else time.monotonic() + 60 * config.max_minutes
+    done, end = start, math.inf if config.max_minutes is None else time.monotonic() + 60 * config.max_minutes
     steps = range(start, config.max_steps)
     loader = DataLoader(data, batch_size=None, sampler=steps, num_workers=num_workers)
     bar = tqdm(steps, initial=start, total=config.max_steps, desc="autoencoder", unit="step")
@@ -112,20 +112,21 @@ def train_autoencoder(
         if step % 10 == 0 and not is_shifted:
             psnr = -10 * torch.log10((decoded.detach() - frames).square().mean() / 4)
             bar.set_postfix(loss=f"{loss.item():.4f}", psnr=f"{psnr.item():.1f} dB")
-        is_over = step + 1 == config.max_steps or time.monotonic() >= end
-        if (step + 1) % config.save_every == 0 or is_over:
-            _save(runs, step + 1, vae, optimizer, judge)
+        done = step + 1
+        is_over = done == config.max_steps or time.monotonic() >= end
+        if done % config.save_every == 0 or is_over:
+            _save(runs, done, vae, optimizer, judge)
         if is_over:
             break
 
     vae.eval().requires_grad_(False)
     if config.decoder_only:
-        return step + 1
+        return done
     with torch.no_grad():
         clips = torch.cat([data[config.max_steps + i]["pixel_values"] for i in range(8)])
         latents = vae.encode(scale_pixels(clips.transpose(1, 2).flatten(0, 1).to(device))).latent_dist.mean
     vae.register_to_config(scaling_factor=1 / latents.std().item())
-    return step + 1
+    return done
 
 
 def _save(runs: Path, step: int, vae: Any, optimizer: Any, judge: PatchDiscriminator | None) -> None:

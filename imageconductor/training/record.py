@@ -45,8 +45,8 @@ class RunRecord:
 
     def __init__(self, folder: Path, config: LoopConfig, step: int, num_processes: int = 1):
         self.metrics = folder / "metrics.jsonl"
-        # A permission is for one start; whoever starts again with this file is asked again.
-        config_file.save(replace(config, allow_changes=False), folder / "config.yaml")
+        # A permission and a time limit are for one start; whoever starts again with this file is asked again.
+        config_file.save(replace(config, allow_changes=False, max_minutes=None), folder / "config.yaml")
         start = {
             "start": step,
             "clips_per_step": clips_per_step(config, num_processes),

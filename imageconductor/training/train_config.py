@@ -120,7 +120,7 @@ class TrainConfig(LoopConfig):
 
     FREE_TO_CHANGE = LoopConfig.FREE_TO_CHANGE | {"preview_steps", "preview_guidance_scale"}
     RENAMED: ClassVar[dict[str, str]] = {**LoopConfig.RENAMED, "preview_data": "held_out_clips"}
-    ELSEWHERE: ClassVar[dict[str, str]] = {}  # settings of other stages by name; `registry` fills it
+    ELSEWHERE: ClassVar[dict[str, str]] = {}  # settings of other stages by name; `stage_configs` fills it
 
     def __post_init__(self) -> None:
         super().__post_init__()

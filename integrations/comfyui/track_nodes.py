@@ -180,12 +180,6 @@ class MergeTracks(_TrackNode):
         return (Tracks(first.parts + second.parts),)
 
 
-def says_camera(trajectories: Trajectories) -> bool:
-    """Whether all tracks state that they are the camera's motion."""
-    codes = trajectories.control
-    return codes is not None and bool((codes == TRACK_CONTROLS.index("camera")).all())
-
-
 def _parse(text: str) -> Any:
     """JSON, with the single quotes that ComfyUI's spline nodes accept.
 

@@ -10,11 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from imageconductor.sampling.branches import Control
+from imageconductor.sampling.job import suitable_control
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 from imageconductor.sampling.video import Frames, draw_trajectories, to_uint8, upscale_for_viewing
 
 from . import host
-from .track_nodes import Tracks, says_camera
+from .track_nodes import Tracks
 
 _AUTO = "auto"
 
@@ -33,7 +34,9 @@ class SampleVideo:
         """The node's inputs in ComfyUI's form."""
         scale = {"default": 0.0, "min": 0.0, "max": 100.0, "step": 0.1}
         count = {"default": 0, "min": 0, "max": 16384}
-        controls = "What the tracks move. auto: the camera if all tracks say so (presets and amounts do), else objects."
+        controls = (
+            "What the tracks move. auto: as the tracks say; both LoRAs if only some say the camera; else objects."
+        )
         return {
             "required": {
                 "model": (host.MODEL,),
@@ -105,7 +108,7 @@ class SampleVideo:
         num_frames = num_frames or defaults["num_frames"]
         drawn = None if tracks is None else tracks.place(size, num_frames)
         if control == _AUTO:
-            control = "camera" if drawn is not None and says_camera(drawn) else "object"
+            control = "object" if drawn is None else suitable_control(drawn)
         pictures = [] if image is None else _to_pictures(image)
         seeds = [seed + i for i in range(num_videos)]
         result: Any = model(

@@ -106,3 +106,33 @@ def test_help_lists_every_form(capsys):
     text = capsys.readouterr().out
     assert all(f"\n  {name} " in text for name in FORMATS)
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_files_of_any_suffix_are_written_whole(tmp_path):
+    drawn = tmp_path / "drawn.json"
+    drawn.write_text('{"width": 64, "height": 48, "tracks": [{"points": [[8, 8], [40, 30]]}]}')
+    for name, written in (("wangp", "out.wangp"), ("wan-move", "my_tracks.npz")):
+        (tmp_path / written).write_text("old")
+        assert main([str(drawn), str(tmp_path / written), "--to", name, "--overwrite"]) == 0
+        assert np.load(tmp_path / written).shape[-1] == 2
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_timed_drawing_is_placed_on_the_frames_that_the_tool_reads(tmp_path, capsys):
+    track = {"points": [[0, 8], [10, 40], [20, 8]], "interpolation": "linear", "end": 60, "control": "object"}
+    drawn = tmp_path / "drawn.json"
+    drawn.write_text(json.dumps({"width": 64, "height": 48, "tracks": [track]}))
+    assert main([str(drawn), str(tmp_path / "out.pth")]) == 0
+    assert "does not say what a track moves" in capsys.readouterr().out
+    points = read_tracks(tmp_path / "out.pth", drawn_size=(64, 48)).tracks[0].points
+    assert points[30] == pytest.approx([10, 40], abs=1e-3)
+    assert points[60] == pytest.approx(points[120], abs=1e-3)
+    assert main([str(drawn), str(tmp_path / "again.json"), "--frames", "90"]) == 0
+    assert json.loads((tmp_path / "again.json").read_text())["tracks"][0]["control"] == "object"
+
+
+def test_a_clip_is_chosen_of_a_file_of_several_alone(tmp_path, capsys):
+    drawn = tmp_path / "drawn.json"
+    drawn.write_text("[[[8, 8], [40, 30]]]")
+    assert main([str(drawn), str(tmp_path / "out.json"), "--sample", "bear"]) == 2
+    assert "--sample chooses a clip of a tapvid file, and this one is published" in capsys.readouterr().err

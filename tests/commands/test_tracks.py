@@ -97,7 +97,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, video, tmp_path, capsys,
 
 def test_arguments_that_cannot_be_read_are_refused(video, tmp_path, capsys):
     for options, message in (
-        (["--size", "64"], "expected WxH such as 384x256, got '64'"),
+        (["--size", "64"], "size must be WIDTHxHEIGHT in pixels, such as 576x320, got '64'"),
         (["--points", "5,", "6"], "expected X,Y, got '5,'"),
         (["--grid", "0"], "must be at least 1, got 0"),
         (["--grid", "2", "--points", "5,5"], "not allowed with argument"),

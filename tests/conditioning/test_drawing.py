@@ -211,7 +211,7 @@ def test_what_is_wrong_with_a_track_is_said_in_one_line(name, tmp_path):
 
 BAD_FILES = {
     "a mistyped key": ({"num_frame": 16}, "unknown key 'num_frame'; did you mean num_frames?"),
-    "no clip": ({"num_frames": 0}, "num_frames must be a whole number of at least 1, got 0"),
+    "no clip": ({"num_frames": 0}, "num_frames must be a whole number from 1 to 4096, got 0"),
     "half a frame": ({"num_frames": 15.5}, "num_frames must be a whole number"),
     "no object": ({"camera": "pan-left"}, "camera must be an object such as"),
     "a camera's key": ({"camera": {"pann": [0, 0]}}, "camera: unknown key 'pann'; did you mean pan?"),
@@ -236,3 +236,21 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(name, tmp_path):
         load(tmp_path, *tracks, **fields)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_frames": 5000}, "num_frames must be a whole number from 1 to 4096, got 5000"),
+        ({"num_frames": 10**400}, "num_frames must be a whole number from 1 to 4096"),
+        ({"start": 1, "end": 1.0000000000000002}, "end must be after start"),
+        ({"times": [0, 5e-324]}, "times must rise"),
+    ],
+)
+def test_times_that_cannot_be_told_apart_are_refused(fields, message, tmp_path):
+    path = tmp_path / "drawn.json"
+    of_file = {key: value for key, value in fields.items() if key == "num_frames"}
+    track = {"points": [[1, 1], [9, 9]], **{key: value for key, value in fields.items() if key != "num_frames"}}
+    path.write_text(json.dumps({"width": 16, "height": 16, "tracks": [track], **of_file}))
+    with pytest.raises(ValueError, match=message):
+        Trajectories.load(path, 8)

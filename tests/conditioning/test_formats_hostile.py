@@ -230,3 +230,22 @@ def test_folders_and_mixtures(tmp_path):
         read_tracks(tmp_path)
     with pytest.raises(ValueError, match="no trajectory file was given"):
         read_tracks([])
+
+
+def test_damage_within_compressed_data_is_told(tmp_path):
+    path = tmp_path / "tracks.npz"
+    tracks = np.random.default_rng(0).normal(size=(64, 8, 2))
+    np.savez_compressed(path, tracks=tracks, visibility=np.ones((64, 8), bool))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 60] = b"\xff" * 60
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged archive"):
+        read_tracks(path, drawn_size=(64, 64))
+
+
+def test_frames_in_the_place_of_tracks_are_seen_with_visibility_too(tmp_path):
+    steps = np.random.default_rng(0).normal(0, 0.3, (9, 30, 2)).cumsum(1)
+    tracks = steps + np.random.default_rng(1).uniform(0, 60, (9, 1, 2))
+    np.savez(tmp_path / "tracks.npz", tracks=tracks, visibility=np.ones((9, 30), bool))
+    with pytest.raises(ValueError, match="second axis seems to be the frames"):
+        read_tracks(tmp_path / "tracks.npz", drawn_size=(80, 80))

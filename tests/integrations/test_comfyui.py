@@ -185,7 +185,7 @@ def test_auto_control_is_that_of_the_tracks(package):
 
     for tracks in (camera, preset, thing, text, both, None):
         sample(package, Model(), tracks=tracks)
-    assert asked == ["camera", "camera", "object", "object", "object", "object"]
+    assert asked == ["camera", "camera", "object", "object", "mixed", "object"]
 
 
 def test_cancelling_stops_between_steps_and_the_next_run_is_whole(package, pipe, host):

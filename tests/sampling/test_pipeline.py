@@ -269,5 +269,11 @@ def test_seeds_are_videos_of_each_condition(pipe, image):
     assert np.array_equal(pipe(image, seed=[5, 7], **arguments).frames, expected)
     arguments["prompt"] = "a red circle"
     assert np.array_equal(pipe(image, seed=5, **arguments).frames, pipe(image, generator=seeded(5), **arguments).frames)
+    alone = pipe(image, seed=5, **arguments).frames
+    assert np.array_equal(pipe(image, seed=np.int64(5), **arguments).frames, alone)
+    with pytest.raises(ValueError, match="seed is an empty list"):
+        pipe(image, seed=[])
+    with pytest.raises(ValueError, match="image: expected 1 or"):
+        pipe([], prompt=["a", "b"])
     with pytest.raises(ValueError, match="seed=5 stands in place of generator"):
         pipe(image, seed=5, generator=seeded(5))

@@ -87,4 +87,7 @@ def test_a_run_that_is_continued_repeats(tiny_model, tmp_path):
     with pytest.raises(InterruptedError):
         train(Interrupted, "twice")
     once, twice = train(Batches, "once"), train(Batches, "twice")
+    finished = Networks.load(tiny_model).vae
+    assert train_autoencoder(finished, Batches(samples, 4), config, tmp_path / "once") == 4  # killed before "done"
+    assert torch.equal(finished.decoder.conv_out.weight, once["decoder.conv_out.weight"])
     assert all(torch.equal(value, twice[key]) for key, value in once.items())

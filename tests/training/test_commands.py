@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from imageconductor.commands.train import main
-from imageconductor.training.stage_configs import load_config
+from imageconductor.training.stage_configs import STAGE_CONFIGS, load_config
 from imageconductor.training.stages.registry import STAGES
 from imageconductor.training.train_config import TrainConfig
 from scripts import smoke_training
@@ -96,6 +96,10 @@ def test_a_yaml_without_its_stage_is_refused_by_a_door_too(tmp_path, capsys):
     path.write_text("max_steps: 3\n")
     assert main(["--config", str(path)], "camera_lora") == 2
     assert "old.yaml does not say its stage; add stage: camera_lora" in capsys.readouterr().err
+
+
+def test_every_stage_has_its_settings():
+    assert {name: stage.Config for name, stage in STAGES.items()} == STAGE_CONFIGS
 
 
 def test_help_lists_the_stages_or_the_settings_of_one(capsys):

@@ -62,6 +62,7 @@ def test_a_run_whose_time_is_over_stops_with_its_result_and_goes_on(configure, b
     stopped, data = build(parts)
     assert train(stopped, data, parts).step == 2
     assert [path.name for path in Path(parts.output).glob("checkpoint-*")] == ["checkpoint-00000002"]
+    assert load_config(Path(parts.output) / "config.yaml").max_minutes is None  # it was for that start
     saved = load_file(Path(parts.output) / "camera_lora" / "adapter_model.safetensors")
     average = load_file(Path(parts.output) / "checkpoint-00000002" / "ema.safetensors")
     assert {tuple(value.shape) for value in saved.values()} == {tuple(value.shape) for value in average.values()}

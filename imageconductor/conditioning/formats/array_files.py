@@ -22,7 +22,7 @@ from imageconductor.conditioning.formats.track_file import (
     measured_tracks,
 )
 from imageconductor.conditioning.trajectory_json import Track
-from imageconductor.files import atomic_path, atomic_write
+from imageconductor.files import atomic_write
 
 _TRACK_KEYS = ("tracks", "pred_tracks")
 _VISIBILITY_KEYS = ("visibility", "pred_visibility")
@@ -97,7 +97,7 @@ def write_wan_move(path: Path, tracks: Sequence[Track], size: tuple[int, int]) -
     """Writes NAME_tracks.npy and NAME_visibility.npy."""
     points, visible = _stack(tracks)
     paths = wan_move_paths(path)
-    with atomic_path(paths[0]) as first, atomic_path(paths[1]) as second:
+    with atomic_write(paths[0]) as first, atomic_write(paths[1]) as second:  # np.save would add a suffix to a path
         np.save(first, points[None].astype(np.float32))
         np.save(second, visible[None])
     return paths
@@ -118,12 +118,12 @@ def write_cotracker(path: Path, tracks: Sequence[Track], size: tuple[int, int]) 
 
 
 def write_wangp(path: Path, tracks: Sequence[Track], size: tuple[int, int]) -> list[Path]:
-    """Writes WanGP's form; a point right of the picture or below it would turn all into pixels, so it is hidden."""
+    """Writes WanGP's form, which has no points outside the picture: they are hidden."""
     points, visible = _stack(tracks)
     relative = (points / np.asarray(size)).astype(np.float32)
-    kept = visible & (relative <= 1).all(-1)
-    with atomic_path(path) as temporary:
-        np.save(temporary, np.where(kept[..., None], relative, np.float32(-1)))
+    kept = visible & (relative >= 0).all(-1) & (relative <= 1).all(-1)
+    with atomic_write(path) as file:
+        np.save(file, np.where(kept[..., None], relative, np.float32(-1)))
     return [path]
 
 
@@ -173,7 +173,7 @@ def _read_pixels(path: Path, tracks: Array, visible: Array | None, hints: Hints,
     if visible is None:
         visible = np.ones(tracks.shape[:2], np.bool_)
         notes += (f"{path} comes without visibility; every point was taken as visible",)
-        _check_axes(path, tracks, hints)
+    _check_axes(path, tracks, hints)
     points = tracks.transpose(1, 0, 2)
     return TrackFile(name, measured_tracks(points, visible.T, hints, str(path)), size, notes)
 

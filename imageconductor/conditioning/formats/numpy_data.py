@@ -3,8 +3,10 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import io
+import lzma
 import math
 import zipfile
+import zlib
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -47,6 +49,12 @@ def read_npy(file: IO[bytes], source: str) -> Array:
     return np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
+_DAMAGES = (
+    *(zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, lzma.LZMAError),
+    *(NotImplementedError, RuntimeError, OSError, EOFError),
+)
+
+
 def read_npz(file: IO[bytes], source: str) -> dict[str, Array]:
     """The arrays of an npz archive by their names.
 
@@ -61,7 +69,7 @@ def read_npz(file: IO[bytes], source: str) -> dict[str, Array]:
                     with archive.open(name) as member:
                         arrays[name[:-4]] = read_npy(member, f"{source}, {name[:-4]}")
             return arrays
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError, OSError, EOFError) as error:
+    except _DAMAGES as error:
         raise ValueError(f"{source}: damaged archive: {error}") from error
 
 

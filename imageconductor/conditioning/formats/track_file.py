@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from imageconductor.conditioning.camera import CameraMotion
 from imageconductor.conditioning.trajectory_json import (
+    MAX_FILE_FRAMES,
     MAX_FILE_TRACKS,
     PUBLISHED_SIZE,
     Track,
@@ -22,9 +23,6 @@ from imageconductor.conditioning.trajectory_json import (
 
 DEFAULT_FRAMES = 16
 """Frames of a clip where nothing is known of its length, as the published release makes them."""
-
-MAX_FILE_POINTS = 4096
-"""Largest number of points in a track of a file."""
 
 _HOW = "as drawn_size=(W, H), sample.py --trajectories-size WxH or convert --size WxH"
 _FAR_PX = 1e9  # Positions beyond are taken for damage; products with picture sizes stay finite.
@@ -130,9 +128,9 @@ def check_length(num_points: int, where: str) -> None:
     Raises:
         ValueError: it is; says how to thin it out.
     """
-    if num_points > MAX_FILE_POINTS:
-        keep = -(-num_points // MAX_FILE_POINTS)
-        raise ValueError(f"{where} has {num_points} points, at most {MAX_FILE_POINTS} are accepted; keep one in {keep}")
+    if num_points > MAX_FILE_FRAMES:
+        keep = -(-num_points // MAX_FILE_FRAMES)
+        raise ValueError(f"{where} has {num_points} points, at most {MAX_FILE_FRAMES} are accepted; keep one in {keep}")
 
 
 def drawn_tracks(

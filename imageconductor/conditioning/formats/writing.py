@@ -11,6 +11,7 @@ import numpy as np
 from imageconductor.conditioning.formats import array_files, tora
 from imageconductor.conditioning.formats.registry import Format, find_format, written_formats
 from imageconductor.conditioning.interpolation import place_track
+from imageconductor.conditioning.timing import STEADY
 from imageconductor.conditioning.trajectory_json import BORDER_PX, Track, check_size
 
 
@@ -71,7 +72,7 @@ def _to_frames(form: Format, tracks: Sequence[Track], num_frames: int | None) ->
         notes.append(f"{form.name} takes {form.num_frames} frames{' or other 4n+1' if '4' in form.frame_rule else ''}")
     is_still = [len(track.points) == 1 and form.num_frames is None for track in tracks]
     return [
-        track if still else Track(p, v, per_frame=True)
+        track if still else replace(track, points=p, visible=v, timing=STEADY, per_frame=True)
         for track, (p, v), still in zip(tracks, placed, is_still, strict=True)
     ], notes
 
@@ -95,6 +96,8 @@ def _fit(form: Format, tracks: Sequence[Track], size: tuple[int, int]) -> tuple[
     if outside and not form.has_outside:
         how = "hidden" if form.has_visibility else "moved to its border"
         notes.append(f"{form.name} holds no points outside the frame; {outside} were {how}")
+    if any(track.control for track in tracks) and form.name != "imageconductor":
+        notes.append(f"{form.name} does not say what a track moves; camera and object tracks are alike in it")
     if not form.has_fractions:
         notes.append(f"{form.name} holds whole steps; positions were rounded")
     if not form.has_visibility:
