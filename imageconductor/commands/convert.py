@@ -21,10 +21,10 @@ from imageconductor.conditioning.trajectory_json import Track, parse_size
 _SUFFIXES = {".json": "imageconductor", ".npz": "cotracker", ".pth": "ati", ".txt": "tora", ".pkl": "tapvid"}
 
 _EXAMPLES = """examples:
-  convert spline.json drawn.json --size 512x512       KJNodes' coordinates, drawn on a mask of 512x512
-  convert drawn.json tracks.npy --to wan-move         81 frames: tracks.npy and visibility.npy
-  convert circle.txt coaster.txt both.json --size 720x480
-  convert tracks.npz thin.json --size 1280x720 --every 4 --frames 16
+  imageconductor convert spline.json drawn.json --size 512x512       KJNodes' coordinates, drawn on a mask of 512x512
+  imageconductor convert drawn.json tracks.npy --to wan-move         81 frames: tracks.npy and visibility.npy
+  imageconductor convert circle.txt coaster.txt both.json --size 720x480
+  imageconductor convert tracks.npz thin.json --size 1280x720 --every 4 --frames 16
 """
 
 
