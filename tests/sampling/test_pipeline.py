@@ -16,7 +16,7 @@ from imageconductor.models.networks import Networks
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 
 SIZE, FRAMES = (32, 32), 4
-QUICK = {"num_inference_steps": 2}
+STEPS = 3
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def seeded(*seeds):
 
 
 def run(pipe, image, trajectories=None, seeds=(1,), **arguments):
-    arguments = {"prompt": "a red circle", "output_type": "np", **arguments}
+    arguments = {"prompt": "a red circle", "output_type": "np", "num_inference_steps": STEPS, **arguments}
     return pipe(image, trajectories, generator=seeded(*seeds), **arguments).frames
 
 
@@ -117,7 +117,7 @@ def test_offloading_sees_the_halves_of_the_unet(pipe, image):
         assert np.array_equal(run(pipe, image, track, control="camera"), expected)
     finally:
         hook.remove()
-    assert len(arrived) == pipe.sampling_defaults["num_inference_steps"]
+    assert len(arrived) == STEPS
 
 
 def test_controls_differ_and_absent_control_is_a_no_op(pipe, image):
@@ -215,17 +215,17 @@ def test_words_that_the_text_encoder_does_not_read_are_named_once(pipe, image, c
 
 
 def test_pictures_may_stand_at_any_frames_and_none_is_text_to_video(pipe, image):
-    alone = run(pipe, image, **QUICK)
+    alone = run(pipe, image)
     other = image.transpose(Image.Transpose.ROTATE_180)
-    assert np.array_equal(run(pipe, {0: image}, **QUICK), alone)
-    both = run(pipe, {-1: other, 0: image}, **QUICK)
-    assert np.array_equal(both, run(pipe, {0: image, FRAMES - 1: other}, **QUICK))
+    assert np.array_equal(run(pipe, {0: image}), alone)
+    both = run(pipe, {-1: other, 0: image})
+    assert np.array_equal(both, run(pipe, {0: image, FRAMES - 1: other}))
     assert not np.array_equal(both, alone)
-    together = run(pipe, [image, {0: image, 3: other}], seeds=(1, 1), **QUICK)
+    together = run(pipe, [image, {0: image, 3: other}], seeds=(1, 1))
     np.testing.assert_allclose(together, np.concatenate([alone, both]), atol=1e-5)
 
     track = camera_preset("pan-left", SIZE, FRAMES)
-    without, drawn = run(pipe, None, **QUICK), run(pipe, None, track, **QUICK)
+    without, drawn = run(pipe, None), run(pipe, None, track)
     assert not np.array_equal(without, alone)
     assert not np.array_equal(without, drawn)
     for wrong, message in (
@@ -235,7 +235,7 @@ def test_pictures_may_stand_at_any_frames_and_none_is_text_to_video(pipe, image)
         ({1: "picture.png"}, "image 1: expected a PIL image, got str"),
     ):
         with pytest.raises(ValueError, match=message):
-            run(pipe, wrong, **QUICK)
+            run(pipe, wrong)
 
 
 def test_without_a_condition_its_controlnet_is_not_evaluated(pipe, image, monkeypatch):
@@ -244,16 +244,16 @@ def test_without_a_condition_its_controlnet_is_not_evaluated(pipe, image, monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(type(pipe.image_controlnet), "forward", refuse)
-        run(pipe, None, camera_preset("pan-left", SIZE, FRAMES), **QUICK)
+        run(pipe, None, camera_preset("pan-left", SIZE, FRAMES))
     monkeypatch.setattr(type(pipe.motion_controlnet), "forward", refuse)
-    run(pipe, None, **QUICK)
+    run(pipe, None)
 
 
 def test_embeddings_stand_for_prompts(pipe, image):
     texts = ["a red circle", "a blue star"]
     embeds, negative = pipe.encode_prompt(texts), pipe.encode_prompt(["blurred"])
-    expected = run(pipe, image, seeds=(1, 2), prompt=texts, negative_prompt="blurred", guidance_scale=3.0, **QUICK)
-    given = {"prompt": "", "prompt_embeds": embeds, "negative_prompt_embeds": negative, "guidance_scale": 3.0, **QUICK}
+    expected = run(pipe, image, seeds=(1, 2), prompt=texts, negative_prompt="blurred", guidance_scale=3.0)
+    given = {"prompt": "", "prompt_embeds": embeds, "negative_prompt_embeds": negative, "guidance_scale": 3.0}
     assert np.array_equal(run(pipe, image, seeds=(1, 2), **given), expected)
     with pytest.raises(ValueError, match="prompt and prompt_embeds exclude each other"):
         run(pipe, image, prompt_embeds=embeds)

@@ -185,6 +185,6 @@ def test_what_a_condition_holds(configure, build):
     embed = dense.text_encoder
     assert torch.equal(everything.text, embed(dense.networks.tokenize([""])).last_hidden_state)
     assert torch.equal(few.text, embed(dense.networks.tokenize(batch["caption"])).last_hidden_state)
-    assert everything.first_frame[:, :, 0].any()
-    assert not everything.first_frame[:, :, 1:].any()
+    assert everything.keyframes[:, :, 0].any()
+    assert not everything.keyframes[:, :, 1:].any()
     assert everything.mask.sum() == everything.mask[:, :, 0].numel()
