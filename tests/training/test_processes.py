@@ -147,6 +147,7 @@ def test_sharding_changes_nothing_and_a_run_may_begin_or_end_with_it(engine, sha
     torch.testing.assert_close(torch.tensor(losses(tmp_path / "run")), torch.tensor(losses(two)), atol=5e-5, rtol=5e-5)
 
 
+@pytest.mark.slow
 def test_the_orthogonal_loss_and_averages_are_sharded_too(tiny_model, tmp_path):
     for name, variables in (("ddp", {}), ("fsdp", FSDP)):
         settings = {
