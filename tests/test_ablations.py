@@ -51,6 +51,7 @@ def test_variants_have_equal_budgets_and_tasks_that_exist(recipe):
         load_evaluation(replace(config, tasks=["objects"]))
 
 
+@pytest.mark.slow
 def test_two_variants_are_trained_and_measured(tiny_model, tmp_path, capsys):
     stages = {}
     for stage in ("motion_controlnet", "camera_lora", "object_lora"):

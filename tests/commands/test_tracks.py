@@ -150,6 +150,7 @@ def test_sampling_takes_the_motion_of_a_video(video, tiny_model, tmp_path):
     assert torch.equal(take_motion(video, (32, 32), 4).points, inputs.trajectories.points)
 
 
+@pytest.mark.slow
 def test_a_run_from_a_video_repeats_without_it(tiny_model, tmp_path):
     moving = write(tmp_path / "moving.mp4", pan(4, 8, (3, 0), (96, 96)))
     first, second = tmp_path / "first", tmp_path / "second"
