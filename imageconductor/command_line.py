@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 from imageconductor.config import list_fields, load, required_type, to_plain, type_name
@@ -47,6 +48,25 @@ def parse_command_line(
         return load(schema, args.config, args.overrides), args
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
+
+
+def run_command(work: Callable[[], object]) -> int:
+    """Does a command's work and gives its exit code, with one line on stderr where it fails.
+
+    2 = bad input, 1 = the machine's fault, such as a full disk, 130 = interrupted.
+    """
+    try:
+        work()
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing is left half-written", file=sys.stderr)
+        return 130
+    return 0
 
 
 def describe(schema: type[DataclassInstance]) -> str:

@@ -120,6 +120,8 @@ def main() -> None:
         build(recipe, args.budget, Clock(args.minutes))
     except OutOfTimeError as error:
         alone(partial(print, f"{error}; the same command goes on"))
+    except (ValueError, FileNotFoundError) as error:
+        extra.exit(2, f"error: {error}\n")
     leave()
 
 

@@ -16,16 +16,16 @@ import argparse
 import json
 import logging
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 from imageconductor import config as config_file
+from imageconductor.command_line import run_command
 from imageconductor.files import atomic_folder, check_writable, find_shipped
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; 2 = bad input, told in one line; 1 = the machine's fault."""
+    """Runs the command and gives its exit code: see `run_command`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=find_shipped, metavar="FILE", help="recipe; configs/model holds those we know")
     parser.add_argument("--export", choices=["published"], help="write a folder's networks under the published names")
@@ -40,32 +40,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes one setting of the recipe")
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return run_command(lambda: act(args))
+
+
+def act(args: argparse.Namespace) -> None:
+    """Does what the options ask for, and prints where the result is."""
     output: Path | None = args.output
-    try:
-        if [bool(args.config), bool(args.export), bool(args.push_to_hub)].count(True) != 1:
-            raise ValueError("give one of --config FILE, --export published and --push-to-hub ORG/NAME")
-        if bool(args.model) == bool(args.config):
-            raise ValueError("--model FOLDER goes with --export and --push-to-hub")
-        if args.push_to_hub:
-            print(push(args.model, args.push_to_hub, args.results, args.private))
-            return 0
-        if output is None:
-            raise ValueError("--output DIR is missing")
-        check_writable(output)
-        if output.exists():
-            raise ValueError(f"{output} exists; name another --output")
-        if args.export:
-            export(args.model, args.format, output)
-        else:
-            assemble_folder(args.config, args.overrides, output)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # A full disk, or something that appeared at the output meanwhile.
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if [bool(args.config), bool(args.export), bool(args.push_to_hub)].count(True) != 1:
+        raise ValueError("give one of --config FILE, --export published and --push-to-hub ORG/NAME")
+    if bool(args.model) == bool(args.config):
+        raise ValueError("--model FOLDER goes with --export and --push-to-hub")
+    if args.push_to_hub:
+        print(push(args.model, args.push_to_hub, args.results, args.private))
+        return
+    if output is None:
+        raise ValueError("--output DIR is missing")
+    check_writable(output)
+    if output.exists():
+        raise ValueError(f"{output} exists; name another --output")
+    if args.export:
+        export(args.model, args.format, output)
+    else:
+        assemble_folder(args.config, args.overrides, output)
     print(output)
-    return 0
 
 
 def assemble_folder(path: Path, overrides: list[str], output: Path) -> None:

@@ -8,11 +8,10 @@ OUT cannot hold.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
+from imageconductor.command_line import run_command
 from imageconductor.conditioning.formats import FORMATS, TrackFile, list_written, read_tracks, write_tracks
 from imageconductor.conditioning.formats import written_formats as list_targets
 from imageconductor.conditioning.formats.track_file import DEFAULT_FRAMES
@@ -57,17 +56,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command and gives its exit code: 2 = bad input, 1 = the machine's fault."""
+    """Runs the command and gives its exit code: see `run_command`."""
     args = parser().parse_args(argv)
-    try:
-        _convert(args)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(lambda: _convert(args))
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -104,17 +95,12 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _place_timed(file: TrackFile, num_frames: int) -> list[Track]:
     """The tracks; those of a drawing that states times, corners, or the camera's motion as a point for each frame."""
-    plain = [Track(t.points, t.visible, control=t.control, per_frame=t.per_frame) for t in file.tracks]
-    if file.camera is None and all(map(_is_same, plain, file.tracks)):
+    is_plain = all(t.timing.is_default and t.interpolation == "pchip" and not t.hides_outside for t in file.tracks)
+    if file.camera is None and is_plain:
         return file.tracks
     from imageconductor.conditioning import Trajectories
 
     return Trajectories.from_file(file, num_frames).to_tracks()
-
-
-def _is_same(plain: Track, track: Track) -> bool:
-    settings = [field.name for field in fields(Track) if field.name not in ("points", "visible")]
-    return all(getattr(plain, name) == getattr(track, name) for name in settings)
 
 
 def _check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], is_replacing: bool) -> None:

@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from imageconductor.command_line import add_arguments
+from imageconductor.command_line import add_arguments, run_command
 from imageconductor.files import atomic_folder, check_new_folder, find_shipped
 from imageconductor.sampling.job import MOTIONS, SampleJob, load_job, load_pipeline, prepare, render, write
 
@@ -35,13 +35,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command and gives its exit code: 2 = bad input, 1 = the machine's fault, 130 = interrupted."""
+    """Runs the command and gives its exit code: see `run_command`."""
     args = vars(parser().parse_args(argv))
     output: Path = args.pop("output") or Path("outputs") / time.strftime("%Y-%m-%d-%H%M%S")
     config = args.pop("config")
     if config is None and "image" not in args:
         config = find_shipped(DEFAULT_CONFIG)
-    try:
+
+    def work() -> None:
         check_new_folder(output)
         job = build_job(config, args)
         inputs = prepare(job)
@@ -50,17 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         with atomic_folder(output) as folder:  # opened first, so that a place that cannot be written costs no video
             videos = render(load_pipeline(inputs.job), [inputs])[0]
             write(inputs, videos, folder)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # A full disk, or something that appeared at the output meanwhile.
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    print("\n".join(str(path) for path in sorted(output.iterdir())))
-    return 0
+        print("\n".join(str(path) for path in sorted(output.iterdir())))
+
+    return run_command(work)
 
 
 def build_job(config: Path | None, options: dict) -> SampleJob:

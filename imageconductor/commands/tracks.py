@@ -6,10 +6,10 @@ The file is for the option --trajectories of sample.py. Points are in pixels of 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from imageconductor.command_line import run_command
 from imageconductor.conditioning.trajectory_json import parse_size
 from imageconductor.files import check_writable
 
@@ -54,24 +54,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command and gives its exit code: 2 = bad input, 1 = the machine's fault, 130 = interrupted."""
+    """Runs the command and gives its exit code: see `run_command`."""
     args = parser().parse_args(argv)
-    try:
+
+    def work() -> None:
         tracks = take_tracks(args)
         tracks.save(args.output)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    followed = int(tracks.visible.all(dim=1).sum())
-    lost = "" if followed == tracks.num_tracks else f", {tracks.num_tracks - followed} were lost or left the frame"
-    print(f"{args.output}: {followed} of {tracks.num_tracks} points followed through {tracks.num_frames} frames{lost}")
-    return 0
+        count, followed = tracks.num_tracks, int(tracks.visible.all(dim=1).sum())
+        lost = "" if followed == count else f", {count - followed} were lost or left the frame"
+        print(f"{args.output}: {followed} of {count} points followed through {tracks.num_frames} frames{lost}")
+
+    return run_command(work)
 
 
 def take_tracks(args: argparse.Namespace) -> Trajectories:

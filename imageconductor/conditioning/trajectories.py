@@ -215,7 +215,8 @@ class Trajectories:
         drawn = cls._interpolate(file.tracks, file.size, num_frames, file.num_frames, source)
         if file.camera is None:
             return drawn
-        return drawn._join_camera(cls.from_camera(file.camera, file.size, num_frames, file.num_frames))
+        moved = cls.from_camera(file.camera, file.size, num_frames, file.num_frames)
+        return cls.join([drawn, moved.state("camera")])
 
     @classmethod
     def empty(cls, size: tuple[int, int], num_frames: int) -> "Trajectories":
@@ -252,17 +253,29 @@ class Trajectories:
         control = torch.tensor(codes) if any(code >= 0 for code in codes) else None
         return cls(torch.as_tensor(points), torch.as_tensor(visible), size, still, control)
 
-    def _join_camera(self, camera: "Trajectories") -> "Trajectories":
-        """These tracks, then those of a camera's motion, which say so."""
-        unstated = torch.full((self.num_tracks,), -1)
-        codes = torch.full((camera.num_tracks,), TRACK_CONTROLS.index("camera"))
-        return Trajectories(
-            torch.cat([self.points, camera.points]),
-            torch.cat([self.visible, camera.visible]),
-            self.size,
-            torch.cat([self.still, camera.still]),
-            torch.cat([unstated if self.control is None else self.control, codes]),
+    @classmethod
+    def join(cls, sets: Sequence["Trajectories"]) -> "Trajectories":
+        """The tracks of one or more sets, one after the other.
+
+        Raises:
+            ValueError: their sizes or numbers of frames differ.
+        """
+        shapes = {(one.size, one.num_frames) for one in sets}
+        if len(shapes) != 1:
+            raise ValueError(f"joined tracks must have one size and number of frames, got {sorted(shapes)}")
+        codes = [torch.full((one.num_tracks,), -1) if one.control is None else one.control for one in sets]
+        return cls(
+            torch.cat([one.points for one in sets]),
+            torch.cat([one.visible for one in sets]),
+            sets[0].size,
+            torch.cat([one.still for one in sets]),
+            None if all(one.control is None for one in sets) else torch.cat(codes),
         )
+
+    def state(self, control: str) -> "Trajectories":
+        """The same tracks, which say that they move the camera or an object, one of `TRACK_CONTROLS`."""
+        codes = torch.full((self.num_tracks,), TRACK_CONTROLS.index(control))
+        return dataclasses.replace(self, control=codes)
 
     def resample(self, num_frames: int) -> "Trajectories":
         """The same motion over another number of frames, linearly between those in which a point is seen.

@@ -255,11 +255,9 @@ def _build_preset_tracks(
     """Tracks of a preset: the camera preset's own grid, or the object preset from each start (N, 2)."""
     if kind == "camera":
         return camera_preset(name, size, num_frames, strength=config.strength)
-    tracks = [
-        object_preset(name, size, num_frames, start=(float(x), float(y)), strength=config.strength) for x, y in starts
-    ]
-    points, visible = (torch.cat([getattr(track, part) for track in tracks]) for part in ("points", "visible"))
-    return Trajectories(points, visible, size)
+    return Trajectories.join(
+        [object_preset(name, size, num_frames, start=(float(x), float(y)), strength=config.strength) for x, y in starts]
+    )
 
 
 def _build_grid(size: tuple[int, int]) -> torch.Tensor:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.models.resnet import ResnetBlock2D
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+from tokenizers.trainers import BpeTrainer
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
 from imageconductor.models.motion_unet import MotionUNet
 from imageconductor.models.networks import Networks
+
+_NO_LIMIT = 1 << 20  # tokens: merges are learned until every word is one
 
 
 @dataclass(frozen=True)
@@ -162,37 +167,21 @@ def add_full_resolution_attention(networks: Networks, seed: int = 0) -> None:
 
 def build_tokenizer(captions: Iterable[str], length: int) -> CLIPTokenizer:
     """A CLIP tokenizer in which every word of the captions is one token; other words fall apart into bytes."""
-    blank = CLIPTokenizer()
+    blank, end = CLIPTokenizer(), "</w>"
     words = sorted({word for caption in captions for word, _ in _pre_tokens(blank, caption)})
+    learned = Tokenizer(BPE(end_of_word_suffix=end))
+    learned.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    trainer = BpeTrainer(vocab_size=_NO_LIMIT, min_frequency=1, end_of_word_suffix=end, show_progress=False)
+    learned.train_from_iterator([" ".join(words)], trainer)
+    merges = [tuple(pair) for pair in json.loads(learned.to_str())["model"]["merges"]]
     alphabet = sorted(ByteLevel.alphabet())
-    vocabulary = [*alphabet, *(letter + "</w>" for letter in alphabet)]
-    ranks: dict[tuple[str, str], int] = {}  # of merges, which are applied in this order and not from left to right
-    for word in words:
-        pieces = _merge_pieces([*word[:-1], word[-1] + "</w>"], ranks)
-        while len(pieces) > 1:
-            ranks[pieces[0], pieces[1]] = len(ranks)
-            pieces[:2] = [pieces[0] + pieces[1]]
-            vocabulary.append(pieces[0])
-    vocabulary = list(dict.fromkeys([*vocabulary, "<|startoftext|>", "<|endoftext|>"]))
+    known = [*alphabet, *(letter + end for letter in alphabet), *map("".join, merges)]
+    vocabulary = dict.fromkeys([*known, "<|startoftext|>", "<|endoftext|>"])
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(vocabulary)},
-        merges=list(ranks),  # type: ignore[arg-type]
+        merges=merges,  # type: ignore[arg-type]
         model_max_length=length,
     )
-
-
-def _merge_pieces(pieces: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
-    """What byte-pair encoding makes of a word's pieces: of the merges that apply, always the first one."""
-    while known := [ranks[pair] for pair in itertools.pairwise(pieces) if pair in ranks]:
-        first, second = next(pair for pair, rank in ranks.items() if rank == min(known))
-        merged: list[str] = []
-        for piece in pieces:
-            if merged and merged[-1] == first and piece == second:
-                merged[-1] = first + second
-            else:
-                merged.append(piece)
-        pieces = merged
-    return pieces
 
 
 def _pre_tokens(tokenizer: CLIPTokenizer, text: str) -> list[tuple[str, tuple[int, int]]]:

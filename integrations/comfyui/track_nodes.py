@@ -5,26 +5,23 @@ Tracks are placed when the size and the number of frames of the video are known,
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from imageconductor.conditioning import (
     CAMERA_PRESETS,
     EASINGS,
     OBJECT_PRESETS,
-    TRACK_CONTROLS,
     Trajectories,
     camera_motion,
     camera_preset,
     object_preset,
 )
+from imageconductor.conditioning.formats import parse_tracks
+from imageconductor.conditioning.formats.json_files import parse_json
+from imageconductor.conditioning.trajectories import MAX_TRACKS
 
 from . import host
 
@@ -44,7 +41,7 @@ class Tracks:
         Raises:
             ValueError: A part does not fit into the video.
         """
-        return _join([part(size, num_frames) for part in self.parts])
+        return Trajectories.join([part(size, num_frames) for part in self.parts])
 
 
 class _TrackNode:
@@ -78,7 +75,7 @@ class TextTracks(_TrackNode):
         """True, or what is wrong with a text that is written into the node; one from another node is None."""
         try:
             if text is not None:
-                _parse(text)
+                parse_json(text, Path("tracks"))
         except ValueError as error:
             return str(error)
         return True
@@ -89,14 +86,16 @@ class TextTracks(_TrackNode):
         Raises:
             ValueError: The text is no JSON, or one side of the frame is given without the other.
         """
-        content = _parse(text)
+        parse_json(text, Path("tracks"))
         if bool(width) != bool(height):
             raise ValueError(
                 f"give width and height of the frame that was drawn in, or 0 for both; got {width}x{height}"
             )
 
         def place(size: tuple[int, int], num_frames: int) -> Trajectories:
-            return _read(content, (width, height) if width else size, num_frames).cover_crop(size)
+            drawn_size = (width, height) if width else size
+            file = parse_tracks(text, drawn_size=drawn_size, num_frames=num_frames, max_tracks=MAX_TRACKS)
+            return Trajectories.from_file(file, num_frames).cover_crop(size)
 
         return (Tracks((place,)),)
 
@@ -127,9 +126,9 @@ class PresetTracks(_TrackNode):
 
         def place(size: tuple[int, int], num_frames: int) -> Trajectories:
             if preset in CAMERA_PRESETS:
-                return _state(camera_preset(preset, size, num_frames, strength=strength), "camera")
+                return camera_preset(preset, size, num_frames, strength=strength).state("camera")
             start = (min(start_x * size[0], size[0] - 1.0), min(start_y * size[1], size[1] - 1.0))
-            return _state(object_preset(preset, size, num_frames, start=start, strength=strength), "object")
+            return object_preset(preset, size, num_frames, start=start, strength=strength).state("object")
 
         return (Tracks((place,)),)
 
@@ -160,7 +159,7 @@ class CameraTracks(_TrackNode):
 
         def place(size: tuple[int, int], num_frames: int) -> Trajectories:
             motion = camera_motion(size, num_frames, pan=(pan_x, pan_y), zoom=zoom, roll=roll, easing=easing)
-            return _state(motion, "camera")
+            return motion.state("camera")
 
         return (Tracks((place,)),)
 
@@ -178,51 +177,3 @@ class MergeTracks(_TrackNode):
     def make(self, first: Tracks, second: Tracks) -> tuple[Tracks]:
         """The tracks of both, those of `first` before."""
         return (Tracks(first.parts + second.parts),)
-
-
-def _parse(text: str) -> Any:
-    """JSON, with the single quotes that ComfyUI's spline nodes accept.
-
-    Raises:
-        ValueError: It is none.
-    """
-    try:
-        return json.loads(text.replace("'", '"') if '"' not in text else text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the text of the tracks is not valid JSON ({error}); it begins {text[:20]!r}") from None
-
-
-def _read(content: Any, drawn: tuple[int, int], num_frames: int) -> Trajectories:
-    """Tracks of parsed JSON, in the frame that it states or in `drawn` (W, H).
-
-    Raises:
-        ValueError: Malformed content; names track and point.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tracks.json"
-        path.write_text(json.dumps(content), encoding="utf-8")
-        try:
-            return Trajectories.load(path, num_frames, drawn_size=drawn)
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(path), "tracks")) from None
-
-
-def _state(trajectories: Trajectories, control: str) -> Trajectories:
-    """The tracks, which say what they move."""
-    codes = torch.full((trajectories.num_tracks,), TRACK_CONTROLS.index(control))
-    return dataclasses.replace(trajectories, control=codes)
-
-
-def _join(sets: list[Trajectories]) -> Trajectories:
-    """The tracks of all sets, which have one size and one number of frames."""
-    if len(sets) == 1:
-        return sets[0]
-    unstated = [torch.full((one.num_tracks,), -1) if one.control is None else one.control for one in sets]
-    codes = torch.cat(unstated)
-    return Trajectories(
-        torch.cat([one.points for one in sets]),
-        torch.cat([one.visible for one in sets]),
-        sets[0].size,
-        torch.cat([one.still for one in sets]),
-        codes if bool((codes >= 0).any()) else None,
-    )

@@ -273,7 +273,7 @@ def test_merged_tracks_keep_what_they_state(package):
 
 def test_bad_text_is_refused_before_anything_runs(package):
     check = package.NODE_CLASS_MAPPINGS["ImageConductorTextTracks"].VALIDATE_INPUTS
-    assert check(text="[[1, 2").startswith("the text of the tracks is not valid JSON")
+    assert check(text="[[1, 2").startswith("tracks: not valid JSON")
     assert check() is True  # comes from another node
     with pytest.raises(ValueError, match="or 0 for both; got 64x0"):
         run_node(package, "TextTracks", width=64)

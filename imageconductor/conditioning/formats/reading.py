@@ -69,6 +69,24 @@ def read_tracks(
     return form.read(path, content, hints)
 
 
+def parse_tracks(
+    text: str,
+    *,
+    drawn_size: tuple[int, int] | None = None,
+    num_frames: int = DEFAULT_FRAMES,
+    max_tracks: int = MAX_FILE_TRACKS,
+) -> TrackFile:
+    """The tracks of a JSON text of any known form, such as a spline editor's; arguments as of `read_tracks`.
+
+    Raises:
+        ValueError: no JSON, malformed content, or a size that must be given.
+    """
+    source = Path("tracks")
+    content = json_files.parse_json(text, source)
+    hints = Hints(drawn_size, max_tracks=max_tracks, num_frames=num_frames)
+    return FORMATS[json_files.recognise_json(content)].read(source, content, hints)
+
+
 def _list_paths(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     listed = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
     if len(listed) == 1 and listed[0].is_dir():
