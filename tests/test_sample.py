@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
@@ -271,3 +272,14 @@ def test_a_failure_while_sampling_leaves_nothing(tiny_model, image, tmp_path, mo
     output = tmp_path / "deep" / "out"
     assert sample.main(["--model", str(tiny_model), "--image", str(image), "--output", str(output)]) == 130
     assert not list(tmp_path.glob("deep/*"))
+
+
+def test_a_run_records_the_files_of_its_loras_wherever_they_were_found(tmp_path, monkeypatch):
+    from imageconductor.sampling.job import _absolute
+
+    shipped = "models/sprites/style_lora/pytorch_lora_weights.safetensors"
+    whole = str(Path(__file__).parents[1] / shipped)
+    monkeypatch.chdir(tmp_path)
+    assert _absolute(shipped) == whole
+    assert _absolute(f"{shipped}:0.5") == f"{whole}:0.5"
+    assert _absolute("mine.safetensors:2") == f"{tmp_path / 'mine.safetensors'}:2"

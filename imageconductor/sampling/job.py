@@ -296,8 +296,8 @@ def write(inputs: Inputs, videos: Sequence[Frames], folder: Path) -> None:
         start=None,
         model=str(Path(job.model).resolve()),
         base=None if job.base is None else str(Path(job.base).resolve()),
-        lora=[str(Path(text).resolve()) for text in job.lora],
-        motion_lora=[str(Path(text).resolve()) for text in job.motion_lora],
+        lora=[_absolute(text) for text in job.lora],
+        motion_lora=[_absolute(text) for text in job.motion_lora],
     )
     fps = cast(int, job.fps)
     inputs.image.save(folder / "first_frame.png")
@@ -307,6 +307,12 @@ def write(inputs: Inputs, videos: Sequence[Frames], folder: Path) -> None:
         large, factor = upscale_for_viewing(video)
         write_mp4(folder / f"video-{seed}.mp4", large, fps)
         write_mp4(folder / f"overlay-{seed}.mp4", draw_trajectories(large, trajectories, factor), fps)
+
+
+def _absolute(lora: str) -> str:
+    """FILE or FILE:SCALE with the file's whole path, wherever it was found."""
+    path, scale = parse_lora(lora)
+    return f"{Path(path).resolve()}:{scale:g}" if scale != 1 else str(Path(path).resolve())
 
 
 def _with_defaults(job: SampleJob) -> SampleJob:
