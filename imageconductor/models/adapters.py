@@ -144,6 +144,35 @@ def active(network: nn.Module, *names: str) -> Iterator[None]:
         activate(network, *before)
 
 
+@contextmanager
+def frozen(network: nn.Module, *names: str) -> Iterator[None]:
+    """Inside the block these adapters do not learn, whether or not they act; afterwards as before."""
+    parameters = [p for name in names for p in adapter_parameters(network, name).values()]
+    before = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in zip(parameters, before, strict=True):
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def lora_dropout(network: nn.Module, seed: int) -> Iterator[None]:
+    """Inside the block the dropout of LoRAs is on, and PyTorch's random numbers follow from `seed`.
+
+    Blocks that are computed again in the backward pass drop the same; the dropout of a network that was trained in the
+    block must be switched off by `eval` before it is used.
+    """
+    devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
+    for layer in _lora_layers(network):
+        cast(Any, layer).lora_dropout.train()
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        yield
+
+
 def active_adapters(network: nn.Module) -> tuple[str, ...]:
     """Names of the adapters that act at present."""
     for layer in _lora_layers(network):
@@ -203,18 +232,19 @@ def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]
     }
 
 
-def freeze_all_but_adapter(network: nn.Module, name: str) -> None:
-    """Lets one adapter learn and nothing else.
+def freeze_all_but_adapter(network: nn.Module, *names: str) -> None:
+    """Lets these adapters learn and nothing else.
 
     Raises:
-        ValueError: It is not attached.
+        ValueError: One is not attached.
     """
-    parameters = adapter_parameters(network, name)
-    if not parameters:
-        raise ValueError(f"the model has no {_plain_name(name)} LoRA to train")
+    parameters = {name: adapter_parameters(network, name) for name in names}
+    if missing := [name for name, of_adapter in parameters.items() if not of_adapter]:
+        raise ValueError(f"the model has no {describe_adapters(missing)} to train")
     network.requires_grad_(False)
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
+    for of_adapter in parameters.values():
+        for parameter in of_adapter.values():
+            parameter.requires_grad_(True)
 
 
 def save_adapter(network: nn.Module, name: str, folder: str | Path, dtype: torch.dtype | None = None) -> None:

@@ -1,7 +1,8 @@
 """The temporal transformer of AnimateDiff, normalised the way AnimateDiff and the published weights do."""
 
 import inspect
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ class MotionModule(AnimateDiffTransformer3D):
     its projections by the keyword `input`, which peft's LoRA layers do not take. Parameters and their names are the
     same.
     """
+
+    is_bypassed = False  # True: the features pass unchanged, see `motion_modules_bypassed`
 
     def forward(
         self,
@@ -46,6 +49,8 @@ class MotionModule(AnimateDiffTransformer3D):
             (B*T, C, h, w).
         """
         del encoder_hidden_states, timestep, class_labels, cross_attention_kwargs
+        if self.is_bypassed:
+            return hidden_states
         height, width = hidden_states.shape[-2:]
         sequence = rearrange(self.norm(hidden_states), "(b t) c h w -> (b h w) t c", t=num_frames)
         sequence = self.proj_in(sequence)
@@ -77,21 +82,58 @@ def adopt_motion_modules_(model: nn.Module, norm_num_groups: int | None = None) 
             module.norm.num_groups = norm_num_groups
 
 
+@contextmanager
+def motion_modules_bypassed(network: nn.Module, bypasses: bool = True) -> Iterator[None]:
+    """Inside the block motion modules change nothing, so that a UNet is the image model that it was made from.
+
+    MotionDirector trains appearance on single frames in this way. A motion module is no identity at one frame.
+    """
+    modules = [module for module in network.modules() if isinstance(module, MotionModule)]
+    before = [module.is_bypassed for module in modules]
+    for module in modules:
+        module.is_bypassed = bypasses
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.is_bypassed = value
+
+
 def run_block(model: Any, block: nn.Module, **inputs: Any) -> Any:
     """Output of one block of `model`, computed again in the backward pass where `model.checkpoint_blocks` says so.
 
-    It is computed again under the LoRAs that act now, whichever act by then.
+    It is computed again as it is now: with the LoRAs that act, those that learn, and the motion modules in place.
     """
     if model.checkpoint_blocks and torch.is_grad_enabled():
-        names = active_adapters(block)
-        contexts = lambda: (nullcontext(), active(block, *names))  # noqa: E731
-        return checkpoint(
-            block,
-            use_reentrant=False,
-            context_fn=contexts if names and not torch.compiler.is_compiling() else noop_context_fn,
-            **inputs,
-        )
+        contexts = noop_context_fn
+        if active_adapters(block) and not torch.compiler.is_compiling():
+            again = _remember(block)
+            contexts = lambda: (nullcontext(), again())  # noqa: E731
+        return checkpoint(block, use_reentrant=False, context_fn=contexts, **inputs)
     return block(**inputs)
+
+
+def _remember(block: nn.Module) -> Callable[[], Any]:
+    """A context that puts a block into the state in which it is now, and then back into that in which it was found."""
+    names, flags = active_adapters(block), [(p, p.requires_grad) for p in block.parameters()]
+    bypasses = any(isinstance(module, MotionModule) and module.is_bypassed for module in block.modules())
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        found = [(p, p.requires_grad) for p, _ in flags]
+        with active(block, *names), motion_modules_bypassed(block, bypasses):
+            _set_requires_grad(flags)
+            try:
+                yield
+            finally:
+                _set_requires_grad(found)
+
+    return again
+
+
+def _set_requires_grad(flags: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
 
 
 def run_down_path(
