@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -38,13 +38,18 @@ class Adapter(str, Enum):
 
 
 _Net = TypeVar("_Net", bound=nn.Module)
-TargetSet = Literal["all", "linear", "spatial", "temporal"]
-_SPATIAL = re.compile(r"\.attentions\..*\.(to_q|to_k|to_v|to_out\.0)$")
-_CHOOSE: dict[TargetSet, Callable[[str, nn.Module], bool]] = {
-    "all": lambda _, layer: isinstance(layer, (nn.Linear, nn.Conv2d)),
-    "linear": lambda _, layer: isinstance(layer, nn.Linear),
-    "spatial": lambda name, layer: isinstance(layer, nn.Linear) and _SPATIAL.search(name) is not None,
-    "temporal": lambda name, layer: isinstance(layer, nn.Linear) and ".motion_modules." in name,
+TargetSet = Literal["all", "linear", "spatial", "appearance", "motion"]
+_PROJECTIONS = r"(?:to_q|to_k|to_v|to_out\.0)"
+_FEED_FORWARD = r"ff\.net\.(?:0\.proj|2)"
+_BLOCK = r"transformer_blocks\.\d+\."
+_NAMES: dict[TargetSet, re.Pattern[str]] = {
+    "spatial": re.compile(rf".+\.attentions\..*\.{_PROJECTIONS}"),
+    "appearance": re.compile(rf".+\.attentions\.\d+\.{_BLOCK}(?:attn1\.{_PROJECTIONS}|{_FEED_FORWARD})"),
+    # AnimateDiff's motion modules; the temporal transformers of diffusers' UNet3DConditionModel.
+    "motion": re.compile(
+        r"(?:.+\.motion_modules\.\d+|.+\.temp_attentions\.\d+|transformer_in)\."
+        rf"{_BLOCK}(?:attn[12]\.{_PROJECTIONS}|{_FEED_FORWARD})"
+    ),
 }
 
 
@@ -56,12 +61,21 @@ def lora_targets(network: nn.Module, target_set: TargetSet = "all") -> list[str]
     | all | every Linear and Conv2d, as in the published weights |
     | linear | every Linear, as the paper says |
     | spatial | query, key, value and output projections of the spatial transformers, as community style LoRAs |
-    | temporal | every Linear of the motion modules |
+    | appearance | MotionDirector's spatial path: the same of self-attention only, and the feed-forward layers |
+    | motion | MotionDirector's temporal path: the same of every temporal attention, and the feed-forward layers |
+
+    The last two fit AnimateDiff's UNet and diffusers' `UNet3DConditionModel`, and have no layer in common. No set holds
+    the `proj_in` and `proj_out` around transformer blocks, except the first two.
 
     `conv_in` is left out: a ControlNet's reads a zero sample, so a LoRA on it could neither act nor learn.
     """
-    chosen = _CHOOSE[target_set]
-    return [name for name, layer in plain_layers(network).items() if name != "conv_in" and chosen(name, layer)]
+    kinds = (nn.Linear, nn.Conv2d) if target_set == "all" else nn.Linear
+    pattern = _NAMES.get(target_set)
+    return [
+        name
+        for name, layer in plain_layers(network).items()
+        if name != "conv_in" and isinstance(layer, kinds) and (pattern is None or pattern.fullmatch(name))
+    ]
 
 
 def add_adapter(
@@ -70,6 +84,7 @@ def add_adapter(
     *,
     rank: int = 64,
     alpha: int | None = None,
+    dropout: float = 0.0,
     targets: Sequence[str] = (),
     seed: int | None = None,
 ) -> None:
@@ -80,6 +95,7 @@ def add_adapter(
         name: Of the adapter.
         rank: r. Paper and release: 64.
         alpha: LoRA scale is alpha / rank; None = rank.
+        dropout: Probability with which an input of A is dropped while the network is in training mode.
         targets: Names of layers; empty = `lora_targets(network)`.
         seed: Of A; None draws it from PyTorch's global generator.
 
@@ -89,7 +105,8 @@ def add_adapter(
     targets = list(targets) or lora_targets(network)
     if unknown := sorted(set(targets) - plain_layers(network).keys()):
         raise ValueError(f"LoRA targets that match no layer: {', '.join(unknown[:5])} ({len(unknown)} in all)")
-    settings: dict[str, Any] = {"r": rank, "lora_alpha": rank if alpha is None else alpha, "target_modules": targets}
+    scale = {"r": rank, "lora_alpha": rank if alpha is None else alpha}
+    settings: dict[str, Any] = {**scale, "lora_dropout": dropout, "target_modules": targets}
     _attach(network, _plain_name(name), settings, seed)
 
 

@@ -18,24 +18,26 @@ def expected() -> dict[str, torch.Tensor]:
     return {**load_file(FOLDER / "expected.safetensors"), **load_file(FOLDER / "derived_eq5.safetensors")}
 
 
-def _normal(name: str, shape) -> np.ndarray:
-    seed = zlib.crc32((SALT + name).encode()) & 0xFFFFFFFF
+def normal(salt: str, name: str, shape) -> np.ndarray:
+    """Standard normal float64 numbers that depend on salt and name alone."""
+    seed = zlib.crc32((salt + name).encode()) & 0xFFFFFFFF
     return np.random.RandomState(seed).standard_normal(int(np.prod(shape))).reshape(shape)
+
+
+def fill(salt: str, name: str, shape) -> torch.Tensor:
+    """The seeded values of one weight; those of a LoRA's "up" are a quarter as large."""
+    values = normal(salt, name, shape)
+    if len(shape) >= 2:
+        values = values / np.sqrt(np.prod(shape[1:])) * (0.25 if ".lora_B." in name or name.endswith("/up") else 1)
+    else:
+        values = 1 + 0.1 * values if name.endswith("weight") else 0.1 * values
+    return torch.from_numpy(values.astype(np.float32))
 
 
 def weights(module: str) -> dict[str, torch.Tensor]:
     """State dict of a published module under its published key names."""
-    state = {}
-    for key, shape in REFERENCE["keys"][module].items():
-        if key.endswith(".pe"):
-            continue
-        values = _normal(f"{module}/{key}", shape)
-        if len(shape) >= 2:
-            values = values / np.sqrt(np.prod(shape[1:])) * (0.25 if ".lora_B." in key else 1)
-        else:
-            values = 1 + 0.1 * values if key.endswith(".weight") else 0.1 * values
-        state[key] = torch.from_numpy(values.astype(np.float32))
-    return state
+    shapes = REFERENCE["keys"][module]
+    return {key: fill(SALT, f"{module}/{key}", s) for key, s in shapes.items() if not key.endswith(".pe")}
 
 
 def model_config() -> dict:
@@ -52,7 +54,7 @@ def inputs() -> dict[str, torch.Tensor]:
     (h, w), frames, batch = CONFIG["latent_hw"], CONFIG["frames"], CONFIG["unet_batch"]
 
     def draw(name, *shape):
-        return torch.from_numpy(_normal(f"input/{name}", shape).astype(np.float32))
+        return torch.from_numpy(normal(SALT, f"input/{name}", shape).astype(np.float32))
 
     condition = torch.zeros(1, 4, frames, h, w)
     condition[:, :, 0] = draw("image_latent", 1, 4, h, w)

@@ -159,11 +159,11 @@ def test_a_merged_copy_leaves_the_network_alone(network, names):
 def test_adapters_of_any_network_by_any_name(tmp_path):
     """Nothing counts on the motion ControlNet, on two adapters, or on their names."""
     unet = tiny_networks().unet
-    spatial, temporal = lora_targets(unet, "spatial"), lora_targets(unet, "temporal")
+    spatial, temporal = lora_targets(unet, "spatial"), lora_targets(unet, "motion")
     assert not set(spatial) & set(temporal)
     assert all(".attentions." in name and ".motion_modules." not in name for name in spatial)
     assert all(".motion_modules." in name for name in temporal)
-    assert {name.rpartition(".")[2] for name in temporal} > {"to_q", "proj_in", "proj"}
+    assert {name.rpartition(".")[2] for name in temporal} >= {"to_q", "proj"}
     for name, targets in (("waltz", temporal), ("ink", spatial), ("clip_7", spatial)):
         add_adapter(unet, name, rank=2, targets=targets, seed=1)
     assert set(attached_adapters(unet)) == {"waltz", "ink", "clip_7"}
