@@ -23,8 +23,9 @@ from imageconductor.curation.curate_config import CurateConfig
 from imageconductor.curation.cuts import find_scenes
 from imageconductor.curation.footage import Limits, decode_mp4, read_frames
 from imageconductor.curation.motion_score import motion_scores
-from imageconductor.curation.sources import VIDEO_SUFFIXES, Source
+from imageconductor.curation.sources import Source
 from imageconductor.curation.steps import CUT_SIDE_PX, annotate, scan
+from imageconductor.data.videos import VIDEO_SUFFIXES
 
 _SECONDS = 18
 

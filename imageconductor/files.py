@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -164,6 +165,12 @@ def list_files(folder: Path) -> Iterator[Path]:
                 (links if path.is_symlink() else folders).append(path)
             else:
                 yield path
+
+
+def natural_order(name: str) -> tuple[list[int | str], str]:
+    """Sort key of names: clip2 comes before clip10, and capitals count as small letters."""
+    parts = re.split(r"(\d+)", name)  # Text and digits in turn, so numbers are compared with numbers.
+    return [int(part) if place % 2 else part.casefold() for place, part in enumerate(parts)], name
 
 
 @contextmanager

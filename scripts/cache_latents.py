@@ -30,7 +30,7 @@ from imageconductor.conditioning import Trajectories
 from imageconductor.data.batches import scale_pixels
 from imageconductor.data.clip_index import ClipList, find_clips, write_index
 from imageconductor.data.clip_records import encode_tracks
-from imageconductor.data.clips import Video, fit_to_size
+from imageconductor.data.clips import fit_to_size, open_video
 from imageconductor.files import atomic_path, check_writable, remove_partial
 from imageconductor.models.networks import Encoders
 
@@ -169,7 +169,7 @@ class _DecodedClips(Dataset[Any]):
     def __getitem__(self, number: int) -> DecodedClip | str:
         record = self.records[number]
         try:
-            info, video, (points, visible) = record.info(), Video(record), record.tracks()
+            info, video, (points, visible) = record.info(), open_video(record), record.tracks()
             if points.shape[1] != len(video):
                 raise ValueError(f"{len(video)} frames but tracks over {points.shape[1]}")
             pixels, tracks = fit_to_size(video.frames(range(len(video))), points, visible, self.size)

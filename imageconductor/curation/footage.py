@@ -18,11 +18,12 @@ from av.sidedata.sidedata import Type as SideType
 from av.stream import Disposition
 from numpy.typing import NDArray
 
+from imageconductor.data.videos import PICTURE_SUFFIXES
+
 Picture = NDArray[np.uint8]  # (H, W, 3) RGB
 Resize = Callable[[tuple[int, int]], tuple[int, int]]
 """Maps the (W, H) of footage, upright and with square pixels, to the (W, H) that its frames are resized to."""
 
-_PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 _MAX_MISSING_FRACTION = 0.1  # of the stated duration, at its end
 _EPSILON_S = 1e-4
@@ -230,7 +231,7 @@ def _read_pictures(
     """The pictures of a folder, whose names are their times in microseconds, as RealEstate10K's frames."""
     from imageconductor.conditioning import load_image  # brings torch, which processes that read videos do without
 
-    files = [file for file in path.iterdir() if file.suffix.lower() in _PICTURE_SUFFIXES]
+    files = [file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES]
     try:
         timed = sorted((int(file.stem) / 1e6, file) for file in files)
     except ValueError as error:

@@ -10,26 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imageconductor.curation.curate_config import CurateConfig
+from imageconductor.data.videos import VIDEO_SUFFIXES, read_caption_beside
 from imageconductor.files import list_files, read_csv, read_text
 
 logger = logging.getLogger(__name__)
 
-VIDEO_SUFFIXES = (
-    ".mp4",
-    ".mov",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".m4v",
-    ".mpg",
-    ".mpeg",
-    ".ts",
-    ".flv",
-    ".wmv",
-    ".ogv",
-    ".gif",
-    ".3gp",
-)
 _COLUMNS = {"id": ("id", "videoid"), "caption": ("caption", "name")}
 
 
@@ -88,9 +73,7 @@ def _read_folder(root: Path, config: CurateConfig) -> Iterator[Source]:
         raise FileNotFoundError(f"input={root}: not a folder; for a table of clips set source=csv")
     for path in sorted(list_files(root)):
         if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
-            text = path.with_suffix(".txt")
-            caption = " ".join(read_text(text).split()) if text.is_file() else ""
-            yield Source(_to_text(path.relative_to(root)), str(path), caption, config.camera_only)
+            yield Source(_to_text(path.relative_to(root)), str(path), read_caption_beside(path), config.camera_only)
 
 
 def _read_csv(path: Path, config: CurateConfig) -> Iterator[Source]:

@@ -19,6 +19,7 @@ from imageconductor.conditioning import Trajectories, cover_crop
 from imageconductor.data.batches import sample_frames
 from imageconductor.data.clip_index import ClipList, Shard, find_clips
 from imageconductor.data.clip_records import ClipRecord, CorruptClipError
+from imageconductor.data.videos import Video
 
 _SIDES = re.compile(r"\b(left|right|leftwards?|rightwards?|(counter|anti)?-?clockwise)\b", re.IGNORECASE)
 _ATTEMPTS = 20
@@ -190,10 +191,10 @@ class ClipSamples:
 
     def _read_video(self, record: ClipRecord, random: np.random.Generator) -> dict[str, Any]:
         caption = record.info()["caption"]
-        video, (points, visible) = Video(record), record.tracks()
+        video, (points, visible) = open_video(record), record.tracks()
         chosen = self._draw_frames(len(video), points.shape[1], random)
         pixels, tracks = fit_to_size(video.frames(chosen), points[:, chosen], visible[:, chosen], self.size)
-        if random.random() < self.horizontal_flip and not _SIDES.search(caption):
+        if random.random() < self.horizontal_flip and not tells_left_from_right(caption):
             pixels, tracks = pixels.flip(-1), tracks.flip_horizontal()
         return {"pixel_values": pixels, **_track_fields(tracks), "caption": caption}
 
@@ -222,28 +223,13 @@ class ClipSamples:
         return sample_frames(available, self.num_frames, random)
 
 
-class Video:
-    """The mp4 of a record, of which only the requested frames are decoded.
+def open_video(record: ClipRecord) -> Video:
+    """The mp4 of a record.
 
     Raises:
-        CorruptClipError: The file is not a readable video.
+        CorruptClipError: There is none, or it is not readable.
     """
-
-    def __init__(self, record: ClipRecord):
-        from decord import VideoReader
-
-        content = record.read("mp4")
-        try:
-            self._reader = VideoReader(io.BytesIO(content), num_threads=1)
-        except Exception as error:
-            raise CorruptClipError(f"{record.key}.mp4 is not a readable video") from error
-
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    def frames(self, numbers: Sequence[int]) -> NDArray[np.uint8]:
-        """The frames at `numbers`: (T, H, W, 3)."""
-        return self._reader.get_batch(list(numbers)).asnumpy()
+    return Video(io.BytesIO(record.read("mp4")), f"{record.key}.mp4")
 
 
 def fit_to_size(
@@ -261,9 +247,19 @@ def fit_to_size(
         (3, T, H, W) uint8, and the tracks.
     """
     tracks = to_trajectories(points, visible, (frames.shape[2], frames.shape[1]))
-    if tracks.size != size:
+    return crop_frames(frames, size), tracks.cover_crop(size)
+
+
+def crop_frames(frames: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
+    """Frames (T, H, W, 3), cover-cropped to `size` (W, H), which keeps their aspect: (3, T, H, W) uint8."""
+    if (frames.shape[2], frames.shape[1]) != size:
         frames = np.stack([np.asarray(cover_crop(Image.fromarray(frame), size)) for frame in frames])
-    return torch.from_numpy(frames).permute(3, 0, 1, 2), tracks.cover_crop(size)
+    return torch.from_numpy(frames).permute(3, 0, 1, 2)
+
+
+def tells_left_from_right(caption: str) -> bool:
+    """Whether a caption would be wrong of the mirrored clip."""
+    return _SIDES.search(caption) is not None
 
 
 def _list_sizes(shards: Iterable[Shard]) -> list[int]:

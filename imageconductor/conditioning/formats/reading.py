@@ -10,7 +10,7 @@ from imageconductor.conditioning.formats.numpy_data import load_arrays
 from imageconductor.conditioning.formats.registry import FORMATS, Format, find_format
 from imageconductor.conditioning.formats.track_file import DEFAULT_FRAMES, Hints, TrackFile
 from imageconductor.conditioning.trajectory_json import ADVICE, MAX_FILE_TRACKS
-from imageconductor.files import read_text
+from imageconductor.files import natural_order, read_text
 
 _MAX_TEXT_BYTES = 32 << 20
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -90,7 +90,7 @@ def parse_tracks(
 def _list_paths(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     listed = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
     if len(listed) == 1 and listed[0].is_dir():
-        listed = sorted(listed[0].glob("*.txt"), key=_natural_order)
+        listed = sorted(listed[0].glob("*.txt"), key=lambda path: natural_order(path.stem))
         if not listed:
             raise ValueError(
                 f"{paths} is a folder without .txt files; a folder is read as tora tracks, one in each file"
@@ -101,11 +101,6 @@ def _list_paths(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     if not listed:
         raise ValueError("no trajectory file was given")
     return listed
-
-
-def _natural_order(path: Path) -> tuple[int, str]:
-    """So that 2.txt comes before 10.txt."""
-    return len(path.stem), path.stem
 
 
 def _load(path: Path) -> tuple[str, Any]:
