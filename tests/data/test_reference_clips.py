@@ -1,4 +1,4 @@
-"""Reference clips of MotionDirector: sizes, frames, captions and keys, what is refused, and the samples."""
+"""Reference clips of MotionDirector: what is found in files and folders, what is refused, and the samples."""
 
 import json
 import math
@@ -15,17 +15,7 @@ from PIL import ExifTags, Image
 from imageconductor.data.batches import Batches, scale_pixels
 from imageconductor.data.reference_clips import ReferenceClips, read_frames
 from imageconductor.data.reference_files import find_reference_clips
-from imageconductor.data.reference_windows import (
-    ANIMATEDIFF_PORT,
-    MOTION_DIRECTOR,
-    choose_bucket,
-    chunk_frames,
-    fit_bucket,
-    frame_stride,
-    listed_frames,
-    spaced_frames,
-    window_frames,
-)
+from imageconductor.data.reference_windows import choose_bucket, fit_bucket
 
 CASES = json.loads((Path(__file__).parent / "parity_md" / "data_cases.json").read_text())
 STEP = 4  # gray levels from one frame to the next
@@ -98,50 +88,6 @@ def encode(clips, encoder=None, **options):
 @pytest.fixture(scope="module")
 def video(tmp_path_factory):
     return write_video(tmp_path_factory.mktemp("reference") / "walk.mp4", 41, fps=16)
-
-
-@pytest.mark.parametrize(
-    ("table", "rule"), [("bucket_md", MOTION_DIRECTOR), ("bucket_animatediff_port", ANIMATEDIFF_PORT)]
-)
-def test_buckets_are_the_published_ones(table, rule):
-    for case in CASES[table]:
-        native, target = ((case[f"{name}_w"], case[f"{name}_h"]) for name in ("input", "target"))
-        assert choose_bucket(native, target, rule) == (case["out_w"], case["out_h"]), case
-
-
-@pytest.mark.parametrize("native", [(64, 48), (90, 100), (100, 90), (64, 64)])
-@pytest.mark.parametrize("target", [(64, 64), (64, 128), (128, 64), (192, 192)])
-def test_clips_of_small_models_are_not_larger_than_their_target(native, target):
-    assert fit_bucket(native, target) == target
-
-
-def test_the_size_is_the_one_that_keeps_more_of_the_frame():
-    assert fit_bucket((400, 390), (384, 384)) == (384, 384)  # where the releases squeeze it to 384x320
-    assert fit_bucket((1280, 720), (576, 320)) == (576, 320)  # and this to 576x192
-    assert fit_bucket((1280, 720), (384, 384)) == (384, 256)
-    assert fit_bucket((720, 1280), (384, 384)) == (256, 384)
-    with pytest.raises(ValueError, match=r"at least 1 px, got \(0, 9\)"):
-        fit_bucket((0, 9), (64, 64))
-
-
-def test_windows_in_folders_are_the_published_ones():
-    for case in CASES["folder_sampling"]:
-        frames = spaced_frames(case["clip_frames"], frame_stride(case["native_fps"], case["fps"]))
-        drawn = window_frames(frames, case["n_sample_frames"], Random(case["python_random_seed"]))
-        assert drawn == case["indices"], case
-
-
-def test_chunks_of_a_single_video_are_the_published_ones():
-    for case in CASES["single_video_chunks"]:
-        shape = case["clip_frames"], case["frame_step"], case["n_sample_frames"]
-        assert [list(chunk) for chunk in chunk_frames(*shape, keeps_short=True)] == case["md_chunks"]
-        assert [list(chunk) for chunk in chunk_frames(*shape)] == case["animatediff_port_chunks_max_chunks0"]
-
-
-def test_frames_of_json_entries_are_the_published_ones():
-    for case in CASES["json_clip_frames"]:
-        shape = case["clip_frames"], case["start"], case["frame_step"], case["n_sample_frames"]
-        assert list(listed_frames(*shape)) == case["md_indices"]
 
 
 def write_json(path, video_path, *entries):
