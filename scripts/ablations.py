@@ -158,7 +158,7 @@ def make_motion_controlnet(config: AblationConfig) -> str:
 def train_model(config: AblationConfig, name: str, plan: Mapping[str, TrainConfig], fresh: str | None) -> Path:
     """Folder of a variant's model; trains the stages that are missing."""
     from imageconductor.checkpoints.assembly import AssemblyConfig, assemble
-    from imageconductor.sampling.pipeline import write_model_folder
+    from imageconductor.commands.assemble import write_model_folder
     from imageconductor.training.run import run_stage
 
     weights: dict[str, Any] = {**dict.fromkeys(_STAGES), "motion_controlnet": fresh}

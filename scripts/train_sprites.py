@@ -25,6 +25,7 @@ from PIL import Image
 
 from imageconductor.checkpoints.assembly import AssemblyConfig, assemble
 from imageconductor.command_line import finite_float, parse_command_line
+from imageconductor.commands.assemble import write_model_folder
 from imageconductor.conditioning.flow_map import FlowMapConvention
 from imageconductor.data.batches import Batches, SpriteSamples, scale_pixels
 from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
@@ -35,10 +36,11 @@ from imageconductor.files import atomic_folder, atomic_path, check_writable, wri
 from imageconductor.models.controlnets import MotionControlNet
 from imageconductor.models.networks import Networks
 from imageconductor.models.small_model import SmallModelConfig, add_full_resolution_attention, build_small_model
-from imageconductor.sampling.pipeline import ImageConductorPipeline, write_model_folder
+from imageconductor.sampling.pipeline import ImageConductorPipeline
 from imageconductor.training.autoencoder import AutoencoderConfig, train_autoencoder
 from imageconductor.training.loop import leave
-from imageconductor.training.run import HELD_OUT_SEED, run_stage
+from imageconductor.training.run import run_stage
+from imageconductor.training.samples import HELD_OUT_SEED
 from imageconductor.training.stage_configs import load_config
 from imageconductor.training.train_config import TrainConfig
 

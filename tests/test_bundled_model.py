@@ -11,7 +11,8 @@ from imageconductor.checkpoints.personalise import load_style_lora
 from imageconductor.commands import sample
 from imageconductor.evaluation.motion import psnr
 from imageconductor.models.adapters import attached_adapters
-from imageconductor.sampling.job import load_job, prepare
+from imageconductor.sampling.job import prepare
+from imageconductor.sampling.job_files import load_job
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from imageconductor.commands import sample
 from imageconductor.conditioning.preset_names import CAMERA_PRESETS, OBJECT_PRESETS
-from imageconductor.sampling.job import SampleJob, load_job
+from imageconductor.sampling.job import SampleJob
+from imageconductor.sampling.job_files import load_job
 
 
 @pytest.fixture
@@ -86,7 +87,8 @@ def test_a_spline_is_in_pixels_of_the_picture_or_of_the_size_given(tiny_model, i
 
 
 def test_a_run_with_another_tools_tracks_repeats(tiny_model, image, tmp_path):
-    from imageconductor.sampling.job import prepare, write
+    from imageconductor.sampling.job import prepare
+    from imageconductor.sampling.job_files import write
 
     folder = tmp_path / "tora"
     folder.mkdir()

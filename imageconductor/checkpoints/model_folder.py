@@ -25,7 +25,7 @@ from imageconductor.config import check_finite
 from imageconductor.files import find_shipped, write_text
 from imageconductor.models.adapters import WEIGHTS_NAME, adapter_parameters, describe_adapters, load_adapter
 from imageconductor.models.controlnets import MotionControlNet
-from imageconductor.models.networks import Networks
+from imageconductor.models.networks import Networks, is_text_to_video
 from imageconductor.models.weights import find_weights, read_checkpoint
 
 _SUFFIX = "_lora"
@@ -112,6 +112,8 @@ def read_sampling_defaults(folder: str | Path) -> dict[str, Any]:
     index = Path(folder) / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{folder} is no model folder (model_index.json is missing)")
+    if (Path(folder) / "unet" / "config.json").is_file() and is_text_to_video(Path(folder)):
+        return asdict(_text_to_video_defaults(Path(folder)))
     try:
         config = json.loads(index.read_text(encoding="utf-8"))
         defaults = SamplingDefaults(**config.get("sampling_defaults", {}))
@@ -123,6 +125,15 @@ def read_sampling_defaults(folder: str | Path) -> dict[str, Any]:
     return asdict(defaults)
 
 
+def _text_to_video_defaults(folder: Path) -> SamplingDefaults:
+    """Those of diffusers' TextToVideoSDPipeline."""
+    side = _read_part_config(folder, "unet").get("sample_size") or 32
+    pixels = side * read_vae_scale_factor(folder)
+    return SamplingDefaults(
+        pixels, pixels, num_inference_steps=50, guidance_scale=9.0, negative_prompt="", control="base"
+    )
+
+
 def adapter_folder(folder: str | Path, name: str) -> Path:
     """Where a model folder keeps the motion ControlNet's LoRA of that name."""
     return Path(folder) / f"{name}{_SUFFIX}"
@@ -132,6 +143,16 @@ def adapter_names(folder: str | Path) -> tuple[str, ...]:
     """Names of the motion ControlNet's LoRAs in a model folder, sorted."""
     found = Path(folder).glob(f"*{_SUFFIX}/{WEIGHTS_NAME}")
     return tuple(sorted(path.parent.name.removesuffix(_SUFFIX) for path in found))
+
+
+def check_controlnets(folder: str | Path, purpose: str) -> None:
+    """Makes sure that a model folder has ControlNets.
+
+    Raises:
+        ValueError: It is one of text-to-video; `purpose` says what needs them.
+    """
+    if is_text_to_video(Networks.check_folder(folder)):
+        raise ValueError(f"{purpose} needs ControlNets, and {folder} is a text-to-video model, which has none")
 
 
 def check_adapters(folder: str | Path, names: Collection[str], purpose: str) -> None:
@@ -181,7 +202,7 @@ def check_shape(folder: str | Path, size: tuple[int, int], num_frames: int) -> N
         ValueError: It cannot, or a part of the folder is damaged.
     """
     folder = Networks.check_folder(folder)
-    max_num_frames = _read_part_config(folder, "unet")["motion_max_seq_length"]
+    max_num_frames = _read_part_config(folder, "unet").get("motion_max_seq_length")
     check_video_shape(size, num_frames, read_vae_scale_factor(folder), max_num_frames)
 
 
@@ -190,16 +211,23 @@ def read_vae_scale_factor(folder: str | Path) -> int:
     return 2 ** (len(_read_part_config(folder, "vae")["block_out_channels"]) - 1)
 
 
+def read_latent_channels(folder: str | Path) -> int:
+    """Channels of the latents, of a folder that was checked."""
+    return _read_part_config(folder, "unet")["in_channels"]
+
+
 def _read_part_config(folder: str | Path, part: str) -> dict[str, Any]:
     return json.loads((Path(folder) / part / "config.json").read_text(encoding="utf-8"))
 
 
-def check_video_shape(size: tuple[int, int], num_frames: int, vae_scale_factor: int, max_num_frames: int) -> None:
+def check_video_shape(
+    size: tuple[int, int], num_frames: int, vae_scale_factor: int, max_num_frames: int | None
+) -> None:
     """Raises ValueError if (W, H) are not multiples of the VAE scale factor, or T is more than motion modules take."""
     width, height = size
     if width % vae_scale_factor or height % vae_scale_factor or min(size) < vae_scale_factor:
         raise ValueError(f"width and height must be multiples of {vae_scale_factor}, got {width} x {height}")
-    if not 1 <= num_frames <= max_num_frames:
+    if num_frames < 1 or (max_num_frames is not None and num_frames > max_num_frames):
         raise ValueError(f"num_frames must be 1..{max_num_frames} for these motion modules, got {num_frames}")
 
 

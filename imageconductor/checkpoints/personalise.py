@@ -6,8 +6,10 @@ and removing one leaves no trace. A DreamBooth file replaces weights for good.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,16 +19,20 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
 )
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from imageconductor.checkpoints.domain_adapter import DomainAdapter
 from imageconductor.checkpoints.published import rename_motion_modules
 from imageconductor.models.adapters import plain_layers
 from imageconductor.models.lora_files import LoraPair, fit_pair, pair_up, peft_settings, read_lora
+from imageconductor.models.motion_unet import MotionUNet, TextToVideoUNet
+from imageconductor.models.networks import is_text_to_video
 from imageconductor.models.weights import copy_weights, read_checkpoint
 
 _LDM_PARTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.")
 _TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "out_proj"}
 _KOHYA = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder"}
+_MOTION = re.compile(r"motion_modules|temp_attentions|transformer_in")
 _Fitted = dict[str, dict[str, LoraPair]]  # pairs by network and layer
 
 
@@ -102,9 +108,28 @@ def read_style_lora(pipe: Any, path: str | Path) -> _Fitted:
 def read_motion_lora(pipe: Any, path: str | Path) -> _Fitted:
     """The pairs of `load_motion_lora`, checked against the model and not attached."""
     pairs = read_lora(path)
-    if not any("motion_modules" in name for name in pairs):
+    if not any(_MOTION.search(name) for name in pairs):
         raise ValueError(f"{path} is no motion LoRA: none of its {len(pairs)} layers is of a motion module")
     return _fit(pipe, pairs, str(path))
+
+
+def check_loras(folder: Path, loras: Sequence[str], motion_loras: Sequence[str]) -> None:
+    """Makes sure that style and motion LoRAs fit the model of a folder; none of its weights is read.
+
+    Raises:
+        FileNotFoundError, ValueError: As `load_style_lora` and `load_motion_lora`.
+    """
+    if not loras and not motion_loras:
+        return
+    unet = TextToVideoUNet if is_text_to_video(folder) else MotionUNet
+    with torch.device("meta"):
+        networks = SimpleNamespace(
+            unet=unet.from_config(unet.load_config(folder / "unet")),
+            text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
+        )
+    for read, paths in ((read_style_lora, loras), (read_motion_lora, motion_loras)):
+        for path in paths:
+            read(networks, path)
 
 
 def _fit(pipe: Any, pairs: Mapping[str, LoraPair], source: str) -> _Fitted:

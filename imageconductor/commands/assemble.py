@@ -17,11 +17,14 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imageconductor import config as config_file
 from imageconductor.command_line import run_command
 from imageconductor.files import atomic_folder, check_writable, find_shipped
+
+if TYPE_CHECKING:
+    from imageconductor.checkpoints.assembly import Assembly
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,7 +71,6 @@ def act(args: argparse.Namespace) -> None:
 def assemble_folder(path: Path, overrides: list[str], output: Path) -> None:
     """Checks and loads every part of a recipe, and writes the model folder."""
     from imageconductor.checkpoints.assembly import AssemblyConfig, assemble
-    from imageconductor.sampling.pipeline import write_model_folder
 
     assembly = assemble(config_file.load(AssemblyConfig, path, overrides))
     for name, source in json.loads(assembly.provenance["sources.json"])["sources"].items():
@@ -121,3 +123,22 @@ def push(model: Path, repository: str, results: Path | None, private: bool) -> s
     if results is not None:
         pipe.provenance["results.json"] = results.read_text()
     return str(pipe.push_to_hub(repository, private=private or None))
+
+
+def write_model_folder(assembly: Assembly, output: Path, replace: bool = False) -> None:
+    """Writes what a recipe describes as a model folder, which stands at `output` when it is complete.
+
+    Args:
+        assembly: From `assemble`.
+        output: The folder.
+        replace: Whether one that is there gives way.
+
+    Raises:
+        FileExistsError: Something is there.
+    """
+    from imageconductor.sampling.pipeline import ImageConductorPipeline
+
+    with atomic_folder(output, replace) as folder:
+        ImageConductorPipeline.from_assembly(assembly).save_pretrained(folder)
+        if assembly.style_lora is not None:
+            shutil.copytree(assembly.style_lora, folder / "style_lora")

@@ -1,4 +1,4 @@
-"""One image, a prompt and drawn trajectories become a video.
+"""One image, a prompt and drawn trajectories become a video; or a prompt and a learned motion.
 
 Without arguments: the bundled model, image and trajectories (configs/sample/sprites.yaml).
 """
@@ -11,9 +11,11 @@ from pathlib import Path
 
 from imageconductor.command_line import add_arguments, run_command
 from imageconductor.files import atomic_folder, check_new_folder, find_shipped
-from imageconductor.sampling.job import MOTIONS, SampleJob, load_job, load_pipeline, prepare, render, write
+from imageconductor.sampling.job import MOTIONS, SampleJob, load_pipeline, prepare, render
+from imageconductor.sampling.job_files import load_job, write
 
 DEFAULT_CONFIG = Path("configs/sample/sprites.yaml")
+_SHOWS = {"image", "prompt", "motion_lora", "appearance_lora"}  # options in whose place the default image stands
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     args = vars(parser().parse_args(argv))
     output: Path = args.pop("output") or Path("outputs") / time.strftime("%Y-%m-%d-%H%M%S")
     config = args.pop("config")
-    if config is None and "image" not in args:
+    if config is None and not _SHOWS.intersection(args):
         config = find_shipped(DEFAULT_CONFIG)
 
     def work() -> None:

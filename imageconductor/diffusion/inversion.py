@@ -16,20 +16,36 @@ def ddim_inversion(
 ) -> Tensor:
     """Noise (B, C, T, h, w) from which deterministic DDIM steps lead back to about the clip.
 
-    Each step takes the latent for one of the timestep before, and the model is evaluated at the timestep that it goes
-    to, as published.
+    Each step takes the latent from the timestep before to t, by the model's output for it at t, as published.
 
     Args:
-        predict: Model output (B, C, T, h, w) of (x_t, t), without guidance.
+        predict: Model output (B, C, T, h, w) of (x, t), without guidance.
         x_0: (B, C, T, h, w), clean latents.
-        scheduler: Of the model; its noise schedule and kind of prediction are taken.
+        scheduler: Of the model; its noise schedule, timesteps and kind of prediction are taken.
         num_steps: Evaluations of the model.
+
+    Raises:
+        ValueError: The model predicts neither noise nor v.
     """
-    inverse: Any = DDIMInverseScheduler.from_config(scheduler.config, clip_sample=False)
+    inverse: Any = DDIMInverseScheduler.from_config(scheduler.config)
     inverse.set_timesteps(num_steps, device=x_0.device)
+    kind, stride = scheduler.config["prediction_type"], scheduler.config["num_train_timesteps"] // num_steps
     sample = x_0.float()
     for t in inverse.timesteps:
-        sample = inverse.step(predict(sample, t).float(), t, sample).prev_sample
+        output = predict(sample, t).float()
+        before = inverse.alphas_cumprod[t - stride] if t >= stride else inverse.initial_alpha_cumprod
+        signal, noise = before.sqrt(), (1 - before).sqrt()
+        new_signal, new_noise = inverse.alphas_cumprod[t].sqrt(), (1 - inverse.alphas_cumprod[t]).sqrt()
+        if kind == "epsilon":
+            eps = output
+            clean = (sample - noise * eps) / signal
+        elif kind == "v_prediction":  # v = new_signal eps - new_noise clean, sample = signal clean + noise eps
+            scale = signal * new_signal + noise * new_noise
+            eps = (signal * output + new_noise * sample) / scale
+            clean = (new_signal * sample - noise * output) / scale
+        else:
+            raise ValueError(f"only predictions of noise or v can be inverted, the scheduler has {kind!r}")
+        sample = new_signal * clean + new_noise * eps
     return sample
 
 

@@ -13,7 +13,7 @@ from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, Re
 from imageconductor.evaluation.fixed_requests import FixedRequests
 from imageconductor.evaluation.requests import Request
 from imageconductor.evaluation.video_format import VideoFormat
-from imageconductor.sampling.job import parse_lora
+from imageconductor.sampling.loras import parse_lora
 
 _SETTINGS = (
     "images",

@@ -193,7 +193,10 @@ def lora_dropout(network: nn.Module, seed: int) -> Iterator[None]:
 def active_adapters(network: nn.Module) -> tuple[str, ...]:
     """Names of the adapters that act at present."""
     for layer in _lora_layers(network):
-        return () if layer.disable_adapters else tuple(layer.active_adapters)
+        if layer.disable_adapters:
+            return ()
+        # peft's layers also name adapters that act elsewhere in the network.
+        return tuple(name for name in layer.active_adapters if name in attached_adapters(network))
     return ()
 
 

@@ -66,8 +66,8 @@ class Denoiser:
 
     Attributes:
         unet: AnimateDiff's UNet in two halves.
-        image_controlnet: RGB SparseCtrl, for the first frame.
-        motion_controlnet: For the trajectories.
+        image_controlnet: RGB SparseCtrl, for the first frame; None in a text-to-video model.
+        motion_controlnet: For the trajectories; None in a text-to-video model.
     """
 
     unet: MotionUNet

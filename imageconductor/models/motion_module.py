@@ -8,12 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.resnet import TemporalConvLayer
+from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from imageconductor.models.adapters import active, active_adapters
+from imageconductor.models.adapters import active, active_adapters, attached_adapters
 
 
 class MotionModule(AnimateDiffTransformer3D):
@@ -82,13 +84,43 @@ def adopt_motion_modules_(model: nn.Module, norm_num_groups: int | None = None) 
             module.norm.num_groups = norm_num_groups
 
 
+class TemporalTransformer(TransformerTemporalModel):
+    """ModelScope's counterpart of a motion module, which can be bypassed."""
+
+    is_bypassed = False
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers' class, for callers that take a tuple."""
+        return (hidden_states,) if self.is_bypassed else super().forward(hidden_states, *args, **kwargs)
+
+
+class TemporalConvolution(TemporalConvLayer):
+    """ModelScope's convolution over frames, which can be bypassed."""
+
+    is_bypassed = False
+
+    def forward(self, hidden_states: Tensor, num_frames: int = 1) -> Tensor:
+        """As diffusers' class."""
+        return hidden_states if self.is_bypassed else super().forward(hidden_states, num_frames)
+
+
+def adopt_temporal_layers_(model: nn.Module) -> None:
+    """Turns the temporal layers of a `UNet3DConditionModel` into ours, in place and with their weights."""
+    ours = {TransformerTemporalModel: TemporalTransformer, TemporalConvLayer: TemporalConvolution}
+    for module in model.modules():
+        module.__class__ = ours.get(type(module), type(module))
+
+
+_TEMPORAL = (MotionModule, TemporalTransformer, TemporalConvolution)
+
+
 @contextmanager
 def motion_modules_bypassed(network: nn.Module, bypasses: bool = True) -> Iterator[None]:
-    """Inside the block motion modules change nothing, so that a UNet is the image model that it was made from.
+    """Inside the block all temporal layers change nothing: a video UNet is the image model that it was made from.
 
     MotionDirector trains appearance on single frames in this way. A motion module is no identity at one frame.
     """
-    modules = [module for module in network.modules() if isinstance(module, MotionModule)]
+    modules: list[Any] = [module for module in network.modules() if isinstance(module, _TEMPORAL)]
     before = [module.is_bypassed for module in modules]
     for module in modules:
         module.is_bypassed = bypasses
@@ -106,7 +138,7 @@ def run_block(model: Any, block: nn.Module, **inputs: Any) -> Any:
     """
     if model.checkpoint_blocks and torch.is_grad_enabled():
         contexts = noop_context_fn
-        if active_adapters(block) and not torch.compiler.is_compiling():
+        if attached_adapters(block) and not torch.compiler.is_compiling():
             again = _remember(block)
             contexts = lambda: (nullcontext(), again())  # noqa: E731
         return checkpoint(block, use_reentrant=False, context_fn=contexts, **inputs)
@@ -116,7 +148,7 @@ def run_block(model: Any, block: nn.Module, **inputs: Any) -> Any:
 def _remember(block: nn.Module) -> Callable[[], Any]:
     """A context that puts a block into the state in which it is now, and then back into that in which it was found."""
     names, flags = active_adapters(block), [(p, p.requires_grad) for p in block.parameters()]
-    bypasses = any(isinstance(module, MotionModule) and module.is_bypassed for module in block.modules())
+    bypasses = any(getattr(module, "is_bypassed", False) for module in block.modules())
 
     @contextmanager
     def again() -> Iterator[None]:

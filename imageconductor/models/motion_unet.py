@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin  # noqa: F401  diffusers finds out how to load a class from its module's names
+from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 from diffusers.models.unets.unet_motion_model import UNetMotionModel, UNetMotionOutput
 from einops import rearrange
 from torch import Tensor
 
 from imageconductor.models.controlnets import Residuals
-from imageconductor.models.motion_module import adopt_motion_modules_, run_block, run_down_path, signature_with
+from imageconductor.models.motion_module import (
+    adopt_motion_modules_,
+    adopt_temporal_layers_,
+    run_block,
+    run_down_path,
+    signature_with,
+)
 
 SD15_ANIMATEDIFF_V3: dict[str, Any] = {"cross_attention_dim": 768, "use_motion_mid_block": False}
 """What differs from diffusers' defaults in the UNet of SD-1.5 with AnimateDiff v3 (and in the published weights)."""
@@ -45,25 +53,22 @@ class UNetFeatures:
         )
 
 
-class MotionUNet(UNetMotionModel):
-    """AnimateDiff's UNet: `decode(encode(x_t, t, text), residuals)`.
+class TwoHalves:
+    """A video UNet of diffusers as `decode(encode(x_t, t, text), residuals)`.
 
     ControlNet residuals join after the down path and after the mid block, so `encode` depends on (x_t, t, text) only.
-
-    Args:
-        args: As diffusers' `UNetMotionModel`.
-        motion_norm_num_groups: Groups of the motion modules' norm; None = `norm_num_groups`.
-        kwargs: As diffusers' `UNetMotionModel`.
     """
 
-    checkpoint_blocks = False  # True: `decode` keeps no activation inside a block and computes it again.
-
-    def __init__(self, *args: Any, motion_norm_num_groups: int | None = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.register_to_config(motion_norm_num_groups=motion_norm_num_groups)
-        adopt_motion_modules_(self, motion_norm_num_groups)
-
-    __init__.__signature__ = signature_with(UNetMotionModel.__init__, motion_norm_num_groups=None)  # type: ignore
+    checkpoint_blocks = False  # True: no activation inside a block is kept, and the block is computed again.
+    dtype: Any
+    time_proj: Any
+    time_embedding: Any
+    conv_in: Any
+    transformer_in: Any
+    mid_block: Any
+    up_blocks: Any
+    conv_norm_out: Any
+    conv_out: Any
 
     def encode(self, sample: Tensor, timestep: Tensor | int, encoder_hidden_states: Tensor) -> UNetFeatures:
         """Features of the down path and the mid block.
@@ -82,8 +87,10 @@ class MotionUNet(UNetMotionModel):
         text = encoder_hidden_states.repeat_interleave(num_frames, dim=0)
 
         hidden = self.conv_in(rearrange(sample, "b c t h w -> (b t) c h w"))
+        if hasattr(self, "transformer_in"):
+            hidden = self.transformer_in(hidden, num_frames=num_frames, return_dict=False)[0]
         hidden, skips = run_down_path(self, hidden, emb, text, num_frames)
-        if hasattr(self.mid_block, "motion_modules"):
+        if any(hasattr(self.mid_block, name) for name in ("motion_modules", "temp_attentions")):
             hidden = self.mid_block(hidden, emb, encoder_hidden_states=text, num_frames=num_frames)
         else:
             hidden = self.mid_block(hidden, emb, encoder_hidden_states=text)
@@ -98,7 +105,7 @@ class MotionUNet(UNetMotionModel):
             skips = tuple(skip + residual for skip, residual in zip(skips, residuals.down, strict=True))
             hidden = hidden + residuals.mid
 
-        for block in cast("list[Any]", self.up_blocks):
+        for block in self.up_blocks:
             count = len(block.resnets)
             inputs, skips = skips[-count:], skips[:-count]
             # Named sizes keep odd latents (8x12 at four levels) in step with the skip connections.
@@ -114,7 +121,7 @@ class MotionUNet(UNetMotionModel):
                 num_frames=features.num_frames,
                 **arguments,
             )
-        hidden = self.conv_out(F.silu(cast(Any, self.conv_norm_out)(hidden)))
+        hidden = self.conv_out(F.silu(self.conv_norm_out(hidden)))
         return rearrange(hidden, "(b t) c h w -> b c t h w", t=features.num_frames)
 
     def forward(
@@ -144,3 +151,35 @@ class MotionUNet(UNetMotionModel):
             residuals = Residuals(tuple(down_block_additional_residuals), mid_block_additional_residual)
         output = self.decode(self.encode(sample, timestep, encoder_hidden_states), residuals)
         return UNetMotionOutput(sample=output) if return_dict else (output,)
+
+
+class MotionUNet(TwoHalves, UNetMotionModel):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """AnimateDiff's UNet.
+
+    Args:
+        args: As diffusers' `UNetMotionModel`.
+        motion_norm_num_groups: Groups of the motion modules' norm; None = `norm_num_groups`.
+        kwargs: As diffusers' `UNetMotionModel`.
+    """
+
+    def __init__(self, *args: Any, motion_norm_num_groups: int | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register_to_config(motion_norm_num_groups=motion_norm_num_groups)
+        adopt_motion_modules_(self, motion_norm_num_groups)
+
+    __init__.__signature__ = signature_with(UNetMotionModel.__init__, motion_norm_num_groups=None)  # type: ignore
+
+
+class TextToVideoUNet(TwoHalves, UNet3DConditionModel):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """The UNet of ModelScope's and ZeroScope's text-to-video models, MotionDirector's own base.
+
+    Args:
+        args: As diffusers' `UNet3DConditionModel`.
+        kwargs: As diffusers' `UNet3DConditionModel`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        adopt_temporal_layers_(self)
+
+    __init__.__signature__ = inspect.signature(UNet3DConditionModel.__init__)  # type: ignore

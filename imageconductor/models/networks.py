@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
 from imageconductor.models.denoiser import Denoiser
-from imageconductor.models.motion_unet import MotionUNet
+from imageconductor.models.motion_unet import MotionUNet, TextToVideoUNet
 from imageconductor.models.weights import check_weight_file, find_weights
 
 if TYPE_CHECKING:
@@ -43,7 +43,14 @@ def load_network(name: str, folder: Path, dtype: torch.dtype = torch.float32) ->
         FileNotFoundError: The folder holds no weights.
         ValueError: A file is damaged.
     """
-    return NETWORKS[name].from_pretrained(folder, dtype=dtype, variant=find_weights(folder)[1])
+    network = TextToVideoUNet if name == "unet" and is_text_to_video(folder.parent) else NETWORKS[name]
+    return network.from_pretrained(folder, dtype=dtype, variant=find_weights(folder)[1])
+
+
+def is_text_to_video(folder: Path) -> bool:
+    """Whether a model folder is of diffusers' `TextToVideoSDPipeline` (ModelScope, ZeroScope), without ControlNets."""
+    config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    return config.get("_class_name") in ("UNet3DConditionModel", TextToVideoUNet.__name__)
 
 
 @dataclass
@@ -66,7 +73,8 @@ class Encoders:
         """
         folder = cls.check_folder(folder)
         with single_progress_bar():
-            loaded = cls(**{field.name: load_part(field.name, folder / field.name) for field in fields(cls)})
+            found = (field.name for field in fields(cls) if (folder / field.name).is_dir())
+            loaded = cls(**{name: load_part(name, folder / name) for name in found})
         loaded.freeze()
         return loaded
 
@@ -81,6 +89,8 @@ class Encoders:
         folder, names = Path(folder), [field.name for field in fields(cls)]
         if not folder.is_dir():
             raise FileNotFoundError(f"no model folder at {folder}")
+        if (folder / "unet" / "config.json").is_file() and is_text_to_video(folder):
+            names = [name for name in names if not name.endswith("_controlnet")]
         if missing := [name for name in names if not (folder / name).is_dir()]:
             raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
         for name in names:
@@ -108,7 +118,7 @@ class Encoders:
     @property
     def modules(self) -> dict[str, nn.Module]:
         """The networks among the parts, by name."""
-        return {name: part for name, part in self.parts.items() if name in NETWORKS}
+        return {name: part for name, part in self.parts.items() if name in NETWORKS and part is not None}
 
     def freeze(self) -> None:
         """Puts every network into eval mode without gradients."""
@@ -132,12 +142,12 @@ class Encoders:
 
 @dataclass
 class Networks(Encoders):
-    """All parts of a model."""
+    """All parts of a model; one of text-to-video has another UNet and None in place of the ControlNets."""
 
-    unet: MotionUNet
-    image_controlnet: ImageControlNet
-    motion_controlnet: MotionControlNet
+    unet: MotionUNet  # or TextToVideoUNet
     scheduler: Any  # DDIMScheduler
+    image_controlnet: ImageControlNet = None  # pyright: ignore[reportAssignmentType]
+    motion_controlnet: MotionControlNet = None  # pyright: ignore[reportAssignmentType]
 
     @property
     def denoiser(self) -> Denoiser:

@@ -127,7 +127,7 @@ def build_small_model(config: SmallModelConfig, captions: Iterable[str], seed: i
         timestep_spacing="trailing" if zero_snr else "leading",
         steps_offset=0 if zero_snr else 1,
     )
-    networks = Networks(vae, text_encoder, tokenizer, unet, image_controlnet, motion_controlnet, scheduler)
+    networks = Networks(vae, text_encoder, tokenizer, unet, scheduler, image_controlnet, motion_controlnet)
     networks.freeze()
     return networks
 

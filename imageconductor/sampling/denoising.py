@@ -157,3 +157,10 @@ def _step_arguments(scheduler: Any, generators: Sequence[torch.Generator] | None
         seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device)) for g in generators or ()]
         scheduler.noise_sampler_seed = seeds or scheduler.config["noise_sampler_seed"]
     return arguments
+
+
+def choose(values: Tensor, count: int, generators: Sequence[torch.Generator] | None) -> Tensor:
+    """One of the (K, ...) values for each of `count` videos, drawn from the video's generator: (count, ...)."""
+    if generators is None:
+        return values[torch.randint(len(values), (count,))]
+    return values[[int(torch.randint(len(values), (), generator=g, device=g.device)) for g in generators]]

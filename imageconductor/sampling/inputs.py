@@ -92,9 +92,11 @@ def check_inputs(
     steps = _given(num_inference_steps, defaults.num_inference_steps)
     if steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
-    check_video_shape((width, height), num_frames, pipe.vae_scale_factor, unet.config["motion_max_seq_length"])
+    check_video_shape((width, height), num_frames, pipe.vae_scale_factor, unet.config.get("motion_max_seq_length"))
     control = parse_control(_given(control, defaults.control))
     drawn = [] if trajectories is None else _as_list(trajectories)
+    if pipe.motion_controlnet is None and (drawn or image is not None):
+        raise ValueError("image and trajectories need ControlNets, and this is a text-to-video model, which has none")
     scale = _given(guidance_scale, defaults.guidance_scale)
     branches = partial(
         plan,

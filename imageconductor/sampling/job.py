@@ -3,11 +3,12 @@
 inputs = prepare(job)              reads and checks everything that needs no weight
 pipe = load_pipeline(inputs.job)   once for many jobs of the same model
 videos = render(pipe, [inputs])
-files = write(inputs, videos[0], folder)
+write(inputs, videos[0], folder)   of `job_files`
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from imageconductor import config as config_file
 from imageconductor.conditioning.preset_names import CAMERA_PRESETS, OBJECT_PRESETS
-from imageconductor.files import find_shipped
+from imageconductor.sampling.loras import find_lora, parse_lora, parse_noise_prior
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,7 +37,7 @@ _FOLDER = {"metavar": "FOLDER"}
 class SampleJob:
     """What `sample.py` is asked for: the schema of `run.yaml` and the command's options. None = the model's default."""
 
-    # first frame; cropped to the shape of the video
+    # first frame; cropped to the shape of the video; none = the prompt alone
     image: str | None = field(default=None, metadata=_FILE)
     # drawn tracks: JSON, or a file of another tool (docs/formats.md), or a folder of Tora's text files; a track of one
     # point holds still
@@ -64,12 +65,17 @@ class SampleJob:
     base: str | None = field(default=None, metadata=_FILE)
     # style LoRA and its scale; may be repeated
     lora: list[str] = field(default_factory=list, metadata=_LORA)
-    # LoRA of the motion modules and its scale; may be repeated
+    # LoRA of the motion modules, or a motion_director run, and its scale; may be repeated
     motion_lora: list[str] = field(default_factory=list, metadata=_LORA)
+    # LoRA of a look: a motion_director run, one of its clips, or a file, and its scale; may be repeated
+    appearance_lora: list[str] = field(default_factory=list, metadata=_LORA)
+    # motion_director run whose clips' inverted noise the video begins with, to a fraction of X (0.3)
+    noise_prior: str | None = field(default=None, metadata={"metavar": "RUN[:X]"})
     domain_adapter_scale: float | None = None  # of AnimateDiff's domain adapter; default: as assembled
     steps: int | None = None  # denoising steps
     seed: list[int] = field(default_factory=lambda: [0])  # one video for each
     num_videos: int | None = None  # more videos, with seeds that count up from the last one
+    repeat: int | None = None  # that many videos with fresh seeds instead, which run.yaml records
     width: int | None = None  # pixels
     height: int | None = None  # pixels
     num_frames: int | None = None  # frames of the video
@@ -83,7 +89,7 @@ class SampleJob:
 
     def __post_init__(self) -> None:
         config_file.check_finite(self)
-        for name in ("steps", "num_videos", "height", "width", "num_frames", "fps", "decode_chunk_size"):
+        for name in ("steps", "num_videos", "repeat", "height", "width", "num_frames", "fps", "decode_chunk_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -93,6 +99,8 @@ class SampleJob:
             raise ValueError(f"seed names a number twice: {self.seed}")
         if self.num_videos is not None and self.num_videos < len(self.seed):
             raise ValueError(f"num_videos is {self.num_videos}, but {len(self.seed)} seeds are given")
+        if self.repeat is not None and (self.num_videos is not None or self.seed != [0]):
+            raise ValueError(f"repeat {self.repeat} draws its own seeds; leave seed and num_videos out")
         stated = [f"{name} ({value})" for name in MOTIONS if (value := getattr(self, name)) is not None]
         if len(stated) > 1:
             raise ValueError(f"{' and '.join(stated)} exclude each other")
@@ -104,8 +112,10 @@ class SampleJob:
             parse_size(self.trajectories_size, "trajectories_size")
         if self.compile and self.offload != "none":
             raise ValueError(f"compile and offload {self.offload!r} exclude each other")
-        for text in (*self.lora, *self.motion_lora):
+        for text in (*self.lora, *self.motion_lora, *self.appearance_lora):
             parse_lora(text)
+        if self.noise_prior is not None:
+            parse_noise_prior(self.noise_prior)
         known = (*CAMERA_PRESETS, *OBJECT_PRESETS)
         if self.preset is not None and self.preset not in known:
             raise ValueError(f"unknown preset {self.preset!r}; there are {', '.join(known)}")
@@ -113,6 +123,8 @@ class SampleJob:
     @property
     def seeds(self) -> list[int]:
         """One for each video."""
+        if self.repeat is not None:
+            return [secrets.randbelow(2**31) for _ in range(self.repeat)]
         more = (self.num_videos or len(self.seed)) - len(self.seed)
         return [*self.seed, *(self.seed[-1] + 1 + i for i in range(more))]
 
@@ -123,43 +135,13 @@ class Inputs:
 
     Attributes:
         job: With the model's defaults in place of None (camera_free_scale and domain_adapter_scale apart).
-        image: The first frame, in the size of the video.
+        image: The first frame, in the size of the video; None = the prompt alone.
         trajectories: In pixels of the video; without tracks, the motion ControlNet is left out.
     """
 
     job: SampleJob
-    image: Image.Image
+    image: Image.Image | None
     trajectories: Trajectories
-
-
-def parse_lora(text: str) -> tuple[str, float]:
-    """File and scale of `FILE[:scale]`; the scale is 1 when it is not given.
-
-    Raises:
-        ValueError: What stands after the colon of a file that does not exist as written is no finite number.
-    """
-    if (whole := find_shipped(text)).exists():
-        return str(whole), 1.0
-    path, colon, scale = text.rpartition(":")
-    if not colon:
-        return text, 1.0
-    try:
-        number = float(scale)
-    except ValueError:
-        raise ValueError(f"{text!r}: expected FILE or FILE:scale, and {scale!r} is no number") from None
-    config_file.check_finite(number, f"{text!r}: the scale")
-    return str(find_shipped(path)), number
-
-
-def load_job(path: Path) -> SampleJob:
-    """A job from YAML; files that it names are looked for beside it first, then in the working folder."""
-    job = config_file.load(SampleJob, path)
-    beside = {
-        name: str(path.parent / value)
-        for name in ("image", "trajectories", "motion_from", "model")
-        if (value := getattr(job, name)) is not None and (path.parent / value).exists()
-    }
-    return replace(job, **beside)
 
 
 def prepare(job: SampleJob) -> Inputs:
@@ -169,16 +151,18 @@ def prepare(job: SampleJob) -> Inputs:
         ValueError, FileNotFoundError: In one line, what is wrong and where.
     """
     from imageconductor.checkpoints.domain_adapter import DomainAdapter
-    from imageconductor.checkpoints.model_folder import check_adapters, check_shape
+    from imageconductor.checkpoints.model_folder import check_adapters, check_shape, read_latent_channels
+    from imageconductor.checkpoints.personalise import check_loras
+    from imageconductor.checkpoints.reference_run import check_noise_prior
     from imageconductor.conditioning import cover_crop, load_image
     from imageconductor.sampling.branches import ADAPTERS, Control
 
-    if job.image is None:
-        raise ValueError("an image is needed: --image FILE")
+    if job.image is None and not job.prompt:
+        raise ValueError("an image or a prompt is needed: --image FILE, --prompt TEXT")
     job = _with_defaults(job)
     size, num_frames = (cast(int, job.width), cast(int, job.height)), cast(int, job.num_frames)
-    image = load_image(cast(str, job.image))
-    trajectories = _build_trajectories(job, size, num_frames, image.size)
+    image = None if job.image is None else load_image(job.image)
+    trajectories = _build_trajectories(job, size, num_frames, size if image is None else image.size)
     if job.control is None:
         job = replace(job, control=suitable_control(trajectories, job.preset))
     if job.camera_free_scale is not None and job.control != "object":
@@ -188,7 +172,12 @@ def prepare(job: SampleJob) -> Inputs:
     if trajectories.num_tracks:
         check_adapters(job.model, ADAPTERS[Control(job.control)], f"control {job.control!r}")
     check_shape(job.model, size, num_frames)
-    return Inputs(replace(job, seed=job.seeds, num_videos=None), cover_crop(image, size), trajectories)
+    styles, motions = _find_loras(job)
+    check_loras(Path(job.model), [path for path, _ in styles], [path for path, _ in motions])
+    if job.noise_prior is not None:
+        check_noise_prior(parse_noise_prior(job.noise_prior)[0], read_latent_channels(job.model), num_frames)
+    job = replace(job, seed=job.seeds, num_videos=None, repeat=None)
+    return Inputs(job, None if image is None else cover_crop(image, size), trajectories)
 
 
 def load_pipeline(job: SampleJob) -> ImageConductorPipeline:
@@ -206,8 +195,7 @@ def load_pipeline(job: SampleJob) -> ImageConductorPipeline:
     from imageconductor.sampling.pipeline import ImageConductorPipeline
 
     pipe = ImageConductorPipeline.from_pretrained(job.model, dtype=getattr(torch, cast(str, job.dtype)))
-    loras, motion_loras = [*map(parse_lora, job.lora)], [*map(parse_lora, job.motion_lora)]
-    personalise(pipe, job.base, loras, motion_loras, job.domain_adapter_scale)
+    personalise(pipe, job.base, *_find_loras(job), job.domain_adapter_scale)
     if job.vae_tiling:
         pipe.vae.enable_tiling()
     device = cast(str, job.device)
@@ -230,7 +218,7 @@ def render(
     Args:
         pipe: From `load_pipeline`; the inputs' models, LoRAs and memory settings are not looked at again.
         inputs: Equal in all but image, trajectories, prompts and seeds, and in the number of seeds. Either all of them
-            have trajectories or none.
+            have trajectories or none, and images or none.
         on_step: The pipeline's `callback_on_step_end`, for progress.
 
     Raises:
@@ -238,6 +226,7 @@ def render(
     """
     import torch
 
+    from imageconductor.checkpoints.reference_run import load_noise_prior
     from imageconductor.sampling.video import to_uint8
 
     job = inputs[0].job
@@ -249,10 +238,17 @@ def render(
     seeds = [seed for one in inputs for seed in one.job.seeds]
     counts = {len(one.job.seeds) for one in inputs}
     drawn = [one.trajectories for one in inputs if one.trajectories.num_tracks]
-    if len(counts) > 1 or len(drawn) not in (0, len(inputs)):
-        raise ValueError("videos that are made together must agree in the number of seeds and in having trajectories")
+    images = [one.image for one in inputs if one.image is not None]
+    if len(counts) > 1 or not {len(drawn), len(images)} <= {0, len(inputs)}:
+        raise ValueError(
+            "videos that are made together must agree in the number of seeds, and in having images and trajectories"
+        )
+    prior = None
+    if job.noise_prior is not None:
+        run, fraction = parse_noise_prior(job.noise_prior)
+        prior = torch.stack(list(load_noise_prior(run).values())), fraction
     result: Any = pipe(
-        image=[one.image for one in inputs],
+        image=images or None,
         trajectories=drawn or None,
         prompt=[one.job.prompt for one in inputs],
         negative_prompt=None if job.negative_prompt is None else [str(one.job.negative_prompt) for one in inputs],
@@ -266,6 +262,7 @@ def render(
         width=job.width,
         num_videos_per_prompt=counts.pop(),
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        noise_prior=prior,
         decode_chunk_size=job.decode_chunk_size,
         output_type="np",
         callback_on_step_end=on_step,
@@ -275,44 +272,11 @@ def render(
     return [videos[start : start + each] for start in range(0, len(videos), each)]
 
 
-def write(inputs: Inputs, videos: Sequence[Frames], folder: Path) -> None:
-    """Writes video-SEED.mp4 and overlay-SEED.mp4 for each seed, first_frame.png, trajectories.json and run.yaml.
-
-    Args:
-        inputs: From `prepare`.
-        videos: From `render`, one for each seed.
-        folder: An existing folder; `files.atomic_folder` gives one that appears when it is complete.
-    """
-    from imageconductor.sampling.video import draw_trajectories, upscale_for_viewing, write_mp4
-
-    job, trajectories = inputs.job, inputs.trajectories
-    record = replace(
-        job,
-        image="first_frame.png",
-        trajectories="trajectories.json" if trajectories.num_tracks else None,
-        trajectories_size=None,
-        preset=None,
-        motion_from=None,
-        start=None,
-        model=str(Path(job.model).resolve()),
-        base=None if job.base is None else str(Path(job.base).resolve()),
-        lora=[_absolute(text) for text in job.lora],
-        motion_lora=[_absolute(text) for text in job.motion_lora],
-    )
-    fps = cast(int, job.fps)
-    inputs.image.save(folder / "first_frame.png")
-    trajectories.save(folder / "trajectories.json")
-    config_file.save(record, folder / "run.yaml")
-    for seed, video in zip(job.seeds, videos, strict=True):
-        large, factor = upscale_for_viewing(video)
-        write_mp4(folder / f"video-{seed}.mp4", large, fps)
-        write_mp4(folder / f"overlay-{seed}.mp4", draw_trajectories(large, trajectories, factor), fps)
-
-
-def _absolute(lora: str) -> str:
-    """FILE or FILE:SCALE with the file's whole path, wherever it was found."""
-    path, scale = parse_lora(lora)
-    return f"{Path(path).resolve()}:{scale:g}" if scale != 1 else str(Path(path).resolve())
+def _find_loras(job: SampleJob) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
+    """Files and scales of LoRAs of the spatial layers, and of those of the motion modules."""
+    styles = [find_lora(text, "style") for text in job.lora]
+    styles += [find_lora(text, "appearance") for text in job.appearance_lora]
+    return styles, [find_lora(text, "motion") for text in job.motion_lora]
 
 
 def _with_defaults(job: SampleJob) -> SampleJob:
@@ -322,9 +286,7 @@ def _with_defaults(job: SampleJob) -> SampleJob:
     device = _check_device(job.device)
     if job.base is not None and not Path(job.base).is_file():
         raise FileNotFoundError(f"no file at {job.base}")
-    for file in (parse_lora(text)[0] for text in (*job.lora, *job.motion_lora)):
-        if not Path(file).exists():  # a folder of peft's is one too
-            raise FileNotFoundError(f"no file at {file}")
+    _find_loras(job)
     if job.offload != "none" and device == "cpu":
         raise ValueError(f"offload {job.offload!r} keeps networks off the GPU, and the device is cpu; leave it out")
     dtype = job.dtype or ("float16" if device.startswith("cuda") else "float32")

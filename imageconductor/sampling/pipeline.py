@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral
@@ -34,14 +33,22 @@ from imageconductor.checkpoints.model_folder import (
 )
 from imageconductor.conditioning import Trajectories
 from imageconductor.config import check_finite
-from imageconductor.files import atomic_folder
+from imageconductor.diffusion.inversion import mix_noise_prior
 from imageconductor.models.adapters import attached_adapters, save_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
-from imageconductor.models.motion_unet import MotionUNet
-from imageconductor.models.networks import NETWORKS, Networks, load_network, single_progress_bar, tokenize, warn_of_cut
+from imageconductor.models.motion_unet import MotionUNet, TextToVideoUNet
+from imageconductor.models.networks import (
+    NETWORKS,
+    Networks,
+    is_text_to_video,
+    load_network,
+    single_progress_bar,
+    tokenize,
+    warn_of_cut,
+)
 from imageconductor.models.weights import find_weights, refuse_non_finite
 from imageconductor.sampling.branches import Control
-from imageconductor.sampling.denoising import CALLBACK_TENSORS, StepCallback, as_generators, denoise
+from imageconductor.sampling.denoising import CALLBACK_TENSORS, StepCallback, as_generators, choose, denoise
 from imageconductor.sampling.inputs import CallInputs, Picture, build_conditions, check_inputs, choose_texts
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -66,25 +73,26 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         vae: Autoencoder of single frames.
         text_encoder: CLIP text model.
         tokenizer: Its tokenizer.
-        unet: AnimateDiff's UNet.
-        image_controlnet: RGB SparseCtrl, for the first frame.
-        motion_controlnet: For the trajectories, with the camera and the object LoRA attached.
+        unet: AnimateDiff's UNet, or ModelScope's.
+        image_controlnet: RGB SparseCtrl, for the first frame; None in a text-to-video model.
+        motion_controlnet: For the trajectories, with the camera and the object LoRA attached; None likewise.
         scheduler: DDIM, or any diffusers scheduler whose `step` takes (prediction, t, sample).
         sampling_defaults: Fields of `SamplingDefaults`.
     """
 
     model_cpu_offload_seq = "text_encoder->vae->image_controlnet->motion_controlnet->unet"
     _callback_tensor_inputs = list(CALLBACK_TENSORS)  # noqa: RUF012
+    _optional_components = ["image_controlnet", "motion_controlnet"]  # noqa: RUF012
 
     def __init__(
         self,
         vae: AutoencoderKL,
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
-        unet: MotionUNet,
-        image_controlnet: ImageControlNet,
-        motion_controlnet: MotionControlNet,
+        unet: MotionUNet | TextToVideoUNet,
         scheduler: Any,
+        image_controlnet: ImageControlNet | None = None,
+        motion_controlnet: MotionControlNet | None = None,
         sampling_defaults: dict[str, Any] | None = None,
     ):
         super().__init__()
@@ -110,7 +118,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         """A pipeline from a model folder or a hub repository, with the LoRAs that lie in it.
 
         Args:
-            folder: Local folder, or "organisation/name" on the hub.
+            folder: Local folder, or "organisation/name" on the hub; one of diffusers' TextToVideoSDPipeline, too.
             kwargs: As diffusers', e.g. `dtype`.
 
         Raises:
@@ -118,8 +126,11 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             ValueError: A part is damaged.
         """
         folder = locate_model(folder)
-        read_sampling_defaults(folder)
-        Networks.check_folder(folder)
+        defaults = read_sampling_defaults(folder)
+        if is_text_to_video(Networks.check_folder(folder)):
+            networks = Networks.load(folder)
+            networks.to(kwargs.get("dtype") or kwargs.get("torch_dtype") or torch.float32)
+            return cls(**networks.parts, sampling_defaults=defaults)
         # transformers would else follow the files, diffusers not.
         kwargs["dtype"] = kwargs.pop("torch_dtype", kwargs.get("dtype", torch.float32))
         if "variant" not in kwargs:  # A part may have the weights of a variant alone.
@@ -184,8 +195,8 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         """
         unet: Any = self.unet  # Sampling calls its halves, which `nn.Module.compile` does not reach.
         unet.encode, unet.decode = torch.compile(unet.encode, **kwargs), torch.compile(unet.decode, **kwargs)
-        self.image_controlnet.compile(**kwargs)
-        self.motion_controlnet.compile(**kwargs)
+        for network in filter(None, (self.image_controlnet, self.motion_controlnet)):
+            network.compile(**kwargs)
 
     @property
     def sampling_defaults(self) -> dict[str, Any]:
@@ -223,6 +234,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         num_videos_per_prompt: int,
         generators: Sequence[torch.Generator] | None,
         latents: Tensor | None = None,
+        noise_prior: tuple[Tensor, float] | None = None,
     ) -> Tensor:
         """Initial noise (B, C, T, h, w) float32 as the scheduler scales it, once its timesteps are set.
 
@@ -231,6 +243,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             num_videos_per_prompt: Videos of each condition.
             generators: One for each video, so that a video does not depend on its batch; None = torch's global one.
             latents: Noise of unit variance that is taken instead, once its shape is checked.
+            noise_prior: As in the call, mixed in.
 
         Raises:
             ValueError: The shape of the latents is another.
@@ -246,6 +259,8 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             raise ValueError(f"latents must be {shape}, got {tuple(latents.shape)}")
         if not drawn.isfinite().all():
             raise ValueError("the given latents hold nan or infinite values")
+        if noise_prior is not None:
+            drawn = mix_noise_prior(drawn, choose(noise_prior[0], count, generators).to(device), noise_prior[1])
         return drawn * self.scheduler.init_noise_sigma
 
     @property
@@ -289,6 +304,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | Sequence[int] | None = None,
         latents: Tensor | None = None,
+        noise_prior: tuple[Tensor, float] | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         eta: float = 0.0,
@@ -321,6 +337,8 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             generator: One for all videos, drawn from in turn, or one for each; also of the noise within steps.
             seed: In its place: one video of each condition for each of the numbers.
             latents: (B, C, T, h, w), the initial noise of unit variance, instead of drawing it.
+            noise_prior: Inverted noise (K, C, T, h, w), of which each video takes one of K, and its fraction p of the
+                initial noise (MotionDirector).
             prompt_embeds: (P, L, D), text embeddings in place of the prompts.
             negative_prompt_embeds: (P, L, D), in place of the negative prompts.
             eta: DDIM's stochasticity.
@@ -356,7 +374,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         callback = StepCallback.parse(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.scheduler.set_timesteps(inputs.num_inference_steps, device=self._execution_device)
         generators = as_generators(generator, inputs.count * num_videos_per_prompt)
-        noise = self.prepare_latents(inputs, num_videos_per_prompt, generators, latents)
+        noise = self.prepare_latents(inputs, num_videos_per_prompt, generators, latents, noise_prior)
         self._guidance_scale, self._num_timesteps = inputs.guidance_scale, len(self.scheduler.timesteps)
         self._interrupt = False
         sample = denoise(self, noise, inputs, build_conditions(self, inputs), generators, eta, callback)
@@ -364,23 +382,6 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         self.maybe_free_model_hooks()
         output = _convert(frames, output_type)
         return ImageConductorOutput(frames=output) if return_dict else (output,)
-
-
-def write_model_folder(assembly: Assembly, output: Path, replace: bool = False) -> None:
-    """Writes what a recipe describes as a model folder, which stands at `output` when it is complete.
-
-    Args:
-        assembly: From `assemble`.
-        output: The folder.
-        replace: Whether one that is there gives way.
-
-    Raises:
-        FileExistsError: Something is there.
-    """
-    with atomic_folder(output, replace) as folder:
-        ImageConductorPipeline.from_assembly(assembly).save_pretrained(folder)
-        if assembly.style_lora is not None:
-            shutil.copytree(assembly.style_lora, folder / "style_lora")
 
 
 def _convert(frames: Tensor, output_type: str) -> Any:

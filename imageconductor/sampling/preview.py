@@ -15,7 +15,14 @@ from imageconductor.conditioning import Trajectories
 from imageconductor.data.sparse_tracks import sample_sparse
 from imageconductor.models.networks import Networks
 from imageconductor.sampling.pipeline import ImageConductorOutput, ImageConductorPipeline
-from imageconductor.sampling.video import contact_sheet, draw_trajectories, to_uint8, upscale_for_viewing, write_mp4
+from imageconductor.sampling.video import (
+    Frames,
+    contact_sheet,
+    draw_trajectories,
+    to_uint8,
+    upscale_for_viewing,
+    write_mp4,
+)
 
 _FPS = 8
 
@@ -25,7 +32,7 @@ class VideoPreview:
 
     Args:
         clips: Samples that are not trained on: pixel_values (3, T, H, W) uint8, or from a cache latent_mean
-            (C, T, h, w) and size; points, visible, caption.
+            (C, T, h, w) and size; points, visible, caption. Or prompts for text-to-video: caption, size, num_frames.
         control: Control under which the videos are made; None = without trajectories.
         folder: Of the files.
         sampling: Arguments of the pipeline's call, such as `num_inference_steps` and `guidance_scale`.
@@ -41,44 +48,62 @@ class VideoPreview:
         max_tracks: int = 4,
     ):
         self.clips, self.control, self.folder, self.sampling = clips, control, folder, sampling
-        self.drawn = [_draw_tracks(clip, max_tracks, seed) for seed, clip in enumerate(clips)]
+        self.drawn = [
+            None if control is None else _draw_tracks(clip, max_tracks, seed) for seed, clip in enumerate(clips)
+        ]
 
     def __call__(self, step: int, networks: Networks) -> None:
         """Samples every clip with the networks as they are."""
         pipe = ImageConductorPipeline(**networks.parts)
         pipe.set_progress_bar_config(desc=f"preview of step {step}", leave=False)
         self.folder.mkdir(parents=True, exist_ok=True)
-        rows = []
+        rows: list[tuple[str, Frames]] = []
         for i, (clip, drawn) in enumerate(zip(self.clips, self.drawn, strict=True)):
             truth = _read_frames(clip, networks)
-            height, width = truth.shape[1:3]
-            output = pipe(
-                Image.fromarray(to_uint8(truth[0])),
-                None if self.control is None else drawn,
-                clip["caption"],
-                control=self.control or "object",
-                width=width,
-                height=height,
-                num_frames=len(truth),
-                generator=torch.Generator().manual_seed(i),
-                output_type="np",
-                **self.sampling,
-            )
-            video = cast(ImageConductorOutput, output).frames[0]
-            for name, frames in (("clip", truth), ("made", video)):
+            made = self._sample(pipe, clip, truth, drawn, seed=i)
+            shown = {"made": made} if truth is None else {"clip": truth, "made": made}
+            for name, frames in shown.items():
                 large, factor = upscale_for_viewing(to_uint8(frames))
-                if self.control is not None:
+                if drawn is not None:
                     large = draw_trajectories(large, drawn, factor)
                 rows.append((f"{name}: {clip['caption']}"[:110], large))
-            write_mp4(
-                self.folder / f"step-{step:08d}-{i}.mp4", np.concatenate([rows[-2][1], rows[-1][1]], axis=2), _FPS
-            )
+            side_by_side = np.concatenate([large for _, large in rows[-len(shown) :]], axis=2)
+            write_mp4(self.folder / f"step-{step:08d}-{i}.mp4", side_by_side, _FPS)
         contact_sheet(self.folder / f"step-{step:08d}.png", rows)
+
+    def _sample(
+        self,
+        pipe: ImageConductorPipeline,
+        clip: dict[str, Any],
+        truth: NDArray[np.float32] | None,
+        drawn: Trajectories | None,
+        seed: int,
+    ) -> NDArray[np.float32]:
+        """A video (T, H, W, 3) of the clip's caption, first frame and tracks, as far as it has them."""
+        if truth is None:
+            (width, height), num_frames = clip["size"].tolist(), clip["num_frames"]
+        else:
+            num_frames, height, width = truth.shape[:3]
+        output = pipe(
+            None if truth is None else Image.fromarray(to_uint8(truth[0])),
+            drawn,
+            clip["caption"],
+            control=self.control or "object",
+            width=width,
+            height=height,
+            num_frames=num_frames,
+            seed=seed,
+            output_type="np",
+            **self.sampling,
+        )
+        return cast(ImageConductorOutput, output).frames[0]
 
 
 @torch.no_grad()
-def _read_frames(clip: dict[str, Any], networks: Networks) -> NDArray[np.float32]:
-    """Frames (T, H, W, 3) of a clip in [0, 1]; those of a cache are decoded, one at a time."""
+def _read_frames(clip: dict[str, Any], networks: Networks) -> NDArray[np.float32] | None:
+    """Frames (T, H, W, 3) of a clip in [0, 1]; those of a cache are decoded, one at a time. None of a prompt."""
+    if "num_frames" in clip:
+        return None
     if "pixel_values" in clip:
         return (clip["pixel_values"].permute(1, 2, 3, 0).float() / 255).numpy()
     vae = networks.vae

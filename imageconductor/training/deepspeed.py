@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from imageconductor.training.engines import Replicated, Tensors, find_unsupported, refuse
+from imageconductor.training.engines import Replicated, Tensors, find_unsupported, refuse, refuse_parts
 from imageconductor.training.stages.base import Stage
 from imageconductor.training.train_config import LoopConfig
 
@@ -48,6 +48,7 @@ class DeepSpeed(Replicated):
         Raises:
             ValueError: The stage has several parameter groups.
         """
+        refuse_parts("DeepSpeed", stage)
         super().take(stage)
         if len(self.groups) > 1:
             names = ", ".join(self.groups)
@@ -93,7 +94,8 @@ class DeepSpeed(Replicated):
     @property
     def _max_grad_norm(self) -> float:
         (group,) = self.groups.values()
-        return self.config.max_grad_norm if group.max_grad_norm is None else group.max_grad_norm
+        norm = self.config.max_grad_norm if group.max_grad_norm is None else group.max_grad_norm
+        return norm or 0.0  # DeepSpeed's word for none
 
     def gather_state(self, tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
         """As `Replicated.gather_state`."""

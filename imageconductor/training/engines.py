@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env, patch_environment
 from torch import Tensor, nn
@@ -95,7 +95,8 @@ class Replicated:
         self.accelerator.unscale_gradients()
         for group in self.groups.values():
             norm = self.config.max_grad_norm if group.max_grad_norm is None else group.max_grad_norm
-            torch.nn.utils.clip_grad_norm_(group.parameters.values(), norm)
+            if norm is not None:
+                torch.nn.utils.clip_grad_norm_(group.parameters.values(), norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -108,6 +109,8 @@ class Replicated:
         """Puts the stage's weights together again, to be saved and not to be run."""
 
     def _wrap(self, stage: Stage, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        if stage.learns_in_parts:
+            cast(Any, self.accelerator).ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         return self.accelerator.prepare(stage, optimizer)
 
     @property
@@ -135,6 +138,7 @@ class FSDP(Replicated):
 
     def take(self, stage: Stage) -> dict[str, nn.Parameter]:
         """As `Replicated.take`."""
+        refuse_parts("FSDP", stage)
         sharding.shard(list(stage.children()), self.accelerator.device)
         return super().take(stage)
 
@@ -183,6 +187,12 @@ def find_unsupported(config: LoopConfig, accelerator: Accelerator) -> dict[str, 
         "torch_compile=true": config.torch_compile,
         "one process": accelerator.num_processes == 1,
     }
+
+
+def refuse_parts(name: str, stage: Stage) -> None:
+    """Raises ValueError where a stage's steps need not reach all that learns, which a back end counts on."""
+    if stage.learns_in_parts:
+        raise ValueError(f"{name} does not go with stage {stage.name}, which fits on one GPU; launch with --multi_gpu")
 
 
 def refuse(name: str, refused: Mapping[str, bool]) -> None:

@@ -20,6 +20,7 @@ from imageconductor.models.networks import Networks
 from imageconductor.training import checkpointing
 from imageconductor.training.engines import Replicated
 from imageconductor.training.record import RunRecord, clips_per_step
+from imageconductor.training.stages.base import Stage
 from imageconductor.training.train_config import LoopConfig
 from imageconductor.training.weight_average import WeightAverage
 
@@ -163,7 +164,7 @@ class ShowPreview:
         config: Of the run.
         engine: Whose first process makes them.
         average: Of the parameters.
-        networks: That are trained.
+        stage: Whose networks are trained.
         preview: Makes them; None = no previews.
     """
 
@@ -172,16 +173,16 @@ class ShowPreview:
         config: LoopConfig,
         engine: Replicated,
         average: WeightAverage,
-        networks: Networks,
+        stage: Stage,
         preview: Preview | None,
     ):
         self.config, self.accelerator, self.average = config, engine.accelerator, average
-        self.networks, self.preview = networks, preview
+        self.stage, self.preview = stage, preview
 
     def __call__(self, state: TrainState) -> None:
         """Makes previews of the step if their time has come."""
         every = self.config.preview_every
         if self.preview is None or not every or state.step % every or not self.accelerator.is_main_process:
             return
-        with self.average.in_place(), self.accelerator.autocast():
-            self.preview(state.step, self.networks)
+        with self.average.in_place(), self.stage.previewing(), self.accelerator.autocast():
+            self.preview(state.step, self.stage.networks)

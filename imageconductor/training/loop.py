@@ -63,6 +63,8 @@ def train(
     engine = build_engine(config)
     accelerator, output = engine.accelerator, Path(config.output)
     _place(stage, config, accelerator.device)
+    with accelerator.autocast():
+        stage.begin(data)
     parameters = engine.take(stage)
     optimizer = build_optimizer(engine.groups.values(), config, accelerator.device)
     average = WeightAverage(parameters, config.ema_decay)
@@ -82,7 +84,7 @@ def train(
         Validate(config, engine, average, stage, module, held_out),
         log,
         save,
-        ShowPreview(config, engine, average, stage.networks, preview),
+        ShowPreview(config, engine, average, stage, preview),
     )
     batches = _batches(data, config, accelerator, start=state.step)
     num_micro_steps, num_timesteps = config.gradient_accumulation_steps, stage.scheduler.config["num_train_timesteps"]
@@ -155,10 +157,10 @@ def _place(stage: Stage, config: LoopConfig, device: torch.device) -> None:
             if not any(parameter.requires_grad for parameter in network.parameters()):
                 cast_network(network, {"bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision])
         if device.type == "cpu":
-            for network in (stage.unet, stage.image_controlnet, stage.motion_controlnet):
+            for network in filter(None, (stage.unet, stage.image_controlnet, stage.motion_controlnet)):
                 network.set_attn_processor(Float32Attention())
     cast(Any, stage).to(device, memory_format=torch.channels_last)
-    for network in (stage.unet, stage.motion_controlnet):
+    for network in filter(None, (stage.unet, stage.motion_controlnet)):
         network.checkpoint_blocks = config.gradient_checkpointing
     if config.torch_compile:
         torch.compiler.reset()  # A stage before this one with other shapes would make every size a dynamic one.

@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from imageconductor import config as config_file
-from imageconductor.training.train_config import TrainConfig, TrajectoryConfig, check_fractions
+from imageconductor.training.train_config import StageConfig, TrainConfig, TrajectoryConfig, check_fractions
 
 
 @dataclass
@@ -89,14 +89,80 @@ class StyleLoraConfig(TrainConfig):
             raise ValueError(f"lora_rank must be at least 1, got {self.lora_rank}")
 
 
-_CONFIGS: tuple[type[TrainConfig], ...] = (
+@dataclass
+class MotionDirectorConfig(StageConfig):
+    """MotionDirector: a motion LoRA learned from a few reference clips, apart from their appearance."""
+
+    stage: Literal["motion_director"] = "motion_director"
+    # Videos, folders of videos, images, or folders of images (docs/motion_director.md).
+    data: list[str] = field(default_factory=list)
+    prompt: str | None = None  # caption of every clip; null = NAME.txt beside each, or `captions`
+    captions: str | None = None  # JSON of captions by file name
+    size: tuple[int, int] = (384, 384)  # (W, H), the longer side of which a clip gets, in a bucket of its own aspect
+    num_frames: int = 16  # of a window
+    fps: float | None = 8.0  # of windows in a folder's videos; null = every frame
+    frame_step: int = 1  # between the frames of windows in a single video
+    lora_rank: int = 32  # = alpha
+    lora_dropout: float = 0.1  # probability that an input of a LoRA is dropped
+    learns_motion: bool = True  # false: appearance alone, of images or of single frames
+    appearance: Literal["per_clip", "shared"] = "per_clip"  # a LoRA for each clip's appearance, or one for all
+    appearance_dropout: float = 0.2  # probability that a step leaves the appearance LoRA out
+    debiasing_beta: float | None = 1.0  # beta of L_ad; null leaves L_ad out
+    # false: both LoRAs learn from L_org together, a plain LoRA to compare with
+    dual_path: bool = True
+    appearance_learning_rate: float | None = None  # null = learning_rate
+    appearance_weight_decay: float | None = None  # null = weight_decay
+    horizontal_flip: float = 0.0  # probability that an image is mirrored
+    # Fraction of a clip's inverted noise with which samples begin by default; above 0 the run stores that noise.
+    noise_prior: float = 0.0
+    inversion_steps: int = 50  # DDIM steps of the inversion
+    preview_prompts: list[str] = field(default_factory=list)  # none = the captions of the clips
+    # As published: one clip a step, no gradient clipping.
+    batch_size: int = 1
+    learning_rate: float = 5e-4
+    lr_schedule: str = "constant"
+    max_grad_norm: float | None = None
+    text_dropout: float = 0.0
+    preview_steps: int = 30
+    preview_guidance_scale: float = 12.0
+
+    FREE_TO_CHANGE = StageConfig.FREE_TO_CHANGE | {"preview_prompts", "noise_prior"}
+    FIXED = StageConfig.FIXED | {"lora_rank", "learns_motion", "appearance"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.data:
+            raise ValueError("data must name the reference clips, e.g. data=[clip.mp4]")
+        for name in ("lora_rank", "num_frames", "frame_step", "inversion_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.fps is not None and self.fps <= 0:
+            raise ValueError(f"fps must be positive, got {self.fps}")
+        if self.batch_size != 1:
+            raise ValueError(
+                f"batch_size must be 1, as each clip has its own LoRA and size, got {self.batch_size}; "
+                "use gradient_accumulation_steps"
+            )
+        if self.validation_every:
+            raise ValueError(f"validation_every must be 0, as no clip is held out, got {self.validation_every}")
+        check_fractions(self, "appearance_dropout", "horizontal_flip", "noise_prior")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}")
+        if self.torch_compile:
+            raise ValueError("torch_compile must be false, as a step acts through other LoRAs than the one before")
+        if not self.learns_motion and (self.noise_prior or not self.dual_path):
+            raise ValueError("noise_prior and dual_path=false are for runs that learn a motion; learns_motion is false")
+
+
+_CONFIGS: tuple[type[StageConfig], ...] = (
     FoundationConfig,
     MotionControlNetConfig,
     CameraLoraConfig,
     ObjectLoraConfig,
     StyleLoraConfig,
+    MotionDirectorConfig,
 )
-STAGE_CONFIGS: dict[str, type[TrainConfig]] = {config.stage: config for config in _CONFIGS}
+STAGE_CONFIGS: dict[str, type[StageConfig]] = {config.stage: config for config in _CONFIGS}
 
 
 def check_stage(name: str) -> str:
@@ -125,7 +191,7 @@ def stated_stage(path: Path | None, overrides: Sequence[str] = ()) -> str | None
     return named if stage is None else str(stage)
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = (), stage: str | None = None) -> TrainConfig:
+def load_config(path: Path | None, overrides: Sequence[str] = (), stage: str | None = None) -> StageConfig:
     """Settings of the stage that a YAML file names, with `key=value` overrides.
 
     Args:
@@ -147,7 +213,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), stage: str | N
     return config_file.load(STAGE_CONFIGS[found], path, overrides)
 
 
-def _settings(config: type[TrainConfig]) -> set[str]:
+def _settings(config: type[StageConfig]) -> set[str]:
     return {field.name for field in dataclasses.fields(config)}
 
 

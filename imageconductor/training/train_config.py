@@ -28,7 +28,7 @@ class LoopConfig:
     lr_schedule: str = "constant_with_warmup"  # diffusers' names: constant, linear, cosine, ...
     warmup_steps: int = 0  # optimiser steps in which the learning rate rises from 0
     weight_decay: float = 0.0  # 0 makes AdamW the paper's Adam
-    max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
+    max_grad_norm: float | None = 1.0  # longer gradients are scaled down to this norm; null = none are
     # > 1 draws noisier timesteps more often (Stable Diffusion 3's shift); 1 = evenly, as the paper
     timestep_shift: float = 1.0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # networks that do not learn are then held in it
@@ -85,20 +85,36 @@ class LoopConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.max_corrupt_fraction <= 1:
             raise ValueError(f"max_corrupt_fraction must lie in [0, 1], got {self.max_corrupt_fraction}")
-        for name in ("learning_rate", "timestep_shift", "max_grad_norm"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            raise ValueError(f"max_minutes must be positive, got {self.max_minutes}")
+        for name in ("learning_rate", "timestep_shift", "max_grad_norm", "max_minutes"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
 
 
 @dataclass
-class TrainConfig(LoopConfig):
-    """Settings of every stage: the model that it starts from and the clips that it sees."""
+class StageConfig(LoopConfig):
+    """Settings of every stage: the model that it starts from, and its previews."""
 
     model: str = "models/sprites"  # model folder that gives every part the stage does not train
+    text_dropout: float = 0.1  # probability that a clip's text is dropped, for classifier-free guidance
+    preview_steps: int = 25  # denoising steps of preview videos, paper C.1
+    preview_guidance_scale: float = 8.5  # lambda_cfg of preview videos
+
+    FREE_TO_CHANGE = LoopConfig.FREE_TO_CHANGE | {"preview_steps", "preview_guidance_scale"}
+    ELSEWHERE: ClassVar[dict[str, str]] = {}  # settings of other stages by name; `stage_configs` fills it
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.model = str(find_shipped(self.model))
+        check_fractions(self, "text_dropout")
+
+
+@dataclass
+class TrainConfig(StageConfig):
+    """Settings of stages that are trained on annotated clips, or on the sprite world."""
+
     # Shards or folders of clips (docs/training.md), [A, B] or {A: WEIGHT, B: WEIGHT} to draw from them in these
     # proportions; none = the sprite world, which `world` and `sets` describe.
     data: Any = field(default_factory=list)
@@ -113,18 +129,12 @@ class TrainConfig(LoopConfig):
     # Frames of a clip that are seen, evenly spaced; null = all 16 of a sprite clip, 16 of any other (paper C.1).
     num_frames: int | None = None
     max_frame_spacing: int | None = None  # largest step between them in a sprite clip; null = what the clip allows
-    text_dropout: float = 0.1  # probability that a clip's text is dropped, for classifier-free guidance
     image_dropout: float = 0.0  # probability that a clip's first frame is dropped
-    preview_steps: int = 25  # denoising steps of preview videos, paper C.1
-    preview_guidance_scale: float = 8.5  # lambda_cfg of preview videos
 
-    FREE_TO_CHANGE = LoopConfig.FREE_TO_CHANGE | {"preview_steps", "preview_guidance_scale"}
     RENAMED: ClassVar[dict[str, str]] = {**LoopConfig.RENAMED, "preview_data": "held_out_clips"}
-    ELSEWHERE: ClassVar[dict[str, str]] = {}  # settings of other stages by name; `stage_configs` fills it
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.model = str(find_shipped(self.model))
         check_sources(self.data)
         if not self.sets:
             raise ValueError("sets must name at least one of camera, mixed, object")
@@ -139,7 +149,7 @@ class TrainConfig(LoopConfig):
             raise ValueError("max_frame_spacing is for clips of the sprite world; leave it null for `data`")
         if self.shuffle_shards < 1:
             raise ValueError(f"shuffle_shards must be at least 1, got {self.shuffle_shards}")
-        check_fractions(self, "text_dropout", "image_dropout", "horizontal_flip")
+        check_fractions(self, "image_dropout", "horizontal_flip")
 
 
 @dataclass

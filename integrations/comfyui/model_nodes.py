@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from imageconductor.checkpoints.model_folder import locate_model
 from imageconductor.files import find_shipped
-from imageconductor.sampling.job import SampleJob, load_pipeline, parse_lora
+from imageconductor.sampling.job import SampleJob, load_pipeline
+from imageconductor.sampling.loras import parse_lora
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 
 from . import host

@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from imageconductor.checkpoints.personalise import load_base, load_motion_lora, load_style_lora
-from imageconductor.sampling.job import SampleJob, parse_lora
+from imageconductor.sampling.job import SampleJob
+from imageconductor.sampling.loras import parse_lora
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 
 

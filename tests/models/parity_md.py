@@ -106,10 +106,10 @@ def animatediff_unet() -> MotionUNet:
     )
 
 
-def modelscope_unet() -> UNet3DConditionModel:
-    """diffusers' UNet3DConditionModel with the seeded weights, in eval mode."""
+def modelscope_unet(cls=UNet3DConditionModel):
+    """diffusers' UNet3DConditionModel with the seeded weights, or our class of it, in eval mode."""
     config = MODELSCOPE.config
-    unet = UNet3DConditionModel(
+    unet = cls(
         down_block_types=tuple(config["down"]),
         up_block_types=tuple(config["up"]),
         block_out_channels=tuple(config["block_out_channels"]),

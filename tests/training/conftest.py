@@ -3,24 +3,36 @@
 import json
 from pathlib import Path
 
+import imageio.v3 as iio
+import numpy as np
 import pytest
 from conftest import TINY_WORLD
 
 from imageconductor.data.batches import Batches
 from imageconductor.models.networks import Networks
-from imageconductor.training.run import build_samples
 from imageconductor.training.stages.registry import find_stage
 
 
+@pytest.fixture(scope="session")
+def reference_clips(tmp_path_factory):
+    """A folder of two videos of six frames, 32x32, with captions."""
+    folder = tmp_path_factory.mktemp("clips")
+    random = np.random.default_rng(0)
+    for name in ("left", "right"):
+        frames = random.integers(0, 255, (6, 32, 32, 3), np.uint8)
+        iio.imwrite(folder / f"{name}.mp4", frames, plugin="FFMPEG", fps=8, codec="libx264", macro_block_size=2)
+        (folder / f"{name}.txt").write_text(f"a square moves {name}")
+    return folder
+
+
 @pytest.fixture
-def configure(tiny_model, tmp_path):
+def configure(tiny_model, tmp_path, reference_clips):
     """Makes the settings of a stage by its name: two steps of one clip."""
 
     def make(name, **changes):
         small = {
             "model": str(tiny_model),
             "output": str(tmp_path / "run"),
-            "world": TINY_WORLD,
             "max_steps": 2,
             "batch_size": 1,
             "learning_rate": 1e-2,
@@ -28,7 +40,11 @@ def configure(tiny_model, tmp_path):
             "keep_checkpoints": 5,
             "log_every": 1,
         }
-        if name.endswith("_lora"):
+        if name == "motion_director":
+            small |= {"data": [str(reference_clips)], "size": (32, 32), "num_frames": 4, "fps": None}
+        else:
+            small["world"] = TINY_WORLD
+        if name.endswith("_lora") or name == "motion_director":
             small["lora_rank"] = 2
         return find_stage(name).Config(**small | changes)
 
@@ -41,7 +57,7 @@ def build():
 
     def make(config):
         stage = find_stage(config.stage)(Networks.load(config.model), config)
-        return stage, Batches(build_samples(config), config.batch_size)
+        return stage, Batches(stage.build_samples(config), config.batch_size)
 
     return make
 

@@ -240,7 +240,7 @@ def test_what_a_run_folder_holds(configure):
 
 
 def test_previews_and_validation_change_nothing(configure, monkeypatch):
-    monkeypatch.setattr("imageconductor.training.run._SPRITE_CLIPS", 1)
+    monkeypatch.setattr("imageconductor.training.samples._SPRITE_CLIPS", 1)
     extra = {"preview_every": 2, "preview_steps": 2, "validation_every": 1}
     shown = configure("motion_controlnet", ema_decay=0.5, mixed_precision="bf16", **extra)
     hidden = replace(shown, preview_every=0, validation_every=0, output=shown.output + "-hidden")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from imageconductor.data.batches import collate
-from imageconductor.training.run import read_held_out, run_stage
+from imageconductor.training.run import run_stage
+from imageconductor.training.samples import read_held_out
 from imageconductor.training.stage_configs import load_config
 from imageconductor.training.train_config import TrainConfig
 
@@ -18,7 +19,7 @@ STILL = 1e-30  # a learning rate that changes nothing
 @pytest.fixture(autouse=True)
 def few_clips(monkeypatch):
     """Four held-out clips of the sprite world in place of sixteen."""
-    monkeypatch.setattr("imageconductor.training.run._SPRITE_CLIPS", 4)
+    monkeypatch.setattr("imageconductor.training.samples._SPRITE_CLIPS", 4)
 
 
 def validation(config):

@@ -43,6 +43,15 @@ TABLE = {
     "camera_lora": Expected(("motion_controlnet.",), ".camera.", acts=(("camera",), ())),
     "object_lora": Expected(("motion_controlnet.",), ".object.", acts=(("camera", "object"), ())),
     "style_lora": Expected(("unet.",), ".style.", acts=((), ("style",))),
+    "motion_director": Expected(
+        ("unet.",), ".lora_", acts=((), ("motion",)), settings={"appearance_dropout": 0.0, "max_steps": 4}
+    ),
+    "motion_director of images": Expected(
+        ("unet.",),
+        ".appearance.",
+        acts=((), ("appearance",)),
+        settings={"learns_motion": False, "appearance": "shared"},
+    ),
 }
 
 

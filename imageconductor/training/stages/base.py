@@ -14,15 +14,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from imageconductor.checkpoints.model_folder import check_controlnets, check_shape
 from imageconductor.conditioning.first_frame import keyframe_condition
 from imageconductor.conditioning.flow_map import flow_map
-from imageconductor.data.batches import scale_pixels
+from imageconductor.data.batches import Samples, scale_pixels
 from imageconductor.data.sparse_tracks import sample_sparse
 from imageconductor.diffusion.losses import denoising_loss
 from imageconductor.models.denoiser import Condition
 from imageconductor.models.networks import Networks, load_network
 from imageconductor.models.weights import find_weights
-from imageconductor.training.train_config import TrainConfig, TrajectoryConfig
+from imageconductor.training import samples
+from imageconductor.training.train_config import StageConfig, TrainConfig, TrajectoryConfig
 
 
 @dataclass
@@ -50,20 +52,23 @@ class Stage(nn.Module):
         preview_control: Control under which preview videos are made; None = without trajectories.
         adapters: LoRAs of the motion ControlNet that act.
         dropouts: Attributes that hold the probabilities with which parts of the condition are dropped.
+        learns_in_parts: Whether a step may reach only some of what learns.
     """
 
     name: ClassVar[str]
-    Config: ClassVar[type[TrainConfig]]
+    Config: ClassVar[type[StageConfig]]
     preview_control: ClassVar[str | None] = None
     adapters: ClassVar[tuple[str, ...]] = ()
     dropouts: ClassVar[tuple[str, ...]] = ("text_dropout", "image_dropout")
+    learns_in_parts: ClassVar[bool] = False
 
-    def __init__(self, networks: Networks, config: TrainConfig):
+    def __init__(self, networks: Networks, config: StageConfig):
         super().__init__()
         self.networks = networks
         self.denoiser = networks.denoiser
         self.scheduler = networks.scheduler
-        self.text_dropout, self.image_dropout = config.text_dropout, config.image_dropout
+        self.text_dropout = config.text_dropout
+        self.image_dropout = config.image_dropout if isinstance(config, TrainConfig) else 0.0
         self.vae = networks.vae
         self.text_encoder = networks.text_encoder
         self.unet = networks.unet
@@ -71,11 +76,35 @@ class Stage(nn.Module):
         self.motion_controlnet = networks.motion_controlnet
 
     @classmethod
-    def check(cls, config: TrainConfig) -> None:
-        """Makes sure, before any weights are read, that the files which the settings name are there.
+    def check(cls, config: Any) -> None:
+        """Makes sure, before any weights are read, that the model fits the clips, and that files named are there.
+
+        Args:
+            config: Settings of the stage, its `Config`; the model folder they name is a complete one.
 
         Raises:
-            FileNotFoundError: One is missing.
+            FileNotFoundError: A file is missing.
+            ValueError: The model cannot make videos of the clips' shape.
+        """
+        check_controlnets(config.model, f"stage {cls.name}")
+        size = config.size if config.data else config.world.size
+        check_shape(config.model, size, config.num_frames or (16 if config.data else config.world.num_frames))
+
+    @classmethod
+    def build_samples(cls, config: Any) -> Samples:
+        """The samples that a run is trained on; raises as `samples.build_samples`."""
+        return samples.build_samples(config)
+
+    @classmethod
+    def read_held_out(cls, config: Any, count: int | None = None) -> list[dict[str, Any]]:
+        """The first samples that no step sees, for validation and previews; see `samples.read_held_out`."""
+        return samples.read_held_out(config, count)
+
+    def begin(self, data: Any) -> None:
+        """Called once before the first step, when the networks are on their device.
+
+        Args:
+            data: Batches of the run; an item's number is that of the micro-step.
         """
 
     def loss_terms(self, x_0: Tensor, t: Tensor, eps: Tensor, condition: Condition) -> dict[str, Tensor]:
@@ -164,6 +193,11 @@ class Stage(nn.Module):
             for name, probability in kept.items():
                 setattr(self, name, probability)
 
+    @contextmanager
+    def previewing(self) -> Iterator[None]:
+        """Inside the block the networks are as previews want them."""
+        yield
+
     def trainable(self) -> dict[str, ParameterGroup]:
         """What learns, as groups by name; no parameter may be in two of them."""
         learning = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -199,8 +233,9 @@ class TrajectoryStage(Stage):
         self.is_sparse, self.max_tracks = config.trajectories == "sparse", config.max_tracks
 
     @classmethod
-    def check(cls, config: TrainConfig) -> None:
-        """As `Stage.check`: the motion ControlNet to start from."""
+    def check(cls, config: Any) -> None:
+        """As `Stage.check`: the motion ControlNet to start from, too."""
+        super().check(config)
         folder = getattr(config, "motion_controlnet", None)
         if folder is not None and not Path(folder).is_dir():
             raise FileNotFoundError(

@@ -35,7 +35,6 @@ from imageconductor.training.stage_configs import (
     ObjectLoraConfig,
 )
 from imageconductor.training.stages.base import TrajectoryStage
-from imageconductor.training.train_config import TrainConfig
 
 CAMERA, OBJECT = Adapter.CAMERA.value, Adapter.OBJECT.value
 
@@ -93,10 +92,9 @@ class ObjectLoraStage(TrajectoryStage):
         self.linear_only = config.orthogonal_linear_only
 
     @classmethod
-    def check(cls, config: TrainConfig) -> None:
+    def check(cls, config: ObjectLoraConfig) -> None:
         """As `Stage.check`: the camera LoRA too, whose rank must be the object LoRA's where Eq. 4 compares them."""
         super().check(config)
-        assert isinstance(config, ObjectLoraConfig)
         folder = _camera_lora(config)
         if not (folder / "adapter_config.json").is_file():
             raise FileNotFoundError(f"no camera LoRA at {folder}; train that stage first")

@@ -6,6 +6,7 @@ from imageconductor.training.stage_configs import check_stage
 from imageconductor.training.stages.base import Stage
 from imageconductor.training.stages.foundation import FoundationStage
 from imageconductor.training.stages.image_conductor import CameraLoraStage, MotionControlNetStage, ObjectLoraStage
+from imageconductor.training.stages.motion_director import MotionDirectorStage
 from imageconductor.training.stages.style_lora import StyleLoraStage
 
 _STAGES: tuple[type[Stage], ...] = (
@@ -14,6 +15,7 @@ _STAGES: tuple[type[Stage], ...] = (
     CameraLoraStage,
     ObjectLoraStage,
     StyleLoraStage,
+    MotionDirectorStage,
 )
 STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in _STAGES}
 

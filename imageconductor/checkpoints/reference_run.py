@@ -1,0 +1,89 @@
+"""The folder of a `motion_director` run, as sampling reads it.
+
+motion_lora/           LoRA of the motion modules, pytorch_lora_weights.safetensors as diffusers writes it
+appearance_lora/       LoRA of the spatial layers, or a folder KEY/ with one for each reference clip
+noise_prior.safetensors   inverted noise of the clips by their keys, where the run was to store it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from imageconductor.files import atomic_path
+from imageconductor.models.adapters import DIFFUSERS_WEIGHTS_NAME
+from imageconductor.models.weights import read_checkpoint
+
+LoraKind = Literal["motion", "appearance"]
+_NOISE_PRIOR = "noise_prior.safetensors"
+
+
+def find_reference_lora(path: Path, kind: LoraKind) -> Path:
+    """A LoRA file or folder as it is; of a run folder its motion or appearance LoRA.
+
+    Raises:
+        FileNotFoundError: There is nothing, or a run without such a LoRA.
+        ValueError: The run has an appearance LoRA for each clip; names them.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no file at {path}")
+    if path.is_file() or (any(path.glob("*.safetensors")) and not (path / "config.yaml").is_file()):
+        return path
+    part = path / f"{kind}_lora"
+    if (part / DIFFUSERS_WEIGHTS_NAME).is_file():
+        return part
+    if own := sorted(folder.parent.name for folder in part.glob(f"*/{DIFFUSERS_WEIGHTS_NAME}")):
+        raise ValueError(f"{path} has an appearance LoRA for each clip; choose one, e.g. {part / own[0]}")
+    raise FileNotFoundError(f"{path} holds no {kind} LoRA: {part / DIFFUSERS_WEIGHTS_NAME} is missing")
+
+
+def has_noise_prior(run: Path) -> bool:
+    """Whether a run has stored inverted noise."""
+    return (run / _NOISE_PRIOR).is_file()
+
+
+def save_noise_prior(run: Path, inverted: Mapping[str, Tensor]) -> None:
+    """Writes inverted noise, (C, T, h, w) for each clip by its key."""
+    with atomic_path(run / _NOISE_PRIOR) as path:
+        save_file({key: value.cpu().contiguous() for key, value in inverted.items()}, path, metadata={"format": "pt"})
+
+
+def load_noise_prior(run: Path) -> dict[str, Tensor]:
+    """Inverted noise (C, T, h, w) of a run's clips by their keys.
+
+    Raises:
+        FileNotFoundError: The run has stored none.
+        ValueError: The file is damaged.
+    """
+    _check_noise_prior(run)
+    return read_checkpoint(run / _NOISE_PRIOR)
+
+
+def check_noise_prior(run: Path, channels: int, num_frames: int) -> None:
+    """Makes sure, by the file's header, that a run's noise fits videos of C latent channels and T frames.
+
+    Raises:
+        FileNotFoundError: The run has stored none.
+        ValueError: It is of another number of channels or frames.
+    """
+    _check_noise_prior(run)
+    with safe_open(run / _NOISE_PRIOR, "pt") as file:
+        for key in file.keys():  # noqa: SIM118  not a mapping
+            shape = file.get_slice(key).get_shape()
+            if len(shape) != 4 or tuple(shape[:2]) != (channels, num_frames):
+                raise ValueError(
+                    f"the noise prior of {run} has {shape[0]} channels and {shape[1]} frames, the video's latents have "
+                    f"{channels} and {num_frames}; set num_frames, or leave the prior out"
+                )
+
+
+def _check_noise_prior(run: Path) -> None:
+    if not run.is_dir():
+        raise FileNotFoundError(f"no run folder at {run}")
+    if not has_noise_prior(run):
+        raise FileNotFoundError(f"{run} holds no noise prior; a run with noise_prior=0.3, say, stores one")

@@ -1,0 +1,71 @@
+"""The files of a job: `run.yaml`, which repeats it, and its videos."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from imageconductor import config as config_file
+from imageconductor.sampling.job import Inputs, SampleJob
+from imageconductor.sampling.loras import absolute_lora, absolute_noise_prior
+
+if TYPE_CHECKING:
+    from imageconductor.sampling.video import Frames
+
+
+def load_job(path: Path) -> SampleJob:
+    """A job from YAML; files that it names are looked for beside it first, then in the working folder."""
+    job = config_file.load(SampleJob, path)
+    beside = {
+        name: str(path.parent / value)
+        for name in ("image", "trajectories", "motion_from", "model")
+        if (value := getattr(job, name)) is not None and (path.parent / value).exists()
+    }
+    return replace(job, **beside)
+
+
+def write(inputs: Inputs, videos: Sequence[Frames], folder: Path) -> None:
+    """Writes video-SEED.mp4 and overlay-SEED.mp4 for each seed, first_frame.png, trajectories.json and run.yaml.
+
+    Videos of a prompt alone are called PROMPT-SEED.mp4, and what there is not is not written.
+
+    Args:
+        inputs: From `prepare`.
+        videos: From `render`, one for each seed.
+        folder: An existing folder; `files.atomic_folder` gives one that appears when it is complete.
+    """
+    from imageconductor.sampling.video import draw_trajectories, upscale_for_viewing, write_mp4
+
+    job, trajectories = inputs.job, inputs.trajectories
+    record = replace(
+        job,
+        image=None if inputs.image is None else "first_frame.png",
+        trajectories="trajectories.json" if trajectories.num_tracks else None,
+        trajectories_size=None,
+        preset=None,
+        motion_from=None,
+        start=None,
+        model=str(Path(job.model).resolve()),
+        base=None if job.base is None else str(Path(job.base).resolve()),
+        lora=[absolute_lora(text) for text in job.lora],
+        motion_lora=[absolute_lora(text) for text in job.motion_lora],
+        appearance_lora=[absolute_lora(text) for text in job.appearance_lora],
+        noise_prior=None if job.noise_prior is None else absolute_noise_prior(job.noise_prior),
+    )
+    fps, name = cast(int, job.fps), "video"
+    if inputs.image is None:
+        name = re.sub(r"[^a-z0-9]+", "-", job.prompt.lower()).strip("-")[:80] or name
+    else:
+        inputs.image.save(folder / "first_frame.png")
+    if inputs.image is not None or trajectories.num_tracks:
+        trajectories.save(folder / "trajectories.json")
+    config_file.save(record, folder / "run.yaml")
+    for seed, video in zip(job.seeds, videos, strict=True):
+        large, factor = upscale_for_viewing(video)
+        write_mp4(folder / f"{name}-{seed}.mp4", large, fps)
+        if inputs.image is None and not trajectories.num_tracks:
+            continue
+        write_mp4(folder / f"overlay-{seed}.mp4", draw_trajectories(large, trajectories, factor), fps)

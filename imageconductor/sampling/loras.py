@@ -1,0 +1,71 @@
+"""How LoRAs are named in a job: FILE or FILE:SCALE, or the folder of a `motion_director` run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from imageconductor import config as config_file
+from imageconductor.files import find_shipped
+
+_NOISE_FRACTION = 0.3  # MotionDirector: 0.1 to 0.5 for a motion from one clip
+
+
+def parse_lora(text: str, default: float = 1.0) -> tuple[str, float]:
+    """File and scale of `FILE[:scale]`; the scale is `default` when it is not given.
+
+    Raises:
+        ValueError: What stands after the colon of a file that does not exist as written is no finite number.
+    """
+    if (whole := find_shipped(text)).exists():
+        return str(whole), default
+    path, colon, scale = text.rpartition(":")
+    if not colon:
+        return text, default
+    try:
+        number = float(scale)
+    except ValueError:
+        raise ValueError(f"{text!r}: expected FILE or FILE:scale, and {scale!r} is no number") from None
+    config_file.check_finite(number, f"{text!r}: the scale")
+    return str(find_shipped(path)), number
+
+
+def find_lora(text: str, kind: Literal["style", "motion", "appearance"]) -> tuple[str, float]:
+    """File and scale of a LoRA as `parse_lora`; a run of `motion_director` stands for its LoRA of that kind.
+
+    Raises:
+        FileNotFoundError: There is nothing at this path, or the run has no such LoRA.
+        ValueError: As `parse_lora`, or the run has one for each of its clips.
+    """
+    from imageconductor.checkpoints.reference_run import find_reference_lora
+
+    path, scale = parse_lora(text)
+    if kind != "style":
+        return str(find_reference_lora(Path(path), kind)), scale
+    if not Path(path).exists():  # a folder of peft's is one too
+        raise FileNotFoundError(f"no file at {path}")
+    return path, scale
+
+
+def absolute_lora(text: str) -> str:
+    """FILE or FILE:SCALE with the file's whole path, wherever it was found."""
+    path, scale = parse_lora(text)
+    return f"{Path(path).resolve()}:{scale:g}" if scale != 1 else str(Path(path).resolve())
+
+
+def parse_noise_prior(text: str) -> tuple[Path, float]:
+    """Run folder and fraction of `RUN[:p]`; the fraction is 0.3 when it is not given.
+
+    Raises:
+        ValueError: The fraction is none.
+    """
+    run, fraction = parse_lora(text, _NOISE_FRACTION)
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"noise_prior {text}: the fraction must lie in [0, 1], got {fraction}")
+    return Path(run), fraction
+
+
+def absolute_noise_prior(text: str) -> str:
+    """RUN:p with the run's whole path."""
+    run, fraction = parse_noise_prior(text)
+    return f"{run.resolve()}:{fraction:g}"

@@ -1,0 +1,56 @@
+"""Samples of stages that are trained on annotated clips, or on the sprite world."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from imageconductor.data.batches import Samples, SpriteSamples
+from imageconductor.data.clips import ClipSamples
+from imageconductor.training.train_config import TrainConfig
+
+_SPRITE_CLIPS = 16  # held-out clips of the sprite world
+HELD_OUT_SEED = 20_000  # is added to a world's seed; evaluation uses 10,000
+
+
+def read_held_out(config: TrainConfig, count: int | None = None) -> list[dict[str, Any]]:
+    """The first held-out samples: of `data`, or of scenes of the sprite world that no stage is trained on.
+
+    Args:
+        config: Of the run.
+        count: How many; None = `config.held_out_clips`, or 16 of the sprite world.
+    """
+    count = config.held_out_clips or _SPRITE_CLIPS if count is None else count
+    if config.data:
+        samples: Samples = ClipSamples(
+            config.data,
+            config.size,
+            config.num_frames or 16,
+            held_out_clips=config.held_out_clips,
+            shows_held_out=True,
+        )
+        count = min(count, config.held_out_clips)
+    else:
+        world = replace(config.world, seed=config.world.seed + HELD_OUT_SEED)
+        samples = SpriteSamples(world, config.sets)
+    return [samples[position] for position in range(count)]
+
+
+def build_samples(config: TrainConfig) -> Samples:
+    """The samples that a run is trained on.
+
+    Raises:
+        FileNotFoundError: A source holds no clip.
+        ValueError: The clips cannot be used together, or all of them are held out.
+    """
+    if not config.data:
+        return SpriteSamples(config.world, config.sets, config.num_frames, config.max_frame_spacing)
+    return ClipSamples(
+        config.data,
+        config.size,
+        config.num_frames or 16,
+        config.horizontal_flip,
+        config.shuffle_shards,
+        config.seed,
+        config.held_out_clips,
+    )

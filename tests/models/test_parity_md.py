@@ -1,0 +1,140 @@
+"""MotionDirector's stored outputs on AnimateDiff's UNet and its own losses, within 1e-4 of their largest value."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from parity import TOLERANCE, relative_error
+from parity_md import ANIMATEDIFF, MODELSCOPE, animatediff_unet, modelscope_unet
+
+from imageconductor.diffusion.inversion import ddim_inversion, mix_noise_prior
+from imageconductor.diffusion.losses import debias, debiased_loss, denoising_loss
+from imageconductor.models.adapters import activate, active, attach_adapter, lora_targets
+from imageconductor.models.motion_module import motion_modules_bypassed
+from imageconductor.models.motion_unet import TextToVideoUNet
+
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False, "steps_offset": 1}
+ANIMATEDIFF_SCHEDULER = DDIMScheduler(beta_schedule="linear", set_alpha_to_one=True, **SCHEDULE)
+MODELSCOPE_SCHEDULER = DDIMScheduler(beta_schedule="scaled_linear", set_alpha_to_one=False, **SCHEDULE)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    """AnimateDiff's UNet with both LoRAs attached; none acts."""
+    unet = animatediff_unet()
+    for name, target_set in (("spatial", "appearance"), ("temporal", "motion")):
+        attach_adapter(unet, name, ANIMATEDIFF.lora_state(name, lora_targets(unet, target_set)))
+    activate(unet)
+    return unet
+
+
+@pytest.fixture(scope="module")
+def x():
+    inputs = ANIMATEDIFF.inputs()
+    inputs["noisy"] = ANIMATEDIFF_SCHEDULER.add_noise(inputs["latents"], inputs["noise"], inputs["timestep"])
+    return inputs
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return ANIMATEDIFF.expected()
+
+
+def test_noised_latents(x, reference):
+    assert relative_error(x["noisy"], reference["ad/noisy"]) <= TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "adapters"),
+    [("base_F", ()), ("md_rule/temporal_only_F", ("temporal",)), ("md_rule/both_pred_F", ("spatial", "temporal"))],
+)
+def test_all_frames(unet, x, reference, name, adapters):
+    with active(unet, *adapters):
+        output = unet(x["noisy"], x["timestep"], x["text"]).sample
+    assert relative_error(output, reference[f"ad/{name}"]) <= TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "adapters"), [("base_F1", ()), ("md_rule/spatial_pred_F1", ("spatial",))])
+def test_one_frame_without_motion_modules(unet, x, reference, name, adapters):
+    frame = ANIMATEDIFF.config["spatial_frame"]
+    one = x["noisy"][:, :, frame : frame + 1]
+    with active(unet, *adapters), motion_modules_bypassed(unet):
+        output = unet(one, x["timestep"], x["text"]).sample
+    assert relative_error(output, reference[f"ad/{name}"]) <= TOLERANCE
+    with active(unet, *adapters):
+        assert relative_error(unet(one, x["timestep"], x["text"]).sample, output) > 0.1, "no identity at one frame"
+
+
+@torch.no_grad()
+def test_inversion_on_animatediff(unet, x, reference):
+    seen = []
+
+    def predict(sample, t):
+        seen.append((int(t), sample))
+        return unet(sample, t, x["text"]).sample
+
+    noise = ddim_inversion(predict, x["latents"], ANIMATEDIFF_SCHEDULER, 10)
+    assert [t for t, _ in seen] == ANIMATEDIFF.meta["ad_inversion"]["timesteps_ascending"]
+    assert relative_error(seen[1][1], reference["ad/inversion_after_1_step"]) <= TOLERANCE
+    assert relative_error(noise, reference["ad/inversion_10_steps"]) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_inversion_on_modelscope():
+    reference, x, unet = MODELSCOPE.expected(), MODELSCOPE.inputs(), modelscope_unet()
+    for steps in MODELSCOPE.config["steps"]:
+        record, seen = MODELSCOPE.meta["inversion"][str(steps)], []
+
+        def predict(sample, t, seen=seen):
+            seen.append(int(t))
+            return unet(sample, t, x["text"]).sample
+
+        noise = ddim_inversion(predict, x["latents"], MODELSCOPE_SCHEDULER, steps)
+        assert seen == record["timesteps_ascending"]
+        assert relative_error(noise, reference[f"inversion/{steps}_steps"]) <= TOLERANCE
+        MODELSCOPE_SCHEDULER.set_timesteps(steps)
+        for t in MODELSCOPE_SCHEDULER.timesteps:
+            noise = MODELSCOPE_SCHEDULER.step(unet(noise, t, x["text"]).sample, t, noise).prev_sample
+        assert relative_error(noise, reference[f"inversion/{steps}_regenerated"]) <= 10 * TOLERANCE
+
+
+def test_noise_prior():
+    reference, prior = MODELSCOPE.expected(), MODELSCOPE.meta["prior"]
+    inverted = reference[prior["z_inv"]]
+    for fraction in prior["p"]:
+        mixed = mix_noise_prior(MODELSCOPE.draw("prior/noise", *inverted.shape), inverted, fraction)
+        assert relative_error(mixed, reference[f"prior/p{fraction}"]) <= TOLERANCE
+    for key in (key for key in reference if key.endswith("_resized")):
+        expected = reference[key]
+        assert list(expected.shape[3:]) == prior["resized_latent_hw"]
+        fraction = float(key.removeprefix("prior/p").partition("_")[0])
+        mixed = mix_noise_prior(MODELSCOPE.draw("prior/noise_resized", *expected.shape), inverted, fraction)
+        assert relative_error(mixed, expected) <= TOLERANCE
+
+
+def test_losses():
+    reference, shape = MODELSCOPE.expected(), MODELSCOPE.config["loss_shape"]
+    eps, other = reference["loss/eps"], reference["loss/eps_hat"]
+    assert list(eps.shape) == list(shape)
+    for record in MODELSCOPE.meta["losses"]:
+        anchor, frame = torch.tensor([record["anchor"]]), slice(record["spatial_frame"], record["spatial_frame"] + 1)
+        assert relative_error(debias(eps, anchor), reference[f"loss/phi_eps_anchor{record['anchor']}"]) <= TOLERANCE
+        found = {"L_org": denoising_loss(other, eps), "L_ad": debiased_loss(other, eps, anchor)}
+        found["L_temp"] = found["L_org"] + found["L_ad"]
+        found["L_sp"] = denoising_loss(other[:, :, frame], eps[:, :, frame])
+        for name, value in found.items():
+            assert value.item() == pytest.approx(record[name], rel=1e-5), name
+
+
+@torch.no_grad()
+def test_modelscope_unet_in_two_halves():
+    reference, x, config = MODELSCOPE.expected(), MODELSCOPE.inputs(), MODELSCOPE.config
+    unet = modelscope_unet(TextToVideoUNet)
+    noisy = reference["step/noisy"]
+    assert relative_error(MODELSCOPE_SCHEDULER.add_noise(x["latents"], x["noise"], x["timestep"]), noisy) <= TOLERANCE
+    assert relative_error(unet(noisy, x["timestep"], x["text"]).sample, reference["unet3d/base_F"]) <= TOLERANCE
+    one = noisy[:, :, config["spatial_frame"] :][:, :, :1]
+    with motion_modules_bypassed(unet):
+        output = unet(one, x["timestep"], x["text"]).sample
+    assert relative_error(output, reference["unet3d/base_F1_ckpt"]) <= TOLERANCE

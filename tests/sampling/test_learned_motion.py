@@ -1,0 +1,111 @@
+"""A motion learned by `train.py` and played by `sample.py`, as README says; on the tiny model."""
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from imageconductor.commands import sample, train
+from imageconductor.sampling.job_files import load_job
+
+PROMPT = "A red circle, moving."
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model, tmp_path_factory):
+    """`motion`: of one clip, with a noise prior; `look`: of two images."""
+    folder = tmp_path_factory.mktemp("runs")
+    random = np.random.default_rng(0)
+    clip = random.integers(0, 255, (5, 32, 32, 3), np.uint8)
+    iio.imwrite(folder / "clip.mp4", clip, plugin="FFMPEG", fps=8, codec="libx264", macro_block_size=2)
+    (folder / "images").mkdir()
+    for name in ("a", "b"):
+        Image.fromarray(random.integers(0, 255, (40, 40, 3), np.uint8)).save(folder / "images" / f"{name}.png")
+    common = ["stage=motion_director", f"model={tiny_model}", "size=[32,32]", "max_steps=3", "lora_rank=2"]
+    common += ["learning_rate=0.1", "num_frames=4", "prompt=a red circle"]
+    prior = ["noise_prior=0.5", "inversion_steps=3"]
+    assert train.main([*common, *prior, f"data=[{folder}/clip.mp4]", f"output={folder}/motion"]) == 0
+    look = ["learns_motion=false", "appearance=per_clip", f"data=[{folder}/images]", f"output={folder}/look"]
+    assert train.main([*common, *look]) == 0
+    return folder
+
+
+def make(tiny_model, output, *options):
+    common = ["--model", str(tiny_model), "--steps", "2", "--output", str(output)]
+    return sample.main([*common, *map(str, options)])
+
+
+def video(folder):
+    (path,) = folder.glob("*-0.mp4")
+    return path.read_bytes()
+
+
+def test_a_prompt_alone_gives_videos_named_by_prompt_and_seed(tiny_model, runs, tmp_path):
+    assert make(tiny_model, tmp_path / "out", "--prompt", PROMPT, "--seed", 3, 4) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"a-red-circle-moving-3.mp4", "a-red-circle-moving-4.mp4", "run.yaml"}
+
+
+def test_motion_appearance_and_noise_prior_each_change_the_video_and_repeat(tiny_model, runs, tmp_path):
+    options = {
+        "base": [],
+        "motion": ["--motion-lora", runs / "motion"],
+        "weak": ["--motion-lora", f"{runs}/motion:0.5"],
+        "look": ["--appearance-lora", runs / "look" / "appearance_lora" / "a"],
+        "prior": ["--noise-prior", f"{runs}/motion:0.5"],
+        "all": ["--motion-lora", runs / "motion", "--appearance-lora", f"{runs}/motion:0.7", "--noise-prior",
+                runs / "motion"],
+    }  # fmt: skip
+    for name, some in options.items():
+        assert make(tiny_model, tmp_path / name, "--prompt", PROMPT, *some) == 0
+    assert len({video(tmp_path / name) for name in options}) == len(options)
+    assert sample.main(["--config", str(tmp_path / "all" / "run.yaml"), "--output", str(tmp_path / "again")]) == 0
+    assert video(tmp_path / "again") == video(tmp_path / "all")
+    assert load_job(tmp_path / "all" / "run.yaml").noise_prior == f"{runs}/motion:0.3"
+
+
+def test_a_learned_motion_on_a_first_frame_along_a_drawn_path(tiny_model, runs, tmp_path):
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(tmp_path / "first.png")
+    options = ["--image", tmp_path / "first.png", "--preset", "line-right", "--motion-lora", runs / "motion"]
+    assert make(tiny_model, tmp_path / "out", *options) == 0
+    assert make(tiny_model, tmp_path / "without", *options[:4]) == 0
+    first, second = (iio.imread(tmp_path / name / "video-0.mp4") for name in ("out", "without"))
+    assert not np.array_equal(first, second)
+
+
+def test_repeat_draws_fresh_seeds_and_records_them(tiny_model, runs, tmp_path):
+    assert make(tiny_model, tmp_path / "out", "--prompt", PROMPT, "--repeat", 2) == 0
+    seeds = load_job(tmp_path / "out" / "run.yaml").seed
+    assert len(set(seeds)) == 2
+    assert {f"a-red-circle-moving-{seed}.mp4" for seed in seeds} <= {p.name for p in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--motion-lora", "{runs}/motion"], ["--prompt"]),
+        (["--motion-lora", "{runs}/look", "--prompt", "a"], ["look", "no motion LoRA"]),
+        (["--appearance-lora", "{runs}/look", "--prompt", "a"], ["for each clip", "appearance_lora/a"]),
+        (["--noise-prior", "{runs}/look", "--prompt", "a"], ["no noise prior", "noise_prior=0.3"]),
+        (["--noise-prior", "{runs}/motion:1.5", "--prompt", "a"], ["[0, 1]", "1.5"]),
+        (["--noise-prior", "{runs}/motion", "--num-frames", "3", "--prompt", "a"], ["4 frames", "3"]),
+        (["--motion-lora", "{runs}/wide", "--prompt", "a"], ["another base", "24"]),
+        (["--motion-lora", "{runs}/nowhere", "--prompt", "a"], ["nowhere"]),
+        (["--repeat", "2", "--seed", "1", "--prompt", "a"], ["repeat", "seed"]),
+    ],
+)
+def test_bad_input_is_one_line_before_weights_are_loaded(
+    tiny_model, runs, tmp_path, capsys, monkeypatch, options, words
+):
+    wide = runs / "wide" / "pytorch_lora_weights.safetensors"
+    if not wide.exists():
+        wide.parent.mkdir()
+        state = load_file(runs / "motion" / "motion_lora" / wide.name)
+        save_file({key: torch.zeros([24 if n > 2 else n for n in value.shape]) for key, value in state.items()}, wide)
+    monkeypatch.setattr(sample, "load_pipeline", lambda _: pytest.fail("weights were loaded"))
+    assert make(tiny_model, tmp_path / "out", *(text.format(runs=runs) for text in options)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,191 @@
+"""MotionDirector's stage: its step against stored outputs, what each loss teaches, its files and its refusals."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from parity_md import ANIMATEDIFF, animatediff_unet
+from PIL import Image
+from safetensors.torch import load_file
+from test_parity_md import ANIMATEDIFF_SCHEDULER
+
+from imageconductor.checkpoints.reference_run import load_noise_prior
+from imageconductor.models.adapters import adapter_parameters
+from imageconductor.models.networks import Networks
+from imageconductor.training.loop import train
+from imageconductor.training.run import check_inputs, run_stage
+from imageconductor.training.stages.motion_director import MotionDirectorStage, ReferenceCondition
+
+
+@pytest.fixture
+def stage(configure):
+    """The stage on AnimateDiff's seeded UNet, with the seeded LoRAs and without dropout."""
+    config = configure("motion_director", appearance="shared", lora_rank=ANIMATEDIFF.config["rank"], lora_dropout=0.0)
+    networks = replace(Networks.load(config.model), unet=animatediff_unet(), scheduler=ANIMATEDIFF_SCHEDULER)
+    stage = MotionDirectorStage(networks, config)
+    for lora, name in (("spatial", "appearance"), ("temporal", "motion")):
+        own = adapter_parameters(stage.unet, name)
+        for layer, pair in ANIMATEDIFF.lora_state(lora, {key.partition(".lora_")[0] for key in own}).items():
+            own[f"{layer}.lora_A.weight"].data.copy_(pair.down)
+            own[f"{layer}.lora_B.weight"].data.copy_(pair.up)
+    return stage
+
+
+def losses_of(stage, **drawn):
+    x, config = ANIMATEDIFF.inputs(), ANIMATEDIFF.config
+    condition = ReferenceCondition(
+        x["text"], frame=config["spatial_frame"], anchor=torch.tensor([config["anchor"]]), **drawn
+    )
+    return stage.loss_terms(x["latents"], x["timestep"].view(1), x["noise"], condition)
+
+
+def gradients(stage, adapter):
+    """Norms of an adapter's gradients by the published names of its parts."""
+    norms = {}
+    for key, parameter in adapter_parameters(stage.unet, adapter).items():
+        layer, side = key.removesuffix(".weight").split(".lora_")
+        name = f"{ANIMATEDIFF.published_names[layer]}/{'down' if side == 'A' else 'up'}"
+        norms[name] = 0.0 if parameter.grad is None else parameter.grad.norm().item()
+    return norms
+
+
+def total(norms):
+    return sum(norm**2 for norm in norms.values()) ** 0.5
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_one_step_is_the_published_one(stage, checkpoints):
+    """Losses and gradients; each loss reaches its own path alone, also where blocks are computed again."""
+    record = ANIMATEDIFF.meta["step"]["md_rule"]
+    stage.unet.checkpoint_blocks = checkpoints
+    terms = losses_of(stage)
+    for term, name in (("spatial", "L_sp"), ("temporal", "L_org"), ("debiased", "L_ad")):
+        assert terms[term].item() == pytest.approx(record[name], rel=1e-5), name
+    terms["spatial"].backward()
+    spatial = gradients(stage, "appearance")
+    assert total(spatial) == pytest.approx(record["grad_norm_Lsp_on_spatial"], rel=1e-4)
+    for name, norm in record["grad_norms_Lsp_spatial_first24"].items():
+        assert spatial[name] == pytest.approx(norm, rel=1e-3), name
+    assert total(gradients(stage, "motion")) == record["grad_norm_Lsp_on_temporal"] == 0
+    (terms["temporal"] + terms["debiased"]).backward()
+    temporal = gradients(stage, "motion")
+    assert total(temporal) == pytest.approx(record["grad_norm_Ltemp_on_temporal"], rel=1e-4)
+    for name, norm in record["grad_norms_Ltemp_temporal_first24"].items():
+        assert temporal[name] == pytest.approx(norm, rel=1e-3), name
+    assert gradients(stage, "appearance") == spatial, "L_temp must not teach the appearance LoRA"
+
+
+def test_a_step_without_the_appearance_path(stage):
+    record = ANIMATEDIFF.meta["step"]["md_rule"]["spatial_dropped"]
+    terms = losses_of(stage, drops_appearance=True)
+    assert terms["spatial"].item() == 0
+    assert not terms["spatial"].requires_grad
+    assert terms["temporal"].item() == pytest.approx(record["L_org"], rel=1e-5)
+    assert (terms["temporal"] + terms["debiased"]).item() == pytest.approx(record["L_temp"], rel=1e-5)
+
+
+def test_a_clip_teaches_its_own_appearance_lora(configure, build):
+    """Chosen by the clip's key, whatever the order; those of other clips get no gradient and no momentum."""
+    stage, data = build(configure("motion_director", appearance_dropout=0.0))
+    stage.begin(data)
+    assert list(stage.appearance_of) == ["left", "right"]
+    for number, key in enumerate(("left", "right", "left")):
+        stage.zero_grad(set_to_none=True)
+        batch = data[number]
+        assert batch["key"] == [key]
+        x_0, condition = stage.encode(batch, [torch.Generator().manual_seed(number)])
+        sum(stage(x_0, torch.tensor([500]), torch.randn_like(x_0), condition).values()).backward()
+        for name in ("left", "right"):
+            parameters = adapter_parameters(stage.unet, f"appearance_{name}").values()
+            assert any(p.grad is not None for p in parameters) == (name == key)
+
+
+def test_what_is_drawn_for_a_step_depends_on_its_generator_alone(configure, build):
+    stage, data = build(configure("motion_director"))
+    stage.begin(data)
+    first, second, other = (stage.encode(data[0], [torch.Generator().manual_seed(s)]) for s in (1, 1, 2))
+    assert torch.equal(first[0], second[0])
+    assert (first[1].frame, first[1].dropout_seed) == (second[1].frame, second[1].dropout_seed)
+    assert not torch.equal(first[0], other[0])
+    conditions = [stage.encode(data[0], [torch.Generator().manual_seed(s)])[1] for s in range(200)]
+    assert {c.frame for c in conditions} == {int(c.anchor) for c in conditions} == set(range(4))
+    assert any(c.frame != int(c.anchor) for c in conditions), "anchor and frame are drawn apart"
+    assert sum(c.drops_appearance for c in conditions) == pytest.approx(40, abs=20)
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_a_run_that_goes_on_equals_one_that_was_never_stopped(configure, tmp_path, checkpoints):
+    """Dropout of the LoRAs included."""
+    small = {"gradient_checkpointing": checkpoints, "noise_prior": 0.5, "inversion_steps": 2}
+    runs = {name: configure("motion_director", output=str(tmp_path / name), **small) for name in ("once", "twice")}
+    run_stage(replace(runs["once"], max_steps=4))
+    run_stage(replace(runs["twice"], max_steps=2))
+    run_stage(replace(runs["twice"], max_steps=4))
+    for name in ("motion_lora", "appearance_lora/left", "appearance_lora/right"):
+        once, twice = (load_file(tmp_path / run / name / "pytorch_lora_weights.safetensors") for run in runs)
+        assert once.keys() == twice.keys()
+        assert all(torch.equal(value, twice[key]) for key, value in once.items())
+    prior = load_noise_prior(tmp_path / "twice")
+    assert {key: tuple(value.shape) for key, value in prior.items()} == dict.fromkeys(("left", "right"), (4, 4, 16, 16))
+
+
+def test_dropout_is_on_in_training_and_off_in_previews(configure, build):
+    stage, data = build(configure("motion_director", lora_dropout=0.5, appearance_dropout=0.0, max_steps=4))
+    train(stage, data, configure("motion_director", lora_dropout=0.5, appearance_dropout=0.0, max_steps=4))
+    batch = stage.encode(data[0], [torch.Generator().manual_seed(0)])
+    eps, t = torch.randn_like(batch[0]), torch.tensor([500])
+
+    def loss(seed):
+        return stage(batch[0], t, eps, replace(batch[1], dropout_seed=seed))["temporal"].item()
+
+    assert loss(1) == loss(1) != loss(2)
+    with stage.previewing(), torch.no_grad():
+        first, second = (stage.denoise(batch[0], t, batch[1]) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_frames": 7}, ["left.mp4", "6"]),
+        ({"data": ["nowhere.mp4"]}, ["nowhere.mp4"]),
+        ({"data": ["{image}"], "prompt": "a"}, ["image.png", "learns_motion=false"]),
+    ],
+)
+def test_clips_that_cannot_be_learned_from_are_refused_before_weights_are_read(configure, tmp_path, changes, words):
+    image = tmp_path / "image.png"
+    Image.new("RGB", (32, 32)).save(image)
+    if "data" in changes:
+        changes = changes | {"data": [str(image) if path == "{image}" else path for path in changes["data"]]}
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        check_inputs(configure("motion_director", **changes))
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": []}, "data must name"),
+        ({"batch_size": 2}, "gradient_accumulation_steps"),
+        ({"validation_every": 5}, "validation_every"),
+        ({"learns_motion": False, "noise_prior": 0.3}, "learns_motion"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"torch_compile": True}, "torch_compile"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(configure, changes, words):
+    with pytest.raises(ValueError, match=words):
+        configure("motion_director", **changes)
+
+
+def test_previews_need_no_clip(configure, tmp_path):
+    from imageconductor.sampling.preview import VideoPreview
+
+    config = configure("motion_director", preview_every=2, preview_steps=1, preview_prompts=["a", "b"])
+    run_stage(config, VideoPreview)
+    assert sorted(path.name for path in (tmp_path / "run" / "previews").iterdir()) == [
+        "step-00000002-0.mp4",
+        "step-00000002-1.mp4",
+        "step-00000002.png",
+    ]
