@@ -90,7 +90,7 @@ def to_published(network: nn.Module, adapters: Collection[str] = ()) -> dict[str
         layer, _, kind = name.rpartition(".")
         if adapters and layer in layers:
             name = f"{layer}.base_layer.{kind}"
-        state[_published_name(name)] = value
+        state[published_name(name)] = value
     names = {ours: published for published, ours in PUBLISHED_ADAPTERS.items()}
     for adapter in adapters:
         if adapter not in names:
@@ -98,13 +98,14 @@ def to_published(network: nn.Module, adapters: Collection[str] = ()) -> dict[str
         for key, value in adapter_parameters(network, adapter).items():
             layer, _, rest = key.partition(".lora_")
             side = rest.partition(".")[0]
-            state[f"{_published_name(layer + '.').removesuffix('.')}.lora_{side}.{names[adapter]}.weight"] = (
+            state[f"{published_name(layer + '.').removesuffix('.')}.lora_{side}.{names[adapter]}.weight"] = (
                 value.detach()
             )
     return state
 
 
-def _published_name(key: str) -> str:
+def published_name(key: str) -> str:
+    """Our key under the name that AnimateDiff and the release give it; the inverse of `rename_motion_modules`."""
     if match := re.match(r"(?P<module>.*\.motion_modules\.\d+)(?P<rest>\..*)", key):
         rest = match["rest"]
         for published, ours in _MOTION_NAMES[1:]:

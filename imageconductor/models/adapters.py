@@ -43,6 +43,8 @@ _PROJECTIONS = r"(?:to_q|to_k|to_v|to_out\.0)"
 _FEED_FORWARD = r"ff\.net\.(?:0\.proj|2)"
 _BLOCK = r"transformer_blocks\.\d+\."
 _NAMES: dict[TargetSet, re.Pattern[str]] = {
+    "all": re.compile(".+"),
+    "linear": re.compile(".+"),
     "spatial": re.compile(rf".+\.attentions\..*\.{_PROJECTIONS}"),
     "appearance": re.compile(rf".+\.attentions\.\d+\.{_BLOCK}(?:attn1\.{_PROJECTIONS}|{_FEED_FORWARD})"),
     # AnimateDiff's motion modules; the temporal transformers of diffusers' UNet3DConditionModel.
@@ -68,13 +70,17 @@ def lora_targets(network: nn.Module, target_set: TargetSet = "all") -> list[str]
     the `proj_in` and `proj_out` around transformer blocks, except the first two.
 
     `conv_in` is left out: a ControlNet's reads a zero sample, so a LoRA on it could neither act nor learn.
+
+    Raises:
+        ValueError: There is no such set.
     """
+    if target_set not in _NAMES:
+        raise ValueError(f"no set of LoRA targets is called {target_set!r}; there are {', '.join(_NAMES)}")
     kinds = (nn.Linear, nn.Conv2d) if target_set == "all" else nn.Linear
-    pattern = _NAMES.get(target_set)
     return [
         name
         for name, layer in plain_layers(network).items()
-        if name != "conv_in" and isinstance(layer, kinds) and (pattern is None or pattern.fullmatch(name))
+        if name != "conv_in" and isinstance(layer, kinds) and _NAMES[target_set].fullmatch(name)
     ]
 
 
@@ -250,6 +256,24 @@ def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]
         for mark in marks
         if mark in key
     }
+
+
+def adapter_pairs(network: nn.Module, name: str) -> dict[str, LoraPair]:
+    """One adapter's matrices, on the CPU, by the names of the layers, as `attach_adapter` takes them.
+
+    Raises:
+        ValueError: It is not attached.
+    """
+    name = _plain_name(name)
+    if name not in attached_adapters(network):
+        raise ValueError(f"the model has no {name} LoRA")
+    pairs = {}
+    for layer, module in network.named_modules():
+        if isinstance(module, BaseTunerLayer) and name in cast(Any, module).lora_A:
+            of_layer = cast(Any, module)
+            down, up = (side[name].weight.detach().cpu() for side in (of_layer.lora_A, of_layer.lora_B))
+            pairs[layer] = LoraPair(down, up, of_layer.lora_alpha[name])
+    return pairs
 
 
 def freeze_all_but_adapter(network: nn.Module, *names: str) -> None:

@@ -70,19 +70,45 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file is truncated, no checkpoint, a pickle that holds more than tensors, or has weights that are
-            nan or infinite.
+        ValueError: The file is truncated, no checkpoint, a pickle that holds more than tensors, has no names for them,
+            or has weights that are nan or infinite.
     """
-    path = Path(path)
+    content = _read(Path(path))
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: it is a {type(content).__name__} without names for its weights; "
+            "lists of MotionDirector's LoRAs are read by imageconductor.checkpoints.motion_director"
+        )
+    state = unwrap(content)
+    _refuse_non_finite(path, state)
+    return state
+
+
+def read_tensor_list(path: str | Path) -> list[Tensor]:
+    """Tensors of a pickled list, which is read without running code.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: As `read_checkpoint`, or it is no list of tensors.
+    """
+    content = _read(Path(path))
+    if not isinstance(content, list) or not all(isinstance(item, Tensor) for item in content):
+        raise ValueError(f"{path} is no list of tensors: it holds a {type(content).__name__}")
+    tensors = [tensor.detach() for tensor in content]
+    _refuse_non_finite(path, {f"tensor {number}": tensor for number, tensor in enumerate(tensors)})
+    return tensors
+
+
+def _read(path: Path) -> Any:
+    """The content of a file of weights; errors as `read_checkpoint`."""
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     check_weight_file(path)
     try:
         if path.suffix == ".safetensors":
-            state = unwrap(load_file(path))
-        else:
-            is_zip = zipfile.is_zipfile(path)  # Older files cannot be mapped into memory.
-            state = unwrap(torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip))
+            return load_file(path)
+        is_zip = zipfile.is_zipfile(path)  # Older files cannot be mapped into memory.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # Both readers raise many types for one fact: this is no readable checkpoint.
         foreign = re.search(r"(?:GLOBAL|Unsupported class|Unsupported global:?) ([\w.]+\.\w+)", str(error))
         if isinstance(error, UnpicklingError) and foreign:
@@ -93,9 +119,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             ) from error
         reason = re.sub(r"\x1b\[[0-9;]*m", "", (str(error).splitlines() or [type(error).__name__])[0])
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+
+
+def _refuse_non_finite(path: str | Path, state: Mapping[str, Tensor]) -> None:
     if (key := find_non_finite(state)) is not None:
         raise ValueError(f"{path} is damaged: {key} holds nan or infinite values")
-    return state
 
 
 def find_non_finite(state: Mapping[str, Tensor]) -> str | None:

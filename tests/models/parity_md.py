@@ -92,12 +92,12 @@ ANIMATEDIFF = Family("ad_", "unet")
 MODELSCOPE = Family("", "unet3d")
 
 
-def animatediff_unet() -> MotionUNet:
-    """AnimateDiff's UNet with the seeded weights, in eval mode."""
+def animatediff_unet(weights: dict[str, torch.Tensor] | None = None) -> MotionUNet:
+    """AnimateDiff's UNet with the seeded weights or those given under published names, in eval mode."""
     config = ANIMATEDIFF.config
     return load_published_network(
         "unet",
-        ANIMATEDIFF.weights(),
+        ANIMATEDIFF.weights() if weights is None else weights,
         block_out_channels=tuple(config["block_out_channels"]),
         layers_per_block=config["layers_per_block"],
         cross_attention_dim=config["cross_attention_dim"],
