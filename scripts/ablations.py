@@ -106,7 +106,7 @@ def build_stage_configs(config: AblationConfig, variant: Variant, seed: int) -> 
         given = [text.partition(".") for text in (*config.settings, *variant.settings)]
         overrides = [text for stage, _, text in given if stage == name]
         settings = load_config(Path(path), [*overrides, f"seed={seed}"])
-        if settings.stage not in _STAGES:
+        if settings.stage not in _STAGES or not isinstance(settings, TrainConfig):
             raise ValueError(f"stage {name!r}: {path} is for {settings.stage}, not for one of {', '.join(_STAGES)}")
         # The weights that a stage starts from are set once they are trained.
         settings = replace(set_weights(settings, dict.fromkeys(_STAGES)), model=config.model, output="")

@@ -72,6 +72,8 @@ def main() -> int:
     try:
         for path in config.stages:
             real = load_config(Path(path), config.settings)
+            if not isinstance(real, TrainConfig):
+                raise ValueError(f"{path}: stage {real.stage} is not trained on annotated clips, as these stages are")
             trials.append((real, shorten(real, config, Path(path).stem, made)))
             made[real.stage] = f"{trials[-1][1].output}/{real.stage}"
         results = [measure(real, trial) for real, trial in trials]

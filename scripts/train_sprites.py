@@ -304,6 +304,7 @@ def new_motion_controlnet(recipe: SpriteRecipe, networks: Networks) -> MotionCon
 def stage_config(path: str, recipe: SpriteRecipe, budget: float, runs: Path, model: Path) -> TrainConfig:
     """A stage's own YAML, with this recipe's folders, world and budget."""
     config, processes = load_config(Path(path)), PartialState().num_processes
+    assert isinstance(config, TrainConfig), f"{path} is for stage {config.stage}"
     gpu = recipe.gpu if has_gpu() else GpuSettings(batch_factor=1, num_workers=0)
     steps, clips = scale_steps(config.max_steps, budget), config.batch_size * gpu.batch_factor
     if clips % processes:

@@ -121,7 +121,7 @@ def check_loras(folder: Path, loras: Sequence[str], motion_loras: Sequence[str])
     """
     if not loras and not motion_loras:
         return
-    unet = TextToVideoUNet if is_text_to_video(folder) else MotionUNet
+    unet: Any = TextToVideoUNet if is_text_to_video(folder) else MotionUNet
     with torch.device("meta"):
         networks = SimpleNamespace(
             unet=unet.from_config(unet.load_config(folder / "unet")),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
-from diffusers import DDIMInverseScheduler
+from diffusers.schedulers.scheduling_ddim_inverse import DDIMInverseScheduler
+from einops import rearrange
 from torch import Tensor
 
 
@@ -27,7 +28,7 @@ def ddim_inversion(
     Raises:
         ValueError: The model predicts neither noise nor v.
     """
-    inverse: Any = DDIMInverseScheduler.from_config(scheduler.config)
+    inverse = cast(Any, DDIMInverseScheduler).from_config(scheduler.config)
     inverse.set_timesteps(num_steps, device=x_0.device)
     kind, stride = scheduler.config["prediction_type"], scheduler.config["num_train_timesteps"] // num_steps
     sample = x_0.float()
@@ -67,6 +68,6 @@ def mix_noise_prior(noise: Tensor, inverted: Tensor, fraction: float) -> Tensor:
         raise ValueError(f"the noise prior has {shapes[0]}, the video's latents have {shapes[1]}")
     if inverted.shape[3:] != noise.shape[3:]:
         frames = inverted.transpose(1, 2).flatten(0, 1)
-        resized = F.interpolate(frames, noise.shape[3:], mode="bilinear", align_corners=False)
-        inverted = resized.unflatten(0, (len(inverted), -1)).transpose(1, 2)
+        resized = F.interpolate(frames, list(noise.shape[3:]), mode="bilinear", align_corners=False)
+        inverted = rearrange(resized, "(b t) c h w -> b c t h w", b=len(inverted))
     return math.sqrt(fraction) * inverted.to(noise) + math.sqrt(1 - fraction) * noise
