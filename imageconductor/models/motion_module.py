@@ -137,18 +137,21 @@ def run_block(model: Any, block: nn.Module, **inputs: Any) -> Any:
     It is computed again as it is now: with the LoRAs that act, those that learn, and the motion modules in place.
     """
     if model.checkpoint_blocks and torch.is_grad_enabled():
-        contexts = noop_context_fn
-        if attached_adapters(block) and not torch.compiler.is_compiling():
-            again = _remember(block)
-            contexts = lambda: (nullcontext(), again())  # noqa: E731
+        again = None if torch.compiler.is_compiling() else _remember(block)
+        contexts = noop_context_fn if again is None else lambda: (nullcontext(), again())
         return checkpoint(block, use_reentrant=False, context_fn=contexts, **inputs)
     return block(**inputs)
 
 
-def _remember(block: nn.Module) -> Callable[[], Any]:
-    """A context that puts a block into the state in which it is now, and then back into that in which it was found."""
+def _remember(block: nn.Module) -> Callable[[], Any] | None:
+    """A context that puts a block into its present state, and then back into that in which it was found.
+
+    None for a block whose state never changes: without LoRAs, and with its temporal layers in place.
+    """
     names, flags = active_adapters(block), [(p, p.requires_grad) for p in block.parameters()]
     bypasses = any(getattr(module, "is_bypassed", False) for module in block.modules())
+    if not bypasses and not attached_adapters(block):
+        return None
 
     @contextmanager
     def again() -> Iterator[None]:

@@ -4,83 +4,115 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity_md import ANIMATEDIFF, animatediff_unet
+from diffusers import DDIMScheduler
+from parity_md import ANIMATEDIFF, MODELSCOPE, animatediff_unet, modelscope_unet
 from PIL import Image
 from safetensors.torch import load_file
-from test_parity_md import ANIMATEDIFF_SCHEDULER
+from test_parity_md import ANIMATEDIFF_SCHEDULER, MODELSCOPE_SCHEDULER
 
 from imageconductor.checkpoints.reference_run import load_noise_prior
 from imageconductor.models.adapters import adapter_parameters
+from imageconductor.models.motion_unet import TextToVideoUNet
 from imageconductor.models.networks import Networks
 from imageconductor.training.loop import train
 from imageconductor.training.run import check_inputs, run_stage
 from imageconductor.training.stages.motion_director import MotionDirectorStage, ReferenceCondition
 
 
+@pytest.fixture(params=[ANIMATEDIFF, MODELSCOPE], ids=["animatediff", "modelscope"])
+def family(request):
+    """The reference network: this project's base, or MotionDirector's own."""
+    return request.param
+
+
 @pytest.fixture
-def stage(configure):
-    """The stage on AnimateDiff's seeded UNet, with the seeded LoRAs and without dropout."""
-    config = configure("motion_director", appearance="shared", lora_rank=ANIMATEDIFF.config["rank"], lora_dropout=0.0)
-    networks = replace(Networks.load(config.model), unet=animatediff_unet(), scheduler=ANIMATEDIFF_SCHEDULER)
-    stage = MotionDirectorStage(networks, config)
+def stage(configure, family):
+    """The stage on the seeded UNet, with the seeded LoRAs and without dropout."""
+    config = configure("motion_director", appearance="shared", lora_rank=family.config["rank"], lora_dropout=0.0)
+    if family is ANIMATEDIFF:
+        own = {"unet": animatediff_unet(), "scheduler": ANIMATEDIFF_SCHEDULER}
+    else:
+        own = {"unet": modelscope_unet(TextToVideoUNet), "scheduler": MODELSCOPE_SCHEDULER}
+        own |= {"image_controlnet": None, "motion_controlnet": None}
+    stage = MotionDirectorStage(replace(Networks.load(config.model), **own), config)
     for lora, name in (("spatial", "appearance"), ("temporal", "motion")):
-        own = adapter_parameters(stage.unet, name)
-        for layer, pair in ANIMATEDIFF.lora_state(lora, {key.partition(".lora_")[0] for key in own}).items():
-            own[f"{layer}.lora_A.weight"].data.copy_(pair.down)
-            own[f"{layer}.lora_B.weight"].data.copy_(pair.up)
+        parameters = adapter_parameters(stage.unet, name)
+        for layer, pair in family.lora_state(lora, {key.partition(".lora_")[0] for key in parameters}).items():
+            parameters[f"{layer}.lora_A.weight"].data.copy_(pair.down)
+            parameters[f"{layer}.lora_B.weight"].data.copy_(pair.up)
     return stage
 
 
-def losses_of(stage, **drawn):
-    x, config = ANIMATEDIFF.inputs(), ANIMATEDIFF.config
-    condition = ReferenceCondition(
-        x["text"], frame=config["spatial_frame"], anchor=torch.tensor([config["anchor"]]), **drawn
-    )
+def step_of(family):
+    """The recorded step, and frame and anchor that were drawn for it."""
+    step = family.meta["step"]
+    drawn = {**family.config, **step}
+    return step.get("md_rule", step), drawn["spatial_frame"], drawn["anchor"]
+
+
+def losses_of(stage, family, **drawn):
+    x, (_, frame, anchor) = family.inputs(), step_of(family)
+    condition = ReferenceCondition(x["text"], frame=frame, anchor=torch.tensor([anchor]), **drawn)
     return stage.loss_terms(x["latents"], x["timestep"].view(1), x["noise"], condition)
 
 
-def gradients(stage, adapter):
+def gradients(stage, family, adapter):
     """Norms of an adapter's gradients by the published names of its parts."""
     norms = {}
     for key, parameter in adapter_parameters(stage.unet, adapter).items():
         layer, side = key.removesuffix(".weight").split(".lora_")
-        name = f"{ANIMATEDIFF.published_names[layer]}/{'down' if side == 'A' else 'up'}"
+        name = f"{family.published_names[layer]}/{'down' if side == 'A' else 'up'}"
         norms[name] = 0.0 if parameter.grad is None else parameter.grad.norm().item()
     return norms
+
+
+def recorded(record, beginning):
+    """Recorded norms of a loss's gradients, by the names of the parts."""
+    (found,) = [norms for key, norms in record.items() if key.startswith(beginning)]
+    return {name.removeprefix("spatial/").removeprefix("temporal/"): norm for name, norm in found.items()}
 
 
 def total(norms):
     return sum(norm**2 for norm in norms.values()) ** 0.5
 
 
-@pytest.mark.parametrize("checkpoints", [False, True])
-def test_one_step_is_the_published_one(stage, checkpoints):
+@pytest.mark.parametrize("checkpoints", [False, True], ids=["kept", "computed again"])
+def test_one_step_is_the_published_one(stage, family, checkpoints):
     """Losses and gradients; each loss reaches its own path alone, also where blocks are computed again."""
-    record = ANIMATEDIFF.meta["step"]["md_rule"]
+    record, _, _ = step_of(family)
     stage.unet.checkpoint_blocks = checkpoints
-    terms = losses_of(stage)
-    for term, name in (("spatial", "L_sp"), ("temporal", "L_org"), ("debiased", "L_ad")):
-        assert terms[term].item() == pytest.approx(record[name], rel=1e-5), name
+    terms = losses_of(stage, family)
+    assert terms["spatial"].item() == pytest.approx(record["L_sp"], rel=1e-5)
+    assert (terms["temporal"] + terms["debiased"]).item() == pytest.approx(record["L_temp"], rel=1e-5)
+    assert terms["temporal"].item() == pytest.approx(record.get("L_org", terms["temporal"].item()), rel=1e-5)
     terms["spatial"].backward()
-    spatial = gradients(stage, "appearance")
+    spatial = gradients(stage, family, "appearance")
     assert total(spatial) == pytest.approx(record["grad_norm_Lsp_on_spatial"], rel=1e-4)
-    for name, norm in record["grad_norms_Lsp_spatial_first24"].items():
+    for name, norm in recorded(record, "grad_norms_Lsp_spatial").items():
         assert spatial[name] == pytest.approx(norm, rel=1e-3), name
-    assert total(gradients(stage, "motion")) == record["grad_norm_Lsp_on_temporal"] == 0
+    assert total(gradients(stage, family, "motion")) == record["grad_norm_Lsp_on_temporal"] == 0
     (terms["temporal"] + terms["debiased"]).backward()
-    temporal = gradients(stage, "motion")
+    temporal = gradients(stage, family, "motion")
     assert total(temporal) == pytest.approx(record["grad_norm_Ltemp_on_temporal"], rel=1e-4)
-    for name, norm in record["grad_norms_Ltemp_temporal_first24"].items():
+    for name, norm in recorded(record, "grad_norms_Ltemp_temporal").items():
         assert temporal[name] == pytest.approx(norm, rel=1e-3), name
-    assert gradients(stage, "appearance") == spatial, "L_temp must not teach the appearance LoRA"
+    assert gradients(stage, family, "appearance") == spatial, "L_temp must not teach the appearance LoRA"
 
 
-def test_a_step_without_the_appearance_path(stage):
-    record = ANIMATEDIFF.meta["step"]["md_rule"]["spatial_dropped"]
-    terms = losses_of(stage, drops_appearance=True)
+def test_a_step_without_the_appearance_path(stage, family):
+    record = step_of(family)[0]["spatial_dropped"]
+    terms = losses_of(stage, family, drops_appearance=True)
     assert terms["spatial"].item() == 0
     assert not terms["spatial"].requires_grad
-    assert terms["temporal"].item() == pytest.approx(record["L_org"], rel=1e-5)
+    assert (terms["temporal"] + terms["debiased"]).item() == pytest.approx(record["L_temp"], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", [MODELSCOPE], ids=["modelscope"], indirect=True)
+def test_a_step_that_predicts_v(stage, family):
+    record = step_of(family)[0]["v_prediction"]
+    stage.scheduler = DDIMScheduler.from_config(MODELSCOPE_SCHEDULER.config, prediction_type="v_prediction")
+    terms = losses_of(stage, family)
+    assert terms["spatial"].item() == pytest.approx(record["L_sp"], rel=1e-5)
     assert (terms["temporal"] + terms["debiased"]).item() == pytest.approx(record["L_temp"], rel=1e-5)
 
 
