@@ -11,11 +11,12 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from imageconductor.command_line import describe
 from imageconductor.files import find_shipped
 from imageconductor.training.stage_configs import STAGE_CONFIGS, check_stage, load_config, stated_stage
-from imageconductor.training.train_config import TrainConfig
+from imageconductor.training.train_config import StageConfig
 
 
 def main(argv: Sequence[str] | None = None, stage: str | None = None, description: str = __doc__ or "") -> int:
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None, stage: str | None = None, descriptio
     if PartialState().is_main_process:
         if state.step < config.max_steps:
             print(f"stopped at step {state.step} of {config.max_steps}; the same command goes on", file=sys.stderr)
-        print(f"{config.output}/{config.stage}")
+        result = Path(config.output, config.stage)
+        print(result if result.exists() else config.output)  # a stage with several results has a folder for each
     return 0
 
 
@@ -67,7 +69,7 @@ def build_parser(description: str, stage: str | None, argv: Sequence[str]) -> ar
     name = stated_stage(known.config, known.overrides) or stage
     if name is None:
         lines = [f"  {name:<20} {(stage.__doc__ or '').splitlines()[0]}" for name, stage in STAGE_CONFIGS.items()]
-        epilog = "\n".join(["stages:", *lines, "", "Settings that all stages share:", describe(TrainConfig)])
+        epilog = "\n".join(["stages:", *lines, "", "Settings that all stages share:", describe(StageConfig)])
     else:
         epilog = f"stage {name}\n{describe(STAGE_CONFIGS[check_stage(name)])}"
     parser = argparse.ArgumentParser(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin  # noqa: F401  diffusers finds out how to load a class from its module's names
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 from diffusers.models.unets.unet_motion_model import UNetMotionModel, UNetMotionOutput
 from einops import rearrange
@@ -170,7 +171,7 @@ class MotionUNet(TwoHalves, UNetMotionModel):  # pyright: ignore[reportIncompati
     __init__.__signature__ = signature_with(UNetMotionModel.__init__, motion_norm_num_groups=None)  # type: ignore
 
 
-class TextToVideoUNet(TwoHalves, UNet3DConditionModel):  # pyright: ignore[reportIncompatibleMethodOverride]
+class TextToVideoUNet(TwoHalves, PeftAdapterMixin, UNet3DConditionModel):  # pyright: ignore[reportIncompatibleMethodOverride]
     """The UNet of ModelScope's and ZeroScope's text-to-video models, MotionDirector's own base.
 
     Args:

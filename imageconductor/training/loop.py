@@ -159,7 +159,8 @@ def _place(stage: Stage, config: LoopConfig, device: torch.device) -> None:
         if device.type == "cpu":
             for network in filter(None, (stage.unet, stage.image_controlnet, stage.motion_controlnet)):
                 network.set_attn_processor(Float32Attention())
-    cast(Any, stage).to(device, memory_format=torch.channels_last)
+    has_3d = any(parameter.ndim == 5 for parameter in stage.parameters())  # which this layout is not for
+    cast(Any, stage).to(device, **({} if has_3d else {"memory_format": torch.channels_last}))
     for network in filter(None, (stage.unet, stage.motion_controlnet)):
         network.checkpoint_blocks = config.gradient_checkpointing
     if config.torch_compile:

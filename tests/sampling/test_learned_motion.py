@@ -4,11 +4,14 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_networks
+from diffusers import DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from imageconductor.commands import sample, train
 from imageconductor.sampling.job_files import load_job
+from imageconductor.sampling.pipeline import ImageConductorPipeline
 
 PROMPT = "A red circle, moving."
 
@@ -29,6 +32,26 @@ def runs(tiny_model, tmp_path_factory):
     assert train.main([*common, *prior, f"data=[{folder}/clip.mp4]", f"output={folder}/motion"]) == 0
     look = ["learns_motion=false", "appearance=per_clip", f"data=[{folder}/images]", f"output={folder}/look"]
     assert train.main([*common, *look]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def modelscope(tmp_path_factory):
+    """Folder of a tiny text-to-video model, as diffusers writes it."""
+    networks, folder = tiny_networks(), tmp_path_factory.mktemp("modelscope") / "tiny"
+    unet = UNet3DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=16,
+        attention_head_dim=8,
+    )
+    TextToVideoSDPipeline(
+        networks.vae, networks.text_encoder, networks.tokenizer, unet, DDIMScheduler(clip_sample=False)
+    ).save_pretrained(folder)
     return folder
 
 
@@ -73,6 +96,41 @@ def test_a_learned_motion_on_a_first_frame_along_a_drawn_path(tiny_model, runs, 
     assert make(tiny_model, tmp_path / "without", *options[:4]) == 0
     first, second = (iio.imread(tmp_path / name / "video-0.mp4") for name in ("out", "without"))
     assert not np.array_equal(first, second)
+
+
+def test_a_text_to_video_model_of_diffusers_learns_and_plays_a_motion(modelscope, runs, tmp_path):
+    settings = ["stage=motion_director", f"model={modelscope}", "size=[32,32]", "max_steps=3", "lora_rank=2"]
+    settings += ["learning_rate=0.1", "num_frames=4", "prompt=a red circle", "noise_prior=0.5", "inversion_steps=2"]
+    settings += ["gradient_checkpointing=true", f"data=[{runs}/clip.mp4]", f"output={tmp_path}/run"]
+    assert train.main(settings) == 0
+    common = ["--prompt", PROMPT, "--num-frames", 4, "--guidance-scale", 2]
+    for name, some in {
+        "base": [],
+        "motion": ["--motion-lora", tmp_path / "run"],
+        "all": ["--motion-lora", tmp_path / "run", "--appearance-lora", tmp_path / "run", "--noise-prior",
+                tmp_path / "run"],
+    }.items():  # fmt: skip
+        assert make(modelscope, tmp_path / name, *common, *some) == 0
+    assert len({video(tmp_path / name) for name in ("base", "motion", "all")}) == 3
+    assert iio.imread(next((tmp_path / "all").glob("*.mp4"))).shape[0] == 4
+
+
+def test_an_untouched_text_to_video_model_samples_as_diffusers_does(modelscope):
+    arguments = {"num_frames": 4, "height": 32, "width": 32, "num_inference_steps": 3, "guidance_scale": 3.0}
+    ours = ImageConductorPipeline.from_pretrained(modelscope)
+    theirs = TextToVideoSDPipeline.from_pretrained(modelscope)
+    latents = torch.randn(1, 4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = theirs("a red circle", latents=latents.clone(), output_type="latent", **arguments).frames
+    found = ours(prompt="a red circle", latents=latents, output_type="latent", **arguments).frames
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_a_text_to_video_model_takes_no_image(modelscope, tmp_path, capsys):
+    Image.new("RGB", (32, 32)).save(tmp_path / "first.png")
+    assert make(modelscope, tmp_path / "out", "--image", tmp_path / "first.png") == 2
+    assert "ControlNets" in capsys.readouterr().err
+    assert train.main(["stage=style_lora", f"model={modelscope}", f"output={tmp_path}/run"]) == 2
+    assert "ControlNets" in capsys.readouterr().err
 
 
 def test_repeat_draws_fresh_seeds_and_records_them(tiny_model, runs, tmp_path):
