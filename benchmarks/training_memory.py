@@ -10,6 +10,7 @@ follow from the parameters. Not counted: the allocator's reserve, workspaces, an
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from imageconductor.models.adapters import activate, add_adapter, freeze_all_but_adapter
+from imageconductor.models.adapters import (
+    activate,
+    active,
+    adapter_parameters,
+    add_adapter,
+    freeze_all_but_adapter,
+    frozen,
+    lora_targets,
+)
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
 from imageconductor.models.denoiser import Condition, Denoiser
+from imageconductor.models.motion_module import LAYERS, motion_modules_bypassed
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
 
 HALF = {F.linear, F.conv2d, torch.conv2d, torch.matmul, torch.baddbmm, torch.bmm}
@@ -65,27 +75,36 @@ class FlashAttention(torch.autograd.Function):
         raise NotImplementedError
 
 
-def kept_bytes(denoiser: Denoiser, batch_size: int) -> tuple[int, int]:
-    """Bytes that one forward pass keeps for the backward pass, parameters apart: in all, and most in one block."""
-    unet, motion = denoiser.unet, denoiser.motion_controlnet
-    blocks: list[Any] = [*unet.up_blocks, *motion.down_blocks, motion.mid_block]
-    inside, by_block = [-1], [0] * (len(blocks) + 1)
+def kept_bytes(forward: Callable[[], Any], blocks: list[Any], own_parameters: list[Any]) -> tuple[int, int]:
+    """Bytes that one forward pass keeps for the backward pass, parameters apart: in all, and most in one layer."""
+    layers = [layer for block in blocks for name in LAYERS for layer in getattr(block, name, None) or ()]
+    inside, by_layer = [-1], [0] * (len(layers) + 1)
     hooks = []
-    for number, block in enumerate(blocks):
-        hooks.append(block.register_forward_pre_hook(lambda *_, number=number: inside.append(number)))
-        hooks.append(block.register_forward_hook(lambda *_: (inside.pop(), None)[1]))
-    own = {parameter.untyped_storage()._cdata for parameter in parameters(denoiser)}
+    for number, layer in enumerate(layers):
+        hooks.append(layer.register_forward_pre_hook(lambda *_, number=number: inside.append(number)))
+        hooks.append(layer.register_forward_hook(lambda *_: (inside.pop(), None)[1]))
+    own = {parameter.untyped_storage()._cdata for parameter in own_parameters}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own and storage._cdata not in kept:
             kept[storage._cdata] = storage.nbytes()
-            by_block[inside[-1]] += storage.nbytes()
+            by_layer[inside[-1]] += storage.nbytes()
             alive.append(storage)
         return tensor
 
     alive: list[Any] = []  # a storage that were freed could lend its address to the next
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), CudaAutocast():
+        forward()
+    for hook in hooks:
+        hook.remove()
+    return sum(kept.values()), max(by_layer[:-1])
+
+
+def image_conductor_step(denoiser: Denoiser, batch_size: int) -> tuple[int, int]:
+    """`kept_bytes` of a step of stages 1 to 3 at 384x256, 16 frames."""
+    unet, motion = denoiser.unet, denoiser.motion_controlnet
     x_t = torch.empty(batch_size, 4, 16, 32, 48, device="meta")
     condition = Condition(
         torch.empty(batch_size, 77, 768, device="meta"),
@@ -94,11 +113,35 @@ def kept_bytes(denoiser: Denoiser, batch_size: int) -> tuple[int, int]:
         torch.empty(batch_size, 2, 16, 256, 384, device="meta"),
     )
     timesteps = torch.empty(batch_size, dtype=torch.int64, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), CudaAutocast():
-        denoiser(x_t, timesteps, condition)
-    for hook in hooks:
-        hook.remove()
-    return sum(kept.values()), max(by_block[:-1])
+    blocks = [*unet.up_blocks, *motion.down_blocks]
+    return kept_bytes(lambda: denoiser(x_t, timesteps, condition), blocks, parameters(denoiser))
+
+
+def motion_director_step(unet: MotionUNet, size: tuple[int, int], num_frames: int) -> tuple[int, int]:
+    """`kept_bytes` of a step of MotionDirector, whose two passes are kept together."""
+    x_t = torch.empty(1, 4, num_frames, size[1] // 8, size[0] // 8, device="meta")
+    text, timesteps = torch.empty(1, 77, 768, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
+
+    def forward() -> None:
+        with active(unet, "appearance"), motion_modules_bypassed(unet):
+            unet(x_t[:, :, :1], timesteps, text)
+        with active(unet, "appearance", "motion"), frozen(unet, "appearance"):
+            unet(x_t, timesteps, text)
+
+    return kept_bytes(forward, [*unet.down_blocks, unet.mid_block, *unet.up_blocks], list(unet.parameters()))
+
+
+def motion_director_unet(rank: int) -> MotionUNet:
+    """AnimateDiff's UNet in float16 with MotionDirector's two LoRAs in float32."""
+    with torch.device("meta"):
+        unet = MotionUNet(**SD15_ANIMATEDIFF_V3).half()
+        for name in ("appearance", "motion"):
+            add_adapter(unet, name, rank=rank, targets=lora_targets(unet, name), dropout=0.1)
+        for name in ("appearance", "motion"):
+            for parameter in adapter_parameters(unet, name).values():
+                parameter.data = parameter.data.float()
+    freeze_all_but_adapter(unet, "appearance", "motion")
+    return unet
 
 
 def full_size(adapter: str | None, rank: int) -> Denoiser:
@@ -135,7 +178,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8], help="clips per GPU and micro-step")
     parser.add_argument("--rank", type=int, default=64, help="of the LoRA")
     args = parser.parse_args()
-    gib = 2**30
     print("| stage | learns | batch | checkpointing | weights | gradients + Adam | activations | sum, GiB |")
     print("|---|---|---|---|---|---|---|---|")
     for name, adapter in (("1 motion ControlNet", None), ("2, 3 LoRA", "camera")):
@@ -147,13 +189,30 @@ def main() -> None:
             for checkpointed in (False, True):
                 denoiser.unet.checkpoint_blocks = checkpointed
                 denoiser.motion_controlnet.checkpoint_blocks = checkpointed
-                kept, block = kept_bytes(denoiser, batch_size)
-                kept += largest  # The backward pass holds one block at a time whole.
+                kept, block = image_conductor_step(denoiser, batch_size)
+                # The backward pass holds one layer at a time whole.
+                print_row(name, str(batch_size), checkpointed, learns, weights, kept + largest)
                 largest = block
-                parts = [weights / gib, 12 * learns / gib, kept / gib]
-                columns = [f"{part:.1f}" for part in (*parts, sum(parts))]
-                used = "yes" if checkpointed else "no"
-                print(f"| {name} | {learns / 1e6:.1f} M | {batch_size} | {used} | {' | '.join(columns)} |")
+    unet = motion_director_unet(32)
+    learns = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    weights = sum(p.nbytes for p in unet.parameters()) + 2 * FROZEN_ELSEWHERE
+    for size, num_frames in (((384, 384), 16), ((576, 320), 24)):
+        largest = 0
+        for checkpointed in (False, True):
+            unet.checkpoint_blocks = checkpointed
+            kept, block = motion_director_step(unet, size, num_frames)
+            name = f"MotionDirector {size[0]}x{size[1]}x{num_frames}"
+            print_row(name, "1", checkpointed, learns, weights, kept + largest)
+            largest = block
+
+
+def print_row(name: str, batch: str, checkpointed: bool, learns: int, weights: float, kept: int) -> None:
+    """Prints a row of the table; sizes in bytes, `learns` in parameters."""
+    gib = 2**30
+    parts = [weights / gib, 12 * learns / gib, kept / gib]
+    columns = [f"{part:.1f}" for part in (*parts, sum(parts))]
+    used = "yes" if checkpointed else "no"
+    print(f"| {name} | {learns / 1e6:.1f} M | {batch} | {used} | {' | '.join(columns)} |")
 
 
 if __name__ == "__main__":

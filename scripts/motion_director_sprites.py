@@ -56,8 +56,10 @@ class MiniatureConfig:
     clips: list[int] = field(default_factory=lambda: [1, 4])  # reference clips that a motion is learned from
     seeds: list[int] = field(default_factory=lambda: [0, 1])  # of training and videos
     prompts: int = 12  # videos of each motion and seed
+    # Videos begin with a picture of the prompt's sprite, and the motion is learned with clips' first frames shown.
+    first_frame: bool = True
     steps: int = 8  # denoising steps
-    guidance_scale: float = 5.0  # lambda_cfg
+    guidance_scale: float = 2.0  # lambda_cfg
     motion_scale: float = 1.0  # of the motion LoRA
     output: str = "runs/motion_director_sprites"  # folder of everything
 
@@ -112,7 +114,8 @@ def _list_cells(config: MiniatureConfig) -> Iterator[tuple[str, int, str, int]]:
 def _load_settings(config: MiniatureConfig) -> MotionDirectorConfig:
     from imageconductor.training.stage_configs import load_config
 
-    settings = load_config(Path(config.train), [*config.settings, f"model={config.model}"])
+    own = [f"model={config.model}", f"first_frame={config.first_frame}"]
+    settings = load_config(Path(config.train), [*config.settings, *own])
     if not isinstance(settings, MotionDirectorConfig):
         raise ValueError(f"train={config.train} is for stage {settings.stage}, not motion_director")
     return settings
@@ -163,6 +166,20 @@ def prompt_scenes(count: int, motion: str | None = None) -> list[Any]:
     ]
 
 
+def write_first_frames(config: MiniatureConfig, motion: str) -> list[str]:
+    """Pictures of the prompts' scenes as the motion begins."""
+    from PIL import Image
+
+    from imageconductor.data.scenes import render
+
+    folder = Path(config.output) / "first_frames" / motion
+    if not folder.is_dir():
+        with atomic_folder(folder) as new:
+            for number, scene in enumerate(prompt_scenes(config.prompts, motion)):
+                Image.fromarray(render([scene], [0])[0, :, 0].permute(1, 2, 0).numpy()).save(new / f"{number:02d}.png")
+    return [str(path) for path in sorted(folder.glob("*.png"))]
+
+
 def train_method(
     config: MiniatureConfig,
     settings: MotionDirectorConfig,
@@ -190,11 +207,13 @@ def make_videos(
     """Measurements of the method's videos, one for each prompt; the videos are kept, and made once."""
     from imageconductor.sampling.job import SampleJob, load_pipeline, prepare, render
 
-    name = f"{method.replace(' ', '_')}-{seed}" if run is None else run.name
+    name = f"{motion}-{method.replace(' ', '_')}-{seed}" if run is None else run.name
     folder = Path(config.output) / "videos" / name
     if not folder.is_dir():
+        images = write_first_frames(config, motion) if config.first_frame else [None] * config.prompts
         jobs = [
             SampleJob(
+                image=image,
                 prompt=scene.caption,
                 model=config.model,
                 motion_lora=[] if run is None else [f"{run}:{config.motion_scale:g}"],
@@ -203,7 +222,7 @@ def make_videos(
                 guidance_scale=config.guidance_scale,
                 seed=[1000 * seed + number],
             )
-            for number, scene in enumerate(prompt_scenes(config.prompts))
+            for number, (scene, image) in enumerate(zip(prompt_scenes(config.prompts), images, strict=True))
         ]
         inputs = [prepare(job) for job in jobs]
         pipe = load_pipeline(inputs[0].job)
@@ -312,7 +331,7 @@ def write_results(config: MiniatureConfig, cells: dict[tuple[str, int, str, int]
         scene = _scene(*_CLIPS[0][:2], lambda found: set(found) == set(_CLIPS[0][2]), motion, 0)
         shown.append((f"{motion}: reference clip", render([scene])[0].permute(1, 2, 3, 0).numpy()))
         for method in config.methods:
-            run = method if METHODS[method] is None else f"{motion}-{config.clips[0]}-{method}"
+            run = f"{motion}-{method}" if METHODS[method] is None else f"{motion}-{config.clips[0]}-{method}"
             name = f"{run.replace(' ', '_')}-{config.seeds[0]}"
             videos = np.load(output / "videos" / name / "videos.npz")["videos"]
             shown += [(f"{method}: {prompt_scenes(n + 1)[n].caption}", videos[n]) for n in (0, 5) if n < len(videos)]

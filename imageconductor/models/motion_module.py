@@ -1,5 +1,6 @@
 """The temporal transformer of AnimateDiff, normalised the way AnimateDiff and the published weights do."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -131,32 +132,60 @@ def motion_modules_bypassed(network: nn.Module, bypasses: bool = True) -> Iterat
             module.is_bypassed = value
 
 
-def run_block(model: Any, block: nn.Module, **inputs: Any) -> Any:
-    """Output of one block of `model`, computed again in the backward pass where `model.checkpoint_blocks` says so.
+LAYERS = (  # lists of layers in diffusers' blocks
+    "resnets",
+    "attentions",
+    "motion_modules",
+    "temp_convs",
+    "temp_attentions",
+    "downsamplers",
+    "upsamplers",
+)
 
-    It is computed again as it is now: with the LoRAs that act, those that learn, and the motion modules in place.
+
+def run_block(model: Any, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Output of one block of `model`, each of whose layers is run as by `run_layer`."""
+    if not (model.checkpoint_blocks and torch.is_grad_enabled()):
+        return block(*args, **kwargs)
+    if torch.compiler.is_compiling():
+        return checkpoint(block, *args, use_reentrant=False, **kwargs)
+    layers = [layer for name in LAYERS for layer in getattr(block, name, None) or ()]
+    for layer in layers:
+        layer.forward = functools.partial(run_layer, model, layer, layer.forward)
+    try:
+        return block(*args, **kwargs)
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def run_layer(model: Any, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Output of one layer's `forward`, computed again in the backward pass where `model.checkpoint_blocks` says so.
+
+    It is computed again as it is now: with the LoRAs that act, those that learn, and the temporal layers in place. Only
+    the inputs of layers are kept then, a fifth of what is kept where whole blocks are computed again.
     """
-    if model.checkpoint_blocks and torch.is_grad_enabled():
-        again = None if torch.compiler.is_compiling() else _remember(block)
-        contexts = noop_context_fn if again is None else lambda: (nullcontext(), again())
-        return checkpoint(block, use_reentrant=False, context_fn=contexts, **inputs)
-    return block(**inputs)
+    if not (model.checkpoint_blocks and torch.is_grad_enabled()):
+        return forward(*args, **kwargs)
+    again = None if torch.compiler.is_compiling() else _remember(layer)
+    contexts = noop_context_fn if again is None else lambda: (nullcontext(), again())
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
-def _remember(block: nn.Module) -> Callable[[], Any] | None:
-    """A context that puts a block into its present state, and then back into that in which it was found.
+def _remember(layer: nn.Module) -> Callable[[], Any] | None:
+    """A context that puts a layer into its present state, and then back into that in which it was found.
 
-    None for a block whose state never changes: without LoRAs, and with its temporal layers in place.
+    None for a layer whose state never changes: without LoRAs, and with its temporal layers in place.
     """
-    names, flags = active_adapters(block), [(p, p.requires_grad) for p in block.parameters()]
-    bypasses = any(getattr(module, "is_bypassed", False) for module in block.modules())
-    if not bypasses and not attached_adapters(block):
+    names, flags = active_adapters(layer), [(p, p.requires_grad) for p in layer.parameters()]
+    bypasses = any(getattr(module, "is_bypassed", False) for module in layer.modules())
+    if not bypasses and not attached_adapters(layer):
         return None
 
     @contextmanager
     def again() -> Iterator[None]:
         found = [(p, p.requires_grad) for p, _ in flags]
-        with active(block, *names), motion_modules_bypassed(block, bypasses):
+        with active(layer, *names), motion_modules_bypassed(layer, bypasses):
             _set_requires_grad(flags)
             try:
                 yield

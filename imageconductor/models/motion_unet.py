@@ -21,6 +21,7 @@ from imageconductor.models.motion_module import (
     adopt_temporal_layers_,
     run_block,
     run_down_path,
+    run_layer,
     signature_with,
 )
 
@@ -89,12 +90,13 @@ class TwoHalves:
 
         hidden = self.conv_in(rearrange(sample, "b c t h w -> (b t) c h w"))
         if hasattr(self, "transformer_in"):
-            hidden = self.transformer_in(hidden, num_frames=num_frames, return_dict=False)[0]
+            enter = self.transformer_in
+            hidden = run_layer(self, enter, enter.forward, hidden, num_frames=num_frames, return_dict=False)[0]
         hidden, skips = run_down_path(self, hidden, emb, text, num_frames)
         if any(hasattr(self.mid_block, name) for name in ("motion_modules", "temp_attentions")):
-            hidden = self.mid_block(hidden, emb, encoder_hidden_states=text, num_frames=num_frames)
+            hidden = run_block(self, self.mid_block, hidden, emb, encoder_hidden_states=text, num_frames=num_frames)
         else:
-            hidden = self.mid_block(hidden, emb, encoder_hidden_states=text)
+            hidden = run_block(self, self.mid_block, hidden, emb, encoder_hidden_states=text)
         return UNetFeatures(skips, hidden, emb, text, num_frames)
 
     def decode(self, features: UNetFeatures, residuals: Residuals | None = None) -> Tensor:

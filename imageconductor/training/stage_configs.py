@@ -105,6 +105,8 @@ class MotionDirectorConfig(StageConfig):
     lora_rank: int = 32  # = alpha
     lora_dropout: float = 0.1  # probability that an input of a LoRA is dropped
     learns_motion: bool = True  # false: appearance alone, of images or of single frames
+    # The image ControlNet shows the motion path a clip's first frame, for a model and a motion that animate an image.
+    first_frame: bool = False
     appearance: Literal["per_clip", "shared"] = "per_clip"  # a LoRA for each clip's appearance, or one for all
     appearance_dropout: float = 0.2  # probability that a step leaves the appearance LoRA out
     debiasing_beta: float | None = 1.0  # beta of L_ad; null leaves L_ad out

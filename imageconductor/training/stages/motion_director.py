@@ -22,8 +22,9 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from imageconductor.checkpoints.model_folder import check_shape
+from imageconductor.checkpoints.model_folder import check_controlnets, check_shape
 from imageconductor.checkpoints.reference_run import has_noise_prior, save_noise_prior
+from imageconductor.conditioning.first_frame import keyframe_condition
 from imageconductor.data.batches import Samples
 from imageconductor.data.reference_clips import ReferenceClips
 from imageconductor.data.reference_files import ReferenceClip, find_reference_clips
@@ -42,7 +43,7 @@ from imageconductor.models.adapters import (
 )
 from imageconductor.models.denoiser import Condition
 from imageconductor.models.motion_module import motion_modules_bypassed
-from imageconductor.models.networks import Networks
+from imageconductor.models.networks import Networks, cast_frozen
 from imageconductor.training.stage_configs import MotionDirectorConfig
 from imageconductor.training.stages.base import ParameterGroup, Stage
 
@@ -104,6 +105,8 @@ class MotionDirectorStage(Stage):
             ValueError: A clip is too short or damaged, or is an image where a motion is to be learned.
         """
         clips = _find_clips(config)
+        if config.first_frame:
+            check_controlnets(config.model, "first_frame=true")
         image = next((clip for clip in clips if clip.is_image), None)
         if image is not None and config.learns_motion:
             raise ValueError(
@@ -128,6 +131,8 @@ class MotionDirectorStage(Stage):
     @torch.no_grad()
     def begin(self, data: Any) -> None:
         """Encodes the clips, and inverts them where the run is to store a noise prior."""
+        if self.config.mixed_precision != "no":
+            cast_frozen(self.unet, {"bf16": torch.bfloat16, "fp16": torch.float16}[self.config.mixed_precision])
         samples: ReferenceClips = data.samples
         samples.encode(self._encode_frames)
         run = Path(self.config.output)
@@ -150,8 +155,10 @@ class MotionDirectorStage(Stage):
 
         num_frames = mean.shape[2]
         text = self.encode_text(batch, [happens(self.text_dropout)])
+        shown = keyframe_condition(mean[:, :, :1], (0,), num_frames) if self.config.first_frame else (None, None)
         return x_0, ReferenceCondition(
             text,
+            *shown,
             appearance=self.appearance_of[key],
             frame=draw(num_frames),
             anchor=torch.tensor([draw(num_frames)], device=x_0.device),
@@ -177,9 +184,9 @@ class MotionDirectorStage(Stage):
     def _spatial_loss(self, x_t: Tensor, target: Tensor, t: Tensor, condition: ReferenceCondition) -> Tensor:
         if condition.drops_appearance:
             return x_t.new_zeros(())
-        frame = slice(condition.frame, condition.frame + 1)
+        frame, alone = slice(condition.frame, condition.frame + 1), Condition(condition.text)
         with active(self.unet, condition.appearance), motion_modules_bypassed(self.unet):
-            return denoising_loss(self.denoise(x_t[:, :, frame], t, condition), target[:, :, frame])  # L_sp
+            return denoising_loss(self.denoise(x_t[:, :, frame], t, alone), target[:, :, frame])  # L_sp
 
     def _temporal_losses(
         self, x_t: Tensor, target: Tensor, t: Tensor, condition: ReferenceCondition
