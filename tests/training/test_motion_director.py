@@ -1,5 +1,8 @@
 """MotionDirector's stage: its step against stored outputs, what each loss teaches, its files and its refusals."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,9 +14,11 @@ from safetensors.torch import load_file
 from test_parity_md import ANIMATEDIFF_SCHEDULER, MODELSCOPE_SCHEDULER
 
 from imageconductor.checkpoints.reference_run import load_noise_prior
+from imageconductor.commands import train as train_command
 from imageconductor.models.adapters import adapter_parameters
 from imageconductor.models.motion_unet import TextToVideoUNet
 from imageconductor.models.networks import Networks
+from imageconductor.training.engines import refuse_parts
 from imageconductor.training.loop import train
 from imageconductor.training.run import check_inputs, run_stage
 from imageconductor.training.stages.motion_director import MotionDirectorStage, ReferenceCondition
@@ -221,3 +226,27 @@ def test_previews_need_no_clip(configure, tmp_path):
         "step-00000002-1.mp4",
         "step-00000002.png",
     ]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_that_accumulates(tiny_model, reference_clips, tmp_path):
+    """Clips of a step lie on different processes then, and so do the appearance LoRAs that get a gradient."""
+    common = ["stage=motion_director", f"model={tiny_model}", f"data=[{reference_clips}]", "size=[32,32]"]
+    common += ["num_frames=4", "fps=null", "lora_rank=2", "lora_dropout=0", "max_steps=3", "learning_rate=0.01"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    two = [*launcher, *common, f"output={tmp_path}/two"]
+    subprocess.run(two, env=environment, check=True, capture_output=True, timeout=300)
+    one = [*common, "gradient_accumulation_steps=2", f"output={tmp_path}/one"]
+    assert train_command.main(one) == 0
+    for name in ("motion_lora", "appearance_lora/left", "appearance_lora/right"):
+        first, second = (
+            load_file(tmp_path / run / name / "pytorch_lora_weights.safetensors") for run in ("one", "two")
+        )
+        assert all(torch.allclose(value, second[key], atol=1e-5) for key, value in first.items()), name
+
+
+def test_sharding_is_refused(configure, build):
+    stage, _ = build(configure("motion_director"))
+    with pytest.raises(ValueError, match="fits on one GPU"):
+        refuse_parts("FSDP", stage)
