@@ -119,14 +119,13 @@ class MotionDirectorConfig(StageConfig):
     noise_prior: float = 0.0
     inversion_steps: int = 50  # DDIM steps of the inversion
     preview_prompts: list[str] = field(default_factory=list)  # none = the captions of the clips
-    # As published: one clip a step, no gradient clipping.
-    batch_size: int = 1
-    learning_rate: float = 5e-4
-    lr_schedule: str = "constant"
-    max_grad_norm: float | None = None
-    text_dropout: float = 0.0
-    preview_steps: int = 30
-    preview_guidance_scale: float = 12.0
+    batch_size: int = 1  # clip a micro-step, as each has its own LoRA and size
+    learning_rate: float = 5e-4  # published
+    lr_schedule: str = "constant"  # published; diffusers' names: constant, linear, cosine, ...
+    max_grad_norm: float | None = None  # longer gradients are scaled down to this norm; null = none are, as published
+    text_dropout: float = 0.0  # probability that a clip's text is dropped
+    preview_steps: int = 30  # denoising steps of preview videos, published
+    preview_guidance_scale: float = 12.0  # lambda_cfg of preview videos, published
 
     FREE_TO_CHANGE = StageConfig.FREE_TO_CHANGE | {"preview_prompts", "noise_prior"}
     FIXED = StageConfig.FIXED | {"lora_rank", "learns_motion", "appearance"}
