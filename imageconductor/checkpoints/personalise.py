@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from imageconductor.checkpoints.domain_adapter import DomainAdapter
+from imageconductor.checkpoints.motion_director import read_published_list
 from imageconductor.checkpoints.published import rename_motion_modules
 from imageconductor.models.adapters import plain_layers
 from imageconductor.models.lora_files import LoraPair, fit_pair, pair_up, peft_settings, read_lora
@@ -102,15 +103,24 @@ def load_motion_lora(pipe: Any, path: str | Path, name: str) -> None:
 
 def read_style_lora(pipe: Any, path: str | Path) -> _Fitted:
     """The pairs of `load_style_lora`, checked against the model and not attached."""
+    if _is_published_list(pipe, path):
+        return {"unet": read_published_list(path, pipe.unet, "appearance")}
     return _fit(pipe, read_lora(path), str(path))
 
 
 def read_motion_lora(pipe: Any, path: str | Path) -> _Fitted:
     """The pairs of `load_motion_lora`, checked against the model and not attached."""
+    if _is_published_list(pipe, path):
+        return {"unet": read_published_list(path, pipe.unet, "motion")}
     pairs = read_lora(path)
     if not any(_MOTION.search(name) for name in pairs):
         raise ValueError(f"{path} is no motion LoRA: none of its {len(pairs)} layers is of a motion module")
     return _fit(pipe, pairs, str(path))
+
+
+def _is_published_list(pipe: Any, path: str | Path) -> bool:
+    """Whether a LoRA is one of MotionDirector's own files, a list for a text-to-video UNet."""
+    return Path(path).suffix == ".pt" and isinstance(pipe.unet, TextToVideoUNet)
 
 
 def check_loras(folder: Path, loras: Sequence[str], motion_loras: Sequence[str]) -> None:

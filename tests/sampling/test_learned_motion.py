@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from imageconductor.commands import sample, train
+from imageconductor.models.adapters import lora_targets, plain_layers
 from imageconductor.sampling.job_files import load_job
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 
@@ -113,6 +114,24 @@ def test_a_text_to_video_model_of_diffusers_learns_and_plays_a_motion(modelscope
         assert make(modelscope, tmp_path / name, *common, *some) == 0
     assert len({video(tmp_path / name) for name in ("base", "motion", "all")}) == 3
     assert iio.imread(next((tmp_path / "all").glob("*.mp4"))).shape[0] == 4
+
+
+def test_published_lists_play_on_a_text_to_video_model(modelscope, tmp_path):
+    pipe = ImageConductorPipeline.from_pretrained(modelscope)
+    layers, generator = plain_layers(pipe.unet), torch.Generator().manual_seed(0)
+    for target_set in ("motion", "appearance"):
+        tensors = []
+        for name in lora_targets(pipe.unet, target_set):
+            out, into = layers[name].weight.shape
+            shapes = ((out, 2), (2, into))
+            tensors += [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        torch.save(tensors, tmp_path / f"{target_set}.pt")
+    common = ["--prompt", PROMPT, "--num-frames", 4]
+    options = {"base": [], "motion": ["--motion-lora", tmp_path / "motion.pt"]}
+    options["both"] = [*options["motion"], "--appearance-lora", tmp_path / "appearance.pt"]
+    for name, some in options.items():
+        assert make(modelscope, tmp_path / name, *common, *some) == 0
+    assert len({video(tmp_path / name) for name in options}) == 3
 
 
 def test_an_untouched_text_to_video_model_samples_as_diffusers_does(modelscope):
