@@ -277,11 +277,11 @@ def test_a_failure_while_sampling_leaves_nothing(tiny_model, image, tmp_path, mo
 
 
 def test_a_run_records_the_files_of_its_loras_wherever_they_were_found(tmp_path, monkeypatch):
-    from imageconductor.sampling.job import _absolute
+    from imageconductor.sampling.loras import absolute_lora
 
     shipped = "models/sprites/style_lora/pytorch_lora_weights.safetensors"
     whole = str(Path(__file__).parents[1] / shipped)
     monkeypatch.chdir(tmp_path)
-    assert _absolute(shipped) == whole
-    assert _absolute(f"{shipped}:0.5") == f"{whole}:0.5"
-    assert _absolute("mine.safetensors:2") == f"{tmp_path / 'mine.safetensors'}:2"
+    assert absolute_lora(shipped) == whole
+    assert absolute_lora(f"{shipped}:0.5") == f"{whole}:0.5"
+    assert absolute_lora("mine.safetensors:2") == f"{tmp_path / 'mine.safetensors'}:2"

@@ -112,7 +112,7 @@ def read_sampling_defaults(folder: str | Path) -> dict[str, Any]:
     index = Path(folder) / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{folder} is no model folder (model_index.json is missing)")
-    if (Path(folder) / "unet" / "config.json").is_file() and is_text_to_video(Path(folder)):
+    if is_text_to_video(Path(folder)):
         return asdict(_text_to_video_defaults(Path(folder)))
     try:
         config = json.loads(index.read_text(encoding="utf-8"))
@@ -151,7 +151,7 @@ def check_controlnets(folder: str | Path, purpose: str) -> None:
     Raises:
         ValueError: It is one of text-to-video; `purpose` says what needs them.
     """
-    if is_text_to_video(Networks.check_folder(folder)):
+    if is_text_to_video(Path(folder)):
         raise ValueError(f"{purpose} needs ControlNets, and {folder} is a text-to-video model, which has none")
 
 

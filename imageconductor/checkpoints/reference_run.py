@@ -9,21 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from imageconductor.checkpoints.motion_director import Kind
 from imageconductor.files import atomic_path
 from imageconductor.models.adapters import DIFFUSERS_WEIGHTS_NAME
-from imageconductor.models.weights import read_checkpoint
+from imageconductor.models.weights import find_non_finite, read_checkpoint, read_header
 
-LoraKind = Literal["motion", "appearance"]
 _NOISE_PRIOR = "noise_prior.safetensors"
 
 
-def find_reference_lora(path: Path, kind: LoraKind) -> Path:
+def find_reference_lora(path: Path, kind: Kind) -> Path:
     """A LoRA file or folder as it is; of a run folder its motion or appearance LoRA.
 
     Raises:
@@ -42,15 +41,26 @@ def find_reference_lora(path: Path, kind: LoraKind) -> Path:
     raise FileNotFoundError(f"{path} holds no {kind} LoRA: {part / DIFFUSERS_WEIGHTS_NAME} is missing")
 
 
-def has_noise_prior(run: Path) -> bool:
-    """Whether a run has stored inverted noise."""
-    return (run / _NOISE_PRIOR).is_file()
+def has_noise_prior(run: Path, source: str) -> bool:
+    """Whether a run has stored the inverted noise that `source` describes."""
+    path = run / _NOISE_PRIOR
+    return path.is_file() and read_header(path).get("source") == source
 
 
-def save_noise_prior(run: Path, inverted: Mapping[str, Tensor]) -> None:
-    """Writes inverted noise, (C, T, h, w) for each clip by its key."""
+def save_noise_prior(run: Path, inverted: Mapping[str, Tensor], source: str) -> None:
+    """Writes inverted noise, (C, T, h, w) for each clip by its key, and what it was made from.
+
+    Raises:
+        ValueError: Noise is not finite; names the clip.
+    """
+    if (key := find_non_finite(inverted)) is not None:
+        raise ValueError(
+            f"the inversion of clip {key} gave nan or infinite values; try mixed_precision=bf16 or no, or other "
+            "inversion_steps"
+        )
+    tensors = {key: value.cpu().contiguous() for key, value in inverted.items()}
     with atomic_path(run / _NOISE_PRIOR) as path:
-        save_file({key: value.cpu().contiguous() for key, value in inverted.items()}, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt", "source": source})
 
 
 def load_noise_prior(run: Path) -> dict[str, Tensor]:
@@ -85,5 +95,5 @@ def check_noise_prior(run: Path, channels: int, num_frames: int) -> None:
 def _check_noise_prior(run: Path) -> None:
     if not run.is_dir():
         raise FileNotFoundError(f"no run folder at {run}")
-    if not has_noise_prior(run):
+    if not (run / _NOISE_PRIOR).is_file():
         raise FileNotFoundError(f"{run} holds no noise prior; a run with noise_prior=0.3, say, stores one")

@@ -15,7 +15,7 @@ from imageconductor.sampling.job import MOTIONS, SampleJob, load_pipeline, prepa
 from imageconductor.sampling.job_files import load_job, write
 
 DEFAULT_CONFIG = Path("configs/sample/sprites.yaml")
-_SHOWS = {"image", "prompt", "motion_lora", "appearance_lora"}  # options in whose place the default image stands
+_SHOWS = {"image", "prompt", "motion_lora", "appearance_lora"}  # options that replace the default image
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
 def build_job(config: Path | None, options: dict) -> SampleJob:
     """The job that YAML and options ask for; an option that says how things move replaces what the YAML says of it."""
     job = SampleJob() if config is None else load_job(config)
+    if options.get("repeat") is not None:
+        options = {"seed": [0], "num_videos": None, **options}  # the YAML's seeds give way
     if any(options.get(name) is not None for name in MOTIONS):
         options = {**dict.fromkeys((*MOTIONS, "trajectories_size")), **options}
     return replace(job, **options)

@@ -74,7 +74,7 @@ def find_reference_clips(
 
     | entry of `data` | clips |
     |---|---|
-    | a video | every `frame_step`-th frame in consecutive chunks of T; a short last chunk is left out |
+    | a video | consecutive chunks of T frames at about `fps`; a short last chunk is left out |
     | a picture | one, of T times the picture |
     | a folder of videos, pictures or both | one for each file; windows of videos start anywhere, at about `fps` |
     | a .json of MotionDirector's form | one for each entry: every `frame_step`-th frame from its `frame_index` on |
@@ -91,8 +91,8 @@ def find_reference_clips(
         captions: JSON file {file name with or without ending: caption} for files without `NAME.txt` beside them.
         size: (W, H) in pixels of square clips.
         num_frames: T.
-        fps: Frames per second of windows in folders; None = every `frame_step`-th frame.
-        frame_step: Of videos named by themselves and in JSON files, to which `fps` does not apply.
+        fps: Frames per second of windows; None = every `frame_step`-th frame.
+        frame_step: Also of JSON files, whatever `fps` says.
 
     Raises:
         FileNotFoundError: A file or folder is missing.
@@ -164,24 +164,27 @@ class _Finder:
     def _read_whole_video(self, path: Path) -> ReferenceClip:
         """A clip whose windows start anywhere."""
         available, native_fps, native = _read_header(path)
-        if self.fps is None:
-            stride, why, remedy = self.frame_step, f"frame_step={self.frame_step}", "frame_step"
-        else:
-            try:
-                stride = frame_stride(native_fps, self.fps)
-            except ValueError as error:
-                raise ValueError(f"{path} does not state its frame rate; set fps=null") from error
-            why, remedy = f"fps={self.fps:g} of its {native_fps:g}, so one in {stride}", "raise fps"
+        stride, why, remedy = self._find_stride(path, native_fps)
         self._check_length(path, available, self.num_frames * stride, why, remedy)
         return self._clip(path, native, spaced_frames(available, stride))
 
     def _cut_video(self, path: Path) -> Iterator[ReferenceClip]:
         """A clip for each full chunk."""
-        available, _, native = _read_header(path)
-        needed = (self.num_frames - 1) * self.frame_step + 1
-        self._check_length(path, available, needed, f"frame_step={self.frame_step}", "frame_step")
-        for frames in chunk_frames(available, self.frame_step, self.num_frames):
+        available, native_fps, native = _read_header(path)
+        stride, why, remedy = self._find_stride(path, native_fps)
+        self._check_length(path, available, (self.num_frames - 1) * stride + 1, why, remedy)
+        for frames in chunk_frames(available, stride, self.num_frames):
             yield self._clip(path, native, frames)
+
+    def _find_stride(self, path: Path, native_fps: float) -> tuple[int, str, str]:
+        """Step between the frames of windows, why it is that, and what to change for a shorter window."""
+        if self.fps is None:
+            return self.frame_step, f"frame_step={self.frame_step}", "frame_step"
+        try:
+            stride = frame_stride(native_fps, self.fps)
+        except ValueError as error:
+            raise ValueError(f"{path} does not state its frame rate; set fps=null") from error
+        return stride, f"fps={self.fps:g} of its {native_fps:g}, so one in {stride}", "raise fps"
 
     def _read_json(self, path: Path) -> Iterator[ReferenceClip]:
         for video, start, prompt in _read_entries(path):

@@ -93,6 +93,7 @@ def add_adapter(
     dropout: float = 0.0,
     targets: Sequence[str] = (),
     seed: int | None = None,
+    clips_rank: bool = False,
 ) -> None:
     """Attaches a fresh adapter, which leaves the output unchanged: A is Gaussian, B is zero. No adapter is active then.
 
@@ -104,15 +105,21 @@ def add_adapter(
         dropout: Probability with which an input of A is dropped while the network is in training mode.
         targets: Names of layers; empty = `lora_targets(network)`.
         seed: Of A; None draws it from PyTorch's global generator.
+        clips_rank: Gives a layer with fewer inputs or outputs than `rank` their number as its rank, as MotionDirector.
 
     Raises:
         ValueError: The adapter exists, or a target names no Linear or Conv2d of the network.
     """
-    targets = list(targets) or lora_targets(network)
-    if unknown := sorted(set(targets) - plain_layers(network).keys()):
+    targets, layers = list(targets) or lora_targets(network), plain_layers(network)
+    if unknown := sorted(set(targets) - layers.keys()):
         raise ValueError(f"LoRA targets that match no layer: {', '.join(unknown[:5])} ({len(unknown)} in all)")
     scale = {"r": rank, "lora_alpha": rank if alpha is None else alpha}
     settings: dict[str, Any] = {**scale, "lora_dropout": dropout, "target_modules": targets}
+    if clips_rank:
+        widths = {name: min(cast(Tensor, layers[name].weight).shape[:2]) for name in targets}
+        ranks = {f"^{re.escape(name)}": width for name, width in widths.items() if width < rank}
+        settings["rank_pattern"] = ranks
+        settings["alpha_pattern"] = {name: scale["lora_alpha"] * width / rank for name, width in ranks.items()}
     _attach(network, _plain_name(name), settings, seed)
 
 
@@ -170,7 +177,8 @@ def active(network: nn.Module, *names: str) -> Iterator[None]:
 @contextmanager
 def frozen(network: nn.Module, *names: str) -> Iterator[None]:
     """Inside the block these adapters do not learn, whether or not they act; afterwards as before."""
-    parameters = [p for name in names for p in adapter_parameters(network, name).values()]
+    marks = tuple(f".lora_{side}.{_plain_name(name)}." for name in names for side in "AB")
+    parameters = [p for key, p in network.named_parameters() if any(mark in key for mark in marks)]
     before = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(False)

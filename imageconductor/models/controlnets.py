@@ -67,7 +67,7 @@ class SparseControlNet(SparseControlNetModel):
         kwargs: As diffusers' `SparseControlNetModel`.
     """
 
-    checkpoint_blocks = False  # True: no activation inside a block is kept; it is computed again.
+    checkpoint_blocks = False  # True: no activation inside a layer is kept; it is computed again.
 
     def __init__(self, *args: Any, motion_norm_num_groups: int | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)

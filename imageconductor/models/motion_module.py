@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,10 +13,9 @@ from diffusers.models.resnet import TemporalConvLayer
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from einops import rearrange
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
-
-from imageconductor.models.adapters import active, active_adapters, attached_adapters
 
 
 class MotionModule(AnimateDiffTransformer3D):
@@ -163,7 +162,7 @@ def run_layer(model: Any, layer: nn.Module, forward: Callable[..., Any], *args: 
     """Output of one layer's `forward`, computed again in the backward pass where `model.checkpoint_blocks` says so.
 
     It is computed again as it is now: with the LoRAs that act, those that learn, and the temporal layers in place. Only
-    the inputs of layers are kept then, a fifth of what is kept where whole blocks are computed again.
+    the inputs of layers are kept then, about a third of what is kept where whole blocks are computed again.
     """
     if not (model.checkpoint_blocks and torch.is_grad_enabled()):
         return forward(*args, **kwargs)
@@ -177,27 +176,32 @@ def _remember(layer: nn.Module) -> Callable[[], Any] | None:
 
     None for a layer whose state never changes: without LoRAs, and with its temporal layers in place.
     """
-    names, flags = active_adapters(layer), [(p, p.requires_grad) for p in layer.parameters()]
-    bypasses = any(getattr(module, "is_bypassed", False) for module in layer.modules())
-    if not bypasses and not attached_adapters(layer):
+    modules: list[Any] = list(layer.modules())
+    places = [(m, name) for m in modules for name in _STATE if isinstance(m, (BaseTunerLayer, *_TEMPORAL))]
+    places = [(m, name) for m, name in places if hasattr(m, name)]
+    places += [(parameter, "requires_grad") for parameter in layer.parameters()]
+    state = [(owner, name, getattr(owner, name)) for owner, name in places]
+    if not any(name != "requires_grad" and (name != "is_bypassed" or value) for _, name, value in state):
         return None
 
     @contextmanager
     def again() -> Iterator[None]:
-        found = [(p, p.requires_grad) for p, _ in flags]
-        with active(layer, *names), motion_modules_bypassed(layer, bypasses):
-            _set_requires_grad(flags)
-            try:
-                yield
-            finally:
-                _set_requires_grad(found)
+        found = [(owner, name, getattr(owner, name)) for owner, name in places]
+        _put(state)
+        try:
+            yield
+        finally:
+            _put(found)
 
     return again
 
 
-def _set_requires_grad(flags: list[tuple[nn.Parameter, bool]]) -> None:
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
+_STATE = ("_disable_adapters", "_active_adapter", "is_bypassed")  # of peft's layers, and of temporal layers
+
+
+def _put(state: Sequence[tuple[Any, str, Any]]) -> None:
+    for owner, name, value in state:
+        setattr(owner, name, value)
 
 
 def run_down_path(

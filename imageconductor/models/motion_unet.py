@@ -61,7 +61,7 @@ class TwoHalves:
     ControlNet residuals join after the down path and after the mid block, so `encode` depends on (x_t, t, text) only.
     """
 
-    checkpoint_blocks = False  # True: no activation inside a block is kept, and the block is computed again.
+    checkpoint_blocks = False  # True: no activation inside a layer is kept, and the layer is computed again.
     dtype: Any
     time_proj: Any
     time_embedding: Any

@@ -49,7 +49,10 @@ def load_network(name: str, folder: Path, dtype: torch.dtype = torch.float32) ->
 
 def is_text_to_video(folder: Path) -> bool:
     """Whether a model folder is of diffusers' `TextToVideoSDPipeline` (ModelScope, ZeroScope), without ControlNets."""
-    config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # `check_folder` says what is wrong with a folder.
+        return False
     return config.get("_class_name") in ("UNet3DConditionModel", TextToVideoUNet.__name__)
 
 
@@ -89,7 +92,7 @@ class Encoders:
         folder, names = Path(folder), [field.name for field in fields(cls)]
         if not folder.is_dir():
             raise FileNotFoundError(f"no model folder at {folder}")
-        if (folder / "unet" / "config.json").is_file() and is_text_to_video(folder):
+        if is_text_to_video(folder):
             names = [name for name in names if not name.endswith("_controlnet")]
         if missing := [name for name in names if not (folder / name).is_dir()]:
             raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")

@@ -11,6 +11,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
+from imageconductor.diffusion.inversion import mix_noise_prior
 from imageconductor.models.denoiser import Condition, Denoiser
 from imageconductor.models.weights import refuse_non_finite
 from imageconductor.sampling.branches import GuidedDenoiser, Text
@@ -159,8 +160,20 @@ def _step_arguments(scheduler: Any, generators: Sequence[torch.Generator] | None
     return arguments
 
 
-def choose(values: Tensor, count: int, generators: Sequence[torch.Generator] | None) -> Tensor:
-    """One of the (K, ...) values for each of `count` videos, drawn from the video's generator: (count, ...)."""
-    if generators is None:
-        return values[torch.randint(len(values), (count,))]
-    return values[[int(torch.randint(len(values), (), generator=g, device=g.device)) for g in generators]]
+def mix_noise_priors(
+    noise: Tensor, inverted: Sequence[Tensor], fraction: float, generators: Sequence[torch.Generator] | None
+) -> Tensor:
+    """Initial noise (B, C, T, h, w) of `mix_noise_prior`, each video with one of the clips, by its generator.
+
+    Args:
+        noise: (B, C, T, h, w).
+        inverted: (C, T, h', w') of each clip; sizes may differ.
+        fraction: p.
+        generators: One for each video; None = torch's global one.
+    """
+    mixed = []
+    for own, generator in zip(noise.split(1), generators or [None] * len(noise), strict=True):
+        device = None if generator is None else generator.device
+        chosen = inverted[int(torch.randint(len(inverted), (), generator=generator, device=device))]
+        mixed.append(mix_noise_prior(own, chosen[None].to(own.device), fraction))
+    return torch.cat(mixed)

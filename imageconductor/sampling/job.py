@@ -151,7 +151,12 @@ def prepare(job: SampleJob) -> Inputs:
         ValueError, FileNotFoundError: In one line, what is wrong and where.
     """
     from imageconductor.checkpoints.domain_adapter import DomainAdapter
-    from imageconductor.checkpoints.model_folder import check_adapters, check_shape, read_latent_channels
+    from imageconductor.checkpoints.model_folder import (
+        check_adapters,
+        check_controlnets,
+        check_shape,
+        read_latent_channels,
+    )
     from imageconductor.checkpoints.personalise import check_loras
     from imageconductor.checkpoints.reference_run import check_noise_prior
     from imageconductor.conditioning import cover_crop, load_image
@@ -165,6 +170,8 @@ def prepare(job: SampleJob) -> Inputs:
     trajectories = _build_trajectories(job, size, num_frames, size if image is None else image.size)
     if job.control is None:
         job = replace(job, control=suitable_control(trajectories, job.preset))
+    if image is not None or trajectories.num_tracks:
+        check_controlnets(job.model, "a video of an image or trajectories")
     if job.camera_free_scale is not None and job.control != "object":
         raise ValueError(f"camera_free_scale goes with control 'object', not {job.control!r}")
     if job.domain_adapter_scale is not None and not DomainAdapter.is_in(Path(job.model)):
@@ -246,7 +253,7 @@ def render(
     prior = None
     if job.noise_prior is not None:
         run, fraction = parse_noise_prior(job.noise_prior)
-        prior = torch.stack(list(load_noise_prior(run).values())), fraction
+        prior = list(load_noise_prior(run).values()), fraction
     result: Any = pipe(
         image=images or None,
         trajectories=drawn or None,

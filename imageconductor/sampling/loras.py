@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -54,12 +55,16 @@ def absolute_lora(text: str) -> str:
 
 
 def parse_noise_prior(text: str) -> tuple[Path, float]:
-    """Run folder and fraction of `RUN[:p]`; the fraction is 0.3 when it is not given.
+    """Run folder and fraction of `RUN[:p]`; a fraction that is not given is the run's own, or 0.3.
 
     Raises:
         ValueError: The fraction is none.
     """
-    run, fraction = parse_lora(text, _NOISE_FRACTION)
+    run, fraction = parse_lora(text, math.inf)
+    if fraction == math.inf:
+        settings = Path(run, "config.yaml")
+        fraction = config_file.read_yaml(settings).get("noise_prior") if settings.is_file() else None
+        fraction = fraction or _NOISE_FRACTION
     if not 0 <= fraction <= 1:
         raise ValueError(f"noise_prior {text}: the fraction must lie in [0, 1], got {fraction}")
     return Path(run), fraction

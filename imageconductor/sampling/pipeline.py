@@ -33,7 +33,6 @@ from imageconductor.checkpoints.model_folder import (
 )
 from imageconductor.conditioning import Trajectories
 from imageconductor.config import check_finite
-from imageconductor.diffusion.inversion import mix_noise_prior
 from imageconductor.models.adapters import attached_adapters, save_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
 from imageconductor.models.motion_unet import MotionUNet, TextToVideoUNet
@@ -48,7 +47,7 @@ from imageconductor.models.networks import (
 )
 from imageconductor.models.weights import find_weights, refuse_non_finite
 from imageconductor.sampling.branches import Control
-from imageconductor.sampling.denoising import CALLBACK_TENSORS, StepCallback, as_generators, choose, denoise
+from imageconductor.sampling.denoising import CALLBACK_TENSORS, StepCallback, as_generators, denoise, mix_noise_priors
 from imageconductor.sampling.inputs import CallInputs, Picture, build_conditions, check_inputs, choose_texts
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -175,7 +174,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         folder = Path(save_directory)
         super().save_pretrained(folder, **kwargs)
         write_pipeline_code(folder)
-        for name in sorted(attached_adapters(self.motion_controlnet)):
+        for name in sorted(attached_adapters(self.motion_controlnet)) if self.motion_controlnet else ():
             save_adapter(self.motion_controlnet, name, adapter_folder(folder, name))
         if self.domain_adapter is not None:
             self.domain_adapter.save(folder)
@@ -234,7 +233,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         num_videos_per_prompt: int,
         generators: Sequence[torch.Generator] | None,
         latents: Tensor | None = None,
-        noise_prior: tuple[Tensor, float] | None = None,
+        noise_prior: tuple[Sequence[Tensor], float] | None = None,
     ) -> Tensor:
         """Initial noise (B, C, T, h, w) float32 as the scheduler scales it, once its timesteps are set.
 
@@ -260,7 +259,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         if not drawn.isfinite().all():
             raise ValueError("the given latents hold nan or infinite values")
         if noise_prior is not None:
-            drawn = mix_noise_prior(drawn, choose(noise_prior[0], count, generators).to(device), noise_prior[1])
+            drawn = mix_noise_priors(drawn, *noise_prior, generators)
         return drawn * self.scheduler.init_noise_sigma
 
     @property
@@ -304,7 +303,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | Sequence[int] | None = None,
         latents: Tensor | None = None,
-        noise_prior: tuple[Tensor, float] | None = None,
+        noise_prior: tuple[Sequence[Tensor], float] | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         eta: float = 0.0,
@@ -337,7 +336,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             generator: One for all videos, drawn from in turn, or one for each; also of the noise within steps.
             seed: In its place: one video of each condition for each of the numbers.
             latents: (B, C, T, h, w), the initial noise of unit variance, instead of drawing it.
-            noise_prior: Inverted noise (K, C, T, h, w), of which each video takes one of K, and its fraction p of the
+            noise_prior: Inverted noise (C, T, h, w) of clips, of which each video takes one, and its fraction p of the
                 initial noise (MotionDirector).
             prompt_embeds: (P, L, D), text embeddings in place of the prompts.
             negative_prompt_embeds: (P, L, D), in place of the negative prompts.

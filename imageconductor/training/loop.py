@@ -63,9 +63,9 @@ def train(
     engine = build_engine(config)
     accelerator, output = engine.accelerator, Path(config.output)
     _place(stage, config, accelerator.device)
+    parameters = engine.take(stage)
     with accelerator.autocast():
         stage.begin(data)
-    parameters = engine.take(stage)
     optimizer = build_optimizer(engine.groups.values(), config, accelerator.device)
     average = WeightAverage(parameters, config.ema_decay)
     checkpoint = checkpointing.latest(output)

@@ -94,14 +94,15 @@ class MotionDirectorConfig(StageConfig):
     """MotionDirector: a motion LoRA learned from a few reference clips, apart from their appearance."""
 
     stage: Literal["motion_director"] = "motion_director"
-    # Videos, folders of videos, images, or folders of images (docs/motion_director.md).
+    # Videos, images, folders of them, or MotionDirector's JSON (docs/motion_director.md).
     data: list[str] = field(default_factory=list)
     prompt: str | None = None  # caption of every clip; null = NAME.txt beside each, or `captions`
     captions: str | None = None  # JSON of captions by file name
-    size: tuple[int, int] = (384, 384)  # (W, H), the longer side of which a clip gets, in a bucket of its own aspect
+    # (W, H) that a clip is cropped to, or a bucket of its own aspect with the same longer side
+    size: tuple[int, int] = (384, 384)
     num_frames: int = 16  # of a window
-    fps: float | None = 8.0  # of windows in a folder's videos; null = every frame
-    frame_step: int = 1  # between the frames of windows in a single video
+    fps: float | None = None  # of a window's frames, about; null = every `frame_step`-th frame
+    frame_step: int = 1  # between a window's frames, where `fps` does not say it
     lora_rank: int = 32  # = alpha
     lora_dropout: float = 0.1  # probability that an input of a LoRA is dropped
     learns_motion: bool = True  # false: appearance alone, of images or of single frames
@@ -110,12 +111,12 @@ class MotionDirectorConfig(StageConfig):
     appearance: Literal["per_clip", "shared"] = "per_clip"  # a LoRA for each clip's appearance, or one for all
     appearance_dropout: float = 0.2  # probability that a step leaves the appearance LoRA out
     debiasing_beta: float | None = 1.0  # beta of L_ad; null leaves L_ad out
-    # false: both LoRAs learn from L_org together, a plain LoRA to compare with
+    # false: both LoRAs learn from all frames together; with debiasing_beta=null a plain LoRA to compare with
     dual_path: bool = True
     appearance_learning_rate: float | None = None  # null = learning_rate
     appearance_weight_decay: float | None = None  # null = weight_decay
     horizontal_flip: float = 0.0  # probability that an image is mirrored
-    # Fraction of a clip's inverted noise with which samples begin by default; above 0 the run stores that noise.
+    # Above 0 the run stores its clips' inverted noise, and `--noise-prior RUN` mixes it in to this fraction.
     noise_prior: float = 0.0
     inversion_steps: int = 50  # DDIM steps of the inversion
     preview_prompts: list[str] = field(default_factory=list)  # none = the captions of the clips
@@ -134,9 +135,9 @@ class MotionDirectorConfig(StageConfig):
         super().__post_init__()
         if not self.data:
             raise ValueError("data must name the reference clips, e.g. data=[clip.mp4]")
-        for name in ("lora_rank", "num_frames", "frame_step", "inversion_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("lora_rank", 1), ("num_frames", 1), ("frame_step", 1), ("inversion_steps", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.fps is not None and self.fps <= 0:
             raise ValueError(f"fps must be positive, got {self.fps}")
         if self.batch_size != 1:
@@ -151,8 +152,10 @@ class MotionDirectorConfig(StageConfig):
             raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}")
         if self.torch_compile:
             raise ValueError("torch_compile must be false, as a step acts through other LoRAs than the one before")
-        if not self.learns_motion and (self.noise_prior or not self.dual_path):
-            raise ValueError("noise_prior and dual_path=false are for runs that learn a motion; learns_motion is false")
+        if not self.learns_motion and (self.noise_prior or self.first_frame or not self.dual_path):
+            raise ValueError(
+                "noise_prior, first_frame and dual_path=false are for runs that learn a motion; learns_motion is false"
+            )
 
 
 _CONFIGS: tuple[type[StageConfig], ...] = (

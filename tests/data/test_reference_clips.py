@@ -170,10 +170,11 @@ def test_keys_are_unique_and_fit_for_file_names(tmp_path, video):
 
 
 def test_a_single_video_is_cut_and_its_short_end_left_out(video):
-    clips = find(video, num_frames=8, frame_step=2, fps=1)  # fps is of folders
+    clips = find(video, num_frames=8, frame_step=2)
     assert [clip.draw_window(Random(seed)) for clip in clips for seed in (0, 1)] == [
         list(range(first, first + 16, 2)) for first in (0, 0, 16, 16)
     ]
+    assert [clip.frames for clip in find(video, num_frames=8, frame_step=5, fps=8)] == [clip.frames for clip in clips]
     assert [clip.frames[-1] for clip in find(video, num_frames=41)] == [40]
 
 

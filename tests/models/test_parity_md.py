@@ -3,12 +3,19 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from parity import TOLERANCE, relative_error
+from parity import TOLERANCE, fill, relative_error
 from parity_md import ANIMATEDIFF, MODELSCOPE, animatediff_unet, modelscope_unet
 
 from imageconductor.diffusion.inversion import ddim_inversion, mix_noise_prior
 from imageconductor.diffusion.losses import debias, debiased_loss, denoising_loss
-from imageconductor.models.adapters import activate, active, attach_adapter, lora_targets
+from imageconductor.models.adapters import (
+    activate,
+    active,
+    adapter_parameters,
+    add_adapter,
+    attach_adapter,
+    lora_targets,
+)
 from imageconductor.models.motion_module import motion_modules_bypassed
 from imageconductor.models.motion_unet import TextToVideoUNet
 
@@ -37,6 +44,38 @@ def x():
 @pytest.fixture(scope="module")
 def reference():
     return ANIMATEDIFF.expected()
+
+
+@pytest.mark.parametrize("cell", MODELSCOPE.meta["cells"], ids=lambda cell: cell["tag"])
+def test_lora_cell(cell):
+    """W x + b + scale B A x, at the rank that the layer has room for."""
+    tag, into, out, rank = cell["tag"], cell["in_features"], cell["out_features"], cell["used_rank"]
+    salt, network = MODELSCOPE.config["salt"], torch.nn.Module()
+    network.layer = torch.nn.Linear(into, out, bias=cell["bias"])
+    add_adapter(network, "lora", rank=cell["asked_rank"], targets=["layer"], clips_rank=True)
+    own = adapter_parameters(network, "lora")
+    assert own["layer.lora_A.weight"].shape == (rank, into)
+    assert own["layer.lora_B.weight"].abs().max() == cell["up_abs_max_at_init"]
+    filled = {"weight": (out, into), "down": (rank, into), "up": (out, rank)} | (
+        {"bias": (out,)} if cell["bias"] else {}
+    )
+    values = {name: fill(salt, f"{tag}/{name}", shape) for name, shape in filled.items()}
+    base = network.layer.get_base_layer()
+    targets = {"weight": base.weight, "bias": base.bias, "down": own["layer.lora_A.weight"]}
+    targets["up"] = own["layer.lora_B.weight"]
+    for name, value in values.items():
+        targets[name].data.copy_(value)
+    activate(network, "lora")
+    network.layer.set_scale("lora", cell["scale"])
+    output = network.layer(MODELSCOPE.draw(tag, 3, into))
+    assert relative_error(output.detach(), MODELSCOPE.expected()[f"cell/{tag}"]) <= TOLERANCE
+
+
+def test_v_target():
+    x = MODELSCOPE.inputs()
+    scheduler = DDIMScheduler.from_config(MODELSCOPE_SCHEDULER.config)
+    target = scheduler.get_velocity(x["latents"], x["noise"], x["timestep"])
+    assert relative_error(target, MODELSCOPE.expected()["step/v_target"]) <= TOLERANCE
 
 
 def test_noised_latents(x, reference):
@@ -81,22 +120,24 @@ def test_inversion_on_animatediff(unet, x, reference):
 
 
 @torch.no_grad()
-def test_inversion_on_modelscope():
+@pytest.mark.parametrize(
+    "steps", [pytest.param(n, marks=[pytest.mark.slow] * (n > 20)) for n in MODELSCOPE.config["steps"]]
+)
+def test_inversion_on_modelscope(steps):
     reference, x, unet = MODELSCOPE.expected(), MODELSCOPE.inputs(), modelscope_unet()
-    for steps in MODELSCOPE.config["steps"]:
-        record, seen = MODELSCOPE.meta["inversion"][str(steps)], []
+    record, seen = MODELSCOPE.meta["inversion"][str(steps)], []
 
-        def predict(sample, t, seen=seen):
-            seen.append(int(t))
-            return unet(sample, t, x["text"]).sample
+    def predict(sample, t):
+        seen.append(int(t))
+        return unet(sample, t, x["text"]).sample
 
-        noise = ddim_inversion(predict, x["latents"], MODELSCOPE_SCHEDULER, steps)
-        assert seen == record["timesteps_ascending"]
-        assert relative_error(noise, reference[f"inversion/{steps}_steps"]) <= TOLERANCE
-        MODELSCOPE_SCHEDULER.set_timesteps(steps)
-        for t in MODELSCOPE_SCHEDULER.timesteps:
-            noise = MODELSCOPE_SCHEDULER.step(unet(noise, t, x["text"]).sample, t, noise).prev_sample
-        assert relative_error(noise, reference[f"inversion/{steps}_regenerated"]) <= 10 * TOLERANCE
+    noise = ddim_inversion(predict, x["latents"], MODELSCOPE_SCHEDULER, steps)
+    assert seen == record["timesteps_ascending"]
+    assert relative_error(noise, reference[f"inversion/{steps}_steps"]) <= TOLERANCE
+    MODELSCOPE_SCHEDULER.set_timesteps(steps)
+    for t in MODELSCOPE_SCHEDULER.timesteps:
+        noise = MODELSCOPE_SCHEDULER.step(unet(noise, t, x["text"]).sample, t, noise).prev_sample
+    assert relative_error(noise, reference[f"inversion/{steps}_regenerated"]) <= 5 * TOLERANCE  # errors grow on the way
 
 
 def test_noise_prior():

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from imageconductor.commands import sample, train
 from imageconductor.models.adapters import lora_targets, plain_layers
+from imageconductor.sampling.denoising import mix_noise_priors
 from imageconductor.sampling.job_files import load_job
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 
@@ -79,15 +80,16 @@ def test_motion_appearance_and_noise_prior_each_change_the_video_and_repeat(tiny
         "weak": ["--motion-lora", f"{runs}/motion:0.5"],
         "look": ["--appearance-lora", runs / "look" / "appearance_lora" / "a"],
         "prior": ["--noise-prior", f"{runs}/motion:0.5"],
-        "all": ["--motion-lora", runs / "motion", "--appearance-lora", f"{runs}/motion:0.7", "--noise-prior",
-                runs / "motion"],
+        # The look of an image, two motions at once, and the run's own fraction of its noise.
+        "all": ["--motion-lora", runs / "motion", "--motion-lora", f"{runs}/motion:0.3", "--appearance-lora",
+                f"{runs}/look/appearance_lora/a:0.7", "--noise-prior", runs / "motion"],
     }  # fmt: skip
     for name, some in options.items():
         assert make(tiny_model, tmp_path / name, "--prompt", PROMPT, *some) == 0
     assert len({video(tmp_path / name) for name in options}) == len(options)
     assert sample.main(["--config", str(tmp_path / "all" / "run.yaml"), "--output", str(tmp_path / "again")]) == 0
     assert video(tmp_path / "again") == video(tmp_path / "all")
-    assert load_job(tmp_path / "all" / "run.yaml").noise_prior == f"{runs}/motion:0.3"
+    assert load_job(tmp_path / "all" / "run.yaml").noise_prior == f"{runs}/motion:0.5"
 
 
 def test_a_learned_motion_on_a_first_frame_along_a_drawn_path(tiny_model, runs, tmp_path):
@@ -144,12 +146,34 @@ def test_an_untouched_text_to_video_model_samples_as_diffusers_does(modelscope):
     assert torch.allclose(found, expected, atol=1e-4)
 
 
-def test_a_text_to_video_model_takes_no_image(modelscope, tmp_path, capsys):
+def test_a_text_to_video_model_takes_no_image(modelscope, tmp_path, capsys, monkeypatch):
     Image.new("RGB", (32, 32)).save(tmp_path / "first.png")
-    assert make(modelscope, tmp_path / "out", "--image", tmp_path / "first.png") == 2
-    assert "ControlNets" in capsys.readouterr().err
+    monkeypatch.setattr(sample, "load_pipeline", lambda _: pytest.fail("weights were loaded"))
+    for options in (["--image", tmp_path / "first.png"], ["--prompt", "a", "--preset", "line-right"]):
+        assert make(modelscope, tmp_path / "out", *options) == 2
+        assert "ControlNets" in capsys.readouterr().err
     assert train.main(["stage=style_lora", f"model={modelscope}", f"output={tmp_path}/run"]) == 2
     assert "ControlNets" in capsys.readouterr().err
+
+
+def test_a_text_to_video_pipeline_is_saved_and_read_again(modelscope, tmp_path):
+    ImageConductorPipeline.from_pretrained(modelscope).save_pretrained(tmp_path / "saved")
+    arguments = {"prompt": "a", "num_frames": 2, "num_inference_steps": 1, "seed": 0, "output_type": "latent"}
+    first, second = (ImageConductorPipeline.from_pretrained(f)(**arguments) for f in (modelscope, tmp_path / "saved"))
+    assert torch.equal(first.frames, second.frames)
+
+
+def test_priors_of_clips_of_other_sizes_are_resized():
+    noise = torch.zeros(2, 4, 3, 8, 8)
+    inverted = [torch.full((4, 3, 6, 8), 1.0), torch.full((4, 3, 8, 4), 2.0)]
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    mixed = mix_noise_priors(noise, inverted, 1.0, generators)
+    assert mixed.shape == noise.shape
+    assert set(mixed.unique().tolist()) <= {1.0, 2.0}
+
+
+def test_repeat_gives_way_to_no_seed_of_a_yaml():
+    assert sample.build_job(sample.DEFAULT_CONFIG, {"repeat": 2}).repeat == 2
 
 
 def test_repeat_draws_fresh_seeds_and_records_them(tiny_model, runs, tmp_path):

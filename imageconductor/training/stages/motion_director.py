@@ -10,6 +10,7 @@ Source: arXiv 2310.08465.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -83,8 +85,10 @@ class MotionDirectorStage(Stage):
         has_both_paths = config.learns_motion and config.dual_path
         self.appearance_dropout = config.appearance_dropout if has_both_paths else 0.0
         self.clips = _find_clips(config)
-        shares = config.appearance == "shared" or len(self.clips) == 1
-        self.appearance_of = {c.key: APPEARANCE if shares else f"{APPEARANCE}_{c.key}" for c in self.clips}
+        # Windows of one video share its appearance.
+        keys = {clip.path: clip.key for clip in reversed(self.clips)}
+        shares = config.appearance == "shared" or len(keys) == 1
+        self.appearance_of = {c.key: APPEARANCE if shares else f"{APPEARANCE}_{keys[c.path]}" for c in self.clips}
         appearances = list(dict.fromkeys(self.appearance_of.values()))
         networks.freeze()
         for number, name in enumerate(appearances):
@@ -93,8 +97,8 @@ class MotionDirectorStage(Stage):
             _add_lora(self.unet, MOTION, MOTION, config, config.seed)
         self.appearances = appearances
         freeze_all_but_adapter(self.unet, *appearances, *([MOTION] if config.learns_motion else []))
-        self.shown = MOTION if config.learns_motion else appearances[0]  # in previews
-        activate(self.unet, self.shown)
+        self.previewed = MOTION if config.learns_motion else appearances[0]
+        activate(self.unet, self.previewed)
 
     @classmethod
     def check(cls, config: MotionDirectorConfig) -> None:
@@ -130,15 +134,30 @@ class MotionDirectorStage(Stage):
 
     @torch.no_grad()
     def begin(self, data: Any) -> None:
-        """Encodes the clips, and inverts them where the run is to store a noise prior."""
+        """Encodes the clips, inverts them where the run is to store a noise prior, and casts the frozen base.
+
+        Raises:
+            ValueError: A clip cannot be decoded, or its inversion is not finite.
+        """
         if self.config.mixed_precision != "no":
             cast_frozen(self.unet, {"bf16": torch.bfloat16, "fp16": torch.float16}[self.config.mixed_precision])
         samples: ReferenceClips = data.samples
         samples.encode(self._encode_frames)
-        run = Path(self.config.output)
-        if self.config.noise_prior and PartialState().is_main_process and not has_noise_prior(run):
-            clips = enumerate(tqdm(self.clips, desc="inversion", unit="clip"))
-            save_noise_prior(run, {clip.key: self._invert(samples, number) for number, clip in clips})
+        if self.config.noise_prior:
+            self._store_noise_prior(samples)
+
+    def _store_noise_prior(self, samples: ReferenceClips) -> None:
+        """Inverts the clips, which the processes share, unless the run folder holds their noise already."""
+        config, state, run = self.config, PartialState(), Path(self.config.output)
+        made_from = [config.model, config.inversion_steps, config.seed]
+        source = json.dumps([made_from, [[c.key, str(c.path), c.size, list(c.frames)] for c in self.clips]])
+        if has_noise_prior(run, source):
+            return
+        own = range(state.process_index, len(self.clips), state.num_processes)
+        bar = tqdm(own, desc="inversion", unit="clip", disable=not state.is_main_process)
+        inverted = dict(gather_object([(self.clips[n].key, self._invert(samples, n)) for n in bar]))
+        if state.is_main_process:
+            save_noise_prior(run, inverted, source)
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> tuple[Tensor, Condition]:
@@ -155,10 +174,10 @@ class MotionDirectorStage(Stage):
 
         num_frames = mean.shape[2]
         text = self.encode_text(batch, [happens(self.text_dropout)])
-        shown = keyframe_condition(mean[:, :, :1], (0,), num_frames) if self.config.first_frame else (None, None)
+        picture = keyframe_condition(mean[:, :, :1], (0,), num_frames) if self.config.first_frame else (None, None)
         return x_0, ReferenceCondition(
             text,
-            *shown,
+            *picture,
             appearance=self.appearance_of[key],
             frame=draw(num_frames),
             anchor=torch.tensor([draw(num_frames)], device=x_0.device),
@@ -206,7 +225,7 @@ class MotionDirectorStage(Stage):
     def previewing(self) -> Iterator[None]:
         """Inside the block the motion LoRA acts alone; of a run without one, the first appearance LoRA."""
         self.unet.eval()  # `loss_terms` has switched dropout on
-        with active(self.unet, self.shown):
+        with active(self.unet, self.previewed):
             yield
 
     def trainable(self) -> dict[str, ParameterGroup]:
@@ -228,9 +247,9 @@ class MotionDirectorStage(Stage):
         """
         if self.config.learns_motion:
             save_for_diffusers(self.unet, MOTION, folder / "motion_lora")
-        for key, name in self.appearance_of.items():
-            part = folder / "appearance_lora"
-            save_for_diffusers(self.unet, name, part if name == APPEARANCE else part / key)
+        for name in self.appearances:
+            part = folder / "appearance_lora" / name.removeprefix(APPEARANCE).removeprefix("_")
+            save_for_diffusers(self.unet, name, part)
 
     def _encode_frames(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (C, T, h, w) of the unscaled latents of frames (3, T, H, W) uint8."""
@@ -246,8 +265,11 @@ class MotionDirectorStage(Stage):
         mean, _ = samples.latents(number, window)
         x_0 = (mean[None] * self.vae.config["scaling_factor"]).to(device)
         text = self.encode_text({"caption": [""]}, [False])
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return self.denoiser(x.to(self.unet.dtype), t, Condition(text))
+
         with active(self.unet):
-            predict = lambda x, t: self.denoiser(x.to(self.unet.dtype), t, Condition(text))  # noqa: E731
             return ddim_inversion(predict, x_0, self.scheduler, self.config.inversion_steps)[0].cpu()
 
 
@@ -265,4 +287,5 @@ def _find_clips(config: MotionDirectorConfig) -> list[ReferenceClip]:
 
 def _add_lora(unet: nn.Module, name: str, target_set: Any, config: MotionDirectorConfig, seed: int) -> None:
     targets = lora_targets(unet, target_set)
-    add_adapter(unet, name, rank=config.lora_rank, targets=targets, seed=seed, dropout=config.lora_dropout)
+    settings: dict[str, Any] = {"rank": config.lora_rank, "dropout": config.lora_dropout, "seed": seed}
+    add_adapter(unet, name, targets=targets, clips_rank=True, **settings)
