@@ -19,7 +19,7 @@ from imageconductor.files import atomic_path
 from imageconductor.models.adapters import DIFFUSERS_WEIGHTS_NAME
 from imageconductor.models.weights import find_non_finite, read_checkpoint, read_header
 
-_NOISE_PRIOR = "noise_prior.safetensors"
+NOISE_PRIOR_NAME = "noise_prior.safetensors"
 
 
 def find_reference_lora(path: Path, kind: Kind) -> Path:
@@ -43,7 +43,7 @@ def find_reference_lora(path: Path, kind: Kind) -> Path:
 
 def has_noise_prior(run: Path, source: str) -> bool:
     """Whether a run has stored the inverted noise that `source` describes."""
-    path = run / _NOISE_PRIOR
+    path = run / NOISE_PRIOR_NAME
     return path.is_file() and read_header(path).get("source") == source
 
 
@@ -59,7 +59,7 @@ def save_noise_prior(run: Path, inverted: Mapping[str, Tensor], source: str) -> 
             "inversion_steps"
         )
     tensors = {key: value.cpu().contiguous() for key, value in inverted.items()}
-    with atomic_path(run / _NOISE_PRIOR) as path:
+    with atomic_path(run / NOISE_PRIOR_NAME) as path:
         save_file(tensors, path, metadata={"format": "pt", "source": source})
 
 
@@ -71,7 +71,7 @@ def load_noise_prior(run: Path) -> dict[str, Tensor]:
         ValueError: The file is damaged.
     """
     _check_noise_prior(run)
-    return read_checkpoint(run / _NOISE_PRIOR)
+    return read_checkpoint(run / NOISE_PRIOR_NAME)
 
 
 def check_noise_prior(run: Path, channels: int, num_frames: int) -> None:
@@ -82,7 +82,7 @@ def check_noise_prior(run: Path, channels: int, num_frames: int) -> None:
         ValueError: It is of another number of channels or frames.
     """
     _check_noise_prior(run)
-    with safe_open(run / _NOISE_PRIOR, "pt") as file:
+    with safe_open(run / NOISE_PRIOR_NAME, "pt") as file:
         for key in file.keys():  # noqa: SIM118  not a mapping
             shape = file.get_slice(key).get_shape()
             if len(shape) != 4 or tuple(shape[:2]) != (channels, num_frames):
@@ -95,5 +95,5 @@ def check_noise_prior(run: Path, channels: int, num_frames: int) -> None:
 def _check_noise_prior(run: Path) -> None:
     if not run.is_dir():
         raise FileNotFoundError(f"no run folder at {run}")
-    if not (run / _NOISE_PRIOR).is_file():
+    if not (run / NOISE_PRIOR_NAME).is_file():
         raise FileNotFoundError(f"{run} holds no noise prior; a run with noise_prior=0.3, say, stores one")

@@ -1,4 +1,4 @@
-"""Metrics of the frames: SSIM of the first one, CLIP similarities of all."""
+"""Metrics of the frames: SSIM of the first one, CLIP similarities and PickScore of all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
+
+from imageconductor.evaluation.learned_motion_config import FramePairs
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # mean of the pixels that CLIP was trained on
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -30,20 +33,22 @@ def ssim(image: NDArray[np.uint8], reference: NDArray[np.uint8]) -> float:
     return float(value)
 
 
-class ClipScorer:
-    """CLIP similarities of a video: between the prompt and each frame, and between each frame and the next.
+class ClipEncoder:
+    """Unit vectors of frames and prompts, by a CLIP model of transformers that the user has.
 
-    Frames are resized (bicubic, shorter side) and centre-cropped to the network's size, as CLIP was trained.
+    Frames are resized (bicubic, shorter side), centre-cropped to the network's size and normalised as CLIP was trained.
+    Weights of any precision are computed with in float32.
 
     Args:
         name: Folder or hub name of a CLIP model with tokenizer, e.g. openai/clip-vit-large-patch14.
         device: Device of the network.
+        setting: Name of the setting in messages.
 
     Raises:
         FileNotFoundError: There is no such model.
     """
 
-    def __init__(self, name: str, device: str | torch.device = "cpu"):
+    def __init__(self, name: str, device: str | torch.device = "cpu", setting: str = "clip"):
         from transformers import AutoTokenizer, CLIPModel
 
         try:
@@ -54,13 +59,13 @@ class ClipScorer:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise FileNotFoundError(f"clip: no CLIP model with tokenizer at {name}: {reason}") from error
+            raise FileNotFoundError(f"{setting}: no CLIP model with tokenizer at {name}: {reason}") from error
         self.device = torch.device(device)
         self.model: Any = model.to(self.device).eval()
 
     @torch.inference_mode()
-    def __call__(self, frames: NDArray[np.uint8], prompt: str) -> tuple[float, float]:
-        """Text similarity and frame consistency of frames (T, H, W, 3): mean cosines in [-1, 1]."""
+    def embed_frames(self, frames: NDArray[np.uint8]) -> Tensor:
+        """(T, D) of frames (T, H, W, 3)."""
         side = self.model.config.vision_config.image_size
         height, width = frames.shape[1:3]
         scale = side / min(height, width)
@@ -71,11 +76,72 @@ class ClipScorer:
         pixels = pixels[..., top : top + side, left : left + side]
         mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (_CLIP_MEAN, _CLIP_STD))
         vision = self.model.vision_model(pixel_values=(pixels - mean) / std).pooler_output
-        images = F.normalize(self.model.visual_projection(vision), dim=-1)
+        return F.normalize(self.model.visual_projection(vision), dim=-1)
+
+    @torch.inference_mode()
+    def embed_text(self, prompt: str) -> Tensor:
+        """(1, D)."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
             [prompt], padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).to(self.device)
         text = self.model.text_model(tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
-        words = F.normalize(self.model.text_projection(text), dim=-1)
-        return float((images @ words.T).mean()), float((images[1:] * images[:-1]).sum(-1).mean())
+        return F.normalize(self.model.text_projection(text), dim=-1)
+
+
+class ClipScorer(ClipEncoder):
+    """CLIP similarities of a video: of the prompt and each frame, and of its frames.
+
+    Args:
+        name, device: As `ClipEncoder`.
+        pairs: The frames whose similarity is averaged, see `frame_consistency`.
+
+    Raises:
+        FileNotFoundError: There is no such model.
+    """
+
+    def __init__(self, name: str, device: str | torch.device = "cpu", pairs: FramePairs = "consecutive"):
+        super().__init__(name, device)
+        self.pairs: FramePairs = pairs
+
+    def __call__(self, frames: NDArray[np.uint8], prompt: str) -> tuple[float, float]:
+        """Text similarity and frame consistency of frames (T, H, W, 3): mean cosines in [-1, 1]."""
+        images = self.embed_frames(frames)
+        return float((images @ self.embed_text(prompt).T).mean()), frame_consistency(images, self.pairs)
+
+
+class PickScorer(ClipEncoder):
+    """PickScore: which picture people would prefer for a prompt; 20 to 22 is usual.
+
+    Args:
+        name: Folder of PickScore_v1, a CLIP ViT-H/14 that was trained further on people's choices.
+        device: Device of the network.
+
+    Raises:
+        FileNotFoundError: There is no such model.
+
+    Source: Kirstain et al., Pick-a-Pic (2023); the model card of yuvalkirstain/PickScore_v1, where the score is
+    `logit_scale.exp()`, about 100, times the cosine of text and picture, truncated at 77 tokens.
+    """
+
+    def __init__(self, name: str, device: str | torch.device = "cpu"):
+        super().__init__(name, device, "pick_score")
+
+    @torch.inference_mode()
+    def __call__(self, frames: NDArray[np.uint8], prompt: str) -> float:
+        """Mean over frames (T, H, W, 3) of their scores."""
+        cosines = self.embed_frames(frames) @ self.embed_text(prompt).T
+        return float(self.model.logit_scale.exp() * cosines.mean())
+
+
+def frame_consistency(images: Tensor, pairs: FramePairs = "consecutive") -> float:
+    """Mean cosine of pairs of frames, in [-1, 1]; NaN of a single frame.
+
+    Args:
+        images: (T, D), unit vectors of the frames.
+        pairs: "consecutive": each frame and the next. "all": every two different frames, which tells slow drift too.
+    """
+    if pairs == "consecutive":
+        return float((images[1:] * images[:-1]).sum(-1).mean())
+    others = ~torch.eye(len(images), dtype=torch.bool, device=images.device)
+    return float((images @ images.T)[others].mean())

@@ -61,7 +61,11 @@ class EvaluateConfig:
     """Settings of an evaluation."""
 
     RENAMED: ClassVar[dict[str, str]] = {"arms": "tasks", "rows": "methods", "frechet_arms": "frechet_tasks"}
+    ELSEWHERE: ClassVar[dict[str, str]] = {}  # settings of the other protocol; `learned_motion_config` fills it
 
+    # What is evaluated: how videos follow drawn trajectories, or, as learned_motion, how they repeat a motion that
+    # MotionDirector learned, with settings of its own: `--config configs/evaluate/motion_director.yaml --help`.
+    protocol: Literal["drawn_motion"] = "drawn_motion"
     model: str | None = None  # model folder to evaluate, one line of the tables, named after the folder
     videos: str | None = None  # folder of another method's videos, one more line, named after the folder
     # Further lines of the tables by name, each {videos: FOLDER}, or {model: FOLDER, base: FILE, lora: [FILE:scale],

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from imageconductor.checkpoints.model_folder import locate_model, read_sampling_defaults
+from imageconductor.checkpoints.reference_run import NOISE_PRIOR_NAME
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, RequestSet
 from imageconductor.evaluation.fixed_requests import FixedRequests
+from imageconductor.evaluation.learned_motion_config import LearnedMethod
 from imageconductor.evaluation.requests import Request
 from imageconductor.evaluation.video_format import VideoFormat
-from imageconductor.sampling.loras import parse_lora
+from imageconductor.sampling.job import SampleJob
+from imageconductor.sampling.loras import find_lora, parse_lora, parse_noise_prior
 
 _SETTINGS = (
     "images",
@@ -29,6 +32,7 @@ _SETTINGS = (
     "trajectory_guidance_scale",
 )
 _TASK = "task "
+_MOTION = "motion "
 
 
 def list_attached_files(method: Method) -> list[str]:
@@ -54,7 +58,7 @@ def collect_settings(
         wanted: Format of the method's videos.
     """
     folder = locate_model(method.model or "")
-    weights = {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in _list_weights(folder, method)}
+    weights = _describe_files([*_list_weights(folder), *map(Path, list_attached_files(method))])
     settings = {key: getattr(config, key) for key in _SETTINGS}
     made_by = {key: getattr(method, key) for key in ("model", "videos", "base", "lora", "motion_lora")}
     settings |= {"size": wanted.size, "num_frames": wanted.num_frames, "method": made_by, "weights": weights}
@@ -71,7 +75,7 @@ def collect_settings(
 
 
 def merge_with_record(record: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the record keeps together with these; a task may be added later.
+    """The settings that the record keeps together with these; a task or a motion may be added later.
 
     Args:
         record: `made_with.json` of the method's videos, or a path where there is no file yet.
@@ -81,13 +85,42 @@ def merge_with_record(record: Path, settings: dict[str, Any]) -> dict[str, Any]:
         ValueError: The videos were made with other settings.
     """
     old: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
-    compared = {key for key in (*old, *settings) if not key.startswith(_TASK) or (key in old and key in settings)}
+    compared = {
+        key for key in (*old, *settings) if not key.startswith((_TASK, _MOTION)) or (key in old and key in settings)
+    }
     if old and (changed := sorted(key for key in compared if old.get(key) != settings.get(key))):
         raise ValueError(f"{record.parent} was made with other settings ({', '.join(changed)}); name another --output")
     return {**old, **settings}
 
 
-def _list_weights(folder: Path, method: Method) -> list[Path]:
-    """Weight files of the model and of what is attached; a style LoRA beside the model only if the method names it."""
-    parts = [path for path in folder.rglob("*.safetensors") if path.relative_to(folder).parts[0] != "style_lora"]
-    return sorted([*parts, *map(Path, list_attached_files(method))])
+def collect_learned_settings(method: LearnedMethod, jobs: Mapping[str, SampleJob]) -> dict[str, Any]:
+    """All that a method's videos of learned motions depend on but prompt and seed; weights by size and date.
+
+    Args:
+        method: The method, whose model is one for all motions or has {motion} in its path.
+        jobs: By motion, as `prepare` gives them.
+    """
+    kept = ("negative_prompt", "guidance_scale", "steps", "width", "height", "num_frames", "dtype")
+    settings: dict[str, Any] = {"protocol": "learned_motion"}
+    for name, job in jobs.items():
+        filled = method.of_motion(name)
+        loras = [Path(find_lora(text, "motion")[0]) for text in filled.motion_lora]
+        loras += [Path(find_lora(text, "appearance")[0]) for text in filled.appearance_lora]
+        priors = [] if filled.noise_prior is None else [parse_noise_prior(filled.noise_prior)[0] / NOISE_PRIOR_NAME]
+        files = [file for path in (*loras, *priors) for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+        settings[f"{_MOTION}{name}"] = {
+            "method": asdict(filled) | {"model": job.model},
+            "weights": _describe_files([*_list_weights(Path(job.model)), *files]),
+            **{key: getattr(job, key) for key in kept},
+        }
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _describe_files(paths: Iterable[Path]) -> dict[str, tuple[int, int]]:
+    """Size and date of files by their paths."""
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)}
+
+
+def _list_weights(folder: Path) -> list[Path]:
+    """Weight files of a model; not the style LoRA beside it, which acts only if a method names it."""
+    return [path for path in folder.rglob("*.safetensors") if path.relative_to(folder).parts[0] != "style_lora"]

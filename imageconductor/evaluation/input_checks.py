@@ -14,10 +14,12 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from imageconductor.checkpoints.model_folder import check_adapters, locate_model
+from imageconductor.data.trackers import CoTracker, LucasKanadeTracker, Tracker
 from imageconductor.evaluation.appearance import ssim
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, FrechetName
 from imageconductor.evaluation.frechet import load_network
 from imageconductor.evaluation.generation_settings import list_attached_files
+from imageconductor.evaluation.learned_motion_config import LearnedMotionConfig
 from imageconductor.evaluation.reference_videos import list_reference_files
 from imageconductor.evaluation.video_files import count_frames
 from imageconductor.files import check_writable
@@ -69,11 +71,30 @@ def check_instruments(config: EvaluateConfig) -> None:
             load_network(name, network_file(config, name))
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"{name}_weights: {error}") from None
-    if config.clip is not None and _is_path(config.clip) and not Path(config.clip, "config.json").is_file():
-        raise FileNotFoundError(f"clip: no CLIP model at {config.clip} (config.json is missing)")
+    check_clip("clip", config.clip)
+    check_tracker(config)
+
+
+def check_clip(setting: str, name: str | None) -> None:
+    """Raises FileNotFoundError if a setting names a local folder that is no model of transformers."""
+    if name is not None and _is_path(name) and not Path(name, "config.json").is_file():
+        raise FileNotFoundError(f"{setting}: no CLIP model at {name} (config.json is missing)")
+
+
+def check_tracker(config: EvaluateConfig | LearnedMotionConfig) -> None:
+    """Raises FileNotFoundError if CoTracker is asked for from a local folder that does not hold it."""
     is_clone = config.tracker == "cotracker" and _is_path(config.cotracker)
     if is_clone and not Path(config.cotracker, "hubconf.py").is_file():
         raise FileNotFoundError(f"cotracker: {config.cotracker} is no clone of CoTracker (hubconf.py is missing)")
+
+
+def build_tracker(config: EvaluateConfig | LearnedMotionConfig, device: str) -> Tracker:
+    """The point tracker that the settings name.
+
+    Raises:
+        ValueError: CoTracker cannot be loaded.
+    """
+    return CoTracker(config.cotracker, device=device) if config.tracker == "cotracker" else LucasKanadeTracker()
 
 
 def network_file(config: EvaluateConfig, distance: FrechetName) -> Path | None:

@@ -23,26 +23,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm.auto import tqdm
 
 from imageconductor.checkpoints.model_folder import locate_model
 from imageconductor.conditioning import Trajectories
-from imageconductor.data.trackers import CoTracker, LucasKanadeTracker, Tracker
 from imageconductor.evaluation.appearance import ClipScorer
 from imageconductor.evaluation.distances import list_missing_references
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, RequestSet, Task
 from imageconductor.evaluation.external_videos import FirstFrames, check_complete
 from imageconductor.evaluation.generation_settings import collect_settings, merge_with_record
-from imageconductor.evaluation.input_checks import check_instruments, check_models, check_output, check_references
+from imageconductor.evaluation.input_checks import (
+    build_tracker,
+    check_instruments,
+    check_models,
+    check_output,
+    check_references,
+)
+from imageconductor.evaluation.processes import own_part, show_progress, start_processes
 from imageconductor.evaluation.reference_statistics import collect_own_part, locate_statistics
 from imageconductor.evaluation.request_files import write_requests
 from imageconductor.evaluation.requests import Request, build_sets
-from imageconductor.evaluation.scores import measure, to_json_values
+from imageconductor.evaluation.score_files import identify_file, is_scored, write_score
+from imageconductor.evaluation.scores import measure
 from imageconductor.evaluation.summary import summarise_evaluation
 from imageconductor.evaluation.video_files import read_video, write_video
 from imageconductor.evaluation.video_format import fit_requests, resolve_formats
@@ -65,7 +68,7 @@ class Evaluation:
     def __init__(self, config: EvaluateConfig, output: Path):
         self.config, self.output = config, output
         self.methods = config.all_methods
-        self.state = _start_processes(config.device)
+        self.state = start_processes(config.device)
         if self.state.is_main_process:
             check_output(output)
         self.drawn, self.formats = resolve_formats(config)
@@ -78,9 +81,7 @@ class Evaluation:
         self._check_references()
         self.device = config.device or str(self.state.device)
         self.clip = ClipScorer(config.clip, self.device) if config.clip is not None else None
-        self.tracker: Tracker = LucasKanadeTracker()
-        if config.tracker == "cotracker":
-            self.tracker = CoTracker(config.cotracker, device=self.device)
+        self.tracker = build_tracker(config, self.device)
         if self.state.is_main_process:
             (output / "scores").mkdir(parents=True, exist_ok=True)
             remove_partial(output)
@@ -169,7 +170,7 @@ class Evaluation:
                     for path, target, request in self._list_videos(name, task)
                     if not self._is_scored(target, path, request)
                 ]
-                for path, request in self._show_progress(jobs, f"{name}: checks of {task}"):
+                for path, request in show_progress(self.state, jobs, f"{name}: checks of {task}"):
                     first_frames.check(path, request, self.formats[name])
 
     # -- videos
@@ -180,7 +181,7 @@ class Evaluation:
             return
         pipe = load_pipeline(self._build_inputs(name, batches[0][1], batches[0][2][0]).job)
         pipe.set_progress_bar_config(disable=True)
-        for task_name, task, batch in self._show_progress(batches, f"{name}: videos"):
+        for task_name, task, batch in show_progress(self.state, batches, f"{name}: videos"):
             started = time.perf_counter()
             videos = render(pipe, [self._build_inputs(name, task, request) for request in batch])
             seconds = (time.perf_counter() - started) / len(batch)
@@ -194,14 +195,10 @@ class Evaluation:
     def _list_missing(self, name: str) -> Iterator[tuple[str, Task, list[Request]]]:
         """Batches of this process's requests for which there is no video yet."""
         for task_name, task in self.config.tasks.items():
-            requests = self._own_part(self.requests_for(name, task_name, judged=False))
+            requests = own_part(self.state, self.requests_for(name, task_name, judged=False))
             missing = iter([r for r in requests if not self.video_path(name, task_name, r).exists()])
             while batch := list(islice(missing, self.config.batch_size)):
                 yield task_name, task, batch
-
-    def _own_part(self, jobs: list[Any]) -> list[Any]:
-        """Every n-th one, where n processes share the work."""
-        return jobs[self.state.process_index :: self.state.num_processes]
 
     def _build_inputs(self, name: str, task: Task, request: Request) -> Inputs:
         """The request as `sample.py` would be asked for it."""
@@ -236,7 +233,7 @@ class Evaluation:
             for path, target, request in self._list_videos(name, task)
             if not self._is_scored(target, path, request, self._instruments)
         ]
-        for path, target, request in self._show_progress(jobs, f"{name}: scores"):
+        for path, target, request in show_progress(self.state, jobs, f"{name}: scores"):
             score = measure(request, self.read_frames(name, path), self.tracker, self.clip)
             settings = path.with_suffix(".json")
             if self.methods[name].model is not None and settings.exists():
@@ -247,11 +244,11 @@ class Evaluation:
         """The tracker's own error, from the requests whose true clip is known."""
         jobs = []
         for kind, requests in self.requests.items():
-            for request in self._own_part([request for request in requests if request.truth is not None]):
+            for request in own_part(self.state, [request for request in requests if request.truth is not None]):
                 target = self.output / "true_clips" / kind / f"{request.key}.json"
                 if not self._is_scored(target, None, request, {"tracker": self._instruments["tracker"]}):
                     jobs.append((target, request))
-        for target, request in self._show_progress(jobs, "true clips: scores"):
+        for target, request in show_progress(self.state, jobs, "true clips: scores"):
             self._write_score(target, measure(request, request.truth, self.tracker), None, request)
 
     def _list_videos(self, name: str, task: str) -> list[tuple[Path, Path, Request]]:
@@ -259,7 +256,7 @@ class Evaluation:
         folder = self.output / "scores" / name / task
         return [
             (self.video_path(name, task, request), folder / f"{request.key}.json", request)
-            for request in self._own_part(self.requests_for(name, task))
+            for request in own_part(self.state, self.requests_for(name, task))
         ]
 
     @property
@@ -270,21 +267,11 @@ class Evaluation:
         self, target: Path, path: Path | None, request: Request, instruments: dict[str, Any] | None = None
     ) -> bool:
         """Whether a video (None = the true clip) has a score, complete and by these instruments if any are given."""
-        if not target.exists():
-            return False
-        old = json.loads(target.read_text())
         expected = {**_identify(path, request), **(instruments or {})}
-        known = old.get("measured_with", {})
-        return all(known.get(key) == value for key, value in expected.items()) and (
-            instruments is None or "failed" not in old
-        )
+        return is_scored(target, expected, is_complete=instruments is not None)
 
     def _write_score(self, target: Path, score: dict[str, Any], path: Path | None, request: Request) -> None:
-        measured_with = {**_identify(path, request), **self._instruments}
-        write_text(target, json.dumps({"key": request.key, **to_json_values(score), "measured_with": measured_with}))
-
-    def _show_progress(self, jobs: list[Any], title: str) -> Any:
-        return tqdm(jobs, desc=title, dynamic_ncols=True, disable=not jobs or not self.state.is_main_process)
+        write_score(target, request.key, score, {**_identify(path, request), **self._instruments})
 
 
 def _read_scores(folder: Path, requests: list[Request]) -> list[dict[str, Any]]:
@@ -295,12 +282,4 @@ def _read_scores(folder: Path, requests: list[Request]) -> list[dict[str, Any]]:
 
 def _identify(path: Path | None, request: Request) -> dict[str, Any]:
     """The video and the request that a score is of."""
-    stat = None if path is None else path.stat()
-    video = None if path is None or stat is None else [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
-    return {"video": video, "request": request.sha256}
-
-
-def _start_processes(device: str | None) -> PartialState:
-    """The processes that share the work; on CPUs, accelerate lets them know of each other only if `cpu` is set."""
-    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    return PartialState(cpu=device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not has_gpu)
+    return {"video": None if path is None else identify_file(path), "request": request.sha256}

@@ -6,28 +6,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPModel
+from PIL import Image
+from transformers import CLIPImageProcessorPil, CLIPModel
 
-from imageconductor.evaluation.appearance import ClipScorer, ssim
-from imageconductor.models.small_model import build_tokenizer
+from imageconductor.evaluation.appearance import ClipScorer, PickScorer, frame_consistency, ssim
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.float16])
-def clip(request, tmp_path_factory):
+def clip(request, save_clip, tmp_path_factory):
     """A CLIP of random weights, saved in float32 or float16."""
-    folder = tmp_path_factory.mktemp("clip") / "tiny"
-    tokenizer = build_tokenizer(["a red circle"], 12)
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    torch.manual_seed(0)
-    config = CLIPConfig(
-        text_config={**small, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 12},
-        vision_config={**small, "image_size": 32, "patch_size": 8},
-        projection_dim=8,
-    )
-    CLIPModel(config).to(request.param).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_clip(tmp_path_factory.mktemp("clip") / "tiny", request.param)
 
 
 def test_clip_scores_are_the_models_own(clip):
@@ -44,6 +32,33 @@ def test_clip_scores_are_the_models_own(clip):
     assert consistency == pytest.approx((images[1:] * images[:-1]).sum(-1).mean().item(), abs=2e-3)
     assert scorer(np.repeat(frames[:1], 3, axis=0), "a red circle")[1] == pytest.approx(1, abs=1e-5)
     assert consistency < 0.999
+
+
+def test_frame_consistency_of_neighbours_and_of_all_pairs(clip):
+    angles = torch.deg2rad(torch.tensor([0.0, 60.0, 120.0]))
+    images = torch.stack([angles.cos(), angles.sin()], dim=1)
+    assert frame_consistency(images) == pytest.approx(0.5)
+    assert frame_consistency(images, "all") == pytest.approx((0.5 + 0.5 - 0.5) / 3)
+    assert np.isnan(frame_consistency(images[:1]))
+    assert np.isnan(frame_consistency(images[:1], "all"))
+    frames = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
+    scorer = ClipScorer(str(clip), pairs="all")
+    assert scorer(frames, "a")[1] == pytest.approx(frame_consistency(scorer.embed_frames(frames), "all"))
+
+
+def test_pick_score_is_that_of_the_model_card(clip):
+    """`logit_scale.exp() * (text_embs @ image_embs.T)` of the processor's pixels, as a mean over frames."""
+    frames = np.random.default_rng(0).integers(0, 255, (3, 48, 40, 3), dtype=np.uint8)
+    model = CLIPModel.from_pretrained(clip, dtype=torch.float32)
+    processor = CLIPImageProcessorPil.from_pretrained(clip)
+    scorer = PickScorer(str(clip))
+    assert next(scorer.model.parameters()).dtype == torch.float32
+    pixels = processor(images=[Image.fromarray(frame) for frame in frames], return_tensors="pt")["pixel_values"]
+    tokens = scorer.tokenizer("a red circle", return_tensors="pt")
+    expected = model(**tokens, pixel_values=pixels).logits_per_image
+    assert scorer(frames, "a red circle") == pytest.approx(expected.mean().item(), abs=0.05)
+    assert abs(expected).max() > 1, "not a bare cosine"
+    assert scorer(frames[:1], "a red circle") == pytest.approx(expected[0, 0].item(), abs=0.05)
 
 
 def test_the_published_settings_of_the_text_encoder_end_at_the_last_word(clip):

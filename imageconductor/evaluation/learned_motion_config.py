@@ -1,0 +1,166 @@
+"""Settings of an evaluation of learned motions: methods, motions with their reference clips and prompts, metrics."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from imageconductor.evaluation.evaluate_config import EvaluateConfig
+from imageconductor.evaluation.motion_fidelity import ReferenceChoice
+from imageconductor.files import find_shipped, read_text
+
+FramePairs = Literal["consecutive", "all"]
+
+_MOTION = "{motion}"
+
+
+@dataclass(frozen=True)
+class LearnedMethod:
+    """One line of the table: a model, and what it is given of each motion; in all paths {motion} is the motion's name.
+
+    A `motion_director` run stands for its LoRA of the kind that is asked for, as in `sample.py`.
+    """
+
+    model: str | None = None  # model folder; null = the evaluation's
+    motion_lora: list[str] = field(default_factory=list)  # LoRAs of the motion modules or runs, each FILE or FILE:scale
+    appearance_lora: list[str] = field(default_factory=list)  # LoRAs of a look or runs, each FILE or FILE:scale
+    noise_prior: str | None = None  # run whose inverted noise the videos begin with, RUN or RUN:fraction
+
+    def of_motion(self, name: str) -> LearnedMethod:
+        """The method with the motion's name in place of {motion}."""
+
+        def fill(text: str | None) -> Any:
+            return None if text is None else text.replace(_MOTION, name)
+
+        loras = ([fill(text) for text in texts] for texts in (self.motion_lora, self.appearance_lora))
+        return LearnedMethod(fill(self.model), *loras, fill(self.noise_prior))
+
+
+@dataclass(frozen=True)
+class LearnedMotion:
+    """A motion that was learned: the clips that it was learned from, and prompts of other appearance."""
+
+    references: list[str] = field(default_factory=list)  # videos, folders of videos, or JSON files, as in training
+    prompts: list[str] = field(default_factory=list)  # what the videos show
+    prompt_file: str | None = None  # text file with one more prompt a line
+
+    def read_prompts(self, name: str) -> list[str]:
+        """The prompts of the list and then of the file.
+
+        Args:
+            name: Of the motion, for messages.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: There is no prompt, or one is given twice.
+        """
+        prompts = list(self.prompts)
+        if self.prompt_file is not None:
+            path = find_shipped(self.prompt_file)
+            if not path.is_file():
+                raise FileNotFoundError(f"motion {name}: no file of prompts at {path}")
+            prompts += read_text(path).splitlines()
+        prompts = [words for text in prompts if (words := " ".join(text.split()))]
+        if not prompts:
+            raise ValueError(f"motion {name} has no prompts; give prompts, or a prompt_file with one a line")
+        if twice := next((text for text in prompts if prompts.count(text) > 1), None):
+            raise ValueError(f"motion {name} has the prompt {twice!r} twice")
+        return prompts
+
+
+@dataclass(frozen=True)
+class VideoRequest:
+    """A video that every method makes: a prompt and a seed under a motion."""
+
+    motion: str
+    prompt: str
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Name of its files, which stays the same when prompts and seeds are added."""
+        words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:40].strip("-")
+        return "-".join(
+            [*([words] if words else []), hashlib.sha256(self.prompt.encode()).hexdigest()[:8], f"{self.seed}"]
+        )
+
+
+@dataclass
+class LearnedMotionConfig:
+    """Settings of an evaluation of learned motions, `protocol: learned_motion`."""
+
+    ELSEWHERE: ClassVar[dict[str, str]] = {}  # settings of the other protocol by name; filled below
+
+    protocol: Literal["learned_motion"] = "learned_motion"  # MotionDirector's: prompts x motions, no image
+    model: str | None = None  # model folder of the methods that name none
+    # Lines of the table by name, each {model: FOLDER, motion_lora: [FILE], appearance_lora: [FILE], noise_prior: RUN};
+    # {motion} in a path is the motion's name. A method without LoRAs, {}, is the base model.
+    methods: dict[str, LearnedMethod] = field(default_factory=dict)
+    # Motions by name, each {references: [FILE or FOLDER], prompts: [...], prompt_file: FILE with one a line}.
+    motions: dict[str, LearnedMotion] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0])  # one video of each prompt for each of them
+    size: tuple[int, int] | None = None  # (W, H) of the videos; null = the models'
+    num_frames: int | None = None  # frames of each video; null = the models'
+    negative_prompt: str | None = None  # null = the model's default
+    num_inference_steps: int | None = None  # denoising steps; null = the model's default
+    guidance_scale: float | None = None  # lambda_cfg, 1 = off; null = the model's default
+    batch_size: int = 4  # videos that are sampled together
+    # Precision of the networks; null = float16 on a GPU, float32 elsewhere.
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    device: str | None = None  # torch device, e.g. cuda or cpu; null = a GPU of this process where there is one
+    # Frames per second of windows of reference clips in folders; null = every frame_step-th frame; as in training.
+    fps: float | None = 8.0
+    frame_step: int = 1  # between the frames of reference clips that are named by themselves
+    # What counts of several reference clips and windows: the one that a video is most like, or the mean over all.
+    reference_choice: ReferenceChoice = "best"
+    tracker: Literal["lucas_kanade", "cotracker"] = "lucas_kanade"  # point tracker that measures the motion
+    cotracker: str = "facebookresearch/co-tracker"  # CoTracker's repository for torch.hub, or a local clone of it
+    grid: int = 10  # tracked points along each side of the frame
+    still_fraction: float = 0.01  # of the frame's diagonal; tracks that stay nearer to their start stand still
+    # CLIP model, folder or hub name, for text alignment and frame consistency; null = neither is measured.
+    clip: str | None = None
+    frame_pairs: FramePairs = "consecutive"  # frames whose CLIP cosine is the frame consistency
+    pick_score: str | None = None  # folder or hub name of PickScore_v1; null = PickScore is not measured
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "frame_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("grid", "num_frames"):
+            if getattr(self, name) is not None and getattr(self, name) < 2:
+                raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}")
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"size must be positive, got {self.size[0]}x{self.size[1]}")
+        if self.fps is not None and self.fps <= 0:
+            raise ValueError(f"fps must be positive, got {self.fps}")
+        if not 0 <= self.still_fraction < 1:
+            raise ValueError(f"still_fraction must lie in [0, 1), got {self.still_fraction}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be one or more different numbers, got {self.seeds}")
+        for what in ("methods", "motions"):
+            if not getattr(self, what):
+                raise ValueError(f"nothing to evaluate: give {what}")
+            for name in getattr(self, what):
+                if name != Path(name).name or name.startswith("."):
+                    raise ValueError(f"methods and motions give folders their names; {name!r} cannot be one")
+        for name, method in self.methods.items():
+            if method.model is None and self.model is None:
+                raise ValueError(f"method {name} has no model; give it one, or model=FOLDER for all that have none")
+        for name, motion in self.motions.items():
+            if not motion.references:
+                raise ValueError(f"motion {name} has no references; name the clips that it was learned from")
+
+
+def _list_elsewhere(schema: Any, other: Any) -> dict[str, str]:
+    """Settings of the other schema alone, except those that are probably misspelled ones of this."""
+    ours, theirs = ([setting.name for setting in fields(each)] for each in (schema, other))
+    explained = [name for name in theirs if not difflib.get_close_matches(name, ours, n=1)]
+    return {name: f"a setting of protocol {other.protocol}" for name in explained}
+
+
+LearnedMotionConfig.ELSEWHERE = _list_elsewhere(LearnedMotionConfig, EvaluateConfig)
+EvaluateConfig.ELSEWHERE = _list_elsewhere(EvaluateConfig, LearnedMotionConfig)
