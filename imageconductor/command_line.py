@@ -8,6 +8,7 @@ import math
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 from imageconductor.config import list_fields, load, required_type, to_plain, type_name
@@ -48,6 +49,15 @@ def parse_command_line(
         return load(schema, args.config, args.overrides), args
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
+
+
+def peek_settings(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The file of `--config` and the overrides of a command line, by which a command chooses its schema."""
+    peek = argparse.ArgumentParser(add_help=False)
+    peek.add_argument("--config", type=find_shipped)
+    peek.add_argument("overrides", nargs="*")
+    known, _ = peek.parse_known_intermixed_args([text for text in argv if text not in ("-h", "--help")])
+    return known.config, known.overrides
 
 
 def run_command(work: Callable[[], object]) -> int:

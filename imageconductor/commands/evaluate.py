@@ -1,22 +1,36 @@
-"""Measures how well videos follow what was drawn: the paper's Table 1, its figures, and the sprite world's own scenes.
+"""Measures how well videos follow what was drawn, or how well they repeat a motion that was learned.
 
-Makes the videos that are missing, scores them, and writes results.json, table.md, table.tex, report.html with the worst
-videos first, and contact sheets. Run it again after an interruption, or with one more method or task: finished videos
-and scores are kept. Exit code 1: something could not be measured; the reason is printed, and all else is written.
+Drawn motion: the paper's Table 1, its figures, and the sprite world's own scenes. Learned motion: MotionDirector's
+prompts x motions by several methods, for YAML files that say `protocol: learned_motion`. `--config FILE --help` lists
+the settings of a file's protocol.
+
+Makes the videos that are missing, scores them, and writes results.json, table.md and contact sheets; of drawn motion
+also table.tex, and report.html with the worst videos first. Run it again after an interruption, or with one more
+method, task or motion: finished videos and scores are kept. Exit code 1: something could not be measured; the reason is
+printed, and all else is written.
 `accelerate launch -m imageconductor evaluate ...` spreads the work over GPUs. docs/reproduce.md has the commands.
 
-`imageconductor evaluate export-requests ...` takes the same settings and only writes what other programs need to make
-their videos, in the frame of each method: first frames, trajectories, prompts and seeds.
+`imageconductor evaluate export-requests ...` takes the settings of drawn motion and only writes what other programs
+need to make their videos, in the frame of each method: first frames, trajectories, prompts and seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from imageconductor.command_line import parse_command_line
+from imageconductor import config as config_file
+from imageconductor.command_line import parse_command_line, peek_settings
 from imageconductor.evaluation.evaluate_config import EvaluateConfig
+from imageconductor.evaluation.learned_motion_config import LearnedMotionConfig
+
+_PROTOCOLS: dict[str, type[EvaluateConfig] | type[LearnedMotionConfig]] = {
+    EvaluateConfig.protocol: EvaluateConfig,
+    LearnedMotionConfig.protocol: LearnedMotionConfig,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,31 +42,85 @@ def main(argv: list[str] | None = None) -> int:
     extra.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder for videos, scores and results"
     )
-    config, args = parse_command_line(EvaluateConfig, __doc__ or "", argv, parents=[extra])
-    from imageconductor.evaluation.protocol import Evaluation
-    from imageconductor.evaluation.report import format_markdown, write_report
-    from imageconductor.evaluation.request_files import export_requests
-    from imageconductor.evaluation.summary import list_failures
-
+    try:
+        schema = choose_protocol(argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    config, args = parse_command_line(schema, __doc__ or "", argv, parents=[extra])
     output: Path = args.output
     try:
         if only_export:
-            export_requests(config, output)
+            _export(config, output)
             print(output)
             return 0
-        evaluation = Evaluation(config, output)
-        record = evaluation.run()
+        record = (
+            _evaluate_learned(config, output)
+            if isinstance(config, LearnedMotionConfig)
+            else _evaluate_drawn(config, output)
+        )
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0 if record is None else _tell_failures(record)
+
+
+def choose_protocol(argv: Sequence[str]) -> type[EvaluateConfig] | type[LearnedMotionConfig]:
+    """The schema of the protocol that the YAML file or `protocol=NAME` states, else that of drawn motion.
+
+    Raises:
+        ValueError: There is no such protocol, or the file cannot be read.
+    """
+    path, overrides = peek_settings(argv)
+    named = [value for key, _, value in (text.partition("=") for text in overrides) if key == "protocol"]
+    stated = None if path is None else config_file.read_yaml(path).get("protocol")
+    name = str(stated if stated is not None else named[-1] if named else EvaluateConfig.protocol)
+    if name not in _PROTOCOLS:
+        raise ValueError(f"{path or 'the command line'}: protocol must be one of {', '.join(_PROTOCOLS)}, got {name!r}")
+    return _PROTOCOLS[name]
+
+
+def _evaluate_drawn(config: EvaluateConfig, output: Path) -> dict[str, Any] | None:
+    from imageconductor.evaluation.protocol import Evaluation
+    from imageconductor.evaluation.report import format_markdown, write_report
+
+    evaluation = Evaluation(config, output)
+    record = evaluation.run()
     if record is not None:
         write_report(evaluation, record, output)
         print(format_markdown(record))
         print(output / "report.html")
-        failures = list_failures(record)
-        for failure in failures:
-            print(f"not measured: {failure}", file=sys.stderr)
-        if failures:
-            print("all else is written; the same command measures what is missing", file=sys.stderr)
-            return 1
-    return 0
+    return record
+
+
+def _evaluate_learned(config: LearnedMotionConfig, output: Path) -> dict[str, Any] | None:
+    from imageconductor.evaluation.learned_motion import LearnedMotionEvaluation
+    from imageconductor.evaluation.learned_motion_summary import format_learned_motion, write_learned_motion_report
+
+    evaluation = LearnedMotionEvaluation(config, output)
+    record = evaluation.run()
+    if record is not None:
+        write_learned_motion_report(evaluation, record, output)
+        print(format_learned_motion(record))
+        print(output / "table.md")
+    return record
+
+
+def _export(config: EvaluateConfig | LearnedMotionConfig, output: Path) -> None:
+    if isinstance(config, LearnedMotionConfig):
+        raise ValueError("export-requests is for drawn motion; of a learned motion prompts and seeds are in the YAML")
+    from imageconductor.evaluation.request_files import export_requests
+
+    export_requests(config, output)
+
+
+def _tell_failures(record: dict[str, Any]) -> int:
+    """Prints what could not be measured, and gives the exit code."""
+    from imageconductor.evaluation.summary import list_failures
+
+    failures = list_failures(record)
+    for failure in failures:
+        print(f"not measured: {failure}", file=sys.stderr)
+    if failures:
+        print("all else is written; the same command measures what is missing", file=sys.stderr)
+    return 1 if failures else 0

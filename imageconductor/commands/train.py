@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from imageconductor.command_line import describe
+from imageconductor.command_line import describe, peek_settings
 from imageconductor.files import find_shipped
 from imageconductor.training.stage_configs import STAGE_CONFIGS, check_stage, load_config, stated_stage
 from imageconductor.training.train_config import StageConfig
@@ -62,11 +62,7 @@ def build_parser(description: str, stage: str | None, argv: Sequence[str]) -> ar
     Raises:
         ValueError: The stage does not exist, or the YAML file cannot be read.
     """
-    peek = argparse.ArgumentParser(add_help=False)
-    peek.add_argument("--config", type=find_shipped)
-    peek.add_argument("overrides", nargs="*")
-    known, _ = peek.parse_known_intermixed_args([text for text in argv if text not in ("-h", "--help")])
-    name = stated_stage(known.config, known.overrides) or stage
+    name = stated_stage(*peek_settings(argv)) or stage
     if name is None:
         lines = [f"  {name:<20} {(stage.__doc__ or '').splitlines()[0]}" for name, stage in STAGE_CONFIGS.items()]
         epilog = "\n".join(["stages:", *lines, "", "Settings that all stages share:", describe(StageConfig)])

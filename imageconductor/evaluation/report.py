@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 from jinja2 import Environment
 from numpy.typing import NDArray
 
-from imageconductor.evaluation.protocol import Evaluation
 from imageconductor.evaluation.requests import Request
 from imageconductor.evaluation.summary import list_failures
 from imageconductor.evaluation.video_files import write_video
 from imageconductor.files import write_text
 from imageconductor.sampling.video import contact_sheet, draw_trajectories, upscale_for_viewing
+
+if TYPE_CHECKING:
+    from imageconductor.evaluation.protocol import Evaluation
 
 PAPER_TABLE_1 = {
     "DragNUWA (paper)": {"fid": 237.26, "fvd": 1283.85, "cam_mc": 48.72, "obj_mc": 51.24},
@@ -86,11 +89,16 @@ def write_report(evaluation: Evaluation, record: dict[str, Any], folder: Path) -
 
 def format_markdown(record: dict[str, Any]) -> str:
     """Table 1 with the paper's lines, a table of all methods and tasks, and notes."""
-    tables = []
-    for heading, *body in _build_tables(record):
+    return "\n\n".join([format_tables(_build_tables(record)), *_list_notes(record)]) + "\n"
+
+
+def format_tables(tables: Sequence[Sequence[Sequence[str]]]) -> str:
+    """Tables of cells, each line by line with the heading first, in Markdown."""
+    texts = []
+    for heading, *body in tables:
         lines = ["| " + " | ".join(line) + " |" for line in (heading, *body)]
-        tables.append("\n".join([lines[0], "|---" * len(heading) + "|", *lines[1:]]))
-    return "\n\n".join([*tables, *_list_notes(record)]) + "\n"
+        texts.append("\n".join([lines[0], "|---" * len(heading) + "|", *lines[1:]]))
+    return "\n\n".join(texts)
 
 
 def format_latex(record: dict[str, Any]) -> str:
@@ -119,7 +127,7 @@ def _build_table_1(record: dict[str, Any]) -> list[list[str]]:
         tasks = [method["tasks"][task] for task in ("camera", "object")]
         distances = [_format_distance(method["frechet"].get(key)) for key in ("fid", "fvd")]
         errors = [
-            _format_figure(summary.get(metric))
+            format_figure(summary.get(metric))
             for metric in ("error_384x256", "error_percent_of_diagonal", "error_all_points_384x256")
             for summary in tasks
         ]
@@ -137,7 +145,7 @@ def _build_difference_table(record: dict[str, Any]) -> list[list[str]]:
     columns = [key for key in _TASK_COLUMNS if key != "seconds" and any(key in summary for *_, summary in summaries)]
     lines = [[f"difference to {first}", "task", *(_TASK_COLUMNS[key] for key in columns)]]
     for name, task, summary in summaries:
-        cells = [_format_figure(summary.get(key), _DIGITS.get(key, 2), "+") for key in columns]
+        cells = [format_figure(summary.get(key), _DIGITS.get(key, 2), "+") for key in columns]
         lines.append([name, task, *cells])
     return lines if others else []
 
@@ -151,7 +159,7 @@ def _build_task_table(record: dict[str, Any]) -> list[list[str]]:
     lines = [["method", "task", *(_TASK_COLUMNS[key] for key in columns), "videos"]]
     for name, task, summary in summaries:
         count = summary["first_frame_psnr"]["n"]
-        cells = [_format_figure(summary.get(key), _DIGITS.get(key, 2), count=count) for key in columns]
+        cells = [format_figure(summary.get(key), _DIGITS.get(key, 2), count=count) for key in columns]
         lines.append([name, task, *cells, str(count)])
     return lines
 
@@ -200,7 +208,7 @@ def _format_mean(figure: dict[str, Any] | None) -> str:
     return "–" if figure is None or figure["mean"] is None else f"{figure['mean']:.2f}"
 
 
-def _format_figure(figure: dict[str, Any] | None, digits: int = 2, sign: str = "", count: int | None = None) -> str:
+def format_figure(figure: dict[str, Any] | None, digits: int = 2, sign: str = "", count: int | None = None) -> str:
     """Mean and interval; the number of videos behind it where that is not `count`."""
     if figure is None or figure["mean"] is None:
         return "–"

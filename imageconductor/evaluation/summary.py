@@ -37,9 +37,9 @@ def list_failures(record: dict[str, Any]) -> list[str]:
     """What could not be measured, a line each: instrument, method, reason."""
     lines = []
     for name, method in record["methods"].items():
-        lines += [f"{key}, {name}: {d['failed']}" for key, d in method["frechet"].items() if "failed" in d]
+        lines += [f"{key}, {name}: {d['failed']}" for key, d in method.get("frechet", {}).items() if "failed" in d]
         lines += [f"{instrument}, {name}: {text}" for instrument, text in method["failed"].items()]
-    failed = record["tracker_on_the_true_clips"].get("failed", {})
+    failed = record.get("tracker_on_the_true_clips", {}).get("failed", {})
     return [*lines, *(f"{instrument}, true clips: {text}" for instrument, text in failed.items())]
 
 
@@ -62,7 +62,7 @@ def _summarise_scores(evaluation: Evaluation) -> dict[str, Any]:
                 for task in tasks
             },
             "frechet": {},
-            "failed": _collect_failures([score for task in tasks for score in scores[name][task]]),
+            "failed": collect_failures([score for task in tasks for score in scores[name][task]]),
         }
     headlines = select_headlines(methods[first]["tasks"], scores[first])
     return to_json_values(
@@ -83,7 +83,7 @@ def _summarise_scores(evaluation: Evaluation) -> dict[str, Any]:
     )
 
 
-def _collect_failures(scores: Sequence[dict[str, Any]]) -> dict[str, str]:
+def collect_failures(scores: Sequence[dict[str, Any]]) -> dict[str, str]:
     """By instrument, on how many videos it failed, and for what reason first."""
     found: dict[str, list[str]] = {}
     for score in scores:
@@ -101,7 +101,7 @@ def _summarise_true_clips(evaluation: Evaluation) -> dict[str, Any]:
             values = [float("nan") if score.get(metric) is None else score[metric] for score in scores]
             summary[f"{kind}_{metric}"] = asdict(summarise(values, [score["source"] for score in scores]))
     everything = [score for kind in evaluation.requests for score in evaluation.read_true_scores(kind)]
-    return {**summary, **({"failed": failed} if (failed := _collect_failures(everything)) else {})}
+    return {**summary, **({"failed": failed} if (failed := collect_failures(everything)) else {})}
 
 
 def _describe_requests(evaluation: Evaluation) -> dict[str, Any]:
