@@ -36,8 +36,10 @@ class LearnedMethod:
         def fill(text: str | None) -> Any:
             return None if text is None else text.replace(_MOTION, name)
 
-        loras = ([fill(text) for text in texts] for texts in (self.motion_lora, self.appearance_lora))
-        return LearnedMethod(fill(self.model), *loras, fill(self.noise_prior))
+        motion_lora, appearance_lora = (
+            [fill(text) for text in own] for own in (self.motion_lora, self.appearance_lora)
+        )
+        return LearnedMethod(fill(self.model), motion_lora, appearance_lora, fill(self.noise_prior))
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,8 @@ class VideoRequest:
     def key(self) -> str:
         """Name of its files, which stays the same when prompts and seeds are added."""
         words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:40].strip("-")
-        return "-".join(
-            [*([words] if words else []), hashlib.sha256(self.prompt.encode()).hexdigest()[:8], f"{self.seed}"]
-        )
+        digest = hashlib.sha256(self.prompt.encode()).hexdigest()[:8]
+        return "-".join(filter(None, (words, digest, str(self.seed))))
 
 
 @dataclass

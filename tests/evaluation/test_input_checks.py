@@ -21,7 +21,7 @@ def refused(tmp_path, capsys, monkeypatch):
     def forbid(*_, **__):
         raise AssertionError("a network was loaded")
 
-    for name in ("load_pipeline", "ClipScorer", "CoTracker"):
+    for name in ("load_pipeline", "ClipScorer", "build_tracker"):
         monkeypatch.setattr(protocol, name, forbid)
 
     def run(*arguments: str) -> str:

@@ -20,7 +20,12 @@ from imageconductor.commands.evaluate import choose_protocol, main
 from imageconductor.evaluation import learned_motion
 from imageconductor.evaluation.evaluate_config import EvaluateConfig
 from imageconductor.evaluation.learned_motion import LearnedMotionEvaluation
-from imageconductor.evaluation.learned_motion_config import LearnedMethod, LearnedMotion, LearnedMotionConfig
+from imageconductor.evaluation.learned_motion_config import (
+    LearnedMethod,
+    LearnedMotion,
+    LearnedMotionConfig,
+    VideoRequest,
+)
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = [ROOT / "configs" / "evaluate" / f"motion_director{name}.yaml" for name in ("", "_sprites")]
@@ -130,6 +135,8 @@ def test_all_methods_stand_in_one_table(finished):
         assert method["figures"]["pick_score"]["n"] == 3
         assert method["figures"]["pick_score"]["num_sources"] == 2, "intervals draw motions"
         assert method["motions"]["right"]["pick_score"]["num_sources"] == 2, "of one motion, prompts"
+        right, left = (method["motions"][name]["pick_score"]["mean"] for name in ("right", "left"))
+        assert method["figures"]["pick_score"]["low"] == pytest.approx(min(right, left))
         assert -1 <= method["figures"]["motion_fidelity"]["mean"] <= 1
     counts = {"prompts": 2, "videos": 2, "reference_clips": 1, "reference_windows": 2}
     assert record["motions"]["right"] == counts
@@ -178,13 +185,14 @@ def test_a_killed_evaluation_goes_on_and_more_costs_only_itself(settings, finish
     assert evaluate(settings, out, "seeds=[0,3]") == 0
     assert len(written) == 1 + 3, "a prompt's videos keep their names"
     assert read_results(out)["methods"]["plain"]["figures"]["motion_fidelity"]["n"] == 4
+    assert len({path.read_bytes() for path in written}) == 4, "each prompt and seed"
 
 
 def test_videos_of_other_settings_are_never_taken(settings, work, finished, tmp_path, capsys, written):
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     lora = work / "runs" / "right" / "motion_lora" / "pytorch_lora_weights.safetensors"
-    changes = ["num_inference_steps=2", "negative_prompt=a"]
+    changes = ["num_inference_steps=2", "negative_prompt=a", f'methods.ours.motion_lora=["{work}/runs/{{motion}}:0.5"]']
     for change in (*changes, "methods.ours.motion_lora=[]", "methods.plain.noise_prior=null"):
         assert evaluate(settings, out, change) == 2
         assert "was made with other settings (motion " in capsys.readouterr().err
@@ -303,13 +311,20 @@ def test_the_configs_load_and_compare_the_baselines(path):
     assert list(config.methods) == ["base", "ours", "plain_lora", "without_debiasing"]
     assert len(config.motions) > 1
     assert all(motion.read_prompts(name) for name, motion in config.motions.items())
-    (lora,) = config.methods["plain_lora"].of_motion("m").appearance_lora
-    assert lora.endswith("/plain_lora/m")
+    plain = config.methods["plain_lora"].of_motion("a motion")
+    assert plain.appearance_lora == plain.motion_lora
+    assert "/a motion" in plain.motion_lora[0]
 
 
 def test_prompts_of_a_list_and_of_a_file(tmp_path):
     (tmp_path / "prompts.txt").write_text("b  c\n\n d\n", encoding="utf-16")
     assert LearnedMotion(["x"], ["a"], str(tmp_path / "prompts.txt")).read_prompts("m") == ["a", "b c", "d"]
+
+
+def test_every_prompt_and_seed_has_files_of_its_own():
+    requests = [VideoRequest("m", prompt, seed) for prompt in ("a cat", "A cat!", "猫", "a" * 300) for seed in (0, 1)]
+    assert len({request.key for request in requests}) == len(requests)
+    assert max(len(request.key) for request in requests) < 64
 
 
 def test_configs_that_cannot_be(work, tmp_path):

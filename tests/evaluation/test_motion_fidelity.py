@@ -75,6 +75,10 @@ def test_only_steps_that_both_tracks_have_are_compared():
     result.followed[0, 4:] = False
     assert result.known.sum() == 3
     assert motion_fidelity(reference, result) == 0, "followed in less than half of the steps"
+    wandering = tracks(None, 0)
+    wandering.points[:, 7:] += 50
+    wandering.followed[:, 7:] = False
+    assert wandering.moving(0.01).tolist() == [False, True], "what stood still while it was followed"
     reference.points[0, 0] = np.nan
     assert np.isfinite(motion_fidelity(tracks(0), TrackSet(reference.points, reference.followed, (100, 100))))
 
