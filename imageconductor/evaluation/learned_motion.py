@@ -239,8 +239,9 @@ class LearnedMotionEvaluation:
         for name, found in self._tracks.items():
             if not any(tracks.moving(self.config.still_fraction).any() for tracks in found):
                 raise ValueError(
-                    f"references of motion {name}: the tracker sees nothing move by more than "
-                    f"{self.config.still_fraction:g} of the diagonal; lower still_fraction, or leave the motion out"
+                    f"references of motion {name}: {self.tracker.name} follows nothing that moves by more than "
+                    f"{self.config.still_fraction:g} of the diagonal; lower still_fraction for small motions, take "
+                    "cotracker or more fps for fast ones, a finer grid for small objects, or leave the motion out"
                 )
 
     def _score(self) -> None:

@@ -24,14 +24,16 @@ if TYPE_CHECKING:
 
 _COLUMNS = {  # metric -> heading, factor, digits
     "motion_fidelity": ("motion fidelity", 1, 3),
+    "tracked_fraction": ("tracked fraction", 1, 2),
     "clip_text": ("text alignment, 100 x CLIP", 100, 2),
     "clip_consistency": ("frame consistency, 100 x CLIP", 100, 2),
     "pick_score": ("PickScore", 1, 2),
 }
 _NOTE = (
     "Motion fidelity: for each moving track of reference or video the best cosine with a track of the other, mean of "
-    "both directions, in [-1, 1]; 0 where nothing moves. Text alignment: cosine of prompt and frame, mean over frames. "
-    "PickScore: mean over frames. Mean over videos, bootstrap 95 % interval over {sources}."
+    "both directions, in [-1, 1]; 0 where nothing moves. Tracked fraction: the part of its points' steps that the "
+    "tracker could follow; where it is low, few tracks speak for the motion. Text alignment: cosine of prompt and "
+    "frame, mean over frames. PickScore: mean over frames. Mean over videos, bootstrap 95 % interval over {sources}."
 )
 
 

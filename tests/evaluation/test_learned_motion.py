@@ -143,7 +143,7 @@ def test_all_methods_stand_in_one_table(finished):
     base, ours = (record["methods"][name]["figures"]["clip_text"]["mean"] for name in ("base", "ours"))
     assert record["methods"]["ours"]["differences"]["clip_text"]["mean"] == pytest.approx(ours - base)
     lines = (finished / "table.md").read_text().splitlines()
-    assert lines[0].startswith("| method | motion fidelity | text alignment, 100 x CLIP | frame consistency")
+    assert lines[0].startswith("| method | motion fidelity | tracked fraction | text alignment, 100 x CLIP | frame con")
     assert [line.split(" | ")[0] for line in lines[2:5]] == ["| base", "| ours", "| plain"]
     assert f"| {100 * base:.2f} (" in lines[2]
     assert {path.name for path in finished.glob("*.png")} == {"same_right.png", "same_left.png"}
@@ -257,7 +257,7 @@ def ask_base_alone(**motion):
         (ask_base_alone(references=["{work}/clips/left"], prompts=[]), ["motion m has no prompts"]),
         (ask_base_alone(references=["{work}/clips/left"], prompt_file="no.txt"), ["motion m", "no.txt"]),
         (ask_base_alone(references=["{work}/clips/left"], prompts=["a", " a"]), ["the prompt 'a' twice"]),
-        (ask_base_alone(references=["{work}/still"]), ["motion m", "nothing move"]),
+        (ask_base_alone(references=["{work}/still"]), ["motion m", "follows nothing that moves"]),
         ({**ask_base_alone(references=["{work}/clips/left"]), "num_frames": 8}, ["4 frames, 8 are needed"]),
         ({"clip": "{work}"}, ["clip: no CLIP model", "config.json is missing"]),
         ({"pick_score": "{work}/nowhere"}, ["pick_score: no CLIP model"]),
