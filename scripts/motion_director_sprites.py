@@ -250,6 +250,7 @@ def measure_video(video: NDArray[np.uint8], scene: Any, motion: str, count: int)
     """
     from imageconductor.data.backgrounds import BACKGROUND_COLOURS
     from imageconductor.data.sprite_world import SPRITE_COLOURS
+    from imageconductor.evaluation.motion_fidelity import displacement_cosine
 
     names = [*SPRITE_COLOURS, *(f"background {name}" for name in BACKGROUND_COLOURS)]
     palette = np.array([*SPRITE_COLOURS.values(), *BACKGROUND_COLOURS.values()], np.float32)
@@ -276,13 +277,6 @@ def _centres(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
         last = np.array([columns.mean(), rows.mean()]) if len(rows) else last
         centres.append(last)
     return np.stack(centres)
-
-
-def displacement_cosine(reference: NDArray[np.float64], path: NDArray[np.float64]) -> float:
-    """Cosine between the displacements from frame to frame of two paths (T, 2), 1 = the same motion at any speed."""
-    first, second = (np.diff(points, axis=0).ravel() for points in (reference, path))
-    lengths = np.linalg.norm(first) * np.linalg.norm(second)
-    return float(first @ second / lengths) if lengths else 0.0
 
 
 def _nearest_shape(mask: NDArray[np.bool_]) -> str:
