@@ -95,7 +95,7 @@ class Clock:
 
     def left(self) -> float | None:
         """Minutes, more than 0; None without a limit."""
-        return None if self.minutes is None else max(1e-3, self.minutes - (time.monotonic() - self.start) / 60)
+        return None if self.minutes is None else max(1e-6, self.minutes - (time.monotonic() - self.start) / 60)
 
 
 def main() -> None:

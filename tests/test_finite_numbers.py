@@ -22,10 +22,12 @@ from imageconductor.models.weights import read_checkpoint
 from imageconductor.sampling.job import SampleJob
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 from imageconductor.training.autoencoder import AutoencoderConfig
+from imageconductor.training.stage_configs import MotionDirectorConfig
 from imageconductor.training.stages.registry import STAGES
 
 NEEDED = {CurateConfig: ["input=in", "output=out"], AssemblyConfig: ["recipe=trained", "model=there"]}
 NEEDED[EvaluateConfig] = ["model=there"]
+NEEDED[MotionDirectorConfig] = ["data=[clip.mp4]"]
 SCHEMAS = [CurateConfig, EvaluateConfig, AssemblyConfig, SampleJob, SmallModelConfig, AutoencoderConfig]
 SCHEMAS += [stage.Config for stage in STAGES.values()]
 

@@ -115,7 +115,7 @@ def test_a_model_is_built_in_parts_by_two_processes_on_a_machine_with_few_packag
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = [str(tmp_path / "bare.py"), "scripts/train_sprites.py", "--config", str(recipe), "--device", "cpu"]
     arguments = [*launcher, *script, "--budget", "0.001", f"runs={runs}", f"output={output}"]
-    run([*arguments, "--minutes", "0.001"])
+    run([*arguments, "--minutes", "0.000001"])
     assert list((runs / "autoencoder").glob("checkpoint-*"))
     assert not output.exists()
     run(arguments)
