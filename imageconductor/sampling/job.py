@@ -69,7 +69,7 @@ class SampleJob:
     motion_lora: list[str] = field(default_factory=list, metadata=_LORA)
     # LoRA of a look: a motion_director run, one of its clips, or a file, and its scale; may be repeated
     appearance_lora: list[str] = field(default_factory=list, metadata=_LORA)
-    # motion_director run whose clips' inverted noise the video begins with, to a fraction of X (0.3)
+    # motion_director run whose clips' inverted noise is mixed into the video's, and its fraction; default: the run's
     noise_prior: str | None = field(default=None, metadata={"metavar": "RUN[:X]"})
     domain_adapter_scale: float | None = None  # of AnimateDiff's domain adapter; default: as assembled
     steps: int | None = None  # denoising steps
