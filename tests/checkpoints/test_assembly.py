@@ -87,6 +87,7 @@ def test_parts_are_mapped_and_converted_one_after_the_other(published, stable_di
         assert plain == {torch.float16}
 
 
+@pytest.mark.slow
 def test_it_makes_a_video(assembled):
     pipe = ImageConductorPipeline.from_pretrained(assembled)
     pipe.set_progress_bar_config(disable=True)

@@ -160,6 +160,7 @@ def test_the_videos_are_those_of_sample_py(work, finished, tmp_path):
     assert ours.read_bytes() == (tmp_path / "sample" / "a-red-circle-0.mp4").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_more_costs_only_itself(settings, finished, tmp_path, monkeypatch, written):
     del settings["methods"]["base"], settings["methods"]["ours"]
     out, write = tmp_path / "out", learned_motion.write_video

@@ -178,6 +178,7 @@ def tiny_config(model: Path, **settings) -> EvaluateConfig:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_ends_the_same(tiny_model, tmp_path, monkeypatch):
     undisturbed = evaluate(tiny_config(tiny_model), tmp_path / "whole")
     write_video, written = protocol.write_video, []

@@ -43,6 +43,7 @@ def counted(monkeypatch):
     return collected
 
 
+@pytest.mark.slow
 def test_a_distance_that_fails_costs_nothing_but_itself(exact, tmp_path, capsys, counted):
     network = tmp_path / "i3d.pt"
     torch.jit.script(Plain(4).eval()).save(str(network))  # It wants four channels.

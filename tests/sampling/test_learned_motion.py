@@ -73,6 +73,7 @@ def test_a_prompt_alone_gives_videos_named_by_prompt_and_seed(tiny_model, runs, 
     assert names == {"a-red-circle-moving-3.mp4", "a-red-circle-moving-4.mp4", "run.yaml"}
 
 
+@pytest.mark.slow
 def test_motion_appearance_and_noise_prior_each_change_the_video_and_repeat(tiny_model, runs, tmp_path):
     options = {
         "base": [],

@@ -188,7 +188,7 @@ def test_what_is_drawn_for_a_step_depends_on_its_generator_alone(configure, buil
     assert sum(c.drops_appearance for c in conditions) == pytest.approx(40, abs=20)
 
 
-@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("checkpoints", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_that_goes_on_equals_one_that_was_never_stopped(configure, tmp_path, checkpoints):
     """Dropout of the LoRAs included."""
     small = {"gradient_checkpointing": checkpoints, "noise_prior": 0.5, "inversion_steps": 2}

@@ -66,6 +66,7 @@ def two(tiny_model, tmp_path_factory):
 STEPS = 12
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(two, tiny_model, tmp_path):
     run(command(tiny_model, tmp_path / "one", 1, batch_size=2, max_steps=STEPS, log_every=1))
     torch.testing.assert_close(torch.tensor(losses(two)), torch.tensor(losses(tmp_path / "one")), atol=1e-5, rtol=1e-5)
@@ -212,7 +213,8 @@ def test_the_launchers_configurations_are_what_they_say(path):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes to kill in /proc")
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed_is_never_killed(processes, two, tiny_model, tmp_path):
     arguments = {"batch_size": 1, "max_steps": STEPS, "save_every": 1, "log_every": 1}
     whole = two

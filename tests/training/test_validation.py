@@ -50,6 +50,7 @@ def test_it_is_the_mean_loss_of_the_held_out_clips(configure, build):
     assert found["validation/loss"] == pytest.approx(sum(means) / 5, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_it_repeats_while_the_weights_stand_still_and_changes_with_them(configure):
     config = configure("motion_controlnet", learning_rate=STILL, validation_every=2, max_steps=4, log_every=100)
     run_stage(config)
