@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import UNet3DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -52,7 +50,7 @@ def read_published_list(
 
     Args:
         path: `N_unet.pt` of `temporal/lora/` ("motion") or `spatial/lora/` ("appearance").
-        network: The UNet3DConditionModel of a TextToVideoSDPipeline; `unet_layout` is enough.
+        network: The UNet3DConditionModel of a TextToVideoSDPipeline; its weights are not read.
         kind: The set of layers, see `lora_targets`.
         clip: k.
         num_clips: K; 1 unless each clip was given a spatial LoRA of its own.
@@ -75,19 +73,6 @@ def read_published_list(
         state |= {f"{layer}.lora_B.weight": tensors[first], f"{layer}.lora_A.weight": tensors[first + 1]}
     plain = plain_layers(network)
     return {name: fit_pair(pair, plain[name], name, str(path)) for name, pair in pair_up(state, str(path)).items()}
-
-
-def unet_layout(folder: str | Path) -> UNet3DConditionModel:
-    """The UNet of a TextToVideoSDPipeline folder without its weights: names and sizes of layers.
-
-    Raises:
-        FileNotFoundError: The folder holds no `unet/config.json`.
-    """
-    path = Path(folder) / "unet"
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is no TextToVideoSDPipeline folder: unet/config.json is missing")
-    with init_empty_weights():
-        return UNet3DConditionModel.from_config(UNet3DConditionModel.load_config(path))  # type: ignore[return-value]
 
 
 def _published_order(network: nn.Module, kind: Kind) -> list[str]:

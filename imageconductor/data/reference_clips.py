@@ -51,14 +51,13 @@ class ReferenceClips:
         self._mirrored: dict[int, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
-    def encode(self, encode_frames: EncodeFrames, shows_progress: bool = True) -> None:
+    def encode(self, encode_frames: EncodeFrames) -> None:
         """Encodes every frame that a window can hold, once, and pictures that may be mirrored a second time.
 
         Latents are kept as float32 on the CPU: at 384x384 and four channels, 74 kB a frame.
 
         Args:
             encode_frames: Called with at most 16 consecutive frames of a clip, in the clip's size.
-            shows_progress: Whether a progress bar is shown.
 
         Raises:
             FileNotFoundError: A file is gone.
@@ -67,9 +66,7 @@ class ReferenceClips:
         mirrors = [self.horizontal_flip > 0 and _may_be_mirrored(clip) for clip in self.clips]
         total = sum(len(clip.frames) for clip in self.clips) + sum(mirrors)
         encoded, mirrored = [], {}
-        with tqdm(
-            total=total, desc="reference clips", unit="frame", dynamic_ncols=True, disable=not shows_progress
-        ) as bar:
+        with tqdm(total=total, desc="reference clips", unit="frame", dynamic_ncols=True) as bar:
             for index, clip in enumerate(self.clips):
                 encoded.append(_encode_parts(read_frames(clip), encode_frames, bar))
                 if mirrors[index]:

@@ -81,7 +81,7 @@ class Encoder:
 
 def encode(clips, encoder=None, **options):
     samples = ReferenceClips(clips, **{"seed": 0, **options})
-    samples.encode(encoder or Encoder(), shows_progress=False)
+    samples.encode(encoder or Encoder())
     return samples
 
 
@@ -290,7 +290,7 @@ def test_only_pictures_whose_captions_allow_it_are_mirrored(tmp_path):
     clips = find(tmp_path, prompt=None) + find(write_frames(tmp_path / "c.mp4", left[None].repeat(4, 0)))
     for probability, expected in ((0.0, {False}), (0.5, {False, True}), (1.0, {True})):
         samples = ReferenceClips(clips, seed=0, horizontal_flip=probability)
-        samples.encode(encode_sides, shows_progress=False)
+        samples.encode(encode_sides)
         means = [[samples[p]["latent_mean"] for p in range(k, 400, len(clips))] for k in range(len(clips))]
         seen = [{bool(mean[0, 0, 0, 0] < mean[0, 0, 0, -1]) for mean in of_clip} for of_clip in means]
         assert seen == [expected, {False}, {False}]
@@ -304,13 +304,13 @@ def test_damage_that_shows_only_in_training_names_the_file(tmp_path, video):
         samples[0]
     write_video(path, 2)
     with pytest.raises(ValueError, match=r"walk\.mp4: frames 0 to 3 cannot be decoded"):
-        samples.encode(Encoder(), shows_progress=False)
+        samples.encode(Encoder())
     path.write_bytes(video.read_bytes()[:500])
     with pytest.raises(ValueError, match=r"walk\.mp4 is not a readable video"):
-        samples.encode(Encoder(), shows_progress=False)
+        samples.encode(Encoder())
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"walk\.mp4 is gone"):
-        samples.encode(Encoder(), shows_progress=False)
+        samples.encode(Encoder())
     with pytest.raises(ValueError, match="no reference clips"):
         ReferenceClips([], seed=0)
 
