@@ -224,9 +224,26 @@ def render(
 
     Args:
         pipe: From `load_pipeline`; the inputs' models, LoRAs and memory settings are not looked at again.
+        inputs: As `call_arguments` takes them.
+        on_step: The pipeline's `callback_on_step_end`, for progress.
+
+    Raises:
+        ValueError: They differ in what they must share.
+    """
+    from imageconductor.sampling.video import to_uint8
+
+    result: Any = pipe(**call_arguments(inputs), output_type="np", callback_on_step_end=on_step)
+    videos = [to_uint8(video) for video in result.frames]
+    each = len(videos) // len(inputs)
+    return [videos[start : start + each] for start in range(0, len(videos), each)]
+
+
+def call_arguments(inputs: Sequence[Inputs]) -> dict[str, Any]:
+    """Arguments of the pipeline's call for several inputs; generators are fresh.
+
+    Args:
         inputs: Equal in all but image, trajectories, prompts and seeds, and in the number of seeds. Either all of them
             have trajectories or none, and images or none.
-        on_step: The pipeline's `callback_on_step_end`, for progress.
 
     Raises:
         ValueError: They differ in something else.
@@ -234,7 +251,6 @@ def render(
     import torch
 
     from imageconductor.checkpoints.reference_run import load_noise_prior
-    from imageconductor.sampling.video import to_uint8
 
     job = inputs[0].job
     own = {"image", *MOTIONS, "trajectories_size", "start", "strength", "prompt", "negative_prompt", "seed"}
@@ -254,29 +270,24 @@ def render(
     if job.noise_prior is not None:
         run, fraction = parse_noise_prior(job.noise_prior)
         prior = list(load_noise_prior(run).values()), fraction
-    result: Any = pipe(
-        image=images or None,
-        trajectories=drawn or None,
-        prompt=[one.job.prompt for one in inputs],
-        negative_prompt=None if job.negative_prompt is None else [str(one.job.negative_prompt) for one in inputs],
-        control=job.control,
-        camera_free_scale=job.camera_free_scale,
-        guidance_scale=job.guidance_scale,
-        trajectory_guidance_scale=job.trajectory_guidance_scale,
-        num_inference_steps=job.steps,
-        num_frames=job.num_frames,
-        height=job.height,
-        width=job.width,
-        num_videos_per_prompt=counts.pop(),
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        noise_prior=prior,
-        decode_chunk_size=job.decode_chunk_size,
-        output_type="np",
-        callback_on_step_end=on_step,
-    )
-    videos = [to_uint8(video) for video in result.frames]
-    each = len(videos) // len(inputs)
-    return [videos[start : start + each] for start in range(0, len(videos), each)]
+    return {
+        "image": images or None,
+        "trajectories": drawn or None,
+        "prompt": [one.job.prompt for one in inputs],
+        "negative_prompt": None if job.negative_prompt is None else [str(one.job.negative_prompt) for one in inputs],
+        "control": job.control,
+        "camera_free_scale": job.camera_free_scale,
+        "guidance_scale": job.guidance_scale,
+        "trajectory_guidance_scale": job.trajectory_guidance_scale,
+        "num_inference_steps": job.steps,
+        "num_frames": job.num_frames,
+        "height": job.height,
+        "width": job.width,
+        "num_videos_per_prompt": counts.pop(),
+        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+        "noise_prior": prior,
+        "decode_chunk_size": job.decode_chunk_size,
+    }
 
 
 def _find_loras(job: SampleJob) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
