@@ -1,5 +1,7 @@
 """Guidance by text, camera and trajectories, as the linear combinations they are."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 
@@ -58,3 +60,28 @@ def trajectory_guidance(guided: Tensor, eps_drawn: Tensor, eps_undrawn: Tensor, 
     Source: docs/decisions.md, 27; beyond the paper and the release.
     """
     return guided + (trajectories - 1) * (eps_drawn - eps_undrawn)
+
+
+def mixed_guidance(
+    eps_uncond: Tensor, eps_undrawn: Tensor, eps_drawn: Sequence[Tensor], text: float, mix: Sequence[float]
+) -> Tensor:
+    """Prediction that follows each motion control as strongly as its weight says.
+
+    Args:
+        eps_uncond: (B, C, T, h, w), prediction for the negative prompt with the motion ControlNet left out.
+        eps_undrawn: (B, C, T, h, w), prediction for the prompt with the motion ControlNet left out.
+        eps_drawn: For each control (B, C, T, h, w), prediction for the prompt under the control's adapters.
+        text: lambda_cfg, 1 = off.
+        mix: Weight of each control, 0 = off; below 0 it moves the other way.
+
+    Returns:
+        (B, C, T, h, w), classifier-free guidance of the model without trajectories
+        + sum_k mix_k (eps_drawn_k - eps_undrawn).
+
+    Source: docs/decisions.md, 38; beyond the paper and the release. With text guidance off, a single control of weight
+    w is `trajectory_guidance` at scale w.
+    """
+    guided = classifier_free_guidance(eps_uncond, eps_undrawn, text)
+    for weight, drawn in zip(mix, eps_drawn, strict=True):
+        guided = guided + weight * (drawn - eps_undrawn)
+    return guided

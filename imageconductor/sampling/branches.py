@@ -6,11 +6,13 @@
 | image ControlNet: (t, text, image) | once per condition and distinct text, whatever the number of videos |
 | motion ControlNet: (t, text, trajectories, adapters) | once per condition and distinct (text, adapters) |
 | UNet decoder | once per video and branch |
+
+ControlNet outputs can be kept between calls (`residual_cache`): each row of the table whose key is kept is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal, cast
@@ -19,10 +21,16 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from imageconductor.diffusion.guidance import camera_free_guidance, classifier_free_guidance, trajectory_guidance
+from imageconductor.diffusion.guidance import (
+    camera_free_guidance,
+    classifier_free_guidance,
+    mixed_guidance,
+    trajectory_guidance,
+)
 from imageconductor.models.adapters import Adapter, merge_copy
 from imageconductor.models.controlnets import MotionControlNet, Residuals
 from imageconductor.models.denoiser import Condition, Denoiser, add
+from imageconductor.sampling.residual_cache import CallCache, Content
 
 Text = Literal["uncond", "prompt"]
 Adapters = tuple[str, ...] | None
@@ -66,6 +74,7 @@ def plan(
     camera_free_scale: float | None = None,
     trajectory_guidance_scale: float = 1.0,
     has_trajectories: bool = True,
+    mix: Mapping[Control, float] | None = None,
 ) -> tuple[Branch, ...]:
     """Branches of one guided step; one whose coefficient is zero is not among them.
 
@@ -76,10 +85,18 @@ def plan(
             release does.
         trajectory_guidance_scale: Away from what the model does without the trajectories, 1 = off.
         has_trajectories: False = plain image-to-video, without the motion ControlNet.
+        mix: Weight of each motion control in `mixed_guidance`, in place of one control and the two scales above.
 
     Raises:
-        ValueError: Camera-free guidance is asked for where it has no meaning.
+        ValueError: Camera-free guidance is asked for where it has no meaning, or beside a mix.
     """
+    if mix is not None:
+        if camera_free_scale is not None or trajectory_guidance_scale != 1:
+            raise ValueError(
+                f"mix has a weight for each control, so it excludes camera_free_scale ({camera_free_scale}) and "
+                f"trajectory_guidance_scale ({trajectory_guidance_scale}); leave them out"
+            )
+        return _plan_mix(mix if has_trajectories else {}, guidance_scale)
     if camera_free_scale is not None and control is not Control.OBJECT:
         raise ValueError(
             f"camera_free_scale removes camera motion, so it goes with control 'object', not {control.value!r}"
@@ -96,6 +113,17 @@ def plan(
         if camera_free_scale is not None:
             weights = camera_free_guidance(base_uncond, base, prompt, guidance_scale, camera_free_scale)
         weights = trajectory_guidance(weights, prompt, undrawn, trajectory_guidance_scale)
+    return _weighted(evaluations, weights)
+
+
+def _plan_mix(mix: Mapping[Control, float], guidance_scale: float) -> tuple[Branch, ...]:
+    evaluations: list[tuple[Text, Adapters]] = [("uncond", None), ("prompt", None)]
+    evaluations.extend(("prompt", ADAPTERS[control]) for control in mix)
+    uncond, undrawn, *drawn = torch.eye(len(evaluations)).double()
+    return _weighted(evaluations, mixed_guidance(uncond, undrawn, drawn, guidance_scale, list(mix.values())))
+
+
+def _weighted(evaluations: Sequence[tuple[Text, Adapters]], weights: Tensor) -> tuple[Branch, ...]:
     pairs = zip(evaluations, weights.tolist(), strict=True)
     return tuple(Branch(*evaluation, weight) for evaluation, weight in pairs if abs(weight) > 1e-12)
 
@@ -109,25 +137,29 @@ class GuidedDenoiser:
         denoiser: The networks, the motion ControlNet with the adapters that the branches name.
         branches: From `plan`.
         conditions: For each text that the branches name, that of P videos.
+        cache: Of ControlNet outputs, as this call uses it; None = all are evaluated.
     """
 
-    def __init__(self, denoiser: Denoiser, branches: Sequence[Branch], conditions: Mapping[Text, Condition]):
-        self.branches = branches
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        branches: Sequence[Branch],
+        conditions: Mapping[Text, Condition],
+        cache: CallCache | None = None,
+    ):
+        self.denoiser, self.branches, self.cache = denoiser, branches, cache
         self.texts: list[Text] = list(dict.fromkeys(branch.text for branch in branches))
-        self.conditions = Condition.stack([conditions[text] for text in self.texts])
+        self._of_text = conditions
+        self._stacked: dict[tuple[Text, ...], Condition] = {}
+        self.conditions = self._stack(self.texts)
         self.num_conditions = len(self.conditions.text) // len(self.texts)
         # Branches under the same adapters are one evaluation of the motion ControlNet.
         self.groups = {branch.adapters: [b for b in branches if b.adapters == branch.adapters] for branch in branches}
         sets = [adapters for adapters in self.groups if adapters is not None]
         self.merges = len(sets) == 1 and bool(sets[0]) and _can_merge(denoiser.motion_controlnet)
-        if self.merges:
-            merged = merge_copy(denoiser.motion_controlnet, *(sets[0] or ()))
-            denoiser = replace(denoiser, motion_controlnet=merged)
-        self.denoiser = denoiser
-        self.group_conditions = {
-            adapters: Condition.stack([conditions[branch.text] for branch in group])
-            for adapters, group in self.groups.items()
-        }
+        self._merged_set = sets[0] if self.merges else None
+        self._merged: MotionControlNet | None = None
+        self._contents: dict[tuple[Adapters, tuple[Text, ...]], Content] = {}
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Weighted sum of the branches' predictions.
@@ -139,8 +171,31 @@ class GuidedDenoiser:
         Returns:
             (P*K, C, T, h, w), eps or v, as the model predicts.
         """
+        return self.guide(self.predict(x_t, t))
+
+    def guide(self, predictions: Mapping[tuple[Text, Adapters], Tensor]) -> Tensor:
+        """Weighted sum (P*K, C, T, h, w) of what `predict` gave."""
+        branches = [branch for group in self.groups.values() for branch in group]
+        total = torch.zeros_like(predictions[branches[0].text, branches[0].adapters])
+        for branch in branches:
+            total = total + branch.weight * predictions[branch.text, branch.adapters]
+        return total
+
+    def predict(
+        self, x_t: Tensor, t: Tensor, time: float | None = None, also: Sequence[Adapters] = ()
+    ) -> dict[tuple[Text, Adapters], Tensor]:
+        """Prediction (P*K, C, T, h, w) of each branch, by text and adapters.
+
+        Args:
+            x_t: (P*K, C, T, h, w): K videos of each condition, next to each other.
+            t: () int64.
+            time: t as a number of the host, which spares waiting for the device where a cache asks for it.
+            also: Adapters under which the prompt is evaluated besides, where no branch does it.
+        """
         videos, num_frames = x_t.shape[0], x_t.shape[2]
         per_condition = videos // self.num_conditions
+        if self.cache is not None and time is None:
+            time = float(t)
 
         def repeat_row(residuals: Residuals | None, row: int) -> Residuals | None:
             if residuals is None:
@@ -150,19 +205,70 @@ class GuidedDenoiser:
 
         text = self.conditions.text.repeat_interleave(per_condition, dim=0)
         features = self.denoiser.encode(x_t.repeat(len(self.texts), 1, 1, 1, 1), t, text)
-        image = self.denoiser.image_residuals(t, self.conditions)
-        prediction = torch.zeros_like(x_t)
-        for adapters, group in self.groups.items():
-            motion = None
-            if adapters is not None and self.conditions.flow is not None:
-                acting = None if self.merges else adapters
-                motion = self.denoiser.motion_residuals(t, self.group_conditions[adapters], acting)
-            for index, branch in enumerate(group):
-                row = self.texts.index(branch.text)
+        image = self._image_residuals(t, time)
+        predictions: dict[tuple[Text, Adapters], Tensor] = {}
+        for adapters, texts in self._evaluations(also):
+            motion = self._motion_residuals(adapters, texts, t, time)
+            for index, name in enumerate(texts):
+                row = self.texts.index(name)
                 residuals = add(repeat_row(image, row), repeat_row(motion, index))
-                output = self.denoiser.decode(features.videos(row * videos, (row + 1) * videos), residuals)
-                prediction = prediction + branch.weight * output
-        return prediction
+                of_row = features.videos(row * videos, (row + 1) * videos)
+                predictions[name, adapters] = self.denoiser.decode(of_row, residuals)
+        return predictions
+
+    def _evaluations(self, also: Sequence[Adapters]) -> Iterator[tuple[Adapters, tuple[Text, ...]]]:
+        """Texts that are evaluated under each set of adapters, those of the branches first."""
+        for adapters, group in self.groups.items():
+            yield adapters, tuple(branch.text for branch in group)
+        for adapters in also:
+            if not any(branch.text == "prompt" for branch in self.groups.get(adapters, ())):
+                yield adapters, ("prompt",)
+
+    def _image_residuals(self, t: Tensor, time: float | None) -> Residuals | None:
+        """Of all texts' conditions, stacked."""
+        if self.cache is None or time is None or self.conditions.keyframes is None:
+            return self.denoiser.image_residuals(t, self.conditions)
+        key = None, tuple(self.texts)
+        if key not in self._contents:
+            self._contents[key] = self.cache.image_content([self._of_text[name] for name in self.texts])
+        evaluate = cast(Callable[[], Residuals], lambda: self.denoiser.image_residuals(t, self.conditions))
+        return self.cache.residuals(self._contents[key], time, evaluate)
+
+    def _motion_residuals(
+        self, adapters: Adapters, texts: tuple[Text, ...], t: Tensor, time: float | None
+    ) -> Residuals | None:
+        """Of these texts' conditions, stacked, under the adapters; None where the motion ControlNet is left out."""
+        if adapters is None or self.conditions.flow is None:
+            return None
+        is_merged = self.merges and adapters == self._merged_set
+
+        def evaluate() -> Residuals:
+            condition = self._stack(texts)
+            if is_merged:
+                return self.merged_denoiser.motion_residuals(t, condition)
+            return self.denoiser.motion_residuals(t, condition, adapters)
+
+        if self.cache is None or time is None:
+            return evaluate()
+        key = adapters, texts
+        if key not in self._contents:
+            conditions = [self._of_text[name] for name in texts]
+            self._contents[key] = self.cache.motion_content(conditions, adapters, is_merged)
+        return self.cache.residuals(self._contents[key], time, evaluate)
+
+    @property
+    def merged_denoiser(self) -> Denoiser:
+        """The networks with the copy in which LoRAs are merged; it is made when it is first evaluated."""
+        if self._merged is None:
+            self._merged = merge_copy(self.denoiser.motion_controlnet, *(self._merged_set or ()))
+        return replace(self.denoiser, motion_controlnet=self._merged)
+
+    def _stack(self, texts: Sequence[Text]) -> Condition:
+        """The conditions of these texts one after the other, put together once for all steps."""
+        texts = tuple(texts)
+        if texts not in self._stacked:
+            self._stacked[texts] = Condition.stack([self._of_text[name] for name in texts])
+        return self._stacked[texts]
 
 
 def _can_merge(network: MotionControlNet) -> bool:

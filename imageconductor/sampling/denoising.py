@@ -8,17 +8,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusers import DDIMParallelScheduler, DDIMScheduler, EulerDiscreteScheduler, TCDScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
+from imageconductor.diffusion.clean_estimate import estimate_x_0
 from imageconductor.diffusion.inversion import mix_noise_prior
 from imageconductor.models.denoiser import Condition, Denoiser
 from imageconductor.models.weights import refuse_non_finite
-from imageconductor.sampling.branches import GuidedDenoiser, Text
+from imageconductor.sampling.branches import ADAPTERS, Adapters, Control, GuidedDenoiser, Text
 from imageconductor.sampling.inputs import CallInputs
+from imageconductor.sampling.residual_cache import CallCache, ResidualCache
 
-CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
-"""What a callback may ask for, under diffusers' names."""
+CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "x_0", "branch_x_0")
+"""What a callback may ask for: diffusers' names, and estimates of the clean latents (`_Estimates`)."""
+
+_RESUMABLE = (DDIMScheduler, DDIMParallelScheduler, EulerDiscreteScheduler, TCDScheduler)
+"""Schedulers whose step follows from prediction, t and sample alone, while `eta` is 0."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +53,26 @@ class StepCallback:
         return cls(function, tuple(names or ()))
 
     def __call__(
-        self, pipe: Any, step: int, t: Tensor, latents: Tensor, conditions: Mapping[Text, Condition], is_guided: bool
+        self,
+        pipe: Any,
+        step: int,
+        t: Tensor,
+        latents: Tensor,
+        conditions: Mapping[Text, Condition],
+        is_guided: bool,
+        estimates: Mapping[str, Any],
     ) -> tuple[Tensor, dict[Text, Condition] | None]:
         """The latents after the callback, and the conditions if it changed a text.
 
         `prompt_embeds` are (P, L, D), or (2P, L, D) with the negative ones first while guidance evaluates both, as in
-        diffusers' pipelines.
+        diffusers' pipelines. `estimates` are those of x_0 that it asks for.
 
         Raises:
             ValueError: What comes back has another shape.
         """
         uncond, prompt = conditions["uncond"].text, conditions["prompt"].text
         embeds = torch.cat([uncond, prompt]) if is_guided else prompt
-        tensors = {"latents": latents, "prompt_embeds": embeds, "negative_prompt_embeds": uncond.clone()}
+        tensors = {"latents": latents, "prompt_embeds": embeds, "negative_prompt_embeds": uncond.clone(), **estimates}
         returned = self.function(pipe, step, t, {name: tensors[name] for name in self.names}) or {}
         new = returned.get("latents", latents)
         if new.shape != latents.shape:
@@ -86,6 +99,77 @@ def _fit_rows(name: str, given: Tensor, before: Tensor) -> Tensor:
     raise ValueError(f"callback_on_step_end: {name} must be {tuple(before.shape)}, got {tuple(given.shape)}")
 
 
+@dataclass(frozen=True)
+class _Estimates:
+    """Estimates of the clean latents for a callback.
+
+    "x_0" is that of the guided prediction, (B, C, T, h, w) float32. "branch_x_0" has one for each motion control alone,
+    at the same x_t, with the prompt and without guidance: "undrawn", without trajectories, and "camera", "object" and
+    "mixed" where the model has their LoRAs. It costs a pass of the decoder for each that the step does not evaluate
+    anyway, and one of the motion ControlNet for each set of LoRAs.
+
+    Attributes:
+        scheduler: With the noise levels of the training.
+        branches: Adapters by the names in "branch_x_0"; empty where that is not asked for.
+        names: What the callback asks for.
+    """
+
+    scheduler: Any
+    branches: dict[str, Adapters]
+    names: tuple[str, ...]
+
+    @classmethod
+    def asked_for(cls, callback: StepCallback | None, scheduler: Any, inputs: CallInputs) -> _Estimates:
+        """What a callback's names ask for.
+
+        Raises:
+            ValueError: The scheduler does not say how noisy a timestep is.
+        """
+        names = tuple(name for name in callback.names if name.endswith("x_0")) if callback else ()
+        if names and not hasattr(scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"{' and '.join(names)}: {type(scheduler).__name__} has no alphas_cumprod; ask for latents"
+            )
+        branches: dict[str, Adapters] = {}
+        if "branch_x_0" in names:
+            branches["undrawn"] = None
+            controls = (Control.CAMERA, Control.OBJECT, Control.MIXED) if inputs.trajectories else ()
+            branches |= {one.value: ADAPTERS[one] for one in controls if set(ADAPTERS[one]) <= set(inputs.adapters)}
+        return cls(scheduler, branches, names)
+
+    def tensors(
+        self,
+        predictions: Mapping[tuple[Text, Adapters], Tensor],
+        guided: Tensor,
+        x_t: Tensor,
+        time: float,
+        shows_branches: bool,
+    ) -> dict[str, Any]:
+        """The estimates by name."""
+        if not self.names:
+            return {}
+        kind, alpha = self.scheduler.config["prediction_type"], _alpha_cumprod(self.scheduler, time)
+
+        def estimate(prediction: Tensor) -> Tensor:
+            return estimate_x_0(prediction.float(), x_t.float(), alpha, kind)
+
+        found: dict[str, Any] = {"x_0": estimate(guided)} if "x_0" in self.names else {}
+        if "branch_x_0" in self.names:
+            shown = self.branches if shows_branches else {}
+            found["branch_x_0"] = {name: estimate(predictions["prompt", one]) for name, one in shown.items()}
+        return found
+
+
+def _alpha_cumprod(scheduler: Any, time: float) -> float:
+    """Cumulative alpha at a timestep; between two of the training's, sigma is interpolated, as Euler's method does."""
+    before = int(time)
+    levels = scheduler.alphas_cumprod[before : before + 2].double().cpu()
+    if time == before or len(levels) < 2:
+        return float(levels[0])
+    sigmas = ((1 - levels) / levels).sqrt()
+    return 1 / (1 + float(torch.lerp(sigmas[0], sigmas[1], time - before)) ** 2)
+
+
 def denoise(
     pipe: Any,
     sample: Tensor,
@@ -94,41 +178,85 @@ def denoise(
     generators: Sequence[torch.Generator] | None,
     eta: float,
     callback: StepCallback | None,
+    residual_cache: ResidualCache | None = None,
+    start: int = 0,
+    kept: list[Tensor] | None = None,
 ) -> Tensor:
     """Latents (B, C, T, h, w) from noise, by the steps of the pipeline's scheduler, whose timesteps are set.
 
     Args:
-        pipe: The pipeline. A callback may set its `_interrupt`, which ends the loop, and its `_guidance_scale`.
-        sample: (B, C, T, h, w) float32, scaled noise.
+        pipe: The pipeline. A callback may set its `_interrupt`, which ends the loop, its `_guidance_scale` and `_mix`,
+            and `_shows_branches`, which says whether "branch_x_0" is evaluated.
+        sample: (B, C, T, h, w) float32, scaled noise, or the sample before step `start`.
         inputs: Of the call.
         conditions: Of P videos, for each text.
         generators: One for each of the B videos, for the noise within steps; None = torch's global one.
         eta: DDIM's stochasticity.
         callback: Called after each step.
+        residual_cache: ControlNet outputs of earlier calls.
+        start: Steps that are left out.
+        kept: Takes the sample before each step, and the last one, on the CPU.
 
     Raises:
         ValueError: A callback returns tensors that do not fit, or a step gives values that are not finite.
     """
-    networks = Denoiser(pipe.unet, pipe.image_controlnet, pipe.motion_controlnet)
-    scale = pipe.guidance_scale
-    predict = GuidedDenoiser(networks, inputs.plan(scale), conditions)
+    networks, timesteps = Denoiser(pipe.unet, pipe.image_controlnet, pipe.motion_controlnet), pipe.scheduler.timesteps
+    times: list[float] = timesteps.tolist()
+    cache = None if residual_cache is None else CallCache(residual_cache, networks, times)
+    scale, mix = pipe.guidance_scale, pipe.mix
+    predict = GuidedDenoiser(networks, inputs.plan(scale, mix), conditions, cache)
+    estimates = _Estimates.asked_for(callback, pipe.scheduler, inputs)
     arguments = _step_arguments(pipe.scheduler, generators, eta)
-    with pipe.progress_bar(total=pipe.num_timesteps) as bar:
-        for index, t in enumerate(pipe.scheduler.timesteps):
+    if start and hasattr(pipe.scheduler, "set_begin_index"):
+        pipe.scheduler.set_begin_index(start)
+    _keep(sample, kept)
+    with pipe.progress_bar(total=pipe.num_timesteps - start) as bar:
+        for index, t in enumerate(timesteps[start:], start):
             if pipe.interrupt:
                 break
-            x_t = pipe.scheduler.scale_model_input(sample, t).to(pipe.unet.dtype)
-            prediction = predict(x_t, t)  # Eq. 5, or classifier-free guidance
+            x_t = pipe.scheduler.scale_model_input(sample, t)
+            shows_branches = pipe._shows_branches
+            also = list(estimates.branches.values()) if shows_branches else []
+            predictions = predict.predict(x_t.to(pipe.unet.dtype), t, times[index], also)
+            prediction = predict.guide(predictions)  # Eq. 5, or classifier-free guidance
             sample = pipe.scheduler.step(prediction.float(), t, sample, **arguments)[0]
             refuse_non_finite(pipe, sample, f"denoising step {index + 1} of {pipe.num_timesteps}")
             if callback is not None:
-                sample, texts = callback(pipe, index, t, sample, conditions, is_guided="uncond" in predict.texts)
-                if texts is not None or pipe.guidance_scale != scale:
-                    conditions, scale = texts or conditions, pipe.guidance_scale
+                tensors = estimates.tensors(predictions, prediction, x_t, times[index], shows_branches)
+                is_guided = "uncond" in predict.texts
+                sample, texts = callback(pipe, index, t, sample, conditions, is_guided, tensors)
+                if texts is not None or (pipe.guidance_scale, pipe.mix) != (scale, mix):
+                    conditions, scale, mix = texts or conditions, pipe.guidance_scale, pipe.mix
                     del predict  # It may hold a copy of a network.
-                    predict = GuidedDenoiser(networks, inputs.plan(scale), conditions)
+                    predict = GuidedDenoiser(networks, inputs.plan(scale, mix), conditions, cache)
+            _keep(sample, kept)
             bar.update()
     return sample
+
+
+def _keep(sample: Tensor, kept: list[Tensor] | None) -> None:
+    """Appends a copy of the sample on the CPU."""
+    if kept is not None:
+        kept.append(sample.detach().to("cpu", torch.float32, copy=True))
+
+
+def check_resume(scheduler: Any, step: int, eta: float, latents: Tensor | None, noise_prior: Any) -> None:
+    """Makes sure that a run can go on from the sample before a step, once the scheduler's timesteps are set.
+
+    Raises:
+        ValueError: There is no such step or no sample, or a step depends on more than its sample.
+    """
+    if latents is None or noise_prior is not None:
+        raise ValueError(f"resume_from={step} goes with latents, the sample before that step, and without noise_prior")
+    if not 0 <= step <= len(scheduler.timesteps):
+        raise ValueError(f"resume_from must be a step from 0 to {len(scheduler.timesteps)}, got {step}")
+    if eta:
+        raise ValueError(f"resume_from needs steps that draw no noise, so eta must be 0, got {eta}")
+    if not isinstance(scheduler, _RESUMABLE):
+        raise ValueError(
+            f"resume_from: a step of {type(scheduler).__name__} may draw noise or use earlier predictions, which "
+            f"latents do not hold; take {', '.join(one.__name__ for one in _RESUMABLE)}"
+        )
 
 
 def as_generators(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -30,6 +30,9 @@ from imageconductor.sampling.branches import ADAPTERS, Branch, Control, Text, pl
 Picture = Image.Image | Mapping[int, Image.Image]
 """A first frame, or pictures by the number of their frame."""
 
+Mix = dict[Control, float]
+"""Weight of each motion control."""
+
 
 @dataclass(frozen=True)
 class CallInputs:
@@ -44,7 +47,9 @@ class CallInputs:
         num_frames: T.
         num_inference_steps: Denoising steps.
         guidance_scale: lambda_cfg; at most 1 = off.
-        plan: Evaluations of the model in each step, by guidance scale.
+        plan: Evaluations of the model in each step, by guidance scale and mix.
+        mix: Weights of the motion controls; None = one control.
+        adapters: LoRAs that the motion ControlNet has.
     """
 
     images: list[dict[int, Image.Image]]
@@ -56,7 +61,9 @@ class CallInputs:
     num_frames: int
     num_inference_steps: int
     guidance_scale: float
-    plan: Callable[[float], tuple[Branch, ...]]
+    plan: Callable[[float, Mix | None], tuple[Branch, ...]]
+    mix: Mix | None
+    adapters: tuple[str, ...]
 
 
 def check_inputs(
@@ -72,6 +79,7 @@ def check_inputs(
     num_inference_steps: int | None,
     num_frames: int | None,
     size: tuple[int | None, int | None],
+    mix: Mapping[Any, float] | None = None,
 ) -> CallInputs:
     """The inputs of a call; `pipe` is the pipeline, the rest are its arguments, with `size` = (width, height).
 
@@ -98,16 +106,22 @@ def check_inputs(
     if pipe.motion_controlnet is None and (drawn or image is not None):
         raise ValueError("image and trajectories need ControlNets, and this is a text-to-video model, which has none")
     scale = _given(guidance_scale, defaults.guidance_scale)
-    branches = partial(
-        plan,
-        control,
-        camera_free_scale=camera_free_scale,
-        trajectory_guidance_scale=_given(trajectory_guidance_scale, defaults.trajectory_guidance_scale),
-        has_trajectories=bool(drawn),
-    )
-    branches(scale)  # raises where the scales do not go together
+    weights = parse_mix(mix)
+    if weights is not None:
+        plan(control, scale, camera_free_scale, _given(trajectory_guidance_scale, 1.0), bool(drawn), weights)
+
+    def branches(scale: float, mix: Mix | None) -> tuple[Branch, ...]:
+        if mix is not None:
+            if drawn:
+                _check_adapters(pipe, mix)
+            return plan(control, scale, has_trajectories=bool(drawn), mix=mix)
+        trajectory_scale = _given(trajectory_guidance_scale, defaults.trajectory_guidance_scale)
+        return plan(control, scale, camera_free_scale, trajectory_scale, bool(drawn))
+
+    branches(scale, weights)  # raises where the scales do not go together
     if drawn:
-        _check_trajectories(pipe, drawn, num_frames, control)
+        _check_trajectories(drawn, num_frames)
+        _check_adapters(pipe, [control] if weights is None else weights)
     images = [] if image is None else [_read_pictures(one, num_frames) for one in _as_list(image)]
     may_lack = {"trajectories", "image"} if image is None else {"trajectories"}
     prompts, negatives = _as_list(prompt), _as_list(_given(negative_prompt, defaults.negative_prompt))
@@ -121,7 +135,9 @@ def check_inputs(
     for name, values in given.items():
         if len(values) not in (1, count) and (len(values) or name not in may_lack):
             raise ValueError(f"{name}: expected 1 or {count} of them, got {len(values)}")
-    return CallInputs(images, drawn, prompts, negatives, count, (width, height), num_frames, steps, scale, branches)
+    adapters = () if pipe.motion_controlnet is None else attached_adapters(pipe.motion_controlnet)
+    shape = (width, height), num_frames
+    return CallInputs(images, drawn, prompts, negatives, count, *shape, steps, scale, branches, weights, adapters)
 
 
 def broadcast(values: list[Any], count: int) -> list[Any]:
@@ -183,6 +199,23 @@ def choose_texts(
     return chosen[0], chosen[1]
 
 
+def parse_seeds(seed: int | Sequence[int] | None, generator: Any, num_videos_per_prompt: int) -> list[int]:
+    """Seeds of the videos of each condition; none where generators stand in their place.
+
+    Raises:
+        ValueError: The list is empty, a generator or another number of videos is given beside it, or that is below 1.
+    """
+    if num_videos_per_prompt < 1:
+        raise ValueError(f"num_videos_per_prompt must be at least 1, got {num_videos_per_prompt}")
+    given: Any = [seed] if isinstance(seed, Integral) else seed or []
+    seeds = [int(one) for one in given]
+    if seed is not None and not seeds:
+        raise ValueError("seed is an empty list; give one number for each video, or leave it out")
+    if seeds and (generator is not None or num_videos_per_prompt not in (1, len(seeds))):
+        raise ValueError(f"seed={seed} stands in place of generator and num_videos_per_prompt; leave them out")
+    return seeds
+
+
 def parse_control(value: Control | str) -> Control:
     """A control by its name.
 
@@ -195,15 +228,34 @@ def parse_control(value: Control | str) -> Control:
         raise ValueError(f"control must be one of {', '.join(c.value for c in Control)}, got {value!r}") from None
 
 
-def _check_trajectories(pipe: Any, drawn: list[Trajectories], num_frames: int, control: Control) -> None:
+def parse_mix(value: Mapping[Any, float] | None) -> Mix | None:
+    """A mix by the names of its controls.
+
+    Raises:
+        ValueError: There is no control of a name, or a weight is not finite.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise ValueError(f'mix must be a mapping from controls to weights, such as {{"camera": 1.0}}, got {value!r}')
+    check_finite({f"mix[{name!r}]": weight for name, weight in value.items()})
+    return {parse_control(name): float(weight) for name, weight in value.items()}
+
+
+def _check_adapters(pipe: Any, controls: Iterable[Control]) -> None:
+    attached = set(attached_adapters(pipe.motion_controlnet))
+    for control in controls:
+        if missing := set(ADAPTERS[control]) - attached:
+            names = describe_adapters(missing)
+            raise ValueError(f"control {control.value!r} needs the {names}, which this model does not have")
+
+
+def _check_trajectories(drawn: list[Trajectories], num_frames: int) -> None:
     for one in drawn:
         if one.num_frames != num_frames:
             raise ValueError(f"the video has {num_frames} frames, its trajectories {one.num_frames}")
         if not one.points[one.visible].isfinite().all():
             raise ValueError("trajectories: a visible point is not finite")
-    if missing := set(ADAPTERS[control]) - set(attached_adapters(pipe.motion_controlnet)):
-        names = describe_adapters(missing)
-        raise ValueError(f"control {control.value!r} needs the {names}, which this model does not have")
 
 
 def _given(value: Any, default: Any) -> Any:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from numbers import Integral
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -47,22 +43,26 @@ from imageconductor.models.networks import (
 )
 from imageconductor.models.weights import find_weights, refuse_non_finite
 from imageconductor.sampling.branches import Control
-from imageconductor.sampling.denoising import CALLBACK_TENSORS, StepCallback, as_generators, denoise, mix_noise_priors
-from imageconductor.sampling.inputs import CallInputs, Picture, build_conditions, check_inputs, choose_texts
-
-_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-
-@dataclass
-class ImageConductorOutput(BaseOutput):
-    """Videos.
-
-    Attributes:
-        frames: "np" (B, T, H, W, 3) in [0, 1]; "pt" (B, T, 3, H, W) in [0, 1]; "pil" lists of T images for each video;
-            "latent" (B, C, T, h, w).
-    """
-
-    frames: Any
+from imageconductor.sampling.denoising import (
+    CALLBACK_TENSORS,
+    StepCallback,
+    as_generators,
+    check_resume,
+    denoise,
+    mix_noise_priors,
+)
+from imageconductor.sampling.inputs import (
+    CallInputs,
+    Mix,
+    Picture,
+    build_conditions,
+    check_inputs,
+    choose_texts,
+    parse_mix,
+    parse_seeds,
+)
+from imageconductor.sampling.output import OUTPUT_TYPES, ImageConductorOutput, convert_frames
+from imageconductor.sampling.residual_cache import ResidualCache
 
 
 class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin):
@@ -234,6 +234,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         generators: Sequence[torch.Generator] | None,
         latents: Tensor | None = None,
         noise_prior: tuple[Sequence[Tensor], float] | None = None,
+        is_scaled: bool = False,
     ) -> Tensor:
         """Initial noise (B, C, T, h, w) float32 as the scheduler scales it, once its timesteps are set.
 
@@ -243,6 +244,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             generators: One for each video, so that a video does not depend on its batch; None = torch's global one.
             latents: Noise of unit variance that is taken instead, once its shape is checked.
             noise_prior: As in the call, mixed in.
+            is_scaled: The given latents are a sample of the scheduler's, which is returned as it is.
 
         Raises:
             ValueError: The shape of the latents is another.
@@ -260,12 +262,17 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             raise ValueError("the given latents hold nan or infinite values")
         if noise_prior is not None:
             drawn = mix_noise_priors(drawn, *noise_prior, generators)
-        return drawn * self.scheduler.init_noise_sigma
+        return drawn if is_scaled else drawn * self.scheduler.init_noise_sigma
 
     @property
     def guidance_scale(self) -> float:
         """lambda_cfg of the call that runs; a callback may set `_guidance_scale`, and at most 1 turns guidance off."""
         return max(1.0, self._guidance_scale)
+
+    @property
+    def mix(self) -> Mix | None:
+        """Weights of the motion controls in the call that runs, or None; a callback may set `_mix`, to None too."""
+        return parse_mix(self._mix)
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -295,6 +302,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         camera_free_scale: float | None = None,
         guidance_scale: float | None = None,
         trajectory_guidance_scale: float | None = None,
+        mix: Mapping[Control, float] | Mapping[str, float] | None = None,
         num_inference_steps: int | None = None,
         num_frames: int | None = None,
         height: int | None = None,
@@ -312,7 +320,10 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImageConductorOutput | tuple[Any]:
+        residual_cache: ResidualCache | None = None,
+        keep_latents: bool = False,
+        resume_from: int | None = None,
+    ) -> ImageConductorOutput | tuple[Any, ...]:
         """Videos that begin with the image and move along the trajectories.
 
         Several images, trajectories or prompts make several videos; one of a kind serves all.
@@ -328,6 +339,8 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             camera_free_scale: lambda_trajs of Eq. 5, with control "object"; None = plain classifier-free guidance.
             guidance_scale: lambda_cfg; at most 1 = off, as in diffusers' pipelines.
             trajectory_guidance_scale: Above 1 it extrapolates away from the video without the trajectories.
+            mix: Weights of several motion controls at once, {"camera": 1.0, "object": 0.5}, in place of `control` and
+                the two scales of the trajectories.
             num_inference_steps: Denoising steps.
             num_frames: T.
             height: Pixels, a multiple of the VAE scale factor.
@@ -335,7 +348,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             num_videos_per_prompt: Videos of each condition; they share the ControlNets' work.
             generator: One for all videos, drawn from in turn, or one for each; also of the noise within steps.
             seed: In its place: one video of each condition for each of the numbers.
-            latents: (B, C, T, h, w), the initial noise of unit variance, instead of drawing it.
+            latents: (B, C, T, h, w), initial noise of unit variance; the sample before the step with `resume_from`.
             noise_prior: Inverted noise (C, T, h, w) of clips, of which each video takes one, and its fraction p of the
                 initial noise (MotionDirector).
             prompt_embeds: (P, L, D), text embeddings in place of the prompts.
@@ -345,48 +358,43 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             output_type: "pil", "np", "pt" or "latent".
             return_dict: False returns a tuple.
             callback_on_step_end: Called as `f(pipe, step, timestep, tensors)`, diffusers' own too; what it returns
-                replaces the tensors. It may set `pipe._interrupt = True` and `pipe._guidance_scale`.
-            callback_on_step_end_tensor_inputs: Names among `_callback_tensor_inputs` of the tensors passed to it.
+                replaces latents and embeddings. It may set `_interrupt = True`, `_guidance_scale` and `_mix` of `pipe`.
+            callback_on_step_end_tensor_inputs: Names among `_callback_tensor_inputs` of the tensors passed to it. "x_0"
+                is the estimate of the clean latents, "branch_x_0" a dict of those of each motion control alone, which
+                costs evaluations; while `pipe._shows_branches` is False, which a callback may set, it is empty.
+            residual_cache: Keeps ControlNet outputs for calls with other seeds, images or trajectories.
+            keep_latents: Returns the sample before each step too, as `latents`.
+            resume_from: Leaves out that many steps, with DDIM at eta 0 and others whose steps depend on the sample
+                alone; `latents` are then an entry of those that `keep_latents` returned.
 
         Raises:
             ValueError: Arguments that do not fit the model or each other.
         """
-        given: Any = [seed] if isinstance(seed, Integral) else seed or []
-        seeds = [int(one) for one in given]
-        if seed is not None and not seeds:
-            raise ValueError("seed is an empty list; give one number for each video, or leave it out")
-        if seeds and (generator is not None or num_videos_per_prompt not in (1, len(seeds))):
-            raise ValueError(f"seed={seed} stands in place of generator and num_videos_per_prompt; leave them out")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        seeds = parse_seeds(seed, generator, num_videos_per_prompt)
         num_videos_per_prompt = max(num_videos_per_prompt, len(seeds))
-        if num_videos_per_prompt < 1 or output_type not in _OUTPUT_TYPES:
-            raise ValueError(
-                f"num_videos_per_prompt must be at least 1 and output_type one of {', '.join(_OUTPUT_TYPES)}, "
-                f"got {num_videos_per_prompt} and {output_type!r}"
-            )
         scales = (camera_free_scale, guidance_scale, trajectory_guidance_scale)
         shape = (num_inference_steps, num_frames, (width, height))
         check_finite({"eta": eta})
         texts = choose_texts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
-        inputs = check_inputs(self, image, trajectories, *texts, control, *scales, *shape)
+        inputs = check_inputs(self, image, trajectories, *texts, control, *scales, *shape, mix)
         if seeds:
             generator = [torch.Generator().manual_seed(seed) for _ in range(inputs.count) for seed in seeds]
         callback = StepCallback.parse(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.scheduler.set_timesteps(inputs.num_inference_steps, device=self._execution_device)
+        if resume_from is not None:
+            check_resume(self.scheduler, resume_from, eta, latents, noise_prior)
         generators = as_generators(generator, inputs.count * num_videos_per_prompt)
-        noise = self.prepare_latents(inputs, num_videos_per_prompt, generators, latents, noise_prior)
-        self._guidance_scale, self._num_timesteps = inputs.guidance_scale, len(self.scheduler.timesteps)
-        self._interrupt = False
-        sample = denoise(self, noise, inputs, build_conditions(self, inputs), generators, eta, callback)
+        of_noise = (num_videos_per_prompt, generators, latents, noise_prior, resume_from is not None)
+        noise = self.prepare_latents(inputs, *of_noise)
+        self._guidance_scale, self._mix = inputs.guidance_scale, inputs.mix
+        self._num_timesteps = len(self.scheduler.timesteps)
+        self._interrupt, self._shows_branches = False, True
+        conditions, kept = build_conditions(self, inputs), [] if keep_latents else None
+        of_loop = (generators, eta, callback, residual_cache, resume_from or 0, kept)
+        sample = denoise(self, noise, inputs, conditions, *of_loop)
         frames = sample if output_type == "latent" else self.decode_latents(sample, decode_chunk_size)
         self.maybe_free_model_hooks()
-        output = _convert(frames, output_type)
-        return ImageConductorOutput(frames=output) if return_dict else (output,)
-
-
-def _convert(frames: Tensor, output_type: str) -> Any:
-    if output_type in ("latent", "pt"):
-        return frames
-    array = frames.permute(0, 1, 3, 4, 2).cpu().numpy()
-    if output_type == "np":
-        return array
-    return [[Image.fromarray(np.round(frame * 255).astype(np.uint8)) for frame in video] for video in array]
+        output = ImageConductorOutput(frames=convert_frames(frames, output_type), latents=kept)
+        return output if return_dict else output.to_tuple()

@@ -171,10 +171,12 @@ def test_a_lora_that_stays_active_is_merged_in_half_precision(networks):
     """Into a copy, once a call, in place of two more products a layer and step."""
     half, x = halved(networks), inputs()
     merged = GuidedDenoiser(Denoiser(*half), plan(Control.CAMERA, 7.5), half_conditions())
-    assert merged.denoiser.motion_controlnet is not half[2]
-    assert not [key for key in merged.denoiser.motion_controlnet.state_dict() if ".lora_" in key]
+    copied = merged.merged_denoiser.motion_controlnet
+    assert copied is not half[2]
+    assert not [key for key in copied.state_dict() if ".lora_" in key]
+    assert merged.merged_denoiser.motion_controlnet is copied, "once a call"
     plain = GuidedDenoiser(Denoiser(*networks), plan(Control.CAMERA, 7.5), conditions_of(x))
-    assert plain.denoiser.motion_controlnet is networks[2], "float32 stays theta_0 + Delta theta"
+    assert not plain.merges, "float32 stays theta_0 + Delta theta"
     expected = plain(x["loop_latents"], x["timestep"])
     found = merged(x["loop_latents"].bfloat16(), x["timestep"]).float()
     base = GuidedDenoiser(Denoiser(*networks), plan(Control.BASE, 7.5), conditions_of(x))
