@@ -21,7 +21,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from imageconductor.conditioning.flow_map import FlowMapConvention
-from imageconductor.models.motion_module import adopt_motion_modules_, run_down_path, signature_with
+from imageconductor.models.motion_module import (
+    adopt_motion_modules_,
+    attention_arguments,
+    run_down_path,
+    signature_with,
+)
 
 _Net = TypeVar("_Net", bound="SparseControlNet")
 
@@ -126,7 +131,7 @@ class SparseControlNet(SparseControlNetModel):
             embedded = embedded.repeat(batch, 1, 1, 1)
         # conv_in of an all-zero sample is its bias.
         hidden = cast(Tensor, self.conv_in.bias).view(1, -1, 1, 1) + embedded
-        hidden, skips = run_down_path(self, hidden, emb, text, num_frames)
+        hidden, skips = run_down_path(self, hidden, emb, attention_arguments(text), num_frames)
         hidden = self.mid_block(hidden, emb, encoder_hidden_states=text)
         down = tuple(block(skip) for block, skip in zip(self.controlnet_down_blocks, skips, strict=True))
         return Residuals(down, self.controlnet_mid_block(hidden))

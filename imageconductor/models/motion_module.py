@@ -90,7 +90,8 @@ class TemporalTransformer(TransformerTemporalModel):
     is_bypassed = False
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As diffusers' class, for callers that take a tuple."""
+        """As diffusers' class, for callers that take a tuple; what gates do is not for temporal attention."""
+        kwargs.pop("cross_attention_kwargs", None)
         return (hidden_states,) if self.is_bypassed else super().forward(hidden_states, *args, **kwargs)
 
 
@@ -204,13 +205,24 @@ def _put(state: Sequence[tuple[Any, str, Any]]) -> None:
         setattr(owner, name, value)
 
 
+def attention_arguments(text: Tensor, gating: Any = None) -> dict[str, Any]:
+    """Keyword arguments of diffusers' blocks with spatial attention: text (B*T, L, D), and what gates do."""
+    arguments: dict[str, Any] = {"encoder_hidden_states": text}
+    if gating is not None:
+        arguments["cross_attention_kwargs"] = {"gligen": {"objs": gating}}  # what diffusers hands to the fuser
+    return arguments
+
+
 def run_down_path(
-    model: Any, hidden: Tensor, emb: Tensor, text: Tensor, num_frames: int
+    model: Any, hidden: Tensor, emb: Tensor, attends: dict[str, Any], num_frames: int
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Last features and all skip connections of a down path; UNet and ControlNets have the same."""
+    """Last features and all skip connections of a down path; UNet and ControlNets have the same.
+
+    `attends` are the `attention_arguments` of its blocks with attention.
+    """
     skips: tuple[Tensor, ...] = (hidden,)
     for block in model.down_blocks:
-        arguments = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+        arguments = attends if getattr(block, "has_cross_attention", False) else {}
         hidden, outputs = run_block(model, block, hidden_states=hidden, temb=emb, num_frames=num_frames, **arguments)
         skips += outputs
     return hidden, skips

@@ -16,9 +16,11 @@ from einops import rearrange
 from torch import Tensor
 
 from imageconductor.models.controlnets import Residuals
+from imageconductor.models.gating import Gating, open_gate_places_
 from imageconductor.models.motion_module import (
     adopt_motion_modules_,
     adopt_temporal_layers_,
+    attention_arguments,
     run_block,
     run_down_path,
     run_layer,
@@ -31,7 +33,7 @@ SD15_ANIMATEDIFF_V3: dict[str, Any] = {"cross_attention_dim": 768, "use_motion_m
 
 @dataclass(frozen=True)
 class UNetFeatures:
-    """What the first half of the UNet computed from (x_t, t, text), and no ControlNet can change.
+    """What the first half of the UNet computed from (x_t, t, text, gating), and no ControlNet can change.
 
     Attributes:
         skips: The 12 outputs of the down path (at SD-1.5's depth), each (B*T, C_i, h_i, w_i).
@@ -39,6 +41,7 @@ class UNetFeatures:
         emb: (B*T, 4*C_0), time embedding.
         text: (B*T, L, D).
         num_frames: T.
+        gating: What gates do, in the second half too; None = nothing.
     """
 
     skips: tuple[Tensor, ...]
@@ -46,19 +49,21 @@ class UNetFeatures:
     emb: Tensor
     text: Tensor
     num_frames: int
+    gating: Gating | None = None
 
     def videos(self, start: int, stop: int) -> UNetFeatures:
         """Features of the videos start..stop-1 of the batch, as views."""
         rows = slice(start * self.num_frames, stop * self.num_frames)
-        return UNetFeatures(
-            tuple(skip[rows] for skip in self.skips), self.mid[rows], self.emb[rows], self.text[rows], self.num_frames
-        )
+        gating = None if self.gating is None else self.gating.rows(rows)
+        skips = tuple(skip[rows] for skip in self.skips)
+        return UNetFeatures(skips, self.mid[rows], self.emb[rows], self.text[rows], self.num_frames, gating)
 
 
 class TwoHalves:
     """A video UNet of diffusers as `decode(encode(x_t, t, text), residuals)`.
 
-    ControlNet residuals join after the down path and after the mid block, so `encode` depends on (x_t, t, text) only.
+    ControlNet residuals join after the down path and after the mid block, so `encode` depends on (x_t, t, text) and
+    gates only.
     """
 
     checkpoint_blocks = False  # True: no activation inside a layer is kept, and the layer is computed again.
@@ -72,13 +77,16 @@ class TwoHalves:
     conv_norm_out: Any
     conv_out: Any
 
-    def encode(self, sample: Tensor, timestep: Tensor | int, encoder_hidden_states: Tensor) -> UNetFeatures:
+    def encode(
+        self, sample: Tensor, timestep: Tensor | int, encoder_hidden_states: Tensor, gating: Gating | None = None
+    ) -> UNetFeatures:
         """Features of the down path and the mid block.
 
         Args:
             sample: (B, C, T, h, w), x_t.
             timestep: () or (B,) int64.
             encoder_hidden_states: (B, L, D), text.
+            gating: What gates do; None = nothing.
         """
         if hook := getattr(self, "_hf_hook", None):
             hook.pre_forward(self)  # accelerate's offloading waits for `forward`, which sampling does not call.
@@ -89,15 +97,17 @@ class TwoHalves:
         text = encoder_hidden_states.repeat_interleave(num_frames, dim=0)
 
         hidden = self.conv_in(rearrange(sample, "b c t h w -> (b t) c h w"))
+        if gating is not None and gating.input_features is not None:
+            hidden = hidden + gating.input_features
         if hasattr(self, "transformer_in"):
             enter = self.transformer_in
             hidden = run_layer(self, enter, enter.forward, hidden, num_frames=num_frames, return_dict=False)[0]
-        hidden, skips = run_down_path(self, hidden, emb, text, num_frames)
+        arguments = attention_arguments(text, gating)
+        hidden, skips = run_down_path(self, hidden, emb, arguments, num_frames)
         if any(hasattr(self.mid_block, name) for name in ("motion_modules", "temp_attentions")):
-            hidden = run_block(self, self.mid_block, hidden, emb, encoder_hidden_states=text, num_frames=num_frames)
-        else:
-            hidden = run_block(self, self.mid_block, hidden, emb, encoder_hidden_states=text)
-        return UNetFeatures(skips, hidden, emb, text, num_frames)
+            arguments["num_frames"] = num_frames
+        hidden = run_block(self, self.mid_block, hidden, emb, **arguments)
+        return UNetFeatures(skips, hidden, emb, text, num_frames, gating)
 
     def decode(self, features: UNetFeatures, residuals: Residuals | None = None) -> Tensor:
         """Model output (B, C, T, h, w) of the up path, the residuals added to the features it reads."""
@@ -108,12 +118,13 @@ class TwoHalves:
             skips = tuple(skip + residual for skip, residual in zip(skips, residuals.down, strict=True))
             hidden = hidden + residuals.mid
 
+        attends = attention_arguments(features.text, features.gating)
         for block in self.up_blocks:
             count = len(block.resnets)
             inputs, skips = skips[-count:], skips[:-count]
             # Named sizes keep odd latents (8x12 at four levels) in step with the skip connections.
             size = skips[-1].shape[2:] if skips else None
-            arguments = {"encoder_hidden_states": features.text} if getattr(block, "has_cross_attention", False) else {}
+            arguments = attends if getattr(block, "has_cross_attention", False) else {}
             hidden = run_block(
                 self,
                 block,
@@ -169,6 +180,7 @@ class MotionUNet(TwoHalves, UNetMotionModel):  # pyright: ignore[reportIncompati
         super().__init__(*args, **kwargs)
         self.register_to_config(motion_norm_num_groups=motion_norm_num_groups)
         adopt_motion_modules_(self, motion_norm_num_groups)
+        open_gate_places_(self)
 
     __init__.__signature__ = signature_with(UNetMotionModel.__init__, motion_norm_num_groups=None)  # type: ignore
 
@@ -184,5 +196,6 @@ class TextToVideoUNet(TwoHalves, PeftAdapterMixin, UNet3DConditionModel):  # pyr
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         adopt_temporal_layers_(self)
+        open_gate_places_(self)
 
     __init__.__signature__ = inspect.signature(UNet3DConditionModel.__init__)  # type: ignore

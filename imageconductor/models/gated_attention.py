@@ -1,0 +1,296 @@
+"""Gated attention for object boxes and for the first frame (SMCD): networks beside the UNet, which acts through them.
+
+| network | holds | a model folder has it as |
+|---|---|---|
+| `ObjectGates` | position network, gated self-attention over features and box tokens for each place | `object_gates/` |
+| `SceneGates` | first-frame encoder, gated cross-attention for each place, input branch | `scene_gates/` |
+
+A place is a spatial transformer block of the UNet, between its self-attention and its attention to the text
+(`gating.py`). All gates begin closed, and the UNet then computes exactly what it computes without them.
+
+Source: SMCD, "Animate Your Motion" (arXiv 2403.10179); gates and position network are GLIGEN's (arXiv 2301.07093).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention import FeedForward, GatedSelfAttentionDense
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import GLIGENTextBoundingboxProjection
+from torch import Tensor, nn
+
+from imageconductor.models.gating import Place, gate_places
+
+MAX_OBJECTS = 8
+"""Objects to which a clip is padded by default, as in SMCD's second stage."""
+
+
+class ObjectGate(GatedSelfAttentionDense):
+    """Gated self-attention over a frame's features and the tokens of its boxes; weights are diffusers'."""
+
+    alpha_attn: nn.Parameter
+    alpha_dense: nn.Parameter
+
+    def forward(self, hidden: Tensor, tokens: Tensor, scale: float = 1.0) -> Tensor:  # type: ignore[override]
+        """Features (B*T, hw, C) that have attended to the boxes.
+
+        Args:
+            hidden: (B*T, hw, C).
+            tokens: (B*T, N, D), absent objects included, which take part by their null tokens.
+            scale: Multiplies both gates.
+        """
+        count, tokens = hidden.shape[1], self.linear(tokens)
+        attended = self.attn(self.norm1(torch.cat([hidden, tokens], dim=1)))[:, :count]
+        hidden = hidden + scale * self.alpha_attn.tanh() * attended
+        return hidden + scale * self.alpha_dense.tanh() * self.ff(self.norm2(hidden))
+
+
+class SceneGate(nn.Module):
+    """Gated cross-attention from a frame's features to the tokens of the first frame.
+
+    Args:
+        width: C, of the features.
+        token_dim: D, of the tokens.
+        heads: Of the attention.
+        head_dim: Their width.
+    """
+
+    def __init__(self, width: int, token_dim: int, heads: int, head_dim: int):
+        super().__init__()
+        self.linear = nn.Linear(token_dim, width)
+        self.attn = Attention(query_dim=width, heads=heads, dim_head=head_dim)
+        self.ff = FeedForward(width, activation_fn="geglu")
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.alpha_attn, self.alpha_dense = nn.Parameter(torch.tensor(0.0)), nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, hidden: Tensor, tokens: Tensor, scale: float = 1.0) -> Tensor:
+        """Features (B*T, hw, C) that have attended to the first frame.
+
+        Args:
+            hidden: (B*T, hw, C).
+            tokens: (B*T, V, D).
+            scale: Multiplies both gates.
+        """
+        attended = self.attn(self.norm1(hidden), encoder_hidden_states=self.linear(tokens))
+        hidden = hidden + scale * self.alpha_attn.tanh() * attended
+        return hidden + scale * self.alpha_dense.tanh() * self.ff(self.norm2(hidden))
+
+
+class EncoderBlock(nn.Module):
+    """Residual block without a norm; the first of a level halves the size, rounding up.
+
+    Args:
+        channels_in: Of its input.
+        channels: Of its output.
+        halves: Whether it halves the size.
+    """
+
+    def __init__(self, channels_in: int, channels: int, halves: bool):
+        super().__init__()
+        down = nn.Conv2d(channels_in, channels_in, 3, stride=2, padding=1)
+        self.down_opt = nn.ModuleDict({"op": down}) if halves else None
+        self.in_conv = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.block1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.block2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, channels, h, w) of (B, channels_in, h, w), or half the size."""
+        if self.down_opt is not None:
+            hidden = self.down_opt["op"](hidden)
+        hidden = self.in_conv(hidden)
+        return hidden + self.block2(F.relu(self.block1(hidden)))
+
+
+class FirstFrameEncoder(nn.Module):
+    """Tokens of the first frame's latents; names of the weights are the published ones.
+
+    Args:
+        latent_channels: Of the latents.
+        channels: Of the levels, each of half the size of the one before.
+        blocks_per_level: Residual blocks.
+    """
+
+    def __init__(self, latent_channels: int, channels: Sequence[int], blocks_per_level: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
+        self.body = nn.ModuleList()
+        before = channels[0]
+        for level, width in enumerate(channels):
+            for number in range(blocks_per_level):
+                self.body.append(EncoderBlock(before, width, halves=level > 0 and number == 0))
+                before = width
+        # Without norms, PyTorch's initialisation would leave next to nothing of the picture behind these convolutions,
+        # which no residual connection leads around (docs/decisions.md, 39).
+        for name, conv in self.named_modules():
+            if not isinstance(conv, nn.Conv2d) or not name.endswith(("conv_in", "in_conv", ".op")):
+                continue
+            if conv.bias is not None and not conv.weight.is_meta:
+                nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
+                nn.init.zeros_(conv.bias)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Feature map (B, D, h', w') of latents (B, C, h, w); at four levels h' is h / 8, rounded up."""
+        hidden = self.conv_in(latents)
+        for block in self.body:
+            hidden = block(hidden)
+        return hidden
+
+
+class ObjectGates(ModelMixin, ConfigMixin):
+    """Position network and object gates.
+
+    Every clip is padded to `max_objects` with absent objects, in training and inference alike: their null tokens take
+    part in the attention, so that their number matters.
+
+    Args:
+        places: (width, heads, head width) by place.
+        text_dim: Width of the class names' text features.
+        token_dim: Width of the tokens.
+        max_objects: To which clips are padded.
+    """
+
+    config: Any
+
+    @register_to_config
+    def __init__(
+        self,
+        places: Mapping[str, Sequence[int]],
+        text_dim: int = 768,
+        token_dim: int = 768,
+        max_objects: int = MAX_OBJECTS,
+    ):
+        super().__init__()
+        self.max_objects = max_objects
+        self.position_net = GLIGENTextBoundingboxProjection(text_dim, token_dim)
+        self.gates = nn.ModuleDict({name: ObjectGate(p[0], token_dim, p[1], p[2]) for name, p in places.items()})
+
+    @classmethod
+    def from_unet(
+        cls, unet: Any, places: Sequence[str] | None = None, *, max_objects: int = MAX_OBJECTS, seed: int = 0
+    ) -> ObjectGates:
+        """Closed gates for a UNet, as many as it has places or those that are named; tokens are as wide as its text.
+
+        Raises:
+            ValueError: The UNet has no such place, or `max_objects` is not positive.
+        """
+        if max_objects < 1:
+            raise ValueError(f"max_objects must be at least 1, got {max_objects}")
+        width = unet.config["cross_attention_dim"]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(_sizes(gate_places(unet, places)), width, width, max_objects)
+
+    def forward(self, boxes: Tensor, present: Tensor, names: Tensor) -> Tensor:
+        """Tokens (B*T, max_objects, D) of the objects in each frame.
+
+        Args:
+            boxes: (B, T, N, 4) xyxy as fractions of the frame's width and height.
+            present: (B, T, N), bool or a fraction; where it is 0 an object has its null token, whatever the box.
+            names: (B, N, D_text), text features of the class names (`Encoders.encode_names`).
+
+        Raises:
+            ValueError: Shapes do not fit together, or there are too many objects.
+        """
+        batch, num_frames, count = present.shape
+        if boxes.shape != (batch, num_frames, count, 4) or names.shape[:2] != (batch, count):
+            raise ValueError(
+                f"boxes (B, T, N, 4), present (B, T, N) and names (B, N, D) do not fit together: "
+                f"{tuple(boxes.shape)}, {tuple(present.shape)}, {tuple(names.shape)}"
+            )
+        missing = self.max_objects - count
+        if missing < 0:
+            raise ValueError(f"{count} objects, the model takes at most {self.max_objects}; leave some out")
+        boxes, names = (F.pad(x.to(self.dtype), (0, 0, 0, missing)) for x in (boxes, names))
+        present = F.pad(present.to(self.dtype), (0, missing))
+        return self.position_net(
+            boxes=boxes.flatten(0, 1),
+            masks=present.flatten(0, 1),
+            positive_embeddings=names.repeat_interleave(num_frames, dim=0),
+        )
+
+
+class SceneGates(ModelMixin, ConfigMixin):
+    """First-frame encoder, scene gates and the first frame's way into the UNet beside `conv_in`.
+
+    Args:
+        places: (width, heads, head width) by place.
+        latent_channels: Of the latents.
+        channels: Of the first-frame encoder's levels; the last is the width of the tokens.
+        blocks_per_level: Of the first-frame encoder.
+        input_channels: Of the features behind the UNet's `conv_in`.
+        is_parallel: Scene gates read what object gates read, and both changes are added; else they read what object
+            gates gave, as in the released model.
+        frame_0_only: The input branch adds the first frame to frame 0 alone, not to all.
+    """
+
+    config: Any
+
+    @register_to_config
+    def __init__(
+        self,
+        places: Mapping[str, Sequence[int]],
+        latent_channels: int = 4,
+        channels: Sequence[int] = (256, 512, 1024, 1024),
+        blocks_per_level: int = 3,
+        input_channels: int = 320,
+        is_parallel: bool = False,
+        frame_0_only: bool = False,
+    ):
+        super().__init__()
+        self.is_parallel, self.frame_0_only = is_parallel, frame_0_only
+        self.image_encoder = FirstFrameEncoder(latent_channels, channels, blocks_per_level)
+        self.gates = nn.ModuleDict({name: SceneGate(p[0], channels[-1], p[1], p[2]) for name, p in places.items()})
+        # The other half of a `conv_in` that reads noisy latents and the first frame next to each other.
+        self.input_branch = nn.Conv2d(latent_channels, input_channels, 3, padding=1, bias=False)
+        nn.init.zeros_(self.input_branch.weight)
+
+    @classmethod
+    def from_unet(cls, unet: Any, places: Sequence[str] | None = None, *, seed: int = 0, **settings: Any) -> SceneGates:
+        """Closed gates for a UNet, as many as it has places or those that are named; `settings` are of the class.
+
+        Raises:
+            ValueError: The UNet has no such place.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(
+                _sizes(gate_places(unet, places)),
+                latent_channels=unet.config["in_channels"],
+                input_channels=unet.config["block_out_channels"][0],
+                **settings,
+            )
+
+    def forward(
+        self, scene: Tensor | None, input_frame: Tensor | None, num_frames: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Tokens of the first frame, row by row, and what it adds behind `conv_in`; each None without its picture.
+
+        Args:
+            scene: (B, C, h, w), scaled latents that the gates attend to; zeros = no picture, as in training.
+            input_frame: (B, C, h, w), scaled latents for the input branch.
+            num_frames: T.
+
+        Returns:
+            (B*T, V, D) and (B*T, C_0, h, w).
+        """
+        tokens = features = None
+        if scene is not None:
+            tokens = self.image_encoder(scene.to(self.dtype)).flatten(2).transpose(1, 2)
+            tokens = tokens.repeat_interleave(num_frames, dim=0)
+        if input_frame is not None:
+            first = self.input_branch(input_frame.to(self.dtype))
+            features = first.repeat_interleave(num_frames, dim=0)
+            if self.frame_0_only:
+                is_first = torch.arange(len(features), device=features.device) % num_frames == 0
+                features = features * is_first.view(-1, 1, 1, 1)
+        return tokens, features
+
+
+def _sizes(places: Mapping[str, Place]) -> dict[str, list[int]]:
+    return {name: [place.width, place.heads, place.head_dim] for name, place in places.items()}

@@ -1,0 +1,118 @@
+"""Where gates act in a UNet, and what they do in one evaluation.
+
+A place is a spatial transformer block, behind whose self-attention diffusers calls the block's `fuser`. Our UNets have
+one at every place that asks the evaluation's `Gating` for its gate. No gate is a part of the UNet, so that its weights
+and files stay those of the base; without a `Gating` the fuser is not called.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
+
+from diffusers.models.attention import BasicTransformerBlock
+from torch import Tensor, nn
+
+_PARTS = ("down_blocks", "mid_block", "up_blocks")
+
+
+class Place(NamedTuple):
+    """A place for a gate.
+
+    Attributes:
+        block: The transformer block.
+        width: Of its features.
+        heads: Of its self-attention.
+        head_dim: Their width.
+    """
+
+    block: nn.Module
+    width: int
+    heads: int
+    head_dim: int
+
+
+def gate_places(unet: nn.Module, names: Sequence[str] | None = None) -> dict[str, Place]:
+    """Places of a UNet by name, "down_blocks_0_attentions_0_transformer_blocks_0"; all, or those that are named.
+
+    All come in the order in which they are computed: down path, mid block, up path.
+
+    Raises:
+        ValueError: There is no place of that name.
+    """
+    places: dict[str, Place] = {}
+    # diffusers registers the mid block last.
+    modules = [(part, *item) for part in _PARTS for item in getattr(unet, part).named_modules()]
+    for part, path, module in modules:
+        if isinstance(module, BasicTransformerBlock) and "attentions" in path.split("."):
+            block: Any = module  # diffusers' sizes are not typed.
+            size = (int(block.dim), int(block.num_attention_heads), int(block.attention_head_dim))
+            places[f"{part}.{path}".replace(".", "_")] = Place(module, *size)
+    if unknown := sorted(set(names or ()) - places.keys()):
+        raise ValueError(f"the UNet has no place {unknown[0]} for a gate; there are {', '.join(places)}")
+    return places if names is None else {name: places[name] for name in names}
+
+
+def open_gate_places_(unet: nn.Module) -> None:
+    """Lets gates act in a UNet, in place; its weights and its output stay."""
+    for name, place in gate_places(unet).items():
+        cast(Any, place.block).fuser = functools.partial(_act, name)
+
+
+def _act(place: str, hidden: Tensor, gating: Gating) -> Tensor:
+    return gating.act(place, hidden)
+
+
+@dataclass(frozen=True)
+class Gating:
+    """What gates do in one evaluation of a UNet.
+
+    Attributes:
+        object_gates: By place; empty = none.
+        object_tokens: (B*T, N, D), None without gates.
+        scene_gates: By place; empty = none.
+        scene_tokens: (B*T, V, D), None without gates.
+        input_features: (B*T, C_0, h, w), which are added behind `conv_in`; None = nothing.
+        is_parallel: Both gates of a place read the same features, and both changes are added.
+        scale: Multiplies every gate.
+    """
+
+    object_gates: Mapping[str, Any]
+    object_tokens: Tensor | None
+    scene_gates: Mapping[str, Any]
+    scene_tokens: Tensor | None
+    input_features: Tensor | None = None
+    is_parallel: bool = False
+    scale: float = 1.0
+
+    def act(self, place: str, hidden: Tensor) -> Tensor:
+        """Features (B*T, hw, C) of a place behind its gates: boxes first, then the first frame."""
+        before, gated = hidden, hidden
+        if self.object_tokens is not None and place in self.object_gates:
+            gated = self.object_gates[place](hidden, self.object_tokens, self.scale)
+        if self.scene_tokens is None or place not in self.scene_gates:
+            return gated
+        gate = self.scene_gates[place]
+        if not self.is_parallel:
+            return gate(gated, self.scene_tokens, self.scale)
+        return gated + (gate(before, self.scene_tokens, self.scale) - before)
+
+    def rows(self, rows: slice) -> Gating:
+        """The same for some of the B*T frames."""
+        tensors = {name: getattr(self, name) for name in ("object_tokens", "scene_tokens", "input_features")}
+        return replace(self, **{name: None if value is None else value[rows] for name, value in tensors.items()})
+
+
+def gate_scalars(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The scalars that open the gates of a network, by name: a group for a learning rate of its own."""
+    return {name: p for name, p in network.named_parameters() if name.rpartition(".")[2] in _SCALARS}
+
+
+def gate_values(network: nn.Module) -> dict[str, float]:
+    """How far each gate is open, tanh of its scalar: 0 = closed, by the name of the scalar."""
+    return {name: float(p.detach().float().tanh()) for name, p in gate_scalars(network).items()}
+
+
+_SCALARS = ("alpha_attn", "alpha_dense")
