@@ -2,7 +2,7 @@
 
 | depends on | evaluated by |
 |---|---|
-| (x_t, t, text) | `encode`: the UNet's down path and mid block |
+| (x_t, t, text, boxes, first frame of the scene gates) | `encode`: the UNet's down path and mid block, with gates |
 | (t, text, pictures) and (t, text, trajectories, adapters) | `residuals`: the ControlNets, which do not see x_t |
 | both | `decode`: the UNet's up path |
 
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from imageconductor.models.adapters import active
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet, Residuals
+from imageconductor.models.gated_attention import ObjectGates, SceneGates
+from imageconductor.models.gating import Gating
 from imageconductor.models.motion_unet import MotionUNet, UNetFeatures
 
 
@@ -36,6 +38,13 @@ class Condition:
         mask: (B, 1, T, h, w), one at the frames that are given; None with `keyframes`.
         flow: (B, 2, T, H, W) flow map in pixels; None = no trajectories, and the motion ControlNet is left out.
         has_flow: (B,) bool, clips that have trajectories; None = all, if there is a flow map.
+        boxes: (B, T, N, 4) xyxy of objects as fractions of the frame's width and height; None = no boxes, and the
+            object gates are left out. Boxes that are dropped in training are not None but absent.
+        present: (B, T, N), frames in which an object is; None with `boxes`.
+        names: (B, N, D) text features of the objects' class names; None with `boxes`.
+        scene: (B, C, h, w) scaled latents of the first frame that the scene gates attend to, zeros = no picture; None
+            leaves these gates out.
+        input_frame: (B, C, h, w), the same for the scene gates' input branch.
     """
 
     text: Tensor
@@ -43,6 +52,20 @@ class Condition:
     mask: Tensor | None = None
     flow: Tensor | None = None
     has_flow: Tensor | None = None
+    boxes: Tensor | None = None
+    present: Tensor | None = None
+    names: Tensor | None = None
+    scene: Tensor | None = None
+    input_frame: Tensor | None = None
+
+    def for_encoder(self, count: int = 1) -> Condition:
+        """What `Denoiser.encode` reads, for `count` videos of each clip, next to each other.
+
+        Evaluations whose conditions agree in it share the encoder.
+        """
+        read = {name: getattr(self, name) for name in ("text", "boxes", "present", "names", "scene", "input_frame")}
+        repeated = {name: x.repeat_interleave(count, dim=0) for name, x in read.items() if x is not None}
+        return Condition(**repeated)
 
     @staticmethod
     def stack(conditions: Sequence[Condition]) -> Condition:
@@ -68,11 +91,17 @@ class Denoiser:
         unet: AnimateDiff's UNet in two halves.
         image_controlnet: RGB SparseCtrl, for the first frame; None in a text-to-video model.
         motion_controlnet: For the trajectories; None in a text-to-video model.
+        object_gates: For boxes; None in a model without them.
+        scene_gates: For the first frame, in place of `image_controlnet` or beside it; None in a model without them.
+        gate_scale: Multiplies every gate.
     """
 
     unet: MotionUNet
     image_controlnet: ImageControlNet
     motion_controlnet: MotionControlNet
+    object_gates: ObjectGates | None = None
+    scene_gates: SceneGates | None = None
+    gate_scale: float = 1.0
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """eps_theta(x_t, t, c), or v where the scheduler predicts v: (B, C, T, h, w).
@@ -85,12 +114,51 @@ class Denoiser:
             condition: Of B clips.
         """
         residuals = self.residuals(t, condition)
-        return self.decode(self.encode(x_t, t, condition.text), residuals)
+        return self.decode(self.encode(x_t, t, condition), residuals)
 
-    def encode(self, x_t: Tensor, t: Tensor, text: Tensor) -> UNetFeatures:
-        """Features of the UNet's first half, which no ControlNet can change."""
-        with _autograd_if_learning(self.unet, x_t, text):
-            return self.unet.encode(x_t, t, text)
+    def encode(self, x_t: Tensor, t: Tensor, condition: Condition) -> UNetFeatures:
+        """Features of the UNet's first half, which no ControlNet can change; they carry what gates do to the second.
+
+        Raises:
+            ValueError: The condition has boxes or a scene, and the model no gates for it.
+        """
+        gating = self.gating(condition, x_t.shape[2])
+        if gating is None:
+            with _autograd_if_learning([self.unet], x_t, condition.text):
+                return self.unet.encode(x_t, t, condition.text)
+        networks = [network for network in (self.unet, self.object_gates, self.scene_gates) if network is not None]
+        with _autograd_if_learning(networks, x_t, condition.text):
+            return self.unet.encode(x_t, t, condition.text, gating)
+
+    def gating(self, condition: Condition, num_frames: int) -> Gating | None:
+        """What gates do under a condition; depends on neither x_t nor t. None where all are left out.
+
+        Raises:
+            ValueError: As `encode`.
+        """
+        has_scene = condition.scene is not None or condition.input_frame is not None
+        if condition.boxes is None and not has_scene:
+            return None
+        object_tokens = scene_tokens = input_features = None
+        if condition.boxes is not None:
+            if self.object_gates is None:
+                raise ValueError("boxes are given, and the model has no object gates (object_gates/ in its folder)")
+            if condition.present is None or condition.names is None:
+                raise ValueError("boxes need `present` and `names` beside them")
+            object_tokens = self.object_gates(condition.boxes, condition.present, condition.names)
+        if has_scene:
+            if self.scene_gates is None:
+                raise ValueError("a scene is given, and the model has no scene gates (scene_gates/ in its folder)")
+            scene_tokens, input_features = self.scene_gates(condition.scene, condition.input_frame, num_frames)
+        return Gating(
+            {} if self.object_gates is None else self.object_gates.gates,  # type: ignore[arg-type]
+            object_tokens,
+            {} if self.scene_gates is None else self.scene_gates.gates,  # type: ignore[arg-type]
+            scene_tokens,
+            input_features,
+            is_parallel=self.scene_gates is not None and self.scene_gates.is_parallel,
+            scale=self.gate_scale,
+        )
 
     def residuals(self, t: Tensor, condition: Condition) -> Residuals | None:
         """Sum of what the ControlNets add to the features; None where both are left out."""
@@ -101,7 +169,7 @@ class Denoiser:
         """What carries the pictures; depends on (t, text, pictures). None without pictures."""
         if condition.keyframes is None or condition.mask is None:
             return None
-        with _autograd_if_learning(self.image_controlnet, condition.text, condition.keyframes):
+        with _autograd_if_learning([self.image_controlnet], condition.text, condition.keyframes):
             return self.image_controlnet(t, condition.text, condition.keyframes, condition.mask)
 
     def motion_residuals(self, t: Tensor, condition: Condition, adapters: Sequence[str] | None = None) -> Residuals:
@@ -133,7 +201,7 @@ def add(first: Residuals | None, second: Residuals | None) -> Residuals | None:
     return first + second
 
 
-def _autograd_if_learning(network: nn.Module, *inputs: Tensor) -> Any:
+def _autograd_if_learning(networks: Sequence[nn.Module], *inputs: Tensor) -> Any:
     """Autograd off where nothing learns: a frozen network with fixed inputs keeps no activations."""
-    learns = any(x.requires_grad for x in inputs) or any(parameter.requires_grad for parameter in network.parameters())
+    learns = any(x.requires_grad for x in inputs) or any(p.requires_grad for net in networks for p in net.parameters())
     return nullcontext() if learns else torch.no_grad()

@@ -2,7 +2,7 @@
 
 | depends on | evaluated |
 |---|---|
-| UNet encoder: (x_t, t, text) | once per video and distinct text |
+| UNet encoder: (x_t, t, text), and with gates (boxes, first frame) | once per video and distinct `for_encoder` |
 | image ControlNet: (t, text, image) | once per condition and distinct text, whatever the number of videos |
 | motion ControlNet: (t, text, trajectories, adapters) | once per condition and distinct (text, adapters) |
 | UNet decoder | once per video and branch |
@@ -203,8 +203,9 @@ class GuidedDenoiser:
             rows = residuals.videos(row * self.num_conditions, (row + 1) * self.num_conditions, num_frames)
             return rows.repeat_videos(per_condition, num_frames)
 
-        text = self.conditions.text.repeat_interleave(per_condition, dim=0)
-        features = self.denoiser.encode(x_t.repeat(len(self.texts), 1, 1, 1, 1), t, text)
+        # Boxes and the gates' first frame are the same in all branches of a text, so that these share the encoder.
+        condition = self.conditions.for_encoder(per_condition)
+        features = self.denoiser.encode(x_t.repeat(len(self.texts), 1, 1, 1, 1), t, condition)
         image = self._image_residuals(t, time)
         predictions: dict[tuple[Text, Adapters], Tensor] = {}
         for adapters, texts in self._evaluations(also):
