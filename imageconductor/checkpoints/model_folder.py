@@ -5,13 +5,14 @@ pipeline.py                  what diffusers' own loader runs, with `trust_remote
 unet/, vae/, ...             parts, as diffusers and transformers write them
 NAME_lora/                   a LoRA of the motion ControlNet in peft's format, named NAME in the network
 domain_adapter/, style_lora/ LoRAs of the UNet
+object_gates/, scene_gates/  gated attention for boxes and for the first frame, which a model may have or not
 sources.json, training/      where the weights come from (`model_card`)
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from imageconductor.config import check_finite
 from imageconductor.files import find_shipped, write_text
 from imageconductor.models.adapters import WEIGHTS_NAME, adapter_parameters, describe_adapters, load_adapter
 from imageconductor.models.controlnets import MotionControlNet
-from imageconductor.models.networks import Networks, is_text_to_video
+from imageconductor.models.networks import GATES, Networks, is_text_to_video, load_network
 from imageconductor.models.weights import find_weights, read_checkpoint
 
 _SUFFIX = "_lora"
@@ -174,13 +175,35 @@ def load_adapters(network: MotionControlNet, folder: str | Path) -> None:
             parameter.data = parameter.data.to(network.dtype)
 
 
+def load_gates(folder: str | Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Object and scene gates of a model folder by the names of their parts, frozen and in eval mode; None = none.
+
+    Raises:
+        ValueError: A file is damaged.
+    """
+    gates: dict[str, Any] = dict.fromkeys(GATES)
+    for name in GATES:
+        if (Path(folder) / name).is_dir():
+            gates[name] = load_network(name, Path(folder) / name, dtype).requires_grad_(False).eval()
+    return gates
+
+
+def save_gates(folder: str | Path, gates: Mapping[str, Any]) -> None:
+    """Writes gates, by the names of their parts, into a model folder; None = none."""
+    for name, network in gates.items():
+        if network is not None:
+            network.save_pretrained(Path(folder) / name)
+
+
 def load_companions(pipe: Any, folder: Path) -> None:
-    """Gives a pipeline what diffusers does not read of its folder: LoRAs, the domain adapter, provenance.
+    """Gives a pipeline what diffusers does not read of its folder: LoRAs, gates, the domain adapter, provenance.
 
     The motion ControlNet is frozen and in eval mode then.
     """
     load_adapters(pipe.motion_controlnet, folder)
     pipe.motion_controlnet.requires_grad_(False).eval()
+    for name, network in load_gates(folder, pipe.unet.dtype).items():
+        setattr(pipe, name, network)
     pipe.domain_adapter = DomainAdapter.load(folder) if DomainAdapter.is_in(folder) else None
     pipe.provenance = read_provenance(folder)
 

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
 from imageconductor.models.denoiser import Denoiser
+from imageconductor.models.gated_attention import ObjectGates, SceneGates
 from imageconductor.models.motion_unet import MotionUNet, TextToVideoUNet
 from imageconductor.models.weights import check_weight_file, find_weights
 
@@ -34,6 +35,8 @@ NETWORKS: dict[str, Any] = {
     "motion_controlnet": MotionControlNet,
 }
 """Class of each network by the name of its part."""
+GATES: dict[str, Any] = {"object_gates": ObjectGates, "scene_gates": SceneGates}
+"""Classes of networks that a model may have or not, by the name of the part."""
 
 
 def load_network(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -43,7 +46,7 @@ def load_network(name: str, folder: Path, dtype: torch.dtype = torch.float32) ->
         FileNotFoundError: The folder holds no weights.
         ValueError: A file is damaged.
     """
-    network = TextToVideoUNet if name == "unet" and is_text_to_video(folder.parent) else NETWORKS[name]
+    network = TextToVideoUNet if name == "unet" and is_text_to_video(folder.parent) else {**NETWORKS, **GATES}[name]
     return network.from_pretrained(folder, dtype=dtype, variant=find_weights(folder)[1])
 
 
@@ -89,7 +92,8 @@ class Encoders:
             FileNotFoundError: The folder, or a part of it, is missing.
             ValueError: A part is damaged; names the file.
         """
-        folder, names = Path(folder), [field.name for field in fields(cls)]
+        folder = Path(folder)
+        names = [field.name for field in fields(cls) if field.name not in GATES or (folder / field.name).is_dir()]
         if not folder.is_dir():
             raise FileNotFoundError(f"no model folder at {folder}")
         if is_text_to_video(folder):
@@ -107,7 +111,7 @@ class Encoders:
                 raise FileNotFoundError(f"{folder} is incomplete: there is no {config}") from None
             except ValueError as error:
                 raise ValueError(f"{folder / config} is damaged: {error}") from error
-            if name in NETWORKS:
+            if name in NETWORKS or name in GATES:
                 find_weights(folder / name)
         for path in sorted((*folder.glob("*_lora/*.safetensors"), *folder.glob("domain_adapter/*.safetensors"))):
             check_weight_file(path)
@@ -115,13 +119,20 @@ class Encoders:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """The parts by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """The parts by name, without gates."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in GATES}
+
+    @property
+    def gates(self) -> dict[str, nn.Module]:
+        """The gates that the model has, by name of the part."""
+        found = {name: getattr(self, name, None) for name in GATES}
+        return {name: network for name, network in found.items() if network is not None}
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """The networks among the parts, by name."""
-        return {name: part for name, part in self.parts.items() if name in NETWORKS and part is not None}
+        networks = {name: part for name, part in self.parts.items() if name in NETWORKS and part is not None}
+        return networks | self.gates
 
     def freeze(self) -> None:
         """Puts every network into eval mode without gradients."""
@@ -142,6 +153,14 @@ class Encoders:
                 warn_of_cut(prompt, words)
         return tokens
 
+    @torch.no_grad()
+    def encode_names(self, names: Sequence[str]) -> Tensor:
+        """(N, D), what the text encoder says of class names: its output at the token that ends the text."""
+        device = self.text_encoder.device
+        if not names:
+            return torch.zeros(0, self.text_encoder.config.hidden_size, device=device)
+        return cast(Tensor, self.text_encoder(self.tokenize(list(names)).to(device)).pooler_output)
+
 
 @dataclass
 class Networks(Encoders):
@@ -151,11 +170,14 @@ class Networks(Encoders):
     scheduler: Any  # DDIMScheduler
     image_controlnet: ImageControlNet = None  # pyright: ignore[reportAssignmentType]
     motion_controlnet: MotionControlNet = None  # pyright: ignore[reportAssignmentType]
+    object_gates: ObjectGates | None = None
+    scene_gates: SceneGates | None = None
 
     @property
     def denoiser(self) -> Denoiser:
         """The networks that predict the noise."""
-        return Denoiser(self.unet, self.image_controlnet, self.motion_controlnet)
+        controlnets = self.image_controlnet, self.motion_controlnet
+        return Denoiser(self.unet, *controlnets, self.object_gates, self.scene_gates)
 
     def to(self, dtype: torch.dtype) -> None:
         """Casts every network, in place."""
@@ -165,7 +187,7 @@ class Networks(Encoders):
 
 def load_part(name: str, folder: Path) -> Any:
     """A network in float32, the tokenizer or the scheduler, from its folder; raises as `load_network`."""
-    if name in NETWORKS:
+    if name in NETWORKS or name in GATES:
         return load_network(name, folder)
     return {"tokenizer": CLIPTokenizer, "scheduler": DDIMScheduler}[name].from_pretrained(folder)
 
