@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from imageconductor.diffusion.guidance import camera_free_guidance, classifier_free_guidance
+from imageconductor.diffusion.guidance import camera_free_guidance, classifier_free_guidance, scene_guidance
 from imageconductor.diffusion.losses import denoising_loss, orthogonal_loss
 
 
@@ -19,6 +19,26 @@ def test_guidance_at_scale_one_is_the_conditional_output():
 def test_equation_5_in_numbers():
     null, base, obj = (torch.full((1, 1, 1, 1, 1), value) for value in (1.0, 2.0, 5.0))
     assert camera_free_guidance(null, base, obj, 8.5, 1.4).item() == pytest.approx(1 + 8.5 * 1 + 1.4 * 3)
+
+
+@pytest.mark.parametrize(("scene", "text"), [(1.0, 7.5), (1.5, 7.5), (3.0, 1.0), (0.0, 4.0), (1.0, 1.0)])
+def test_guidance_by_a_scene_weighs_to_one_and_is_linear(scene, text):
+    without, uncond, prompt = torch.eye(3).double()
+    weights = scene_guidance(without, uncond, prompt, scene, text)
+    assert weights.tolist() == pytest.approx([1 - scene, scene - text, text])
+    assert weights.sum().item() == pytest.approx(1)
+    eps = torch.randn(3, 1, 4, 2, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(scene_guidance(*eps, scene, text), torch.einsum("k,k...->...", weights, eps))
+
+
+def test_guidance_by_a_scene_is_guidance_by_the_text_without_it():
+    without, uncond, prompt = torch.randn(3, 1, 4, 2, 3, 3, dtype=torch.float64)
+    plain = classifier_free_guidance(uncond, prompt, 7.5)
+    assert torch.equal(scene_guidance(without, uncond, prompt, 1.0, 7.5), plain)
+    torch.testing.assert_close(
+        scene_guidance(without, uncond, prompt, 2.0, 1.0),
+        classifier_free_guidance(without, uncond, 2.0) + prompt - uncond,
+    )
 
 
 @pytest.mark.parametrize(("target", "expected"), [("identity", (4 + 1 + 16 + 9) / 4), ("zero", (9 + 1 + 16 + 4) / 4)])
