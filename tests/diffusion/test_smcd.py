@@ -1,0 +1,55 @@
+"""SMCD's stored guidance and DDIM steps (tests/data/parity_smcd)."""
+
+import pytest
+import torch
+from parity import TOLERANCE, relative_error
+from parity_smcd import META, assert_close, ddim_scheduler, draw, expected
+
+from imageconductor.diffusion.guidance import classifier_free_guidance, scene_guidance
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return expected()
+
+
+def test_guidance(reference):
+    """The published combinations by their recorded weights; nested guidance without the image's is the published."""
+    e = {key: reference[f"guid/{key}"] for key in META["guidance"][0]["weights"]}
+    for record in META["guidance"]:
+        combined = sum(weight * e[name] for name, weight in record["weights"].items())
+        assert relative_error(combined, reference[record["key"]]) <= TOLERANCE, record["key"]
+        assert sum(record["weights"].values()) == pytest.approx(record["sum_of_weights"])
+        if not record["img_free_guidance"] and not record["ti_free_guidance"]:
+            assert record["sum_of_weights"] == 1
+            plain = classifier_free_guidance(e["e_0_v"], e["e_c_v"], record["guidance_scale"])
+            assert_close(plain, reference, record["key"])
+            nothing = torch.full_like(plain, torch.nan)  # not read where there is no image guidance
+            nested = scene_guidance(nothing, e["e_0_v"], e["e_c_v"], 1.0, record["guidance_scale"])
+            assert_close(nested, reference, record["key"])
+    undirected = draw("guid/e_uncond_all", *e["e_c_v"].shape)
+    assert_close(undirected, reference, "guid/e_0_0")
+    nested = [key for key in reference if key.startswith("guid/nested_img")]
+    assert nested
+    for key in nested:
+        image, text = (float(value) for value in key.removeprefix("guid/nested_img").split("_txt"))
+        assert_close(scene_guidance(undirected, e["e_0_v"], e["e_c_v"], image, text), reference, key)
+
+
+def test_noise_schedule():
+    scheduler = ddim_scheduler()
+    recorded = {int(t): value for t, value in META["alphas_cumprod"].items()}
+    assert {t: scheduler.alphas_cumprod[t].item() for t in recorded} == pytest.approx(recorded, rel=1e-5)
+    for steps, timesteps in META["ddim_loop_timesteps"].items():
+        scheduler.set_timesteps(int(steps))
+        assert scheduler.timesteps.tolist() == timesteps
+
+
+def test_ddim_steps(reference):
+    record = META["guidance"][0]
+    guided = reference[record["key"]]
+    sample = draw("ddim/xt", *guided.shape)
+    for steps, t in META["ddim_cases_[steps,t]"]:
+        scheduler = ddim_scheduler()
+        scheduler.set_timesteps(steps)
+        assert_close(scheduler.step(guided, t, sample).prev_sample, reference, f"ddim/n{steps}_t{t}")
