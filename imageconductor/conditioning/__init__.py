@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from imageconductor.conditioning.boxes import Boxes
     from imageconductor.conditioning.first_frame import (
         cover_crop,
         encode_first_frame,
@@ -28,6 +29,7 @@ __all__ = [
     "OBJECT_PRESETS",
     "PRESET_HELP",
     "TRACK_CONTROLS",
+    "Boxes",
     "FlowMapConvention",
     "Trajectories",
     "build_flow_map",
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 _NAMES = {
+    "boxes": ["Boxes"],
     "first_frame": ["cover_crop", "encode_first_frame", "keyframe_condition", "load_image", "to_pixels", "to_rgb"],
     "flow_map": ["FlowMapConvention", "build_flow_map"],
     "preset_names": ["CAMERA_PRESETS", "OBJECT_PRESETS", "PRESET_HELP"],
