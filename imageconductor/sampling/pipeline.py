@@ -25,12 +25,14 @@ from imageconductor.checkpoints.model_folder import (
     load_companions,
     locate_model,
     read_sampling_defaults,
+    save_gates,
     write_pipeline_code,
 )
 from imageconductor.conditioning import Trajectories
 from imageconductor.config import check_finite
 from imageconductor.models.adapters import attached_adapters, save_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
+from imageconductor.models.gated_attention import ObjectGates, SceneGates
 from imageconductor.models.motion_unet import MotionUNet, TextToVideoUNet
 from imageconductor.models.networks import (
     NETWORKS,
@@ -107,6 +109,8 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         self.register_to_config(sampling_defaults=asdict(SamplingDefaults(**(sampling_defaults or {}))))
         self.vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
         self.domain_adapter: DomainAdapter | None = None
+        self.object_gates: ObjectGates | None = None
+        self.scene_gates: SceneGates | None = None
         self._cut_prompts: set[str] = set()
         self.provenance: dict[str, str] = {}  # texts that say where the weights come from, by file name
 
@@ -156,7 +160,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         return pipe
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Writes a model folder: diffusers' parts, the LoRAs as PEFT safetensors, where all comes from, and a card.
+        """Writes a model folder: diffusers' parts, LoRAs as PEFT safetensors, gates, where all comes from, and a card.
 
         Args:
             save_directory: The folder.
@@ -176,6 +180,7 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         write_pipeline_code(folder)
         for name in sorted(attached_adapters(self.motion_controlnet)) if self.motion_controlnet else ():
             save_adapter(self.motion_controlnet, name, adapter_folder(folder, name))
+        save_gates(folder, {"object_gates": self.object_gates, "scene_gates": self.scene_gates})
         if self.domain_adapter is not None:
             self.domain_adapter.save(folder)
         write_provenance(folder, self.provenance)

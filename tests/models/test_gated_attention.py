@@ -205,6 +205,16 @@ def test_guidance_shares_the_encoder_among_branches_of_a_text(unet, monkeypatch)
 
 
 @torch.no_grad()
+def test_the_first_frame_is_told_from_others_at_the_start(unet):
+    """Without norms a picture is lost behind a dozen convolutions of PyTorch's initialisation."""
+    gates = SceneGates.from_unet(unet, channels=(16, 32, 64, 64))
+    pictures = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    tokens, _ = gates(pictures, None, 1)
+    assert tokens.shape == (2, 16, 64)
+    assert 0.2 < (tokens[0] - tokens[1]).std() < 2
+
+
+@torch.no_grad()
 def test_the_first_frame_may_enter_in_frame_0_alone(unet):
     c = condition()
     _, everywhere = both(unet)[1](None, c.input_frame, T)
@@ -271,6 +281,9 @@ def test_a_model_folder_with_gates(tmp_path):
     found = type(pipe).from_pretrained(tmp_path)
     value = next(iter(gate_values(found.scene_gates).values()))
     assert value == pytest.approx(0.46211716)
+    found.save_pretrained(tmp_path / "again")
+    again = load_gates(tmp_path / "again")
+    assert all(gate_values(again[name]) == gate_values(network) for name, network in networks.gates.items())
     (tmp_path / "object_gates" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"object_gates/config.json is damaged"):
         Networks.check_folder(tmp_path)
