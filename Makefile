@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(VENV)/.installed-core
 DEV := $(VENV)/.installed-dev
+WEB := $(VENV)/.installed-web
 # Threads that spin while they wait make everything many times slower on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -14,11 +15,11 @@ TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sample test check format
+.PHONY: help sample test test-web check format
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name text; do \
-		printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name text; do \
+		printf '  make %-9s %s\n' "$$name" "$$text"; done
 
 sample: $(CORE) ## turn a picture and drawn trajectories into a video; ARGS="--help" shows what else it takes
 	$(BIN)/python sample.py $(ARGS)
@@ -26,11 +27,17 @@ sample: $(CORE) ## turn a picture and drawn trajectories into a video; ARGS="--h
 test: $(DEV) ## run the tests; ARGS="-k config" chooses among them
 	$(TESTS) $(ARGS)
 
+test-web: $(WEB) ## test the page in a real browser; skipped, with the reason, where there is no chromium
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq chromium; \
+		else echo "No chromium: as root, apt-get install chromium, or put another one into PATH." >&2; fi
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m web tests/apps $(ARGS)
+
 check: $(DEV) ## what CI runs: formatting, lint, types, all tests that need no GPU and no downloaded weights
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(TESTS) -m "not gpu and not weights"
+	$(TESTS) -m "not gpu and not weights and not web"
 
 format: $(DEV) ## format the code and mend what ruff can mend
 	$(BIN)/ruff format .
@@ -48,4 +55,8 @@ $(CORE): pyproject.toml | $(BIN)/python
 
 $(DEV): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[curate,metrics,deepspeed,dev]'
+	@touch $(CORE) $@
+
+$(WEB): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[app,web-test,dev]'
 	@touch $(CORE) $@

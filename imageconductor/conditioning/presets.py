@@ -11,6 +11,7 @@ import difflib
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -87,17 +88,16 @@ def camera_preset(
     Raises:
         ValueError: an unknown name, or a strength, grid or number of frames that is not positive.
     """
+    camera = replace(camera_preset_motion(name, strength), grid=grid)
+    return Trajectories.from_camera(camera, check_size(size), num_frames)
+
+
+def camera_preset_motion(name: str, strength: float = 1.0) -> CameraMotion:
+    """The amounts of a camera preset; arguments and errors as of `camera_preset`."""
     motion = _look_up(name, _CAMERA, "camera")
     _check_strength(strength)
-    return camera_motion(
-        size,
-        num_frames,
-        pan=(strength * motion.pan[0], strength * motion.pan[1]),
-        zoom=strength * motion.zoom,
-        roll=strength * motion.roll,
-        returns=motion.returns,
-        grid=grid,
-    )
+    pan = (strength * motion.pan[0], strength * motion.pan[1])
+    return replace(motion, pan=pan, zoom=strength * motion.zoom, roll=strength * motion.roll)
 
 
 def camera_motion(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from imageconductor.conditioning.camera import CameraMotion
 from imageconductor.conditioning.first_frame import cover_scale
-from imageconductor.conditioning.formats import TrackFile, read_tracks
+from imageconductor.conditioning.formats import TrackFile, read_drawing, read_tracks
 from imageconductor.conditioning.interpolation import place_track
 from imageconductor.conditioning.trajectory_json import (
     BORDER_PX,
@@ -199,6 +199,24 @@ class Trajectories:
         for note in file.notes:
             logger.warning("%s", note)
         return cls.from_file(file, num_frames, str(path)).resize(size or file.size)
+
+    @classmethod
+    def from_drawing(
+        cls, fields: object, num_frames: int, *, source: str = "drawing", max_tracks: int = MAX_TRACKS
+    ) -> "Trajectories":
+        """The tracks of a drawing, given as the content of a file in our form (docs/trajectories.md).
+
+        Args:
+            fields: the JSON object.
+            num_frames: T.
+            source: name at the start of messages.
+            max_tracks: largest number of tracks accepted, those of the camera included.
+
+        Raises:
+            ValueError: malformed content; names source, track and key.
+        """
+        file = read_drawing(fields, source, num_frames=num_frames, max_tracks=max_tracks)
+        return cls.from_file(file, num_frames, source)
 
     @classmethod
     def from_file(cls, file: TrackFile, num_frames: int, source: str = "tracks") -> "Trajectories":

@@ -4,7 +4,7 @@ Files are recognised by their content. Nothing in them is run: arrays are read b
 that knows plain containers and NumPy arrays alone.
 """
 
-from imageconductor.conditioning.formats.reading import parse_tracks, read_tracks
+from imageconductor.conditioning.formats.reading import parse_tracks, read_drawing, read_tracks
 from imageconductor.conditioning.formats.registry import FORMATS, Format, find_format, written_formats
 from imageconductor.conditioning.formats.track_file import TrackFile
 from imageconductor.conditioning.formats.writing import Written, list_written, write_tracks
@@ -17,6 +17,7 @@ __all__ = [
     "find_format",
     "list_written",
     "parse_tracks",
+    "read_drawing",
     "read_tracks",
     "write_tracks",
     "written_formats",

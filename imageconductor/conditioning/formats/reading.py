@@ -87,6 +87,17 @@ def parse_tracks(
     return FORMATS[json_files.recognise_json(content)].read(source, content, hints)
 
 
+def read_drawing(
+    fields: object, source: str, *, num_frames: int = DEFAULT_FRAMES, max_tracks: int = MAX_FILE_TRACKS
+) -> TrackFile:
+    """The tracks of a JSON object in our form, as of a file that holds it; arguments as of `read_tracks`.
+
+    Raises:
+        ValueError: malformed content; names `source`.
+    """
+    return json_files.read_ours(Path(source), fields, Hints(max_tracks=max_tracks, num_frames=num_frames))
+
+
 def _list_paths(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     listed = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
     if len(listed) == 1 and listed[0].is_dir():

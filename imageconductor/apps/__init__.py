@@ -1,0 +1,1 @@
+"""The web page: drawing on a picture, and what is made of it. Needs the extra `app`."""

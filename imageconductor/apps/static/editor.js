@@ -1,0 +1,271 @@
+// The state of one editor, what changes it, and its value. All of this is a function's body that Gradio calls for each
+// editor with (element, trigger, props, server, upload, watch): nothing here is shared between two editors.
+
+const MAX_IMPORT_BYTES = 8 << 20; // as in drawing.py
+
+/** The only way to change the drawing: into the history, to the server, onto the screen. */
+function commit(ed, drawing) {
+  const ordered = {width: drawing.width, height: drawing.height, num_frames: ed.numFrames, tracks: drawing.tracks};
+  if (drawing.camera) ordered.camera = drawing.camera;
+  ed.drawing = ordered;
+  if (JSON.stringify(ordered) !== JSON.stringify(ed.history.current)) ed.history.push(ordered);
+  settle(ed);
+}
+
+/** Selection within what there is, the value, the screen. */
+function settle(ed) {
+  const track = ed.drawing.tracks[ed.selected];
+  if (!track) ed.selected = -1;
+  if (!track || ed.point >= track.points.length) ed.point = -1;
+  if (!track) ed.isOpen = false;
+  const value = valueOf(ed.drawing);
+  if (JSON.stringify(value) !== JSON.stringify(ed.props.value)) ed.props.value = value;
+  render(ed);
+}
+
+function step(ed, by) {
+  if (!ed.drawing || !ed.history.canStep(by)) return;
+  cancelGesture(ed);
+  ed.isOpen = false;
+  ed.drawing = ed.history.step(by);
+  settle(ed);
+}
+
+function replaceTrack(drawing, n, track) {
+  return {...drawing, tracks: drawing.tracks.map((old, index) => (index === n ? track : old))};
+}
+
+function entryOf(drawing, n) {
+  return n === "camera" ? drawing.camera : drawing.tracks[n];
+}
+
+/** The drawing with some keys of a track or of the camera changed; undefined removes a key, as do the defaults. */
+function replaceEntry(drawing, n, changes) {
+  const changed = {...entryOf(drawing, n), ...changes};
+  for (const key of Object.keys(changed)) if (changed[key] === undefined) delete changed[key];
+  if (changed.easing === "linear") delete changed.easing;
+  return n === "camera" ? {...drawing, camera: changed} : replaceTrack(drawing, n, changed);
+}
+
+function changeEntry(ed, n, changes) {
+  commit(ed, replaceEntry(ed.drawing, n, changes));
+}
+
+/** Adds a track, selected; an open one gets the next points that are clicked. */
+function addTrack(ed, track, isOpen = false) {
+  const {max_tracks: most} = ed.props;
+  if (most && ed.drawing.tracks.length >= most) {
+    say(ed, `There are ${most} tracks, as many as can be drawn here.`, true);
+    return;
+  }
+  const control = (ed.props.controls ?? []).length > 1 ? ed.newControl : undefined;
+  ed.selected = ed.drawing.tracks.length;
+  ed.point = isOpen ? 0 : -1;
+  ed.isOpen = isOpen;
+  commit(ed, {...ed.drawing, tracks: [...ed.drawing.tracks, control ? {...track, control} : track]});
+}
+
+function select(ed, n) {
+  ed.selected = n;
+  ed.point = -1;
+  ed.isOpen = false;
+  render(ed);
+}
+
+function finish(ed) {
+  ed.isOpen = false;
+  ed.point = -1;
+  render(ed);
+}
+
+/** Deletes the selected point, or the track with its last point or if none is selected. */
+function remove(ed) {
+  const track = ed.drawing.tracks[ed.selected];
+  if (!track) return;
+  if (ed.point >= 0 && track.points.length > 1) {
+    const changed = removePoint(track, ed.point);
+    ed.point = Math.min(ed.point, changed.points.length - 1);
+    commit(ed, replaceTrack(ed.drawing, ed.selected, changed));
+  } else {
+    const left = ed.drawing.tracks.filter((_, n) => n !== ed.selected);
+    ed.selected = -1;
+    commit(ed, {...ed.drawing, tracks: left});
+  }
+}
+
+function clear(ed) {
+  setTool(ed, "draw");
+  const {camera, ...rest} = ed.drawing;
+  commit(ed, {...rest, tracks: []});
+}
+
+function duplicate(ed) {
+  const track = ed.drawing.tracks[ed.selected];
+  if (!track) return;
+  const shift = 0.04 * Math.min(...sizeOf(ed.drawing));
+  const {control, cut, ...rest} = moveTrack(track, [shift, shift], ed.drawing);
+  addTrack(ed, control ? {...rest, control} : rest);
+}
+
+/** Marks the selected track, and those that are drawn from now on, as moving the camera or an object. */
+function mark(ed, control) {
+  ed.newControl = control;
+  if (ed.drawing?.tracks[ed.selected]) changeEntry(ed, ed.selected, {control});
+}
+
+function setTool(ed, tool) {
+  ed.tool = tool;
+  ed.preset = null;
+  ed.isOpen = false;
+  ed.root.classList.toggle("cutting", tool === "cut");
+  render(ed);
+}
+
+/** Keeps the outline of what the selected track moves in the preview, and plays it. */
+function cutOut(ed, line, scale) {
+  setTool(ed, "draw");
+  const outline = line.filter((point, k) => k === 0 || Math.hypot(point[0] - line[k - 1][0], point[1] - line[k - 1][1]) > scale);
+  if (outline.length < 8 || !ed.drawing.tracks[ed.selected]) return;
+  changeEntry(ed, ed.selected, {cut: outline});
+  ed.isPreviewing = true;
+  ed.frame = 0;
+  if (!ed.isPlaying) togglePlaying(ed);
+}
+
+function choosePreset(ed) {
+  const [kind, index] = ed.parts.preset.value.split(":");
+  const preset = ed.props.presets?.[kind]?.[Number(index)];
+  ed.parts.preset.value = "";
+  if (!preset) return;
+  setTool(ed, "draw");
+  if (kind === "camera") {
+    commit(ed, {...ed.drawing, camera: preset.camera});
+    ed.parts.camera.open = true;
+  } else {
+    ed.preset = preset;
+    render(ed);
+  }
+}
+
+/** A track of the chosen preset that begins at a point; it shrinks as a whole if it would leave the picture. */
+function placePreset(ed, at) {
+  const {points, interpolation} = ed.preset, side = Math.min(...sizeOf(ed.drawing));
+  const path = points.map((point) => point.map((part) => part * side));
+  const last = [Math.max(ed.drawing.width - 1, at[0]), Math.max(ed.drawing.height - 1, at[1])];
+  let fits = 1;
+  for (const point of path) {
+    point.forEach((offset, axis) => {
+      const room = offset > 0 ? last[axis] - at[axis] : at[axis];
+      if (Math.abs(offset) > room) fits = Math.min(fits, room / Math.abs(offset));
+    });
+  }
+  ed.preset = null;
+  const placed = path.map(([x, y]) => clampPoint([at[0] + fits * x, at[1] + fits * y], ed.drawing));
+  addTrack(ed, interpolation ? {points: placed, interpolation} : {points: placed});
+}
+
+/** The tracks of files in place of the drawing; one step to undo. */
+async function importFiles(ed, files) {
+  if (!files.length || !ed.drawing) return;
+  ed.parts.file.value = "";
+  if (files.reduce((sum, file) => sum + file.size, 0) > MAX_IMPORT_BYTES) {
+    say(ed, "These files are larger than 8 MiB; keep fewer tracks or frames.", true);
+    return;
+  }
+  say(ed, "Reading…");
+  const answer = await server.import_tracks({
+    files: await Promise.all(files.map(async (file) => ({name: file.name, data: await asBase64(file)}))),
+    size: sizeOf(ed.drawing),
+    video_size: ed.props.video_size ?? null,
+    num_frames: ed.numFrames,
+  }).catch((error) => ({error: String(error?.message ?? error)}));
+  if (answer.error) {
+    say(ed, answer.error, true);
+    return;
+  }
+  say(ed, answer.notes.join(" "));
+  ed.selected = -1;
+  setTool(ed, "draw");
+  commit(ed, drawingOf(answer.drawing, ed.numFrames));
+}
+
+function asBase64(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result.slice(reader.result.indexOf(",") + 1));
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(file);
+  });
+}
+
+function exportDrawing(ed, event) {
+  if (!ed.drawing) {
+    event.preventDefault();
+    return;
+  }
+  URL.revokeObjectURL(ed.parts.save.href);
+  const text = JSON.stringify(valueOf(ed.drawing));
+  ed.parts.save.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
+}
+
+function toggleFullscreen(ed) {
+  if (document.fullscreenElement) document.exitFullscreen();
+  else ed.root.requestFullscreen();
+}
+
+/** A line for the user, where all users of a screen reader hear it. */
+function say(ed, text, isError = false) {
+  ed.parts.message.textContent = text;
+  ed.parts.message.classList.toggle("error", isError);
+}
+
+/** Takes over what Python has set. */
+function receive(ed, isNewPicture) {
+  ed.numFrames = Math.max(1, Math.round(ed.props.num_frames ?? 16));
+  ed.fps = ed.props.fps || 8;
+  ed.frame = Math.min(ed.frame, ed.numFrames - 1);
+  const drawing = drawingOf(ed.props.value, ed.numFrames);
+  const isSame = drawing && ed.drawing && !isNewPicture && drawing.width === ed.drawing.width
+    && drawing.height === ed.drawing.height;
+  ed.gesture = null;
+  if (!drawing) {
+    Object.assign(ed, {drawing: null, history: null, selected: -1, point: -1, isOpen: false, isPlaying: false});
+    render(ed);
+    return;
+  }
+  if (isSame) {
+    if (JSON.stringify(valueOf(ed.drawing)) !== JSON.stringify(drawing)) commit(ed, drawing);
+    else settle(ed);
+    return;
+  }
+  Object.assign(ed, {drawing, history: new History(drawing), selected: -1, point: -1, isOpen: false, isPlaying: false, frame: 0});
+  ed.fills.clear();
+  say(ed, "");
+  settle(ed);
+}
+
+function fillPresets(ed) {
+  const kinds = [["camera", "Camera"], ["object", "Object, from a point"]];
+  ed.parts.preset.replaceChildren(make("option", {value: ""}, "Preset…"), ...kinds.map(([kind, label]) =>
+    make("optgroup", {label}, ...(ed.props.presets?.[kind] ?? []).map((preset, k) =>
+      make("option", {value: `${kind}:${k}`, title: preset.help}, preset.name)))));
+}
+
+function startEditor() {
+  const root = element.querySelector(".ic-editor");
+  const ed = {
+    root, props, id: `ic-${Math.random().toString(36).slice(2)}`, canvas: buildCanvas(), parts: {}, rows: [],
+    drawing: null, history: null, selected: -1, point: -1, isOpen: false, gesture: null, tool: "draw", preset: null,
+    newControl: "object", frame: 0, isPlaying: false, isPreviewing: true, isTouch: false, fills: new Map(),
+  };
+  buildPanels(ed);
+  fillPresets(ed);
+  listenToPointers(ed);
+  listenToKeys(ed);
+  receive(ed, true);
+  watch("image", () => receive(ed, true));
+  watch(["value", "num_frames", "fps", "video_size", "controls"], () => receive(ed, false));
+  new ResizeObserver(() => ed.drawing && !ed.gesture && render(ed)).observe(ed.canvas.svg);
+}
+
+startEditor();
