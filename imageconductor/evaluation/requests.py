@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -202,7 +203,6 @@ def _build_image_requests(
     stems = [path.stem for path in files]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise ValueError(f"{folder} holds two images called {twice[0]}")
-    margin = _OBJECT_FRACTION * min(size)
     requests = []
     for path in files:
         picture = load_image(path)
@@ -217,13 +217,22 @@ def _build_image_requests(
             trajectories = _build_preset_tracks(config, kind, preset, size, num_frames, starts.points[:, 0].numpy())
             background = _NO_POINTS
             if kind == "object":
-                paths = list(trajectories.points.numpy())
-                background = _keep_distant(_build_grid(size).numpy(), paths, [margin] * len(paths))
+                background = select_background(size, list(trajectories.points.numpy()))
             key, seed = f"{path.stem}_{preset}", config.seed + len(requests)
             requests.append(Request(key, image, caption, trajectories, background, seed, path.stem, picture=picture))
     if not requests:
         raise ValueError(f'no image in {folder} names an object: "objects": [[x, y], ...] in NAME.json')
     return requests
+
+
+def select_background(size: tuple[int, int], paths: Sequence[NDArray]) -> NDArray[np.float64]:
+    """(M, 2) pixels: points of a grid over the frame that are a fifth of its shorter side away from every path.
+
+    Args:
+        size: (W, H).
+        paths: (T, 2) pixels of each object.
+    """
+    return _keep_distant(_build_grid(size).numpy(), list(paths), [_OBJECT_FRACTION * min(size)] * len(paths))
 
 
 def _read_description(path: Path, size: tuple[int, int]) -> tuple[str, Trajectories]:
