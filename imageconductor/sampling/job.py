@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 MOTIONS = ("trajectories", "preset", "motion_from")
 """Settings of which one says how things move."""
 
+MIX_CONTROLS = ("camera", "object", "mixed")
+"""Controls that `mix` weighs, in its order."""
+
 _FILE = {"metavar": "FILE"}
 _LORA = {"metavar": "FILE[:X]"}
 _FOLDER = {"metavar": "FOLDER"}
@@ -59,6 +62,9 @@ class SampleJob:
     camera_free_scale: float | None = None  # lambda_trajs of Eq. 5, above 1 pins the camera; default: off
     guidance_scale: float | None = None  # lambda_cfg of classifier-free guidance, 1 = off
     trajectory_guidance_scale: float | None = None  # above 1 follows the tracks more closely, 1 = off
+    # how strongly the camera LoRA, the object LoRA and both together follow the tracks, 0 = not at all; in place of
+    # control, camera_free_scale and trajectory_guidance_scale
+    mix: tuple[float, float, float] | None = field(default=None, metadata={"metavar": ("CAMERA", "OBJECT", "MIXED")})
     # model folder, or organisation/name on the hub
     model: str = field(default="models/sprites", metadata=_FOLDER)
     # DreamBooth model in Stable Diffusion's own layout, in place of spatial layers, VAE and text encoder
@@ -110,6 +116,10 @@ class SampleJob:
             from imageconductor.conditioning.trajectory_json import parse_size
 
             parse_size(self.trajectories_size, "trajectories_size")
+        if self.mix is not None and (
+            self.camera_free_scale is not None or self.trajectory_guidance_scale not in (None, 1)
+        ):
+            raise ValueError(f"mix {self.mix} excludes camera_free_scale and trajectory_guidance_scale; leave them out")
         if self.compile and self.offload != "none":
             raise ValueError(f"compile and offload {self.offload!r} exclude each other")
         for text in (*self.lora, *self.motion_lora, *self.appearance_lora):
@@ -174,10 +184,14 @@ def prepare(job: SampleJob) -> Inputs:
         check_controlnets(job.model, "a video of an image or trajectories")
     if job.camera_free_scale is not None and job.control != "object":
         raise ValueError(f"camera_free_scale goes with control 'object', not {job.control!r}")
+    if job.mix is not None and not trajectories.num_tracks:
+        raise ValueError(f"mix {job.mix} weighs what trajectories do; draw a track, or leave mix out")
     if job.domain_adapter_scale is not None and not DomainAdapter.is_in(Path(job.model)):
         raise FileNotFoundError(f"{job.model} has no domain adapter; assemble it with domain_adapter=FILE")
     if trajectories.num_tracks:
         check_adapters(job.model, ADAPTERS[Control(job.control)], f"control {job.control!r}")
+        if job.mix is not None:
+            check_adapters(job.model, ADAPTERS[Control.MIXED], f"mix {job.mix}")
     check_shape(job.model, size, num_frames)
     styles, motions = _find_loras(job)
     check_loras(Path(job.model), [path for path, _ in styles], [path for path, _ in motions])
@@ -279,6 +293,7 @@ def call_arguments(inputs: Sequence[Inputs]) -> dict[str, Any]:
         "camera_free_scale": job.camera_free_scale,
         "guidance_scale": job.guidance_scale,
         "trajectory_guidance_scale": job.trajectory_guidance_scale,
+        "mix": None if job.mix is None else dict(zip(MIX_CONTROLS, job.mix, strict=True)),
         "num_inference_steps": job.steps,
         "num_frames": job.num_frames,
         "height": job.height,
@@ -311,6 +326,8 @@ def _with_defaults(job: SampleJob) -> SampleJob:
     job = replace(job, model=str(locate_model(job.model)), device=device, dtype=dtype)
     defaults = read_sampling_defaults(job.model)
     defaults["steps"] = defaults.pop("num_inference_steps")
+    if job.mix is not None:  # whose weights take its place
+        defaults["trajectory_guidance_scale"] = 1.0
     del defaults["control"]  # depends on the trajectories
     unset = {f.name: defaults[f.name] for f in fields(job) if getattr(job, f.name) is None and f.name in defaults}
     return replace(job, **unset)

@@ -1,0 +1,49 @@
+"""`mix` of a job: the mixing board as a setting, which run.yaml records."""
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from PIL import Image
+
+from imageconductor.commands import sample
+from imageconductor.sampling.job import SampleJob, call_arguments, prepare
+from imageconductor.sampling.job_files import load_job
+
+
+@pytest.fixture
+def options(tiny_model, tmp_path):
+    Image.new("RGB", (32, 32), (90, 120, 30)).save(tmp_path / "picture.png")
+    return ["--model", str(tiny_model), "--image", str(tmp_path / "picture.png"), "--device", "cpu", "--steps", "1"]
+
+
+def test_the_command_takes_weights_and_run_yaml_repeats_them(options, tmp_path):
+    drawn = ["--preset", "line-right", "--output"]
+    assert sample.main([*options, "--mix", "0.5", "2", "0", *drawn, str(tmp_path / "a")]) == 0
+    assert sample.main([*options, "--mix", "-3", "0", "4", *drawn, str(tmp_path / "b")]) == 0
+    assert sample.main(["--config", str(tmp_path / "a" / "run.yaml"), "--output", str(tmp_path / "c")]) == 0
+    assert load_job(tmp_path / "a" / "run.yaml").mix == (0.5, 2.0, 0.0)
+    a, b, c = (iio.imread(tmp_path / name / "video-0.mp4", plugin="FFMPEG") for name in "abc")
+    assert np.array_equal(a, c)
+    assert not np.array_equal(a, b)
+
+
+def test_weights_reach_the_pipeline_by_name_in_place_of_the_models_scale(tiny_model):
+    job = SampleJob(model=str(tiny_model), prompt="a cat", preset="line-right", mix=(1.0, 2.0, 3.0), device="cpu")
+    arguments = call_arguments([prepare(job)])
+    assert arguments["mix"] == {"camera": 1.0, "object": 2.0, "mixed": 3.0}
+    assert arguments["trajectory_guidance_scale"] == 1
+    without = call_arguments([prepare(SampleJob(model=str(tiny_model), prompt="a cat", device="cpu"))])
+    assert without["mix"] is None
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "weighs what trajectories do"),
+        (["--preset", "line-right", "--camera-free-scale", "1.5"], "excludes camera_free_scale"),
+        (["--preset", "line-right", "--trajectory-guidance-scale", "2"], "excludes camera_free_scale and trajectory"),
+    ],
+)
+def test_what_does_not_go_with_it(options, tmp_path, capsys, more, said):
+    assert sample.main([*options, "--mix", "1", "1", "0", *more, "--output", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
