@@ -69,7 +69,7 @@ def test_points_on_the_border_stay_inside_and_those_outside_stay_outside():
     ],
 )
 def test_other_files_are_refused_in_words(tmp_path, content, said):
-    with pytest.raises(FieldError, match=".") as caught:
+    with pytest.raises(FieldError) as caught:
         read(tmp_path, json.dumps(content) if isinstance(content, dict) else content)
     assert said in str(caught.value)
     assert caught.value.field == "preset"

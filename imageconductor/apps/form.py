@@ -1,0 +1,179 @@
+"""What a visitor has filled in, checked field by field, as a job of the sampler."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+from imageconductor.apps.limits import FieldError, Limits
+from imageconductor.apps.shelf import Shelf
+from imageconductor.checkpoints.model_folder import SamplingDefaults, locate_model, read_sampling_defaults
+from imageconductor.files import write_text
+from imageconductor.sampling.branches import Control
+from imageconductor.sampling.job import SampleJob
+
+AUTOMATIC = "automatic"
+"""The control that the tracks themselves state, or the object."""
+
+_MAX_SEED = 2**31 - 1
+_FIELD_WORDS = (  # in the order in which they are looked for in a message
+    ("camera_free_scale", "scales"),
+    ("guidance", "scales"),
+    ("LoRA", "loras"),
+    ("lora", "loras"),
+    ("base", "loras"),
+    ("control", "control"),
+    ("seed", "seed"),
+    ("steps", "steps"),
+    ("track", "drawing"),
+    ("frames", "frames"),
+    ("prompt", "prompt"),
+)
+
+
+@dataclass(frozen=True)
+class Form:
+    """The fields of the page; None = the model's default.
+
+    Attributes:
+        picture: File of the first frame; None = the prompt alone.
+        drawing: Tracks and camera in pixels of the picture, docs/trajectories.md; None = nothing is drawn.
+        seed: Of the first video; those of further ones count up from it.
+        camera_free_scale: 0 and None = off.
+        base: Name on the shelf; empty = the model's own.
+        looks, motions: Names on the shelf, each with its scale.
+    """
+
+    picture: str | None = None
+    drawing: Mapping[str, Any] | None = None
+    prompt: str = ""
+    negative_prompt: str | None = None
+    seed: int = 0
+    videos: int = 1
+    steps: int | None = None
+    frames: int | None = None
+    control: str = AUTOMATIC
+    guidance_scale: float | None = None
+    trajectory_guidance_scale: float | None = None
+    camera_free_scale: float | None = None
+    base: str = ""
+    looks: Mapping[str, float] = field(default_factory=dict)
+    motions: Mapping[str, float] = field(default_factory=dict)
+
+
+def read_defaults(model: str) -> SamplingDefaults:
+    """The defaults of a model folder, with which the page begins."""
+    return SamplingDefaults(**read_sampling_defaults(locate_model(model)))
+
+
+def build_job(form: Form, base: SampleJob, shelf: Shelf, limits: Limits, folder: Path) -> SampleJob:
+    """The job that a form asks for.
+
+    Args:
+        form: Values from a browser, of which none is trusted.
+        base: Model, device, dtype and memory settings.
+        shelf: What the names of LoRAs stand for.
+        limits: Bounds.
+        folder: Of the visitor, where the drawing is written as a trajectory file, which `prepare` reads.
+
+    Raises:
+        FieldError: A field is out of bounds; names it.
+    """
+    defaults = read_defaults(base.model)
+    if defaults.width * defaults.height > limits.video_pixels:
+        raise FieldError("generate", f"this model's {defaults.width} x {defaults.height} video is larger than allowed")
+    if form.picture is None and not form.prompt.strip():
+        raise FieldError("picture", "choose a picture, or write a prompt for a video without one")
+    control = None if form.control == AUTOMATIC else form.control
+    if control not in (None, *(one.value for one in Control)):
+        names = ", ".join([AUTOMATIC, *(one.value for one in Control)])
+        raise FieldError("control", f"control must be one of {names}")
+    seed = limits.check_number("seed", "the seed", form.seed, 0, _MAX_SEED)
+    videos = limits.check_number("seed", "the number of videos", form.videos, 1, limits.videos)
+    steps = defaults.num_inference_steps if form.steps is None else form.steps
+    frames = defaults.num_frames if form.frames is None else form.frames
+    job = replace(
+        base,
+        image=None,
+        trajectories=None,
+        preset=None,
+        motion_from=None,
+        prompt=limits.check_text("prompt", "the prompt", form.prompt),
+        negative_prompt=None
+        if form.negative_prompt is None
+        else limits.check_text("prompt", "the negative prompt", form.negative_prompt),
+        control=cast(Any, control),
+        camera_free_scale=_check_scale("the camera-free scale", form.camera_free_scale or None),
+        guidance_scale=_check_scale("the guidance scale", form.guidance_scale),
+        trajectory_guidance_scale=_check_scale("the trajectory guidance", form.trajectory_guidance_scale),
+        seed=[seed + i for i in range(videos)],
+        num_videos=None,
+        repeat=None,
+        steps=limits.check_number("steps", "the number of steps", steps, 1, limits.steps),
+        num_frames=limits.check_number("frames", "the number of frames", frames, 1, limits.frames),
+        base=_find(shelf.bases, form.base) if form.base else base.base,
+        lora=[*base.lora, *_with_scales(shelf.looks, form.looks, is_run=False)],
+        appearance_lora=[*base.appearance_lora, *_with_scales(shelf.looks, form.looks, is_run=True)],
+        motion_lora=[*base.motion_lora, *_with_scales(shelf.motions, form.motions)],
+    )
+    if form.picture is not None:
+        limits.check_picture(Path(form.picture))
+        job = replace(job, image=form.picture)
+    if form.drawing is not None and _draws(drawing := limits.check_drawing(form.drawing, cast(int, job.num_frames))):
+        path = folder / f"drawing-{secrets.token_hex(8)}.json"
+        write_text(path, json.dumps(drawing))
+        job = replace(job, trajectories=str(path))
+    return job
+
+
+def explain(error: Exception, job: SampleJob | None = None) -> FieldError:
+    """An error as a refusal beside the field that it concerns, without the paths of this machine.
+
+    Args:
+        error: A ValueError, FileNotFoundError or FieldError of the sampler.
+        job: What was asked for.
+    """
+    if isinstance(error, FieldError):
+        return error
+    text = str(error).strip() or type(error).__name__
+    if job is not None and job.image is not None and job.image in text:
+        return FieldError("picture", text.replace(job.image, "the picture"))
+    if job is not None and job.trajectories is not None and job.trajectories in text:
+        return FieldError("drawing", text.replace(job.trajectories, "the drawing"))
+    field_ = next((name for word, name in _FIELD_WORDS if word in text), "generate")
+    return FieldError(field_, text)
+
+
+def _draws(drawing: Mapping[str, Any]) -> bool:
+    return bool(drawing.get("tracks")) or drawing.get("camera") is not None
+
+
+def _check_scale(what: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or abs(value) > 100:
+        raise FieldError("scales", f"{what} must be a number from -100 to 100, got {str(value)[:40]}")
+    return float(value)
+
+
+def _find(row: Mapping[str, Path], name: str) -> str:
+    if name not in row:
+        known = f"there are {', '.join(row)}" if row else "this page offers none"
+        raise FieldError("loras", f"{name[:80]!r} is not among the files of this page; {known}"[:400])
+    return str(row[name])
+
+
+def _with_scales(row: Mapping[str, Path], chosen: Mapping[str, float], is_run: bool | None = None) -> list[str]:
+    """FILE:SCALE of each chosen name; of runs alone, or of files alone, where `is_run` says so."""
+    texts = []
+    for name, scale in chosen.items():
+        path = _find(row, name)
+        if is_run is None or is_run == Path(path).is_dir():
+            number = _check_scale(f"the scale of {name}", scale)
+            texts.append(f"{path}:{number:g}")
+    return texts

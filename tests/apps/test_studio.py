@@ -1,0 +1,172 @@
+"""From a form to files: what is kept, what repeats it, what is made of it afterwards."""
+
+import json
+import zipfile
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from PIL import Image
+
+from imageconductor.apps.engine import Engine, Stopped
+from imageconductor.apps.form import Form
+from imageconductor.apps.limits import FieldError, Limits
+from imageconductor.apps.progress import Step
+from imageconductor.apps.results import Result, measure_background
+from imageconductor.apps.studio import Studio
+from imageconductor.apps.visits import Visits
+from imageconductor.commands import sample
+from imageconductor.conditioning import Trajectories
+from imageconductor.sampling.job import SampleJob
+
+DRAWING = {"width": 64, "height": 64, "tracks": [{"points": [[8, 8], [40, 48]]}, {"points": [[50, 20]]}]}
+
+
+@pytest.fixture(scope="module")
+def studio(tiny_model, tmp_path_factory):
+    engine = Engine(SampleJob(model=str(tiny_model), device="cpu"), Limits(results=3))
+    yield Studio(engine, Visits(tmp_path_factory.mktemp("visits"), engine.limits))
+    engine.close()
+
+
+@pytest.fixture
+def visit(studio, request):
+    return studio.visits.find(request.node.name)
+
+
+@pytest.fixture(scope="module")
+def form(tmp_path_factory) -> Form:
+    path = tmp_path_factory.mktemp("uploads") / "picture.png"
+    noise = np.random.default_rng(1).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(path)
+    return Form(picture=str(path), drawing=DRAWING, prompt="a cat", seed=3)
+
+
+def make(studio, visit, form, **options) -> Result:
+    *_, last = studio.make(visit, form, **options)
+    assert isinstance(last, Result)
+    return last
+
+
+def change(form, **changes) -> Form:
+    return Form(**{**vars(form), **changes})
+
+
+def frames(path):
+    return iio.imread(path, plugin="FFMPEG")
+
+
+def refused(studio, visit, form, **options) -> FieldError:
+    with pytest.raises(FieldError) as caught:
+        list(studio.make(visit, form, **options))
+    return caught.value
+
+
+def test_run_yaml_repeats_a_result_frame_by_frame(studio, visit, form, tmp_path):
+    result = make(studio, visit, change(form, videos=2))
+    assert result.note == ""
+    with zipfile.ZipFile(result.folder / "all.zip") as archive:
+        archive.extractall(tmp_path / "unpacked")
+    for place, config in (("a", result.folder), ("b", tmp_path / "unpacked")):
+        output = tmp_path / place
+        assert sample.main(["--config", str(config / "run.yaml"), "--output", str(output)]) == 0
+        for seed in (3, 4):
+            assert np.array_equal(frames(output / f"video-{seed}.mp4"), frames(result.find("video.mp4", seed)))
+    assert not np.array_equal(frames(tmp_path / "a" / "video-3.mp4"), frames(tmp_path / "a" / "video-4.mp4"))
+
+
+def test_the_files_of_a_result(studio, visit, form):
+    result = make(studio, visit, form)
+    gif = Image.open(result.find("video.gif", 3))
+    assert (gif.n_frames, gif.size, gif.info["duration"], gif.info["loop"]) == (4, (256, 256), 120, 0)
+    assert result.find("overlay.mp4", 3).name == "overlay-3.mp4"
+    assert result.find("video.mp4", 9) is None
+    assert result.drawing == DRAWING
+    assert json.loads((result.folder / "trajectories.json").read_text())["width"] == 32
+    assert not list(visit.folder.glob("drawing-*"))
+    assert len(result.displacement) == 1
+
+
+def test_only_the_latest_results_are_kept(studio, visit, form):
+    made = [make(studio, visit, change(form, steps=1, seed=seed)) for seed in range(4)]
+    assert [result.number for result in visit.results] == [4, 3, 2]
+    assert not made[0].folder.exists()
+    with pytest.raises(FieldError, match="no longer kept"):
+        visit.result(1)
+
+
+def test_resumed_with_the_same_form_it_is_the_same_and_says_that_run_yaml_is_not(studio, visit, form):
+    whole = make(studio, visit, form)
+    again = make(studio, visit, change(form, seed=99, steps=7), resumed=(whole.number, 2))  # these stay as they were
+    assert again.seeds == [3]
+    assert np.array_equal(frames(again.find("video.mp4", 3)), frames(whole.find("video.mp4", 3)))
+    assert again.note == f"made from the first 2 steps of result {whole.number}"
+    assert (again.folder / "run.yaml").read_text().startswith("# The settings of these videos; it does not repeat")
+    other = make(studio, visit, change(form, drawing=None), resumed=(whole.number, 1))
+    assert not np.array_equal(frames(other.find("video.mp4", 3)), frames(whole.find("video.mp4", 3)))
+    for step in (0, 3):
+        assert refused(studio, visit, form, resumed=(whole.number, step)).field == "resume"
+    assert refused(studio, visit, form, resumed=(77, 1)).field == "resume"
+
+
+def test_a_seed_of_a_sheet_is_refined_into_the_video_that_all_steps_make(studio, visit, form):
+    sheet = make(studio, visit, change(form, videos=3, steps=1))
+    *_, refined = studio.repeat(visit, sheet.number, seed=[4], steps=3)
+    direct = make(studio, visit, change(form, seed=4, steps=3))
+    assert np.array_equal(frames(refined.find("video.mp4", 4)), frames(direct.find("video.mp4", 4)))
+
+
+def test_the_mixing_board_weighs_and_its_run_yaml_repeats(studio, visit, form, tmp_path):
+    visit.mix.set(camera=0.5, object=1.0, mixed=0.0)
+    result = make(studio, visit, form, uses_mix=True)
+    assert sample.main(["--config", str(result.folder / "run.yaml"), "--output", str(tmp_path / "a")]) == 0
+    assert np.array_equal(frames(tmp_path / "a" / "video-3.mp4"), frames(result.find("video.mp4", 3)))
+    for last in studio.make(visit, change(form, steps=8), uses_mix=True):
+        if isinstance(last, Step):
+            visit.mix.set(camera=1.5)
+    assert last.note == "the mixing board was moved while they were made"
+    assert refused(studio, visit, change(form, drawing=None), uses_mix=True).field == "drawing"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "said"),
+    [
+        ({"picture": None, "prompt": " "}, "picture", "choose a picture"),
+        ({"drawing": {**DRAWING, "tracks": [{"points": [[99, 1]]}]}}, "drawing", "track 0, point 0"),
+        ({"drawing": {**DRAWING, "tracks": [{"points": [[1, 1], [9, 9]], "start": 99}]}}, "drawing", "start"),
+        ({"prompt": "x" * 3000}, "prompt", "3000 characters"),
+        ({"seed": -1}, "seed", "the seed must be"),
+        ({"videos": 100}, "seed", "from 1 to 9"),
+        ({"steps": 1000}, "steps", "from 1 to 100"),
+        ({"frames": 1000}, "frames", "from 1 to 64"),
+        ({"frames": 60}, "frames", "frames"),
+        ({"control": "all"}, "control", "automatic"),
+        ({"control": "camera", "camera_free_scale": 1.5}, "scales", "camera_free_scale"),
+        ({"guidance_scale": float("nan")}, "scales", "the guidance scale"),
+    ],
+)
+def test_refusals_stand_beside_the_field_that_they_concern(studio, visit, form, changes, field, said):
+    error = refused(studio, visit, change(form, **changes))
+    assert (error.field, said in str(error)) == (field, True)
+    assert str(visit.folder) not in str(error)
+    assert not list(visit.folder.iterdir())
+
+
+def test_a_stopped_request_leaves_nothing(studio, visit, form):
+    events = studio.make(visit, form)
+    for last in events:  # noqa: B007
+        visit.stop()
+    assert isinstance(last, Stopped)
+    assert visit.results == []
+    assert not visit.is_busy
+
+
+def test_background_displacement_of_a_picture_that_moves_by_two_pixels_a_frame():
+    texture = np.random.default_rng(0).integers(0, 255, (12, 20, 3), np.uint8)
+    wide = np.asarray(Image.fromarray(texture).resize((160, 96), Image.Resampling.BICUBIC))
+    video = np.stack([wide[:, 2 * t : 2 * t + 128] for t in range(5)])
+    still = Trajectories.from_tracks([[[20, 20]]], (128, 96), 5)
+    assert measure_background(video, still).startswith("background displacement: 5.0 px")  # mean of 2, 4, 6 and 8
+    assert measure_background(video[:1].repeat(5, axis=0), still).startswith("background displacement: 0.0 px")
+    everywhere = Trajectories.from_tracks([[[x, y]] for x in range(9, 128, 15) for y in range(9, 96, 15)], (128, 96), 5)
+    assert "covers the picture" in measure_background(video, everywhere)
