@@ -14,6 +14,7 @@ COMMANDS = {
     "assemble": "a model folder from downloaded parts or trained stages; export and upload",
     "convert": "track files of one tool as those of another",
     "tracks": "the motion of points in footage, as a trajectory file",
+    "app": "the web page: draw on a picture, make the video, see camera and objects apart",
 }
 """What each command does, by its name; `commands/NAME.py` has its `main`."""
 

@@ -1,0 +1,138 @@
+"""The page's picture, and motion presets as files."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from imageconductor.apps.editor import picture_update
+from imageconductor.apps.form import AUTOMATIC
+from imageconductor.apps.limits import FieldError, safe_name
+from imageconductor.apps.motion_preset import MotionPreset, fit_drawing
+from imageconductor.apps.page_base import PageEvents, Updates
+from imageconductor.conditioning import load_image
+from imageconductor.files import find_shipped, read_text
+from imageconductor.sampling.job_files import load_job
+
+_EXAMPLE = Path("configs/sample/sprites.yaml")
+
+
+@dataclass(frozen=True)
+class Example:
+    """What the page begins with: one click makes a video of it."""
+
+    picture: Path
+    drawing: dict[str, Any]
+    prompt: str
+
+    @classmethod
+    def load(cls, folder: Path, num_frames: int) -> Example | None:
+        """The bundled example, its picture copied into a folder; None where it is not installed."""
+        config = find_shipped(_EXAMPLE)
+        if not config.is_file():
+            return None
+        job = load_job(config)
+        picture = folder / Path(str(job.image)).name
+        shutil.copyfile(str(job.image), picture)
+        drawing = json.loads(read_text(Path(str(job.trajectories))))
+        return cls(picture, {**drawing, "num_frames": num_frames}, job.prompt)
+
+
+class MotionEvents(PageEvents):
+    """Functions that put pictures and drawings into the editor."""
+
+    def show_example(self, example: Example) -> Updates:
+        """The example, as the page began."""
+        picture = load_image(example.picture)
+        editor = picture_update(picture, example.drawing["num_frames"], example.drawing)
+        return {
+            **self.errors(),
+            self.parts.picture: str(example.picture),
+            self.parts.editor: editor,
+            self.parts.settings.prompt: example.prompt,
+        }
+
+    def take_picture(self, request: gr.Request, uploaded: str, frames: int) -> Updates:
+        """A new picture for the editor, without the drawing on the old one; the place to drop one is free again."""
+        ready = {self.parts.upload: None}
+        try:
+            picture = self.read_picture(uploaded)
+        except FieldError as error:
+            return {**self.errors(error), **ready}
+        # Uploads are deleted after a while, even if the visitor still works with them.
+        kept = self.visit(request).folder / f"picture-{secrets.token_hex(8)}{Path(uploaded).suffix[:8]}"
+        shutil.copyfile(uploaded, kept)
+        editor = picture_update(picture, int(frames))
+        return {**self.errors(), **ready, self.parts.picture: str(kept), self.parts.editor: editor}
+
+    def read_picture(self, path: str) -> Image.Image:
+        """The picture of a visitor's file.
+
+        Raises:
+            FieldError: It is none, or too large.
+        """
+        self.studio.limits.check_picture(Path(path), safe_name(path))
+        try:
+            return load_image(path)
+        except ValueError as error:
+            raise FieldError("picture", str(error).replace(path, safe_name(path))) from error
+
+    def save_preset(self, request: gr.Request, drawing: Any, *values: Any) -> Updates:
+        """The motion of the form as a file to download."""
+        chosen = dict(zip(self.parts.settings.names, values, strict=True))
+        try:
+            checked = None
+            if drawing is not None:
+                checked = self.studio.limits.check_drawing(drawing, int(chosen["frames"]))
+        except FieldError as error:
+            return self.errors(error)
+        preset = MotionPreset(
+            drawing=checked,
+            control=None if chosen["control"] == AUTOMATIC else chosen["control"],
+            guidance_scale=chosen["guidance_scale"],
+            trajectory_guidance_scale=chosen["trajectory_guidance_scale"],
+            camera_free_scale=chosen["camera_free_scale"] or None,
+            looks=dict.fromkeys(chosen["looks"] or [], chosen["look_scale"]),
+            motions=dict.fromkeys(chosen["motions"] or [], chosen["motion_scale"]),
+        )
+        path = self.visit(request).folder / "motion.json"
+        path.write_text(preset.to_text(), encoding="utf-8")
+        return {**self.errors(), self.parts.preset_file: gr.update(value=str(path), visible=True)}
+
+    def load_preset(self, path: str, picture: str | None) -> Updates:
+        """The drawing of a preset, scaled with the picture, and its settings."""
+        settings, shelf = self.parts.settings, self.studio.shelf
+        try:
+            preset = MotionPreset.read(Path(path), self.studio.limits, safe_name(path))
+            missing = [name for name in preset.looks if name not in shelf.looks]
+            missing += [name for name in preset.motions if name not in shelf.motions]
+            if missing:
+                raise FieldError("preset", f"this page has no LoRA called {', '.join(missing)[:120]}")
+            drawing = preset.drawing
+            if drawing is not None and picture is not None:
+                drawing = fit_drawing(drawing, self.read_picture(picture).size)
+        except FieldError as error:
+            return self.errors(error)
+        changes = {
+            self.parts.editor: gr.update(value=drawing),
+            settings.control: preset.control or AUTOMATIC,
+            settings.looks: list(preset.looks),
+            settings.motions: list(preset.motions),
+            settings.camera_free_scale: preset.camera_free_scale or 0,
+        }
+        for component, value in (
+            (settings.guidance_scale, preset.guidance_scale),
+            (settings.trajectory_guidance_scale, preset.trajectory_guidance_scale),
+            (settings.look_scale, next(iter(preset.looks.values()), None)),
+            (settings.motion_scale, next(iter(preset.motions.values()), None)),
+        ):
+            if value is not None:
+                changes[component] = value
+        return {**self.errors(), **changes}
