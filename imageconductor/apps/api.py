@@ -57,24 +57,24 @@ def add_endpoint(studio: Studio) -> None:
             videos, overlays and gifs, each a list of files; trajectories, run and everything, files; seeds; background,
             the measured displacement of each video in words.
         """
-        form = Form(
-            picture=None if image is None else _uploaded(image),
-            drawing=drawing,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            seed=seed,
-            videos=videos,
-            steps=steps,
-            frames=frames,
-            control=control,
-            guidance_scale=guidance_scale,
-            trajectory_guidance_scale=trajectory_guidance_scale,
-            camera_free_scale=camera_free_scale,
-            looks=looks or {},
-            motions=motions or {},
-        )
         visit = studio.visits.find(request.session_hash)
         try:
+            form = Form(
+                picture=None if image is None else _uploaded(image),
+                drawing=drawing,
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                seed=seed,
+                videos=videos,
+                steps=steps,
+                frames=frames,
+                control=control,
+                guidance_scale=guidance_scale,
+                trajectory_guidance_scale=trajectory_guidance_scale,
+                camera_free_scale=camera_free_scale,
+                looks=looks or {},
+                motions=motions or {},
+            )
             for news in studio.make(visit, form):
                 if isinstance(news, Stopped):
                     raise FieldError("generate", "the request was stopped")

@@ -22,7 +22,7 @@ from imageconductor.apps.visits import Visit
 class Events(ResultEvents, MotionEvents):
     """All functions of a page; these make videos."""
 
-    def generate(self, request: gr.Request, use_mix: bool, *values: Any) -> Iterator[Updates]:
+    def make_videos(self, request: gr.Request, use_mix: bool, *values: Any) -> Iterator[Updates]:
         """The videos of the form."""
         visit = self.visit(request)
         yield from self._run(visit, lambda: self.studio.make(visit, self.read_form(values), uses_mix=use_mix))

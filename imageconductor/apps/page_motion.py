@@ -86,7 +86,7 @@ class MotionEvents(PageEvents):
 
     def save_preset(self, request: gr.Request, drawing: Any, *values: Any) -> Updates:
         """The motion of the form as a file to download."""
-        chosen = dict(zip(self.parts.settings.names, values, strict=True))
+        chosen: dict[str, Any] = dict(zip(self.parts.settings.names, values, strict=True))
         try:
             checked = None
             if drawing is not None:

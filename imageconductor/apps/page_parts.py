@@ -216,32 +216,30 @@ def build_board(defaults: SamplingDefaults) -> Board:
     )
     is_used = gr.Checkbox(False, label="Use the mixing board", elem_id="use-mix")
     with gr.Row(elem_classes="ic-tight"):
-        sliders = [
-            gr.Slider(-2, 5, value, step=0.05, label=label, min_width=130, elem_id=f"mix-{name}")
+        sliders = {
+            name: gr.Slider(-2, 5, value, step=0.05, label=label, min_width=130, elem_id=f"mix-{name}")
             for name, label, value in (
                 ("camera", "Camera", 0),
                 ("object", "Objects", usual),
                 ("mixed", "Both LoRAs", 0),
             )
-        ]
+        }
     apart = gr.Button("Make the shown video as camera only and as objects only", size="sm", elem_id="apart")
+    parts: dict[str, Any] = {}
     with gr.Row():
-        videos, words = [], []
         for name, label in (("camera", "Camera only"), ("object", "Objects only")):
             with gr.Column(min_width=160):
-                videos.append(
-                    gr.Video(
-                        label=label,
-                        autoplay=True,
-                        loop=True,
-                        interactive=False,
-                        buttons=[],
-                        height=240,
-                        elem_id=f"{name}-video",
-                    )
+                parts[f"{name}_video"] = gr.Video(
+                    label=label,
+                    autoplay=True,
+                    loop=True,
+                    interactive=False,
+                    buttons=[],
+                    height=240,
+                    elem_id=f"{name}-video",
                 )
-                words.append(gr.HTML(elem_id=f"{name}-words", padding=False))
-    return Board(is_used, *sliders, apart, *videos, *words)
+                parts[f"{name}_words"] = gr.HTML(elem_id=f"{name}-words", padding=False)
+    return Board(is_used=is_used, apart=apart, **sliders, **parts)
 
 
 @dataclass(frozen=True)

@@ -107,10 +107,10 @@ def _run(
             allowed_paths=[],
             footer_links=[],
             theme=gr.themes.Default(font=_FONTS, font_mono=_MONOSPACE),
-            css=resources.files("imageconductor.apps").joinpath("static", "page.css").read_text(encoding="utf-8"),
+            css=(resources.files("imageconductor.apps") / "static" / "page.css").read_text(encoding="utf-8"),
         )
         try:
-            yield page.local_url
+            yield str(page.local_url)
         finally:
             engine.close()  # ends requests, so that the server's threads end too
             page.close(verbose=False)

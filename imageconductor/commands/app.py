@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> None:
     own = find_shipped(Path(args.model)) / "style_lora"  # of the bundled model
     loras = [*args.loras, *([own] if own.is_dir() else [])]
     ended = threading.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: ended.set())
     with serve(base, args.host, args.port, Limits(waiting=args.queue_size), loras) as url:
+        for name in (signal.SIGINT, signal.SIGTERM):  # not an exception somewhere, so that everything is cleared away
+            signal.signal(name, lambda *_: ended.set())
         print(f"open {url} in a browser; Ctrl-C ends the page and deletes its videos", flush=True)
         ended.wait()

@@ -1,5 +1,6 @@
 """The page in a real browser, with the bundled model: what a visitor clicks, and what comes of it."""
 
+import json
 import re
 import zipfile
 from pathlib import Path
@@ -18,7 +19,8 @@ from imageconductor.apps.limits import Limits
 from imageconductor.apps.server import serve
 
 pytestmark = pytest.mark.web
-WAIT_MS = 40_000
+WAIT_MS = 60_000
+LATEST = "() => Number((/Done\\s+(\\d+):/.exec(document.querySelector('#live').innerText) || [0, 0])[1])"
 PLAYS = "([video]) => { const v = document.querySelector(video); return !!v && v.readyState >= 2 && !v.paused }"
 
 
@@ -72,15 +74,17 @@ def generate(page, **fields):
     """Clicks, and waits for the video; gives its address."""
     for name, value in fields.items():
         put(page, name, value)
-    page.click("#generate")
-    return finish(page)
+    return finish(page, "generate")
 
 
-def finish(page, video="#video video"):
-    """Waits until the request is done and its video plays; gives the video's address."""
-    says(page, "live", "Done")
-    page.wait_for_function(PLAYS, arg=[video])
-    return page.get_attribute(video, "src")
+def finish(page, button=None):
+    """Clicks, waits until a further result is done and its video plays; gives the video's address."""
+    before = page.evaluate(LATEST) if button else 0
+    if button:
+        page.click(f"#{button}")
+    page.wait_for_function(f"before => ({LATEST})() > before", arg=before)
+    page.wait_for_function(PLAYS, arg=["#video video"])
+    return page.get_attribute("#video video", "src")
 
 
 def fetch(page, address) -> np.ndarray:
@@ -141,15 +145,13 @@ def test_a_video_of_the_contact_sheet_is_refined_with_all_steps(page):
     put(page, "steps", 3)
     unfold(page, "sheets")
     put(page, "sheet-count", 3)
-    page.click("#make-sheet")
-    says(page, "live", "Done")
-    page.locator("#sheet img").nth(2).wait_for()
-    assert page.locator("#sheet img").count() == 3
-    page.locator("#sheet img").nth(1).click()
+    finish(page, "make-sheet")
+    thumbnails = page.locator("#sheet button:has(img)")
+    thumbnails.nth(2).wait_for()
+    assert thumbnails.count() == 3
+    thumbnails.nth(1).click()
     says(page, "refine", "Make seed 2 with all steps")
-    page.click("#refine")
-    page.wait_for_function("() => document.querySelector('#live').innerText.includes('seed 2,')")
-    refined = fetch(page, finish(page))
+    refined = fetch(page, finish(page, "refine"))
     direct = fetch(page, generate(page, seed=2))
     assert np.array_equal(refined, direct)
 
@@ -170,7 +172,6 @@ def test_the_mixing_board_shows_branches_and_its_sliders_act(page):
     page.click("#generate")
     says(page, "live", "Step 3 of 60")
     put(page, "mix-object", 1)
-    finish(page)
     says(page, "result-words", "the mixing board was moved")
 
 
@@ -191,9 +192,8 @@ def test_edit_and_resume_keeps_what_the_first_steps_decided(page):
     page.locator("#editor button", has_text="Clear").click()
     unfold(page, "resuming")
     put(page, "resume-step", 3)
-    page.click("#resume")
+    late = fetch(page, finish(page, "resume")).astype(int)
     says(page, "result-words", "made from the first 3 steps of result 1")
-    late = fetch(page, finish(page)).astype(int)
     undrawn = fetch(page, generate(page)).astype(int)
     assert 0 < np.abs(late - whole).mean() < np.abs(undrawn - whole).mean()
 
@@ -206,12 +206,74 @@ def test_a_motion_is_saved_and_played_on_another_picture(page, tmp_path):
     Image.new("RGB", (128, 128), (90, 120, 90)).save(tmp_path / "green.png")
     page.reload()
     page.wait_for_selector("#editor svg path")
-    page.locator("#picture input[type=file]").set_input_files(tmp_path / "green.png") if page.locator(
-        "#picture input[type=file]"
-    ).count() else None
+    page.set_input_files("#picture input[type=file]", tmp_path / "green.png")
+    page.wait_for_selector("#editor svg path", state="detached")
     unfold(page, "presets")
-    page.locator("#load-preset input[type=file]").set_input_files(path)
+    page.set_input_files("#presets input[type=file]", path)
     page.wait_for_function("() => document.querySelector('#control input:checked').value == 'camera'")
+    generate(page)
+    drawn = json.loads(download(page, "get-trajectories", tmp_path).read_text())["tracks"]
+    assert np.abs(np.array(drawn[0]["points"][0]) - [23, 39]).max() <= 0.5  # of a 64 x 64 video, as in the example
     (tmp_path / "other.json").write_text('{"tracks": []}')
-    page.locator("#load-preset input[type=file]").set_input_files(tmp_path / "other.json")
+    page.set_input_files("#presets input[type=file]", tmp_path / "other.json")
     says(page, "error-preset", "other.json is no motion preset")
+
+
+def test_two_results_side_by_side_and_an_earlier_one_again(page):
+    first, second = fetch(page, generate(page)), fetch(page, generate(page, seed=2))
+    unfold(page, "visit")
+    page.click("#compare")
+    page.wait_for_function(PLAYS, arg=["#both video"])
+    both = fetch(page, page.get_attribute("#both video", "src"))
+    expected = np.concatenate([first, second], axis=2).astype(int)
+    assert both.shape == expected.shape
+    assert np.abs(both - expected).mean() < 3  # coded once more
+    page.locator("#history button:has(img)").nth(1).click()
+    page.wait_for_function("() => document.querySelector('#video video').src.endsWith('video-1.mp4')")
+
+
+@pytest.mark.parametrize("kind", ["text", "pixels", "name"])
+def test_pictures_are_refused_in_words_beside_their_place(page, tmp_path, kind):
+    path, said = tmp_path / "cat.png", "cat.png is not a picture"
+    path.write_text("no picture")
+    chosen = path
+    if kind == "pixels":
+        Image.new("1", (10000, 5000)).save(path)
+        said = "10000 x 5000 pixels (50.0 megapixels)"
+    elif kind == "name":
+        chosen = {"name": "../../../evil <b>.png", "mimeType": "image/png", "buffer": b"no picture"}
+        said = "is not a picture"
+    page.set_input_files("#picture input[type=file]", chosen)
+    says(page, "error-picture", said)
+    assert "/" not in page.inner_text("#error-picture")
+    assert page.locator("#error-picture b").count() == 0
+    generate(page)  # of the picture before
+    assert not page.locator("#error-picture").is_visible()
+
+
+def test_a_number_out_of_bounds_is_refused_beside_its_field(page):
+    put(page, "steps", 1000)
+    page.click("#generate")
+    says(page, "error-steps", "a whole number from 1 to 100, got 1000")
+    assert page.locator("#generate").is_enabled()
+
+
+def test_two_visitors_at_once_keep_their_videos_apart(open_page):
+    pages = [open_page(), open_page()]
+    for seed, page in enumerate(pages, 11):
+        put(page, "seed", seed)
+        put(page, "steps", 20)
+    for page in pages:
+        page.click("#generate")
+    for seed, page in enumerate(pages, 11):
+        assert finish(page).endswith(f"video-{seed}.mp4")
+        unfold(page, "visit")
+        page.locator("#history button:has(img)").first.wait_for()
+        assert page.locator("#history button:has(img)").count() == 1
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (820, "light")])
+def test_nothing_reaches_beyond_the_window(open_page, width, scheme):
+    page = open_page(width, 844, color_scheme=scheme)
+    generate(page)
+    assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
