@@ -36,6 +36,9 @@ class AutoencoderConfig:
     # Fraction of the steps that decode latents between latent pixels, against pixels shifted as far: motion then moves
     # latents without changing them (EQ-VAE, Kouzelis et al., 2025).
     equivariance: float = 0.0
+    # Of what such shifted latents differ, in parts of their variance, from those of the shifted pixels: a model that
+    # carries content must predict the latter.
+    latent_equivariance: float = 0.0
     # Of a patch discriminator that learns along and keeps edges sharp, as a fraction of the reconstruction's gradient.
     adversarial_weight: float = 0.0
     kl_weight: float = 1e-6  # of the posterior's divergence from a standard normal distribution
@@ -96,9 +99,12 @@ def train_autoencoder(
             if is_shifted := bool(torch.rand((), generator=generator) < config.equivariance):
                 latents, frames = shift(latents, frames, generator)
             decoded = vae.decode(latents).sample.float()
+            again = vae.encode(frames).latent_dist.mean if is_shifted and config.latent_equivariance else None
         loss = F.l1_loss(decoded, frames) + F.mse_loss(decoded, frames)
         if judge is not None:
             loss = loss + config.adversarial_weight * judge.decoder_loss(decoded, loss, vae.decoder.conv_out.weight)
+        if again is not None:
+            loss = loss + config.latent_equivariance * carrying_error(latents.float(), again.float())
         loss = loss + config.kl_weight * posterior.kl().mean()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"autoencoder loss is {loss.item()} at step {step}")
@@ -172,6 +178,17 @@ def shift(latents: Tensor, frames: Tensor, generator: torch.Generator) -> tuple[
         latents = torch.lerp(latents.narrow(axis, 0, length), latents.narrow(axis, 1, length), offset / factor)
         frames = frames.narrow(axis, offset, factor * length)
     return latents, frames
+
+
+def carrying_error(shifted: Tensor, encoded: Tensor) -> Tensor:
+    """Mean square () by which shifted latents differ from those of the shifted pixels, in parts of their variance.
+
+    Args:
+        shifted: (B, C, h, w), latents between latent pixels, from `shift`.
+        encoded: (B, C, h, w), latents of the pixels there. The outermost are left out: they have seen another border.
+    """
+    inner = (..., slice(1, -1), slice(1, -1))
+    return F.mse_loss(shifted[inner], encoded[inner]) / encoded[inner].detach().var()
 
 
 def _crop(frames: Tensor, size: int, generator: torch.Generator) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from imageconductor.data.batches import Batches, SpriteSamples, scale_pixels
 from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
 from imageconductor.models.networks import Networks
-from imageconductor.training.autoencoder import AutoencoderConfig, shift, train_autoencoder
+from imageconductor.training.autoencoder import AutoencoderConfig, carrying_error, shift, train_autoencoder
 from imageconductor.training.patch_discriminator import PatchDiscriminator
 
 
@@ -39,6 +39,37 @@ def test_shifted_latents_belong_to_the_pixels_they_are_paired_with():
         seen.add(tuple(pixels[0, :2, 0, 0].tolist()))
     assert len(seen) > 8
     assert {offset for pair in seen for offset in pair} == {0.0, 1.0, 2.0, 3.0}
+
+
+def test_latents_that_move_with_the_pixels_have_no_carrying_error():
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(40.0), indexing="ij")
+    ramps, noise = torch.stack([x, y, x + 2 * y])[None], torch.randn(1, 3, 32, 40, generator=torch.manual_seed(0))
+    errors = []
+    for frames in (ramps, noise):
+        means = torch.nn.functional.avg_pool2d(frames, 4)
+        shifted, pixels = shift(means, frames, torch.Generator().manual_seed(2))
+        again = torch.nn.functional.avg_pool2d(pixels, 4)
+        again[..., 0] = 9.0  # of the border, which has seen other pixels
+        errors.append(carrying_error(shifted, again))
+        torch.testing.assert_close(carrying_error(3 * shifted, 3 * again), errors[-1])
+    assert errors[0] < 1e-10
+    assert errors[1] > 0.1
+
+
+def test_the_encoder_learns_latents_that_move_with_the_pixels(tiny_model, tmp_path):
+    samples = SpriteSamples(SpriteWorldConfig(size=(32, 32), num_frames=1), [SpriteSet.MIXED])
+    left = []
+    for weight in (0.0, 3.0):
+        vae = Networks.load(tiny_model).vae
+        config = AutoencoderConfig(
+            max_steps=40, batch_size=4, crop=32, learning_rate=3e-3, equivariance=1.0, latent_equivariance=weight
+        )
+        train_autoencoder(vae, Batches(samples, 4), config, tmp_path / str(weight))
+        frames = scale_pixels(torch.cat([samples[900 + i]["pixel_values"].transpose(0, 1) for i in range(8)]))
+        with torch.no_grad():
+            shifted, pixels = shift(vae.encode(frames).latent_dist.mean, frames, torch.Generator().manual_seed(1))
+            left.append(carrying_error(shifted, vae.encode(pixels).latent_dist.mean))
+    assert left[1] < 0.8 * left[0]
 
 
 def test_the_discriminator_prefers_sharp_frames_and_pulls_as_hard_as_the_reconstruction():
@@ -75,6 +106,7 @@ def test_a_run_that_is_continued_repeats(tiny_model, tmp_path):
         crop=16,
         save_every=2,
         equivariance=0.5,
+        latent_equivariance=0.3,
         mixed_precision="bf16",
         adversarial_weight=0.5,
     )
