@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 CORE := $(VENV)/.installed-core
 DEV := $(VENV)/.installed-dev
 WEB := $(VENV)/.installed-web
+APP := $(VENV)/.installed-app
 # Threads that spin while they wait make everything many times slower on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -15,7 +16,7 @@ TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sample test test-web check format
+.PHONY: help sample app test test-web check format
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -23,6 +24,9 @@ help: ## show this list
 
 sample: $(CORE) ## turn a picture and drawn trajectories into a video; ARGS="--help" shows what else it takes
 	$(BIN)/python sample.py $(ARGS)
+
+app: $(APP) ## open the web page on this machine; ARGS="--port 8000" and the like
+	$(BIN)/python -m imageconductor app $(ARGS)
 
 test: $(DEV) ## run the tests; ARGS="-k config" chooses among them
 	$(TESTS) $(ARGS)
@@ -52,6 +56,10 @@ $(BIN)/python:
 $(CORE): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
+
+$(APP): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[app]'
+	@touch $(CORE) $@
 
 $(DEV): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[curate,metrics,deepspeed,dev]'

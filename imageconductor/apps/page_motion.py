@@ -99,8 +99,8 @@ class MotionEvents(PageEvents):
             guidance_scale=chosen["guidance_scale"],
             trajectory_guidance_scale=chosen["trajectory_guidance_scale"],
             camera_free_scale=chosen["camera_free_scale"] or None,
-            looks=dict.fromkeys(chosen["looks"] or [], chosen["look_scale"]),
-            motions=dict.fromkeys(chosen["motions"] or [], chosen["motion_scale"]),
+            looks={name: chosen["look_scale"] for name in chosen["looks"] or []},
+            motions={name: chosen["motion_scale"] for name in chosen["motions"] or []},
         )
         path = self.visit(request).folder / "motion.json"
         path.write_text(preset.to_text(), encoding="utf-8")

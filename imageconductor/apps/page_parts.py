@@ -216,13 +216,10 @@ def build_board(defaults: SamplingDefaults) -> Board:
     )
     is_used = gr.Checkbox(False, label="Use the mixing board", elem_id="use-mix")
     with gr.Row(elem_classes="ic-tight"):
+        begin = (("camera", "Camera", 0), ("object", "Objects", usual), ("mixed", "Both LoRAs", 0))
         sliders = {
             name: gr.Slider(-2, 5, value, step=0.05, label=label, min_width=130, elem_id=f"mix-{name}")
-            for name, label, value in (
-                ("camera", "Camera", 0),
-                ("object", "Objects", usual),
-                ("mixed", "Both LoRAs", 0),
-            )
+            for name, label, value in begin
         }
     apart = gr.Button("Make the shown video as camera only and as objects only", size="sm", elem_id="apart")
     parts: dict[str, Any] = {}
