@@ -62,7 +62,7 @@ $(APP): pyproject.toml | $(BIN)/python
 	@touch $(CORE) $@
 
 $(DEV): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[curate,metrics,deepspeed,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[app,curate,metrics,deepspeed,dev]'
 	@touch $(CORE) $@
 
 $(WEB): pyproject.toml | $(BIN)/python
