@@ -2,24 +2,35 @@
 // editor with (element, trigger, props, server, upload, watch): nothing here is shared between two editors.
 
 const MAX_IMPORT_BYTES = 8 << 20; // as in drawing.py
+const PARTS_MS = 1000; // Parts of one update arrive no farther apart, even on a slow machine.
 
-/** The only way to change the drawing: into the history, to the server, onto the screen. */
+/** The only way in which the user changes the drawing: into the history, to the server, onto the screen. */
 function commit(ed, drawing) {
+  remember(ed, drawing);
+  ed.isUntouched = false;
+  settle(ed);
+}
+
+function remember(ed, drawing) {
   const ordered = {width: drawing.width, height: drawing.height, num_frames: ed.numFrames, tracks: drawing.tracks};
   if (drawing.camera) ordered.camera = drawing.camera;
   ed.drawing = ordered;
   if (JSON.stringify(ordered) !== JSON.stringify(ed.history.current)) ed.history.push(ordered);
-  settle(ed);
 }
 
-/** Selection within what there is, the value, the screen. */
+/** The value and the screen as the drawing is. */
 function settle(ed) {
-  const track = ed.drawing.tracks[ed.selected];
+  const value = valueOf(ed.drawing);
+  if (JSON.stringify(value) !== JSON.stringify(ed.props.value)) ed.props.value = value;
+  show(ed);
+}
+
+/** The screen as the drawing is, with a selection that there is. */
+function show(ed) {
+  const track = ed.drawing?.tracks[ed.selected];
   if (!track) ed.selected = -1;
   if (!track || ed.point >= track.points.length) ed.point = -1;
   if (!track) ed.isOpen = false;
-  const value = valueOf(ed.drawing);
-  if (JSON.stringify(value) !== JSON.stringify(ed.props.value)) ed.props.value = value;
   render(ed);
 }
 
@@ -27,7 +38,7 @@ function step(ed, by) {
   if (!ed.drawing || !ed.history.canStep(by)) return;
   cancelGesture(ed);
   ed.isOpen = false;
-  ed.drawing = ed.history.step(by);
+  ed.drawing = countIn(ed.history.step(by), ed.numFrames);
   settle(ed);
 }
 
@@ -219,29 +230,33 @@ function say(ed, text, isError = false) {
   ed.parts.message.classList.toggle("error", isError);
 }
 
-/** Takes over what Python has set. */
+/** Takes over what Python has set. It never sets the value itself: one update of Python's may arrive in several parts,
+    and the value that is still on its way would be lost. So a drawing that counts in another number of frames is counted
+    anew on the screen alone until the user changes it. */
 function receive(ed, isNewPicture) {
   ed.numFrames = Math.max(1, Math.round(ed.props.num_frames ?? 16));
   ed.fps = ed.props.fps || 8;
   ed.frame = Math.min(ed.frame, ed.numFrames - 1);
+  cancelGesture(ed);
   const drawing = drawingOf(ed.props.value, ed.numFrames);
-  const isSame = drawing && ed.drawing && !isNewPicture && drawing.width === ed.drawing.width
-    && drawing.height === ed.drawing.height;
-  ed.gesture = null;
-  if (!drawing) {
-    Object.assign(ed, {drawing: null, history: null, selected: -1, point: -1, isOpen: false, isPlaying: false});
-    render(ed);
-    return;
+  const isSameSize = drawing && ed.drawing && String(sizeOf(drawing)) === String(sizeOf(ed.drawing));
+  const belongsToPicture = ed.isUntouched && performance.now() - ed.pictureSince < PARTS_MS;
+  if (isNewPicture) ed.pictureSince = performance.now();
+  if (!drawing || isNewPicture || !isSameSize || belongsToPicture) {
+    beginAnew(ed, drawing);
+  } else if (JSON.stringify(valueOf(ed.drawing)) !== JSON.stringify(drawing)) {
+    remember(ed, drawing);
   }
-  if (isSame) {
-    if (JSON.stringify(valueOf(ed.drawing)) !== JSON.stringify(drawing)) commit(ed, drawing);
-    else settle(ed);
-    return;
-  }
-  Object.assign(ed, {drawing, history: new History(drawing), selected: -1, point: -1, isOpen: false, isPlaying: false, frame: 0});
+  show(ed);
+}
+
+function beginAnew(ed, drawing) {
+  ed.isPlaying &&= Boolean(drawing);
+  Object.assign(ed, {drawing, history: drawing && new History(drawing), isUntouched: true, frame: 0, tool: "draw"});
+  Object.assign(ed, {selected: -1, point: -1, isOpen: false, preset: null});
+  ed.root.classList.remove("cutting");
   ed.fills.clear();
   say(ed, "");
-  settle(ed);
 }
 
 function fillPresets(ed) {
@@ -256,7 +271,8 @@ function startEditor() {
   const ed = {
     root, props, id: `ic-${Math.random().toString(36).slice(2)}`, canvas: buildCanvas(), parts: {}, rows: [],
     drawing: null, history: null, selected: -1, point: -1, isOpen: false, gesture: null, tool: "draw", preset: null,
-    newControl: "object", frame: 0, isPlaying: false, isPreviewing: true, isTouch: false, fills: new Map(),
+    newControl: "object", frame: 0, isPlaying: false, isPreviewing: true, isTouch: false, isUntouched: true, pictureSince: 0,
+    fills: new Map(),
   };
   buildPanels(ed);
   fillPresets(ed);

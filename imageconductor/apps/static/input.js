@@ -2,7 +2,7 @@
 // what moves in between is shown from a copy, which pointercancel and Escape throw away.
 
 const CLICK_PX = 4; // on the screen; a pointer that moves farther drags
-const STROKE_PX = 1.5; // on the screen: how far the curve of a freehand track may be from the stroke
+const STROKE_PX = 3; // on the screen: how far the curve of a freehand track may be from the stroke
 
 function listenToPointers(ed) {
   const {svg} = ed.canvas;
@@ -79,7 +79,8 @@ function endGesture(ed, event) {
   const scale = pixelScale(ed.canvas.svg);
   if (gesture.kind === "freehand") {
     gesture.line.push(clampPoint(pointerPosition(ed.canvas.svg, event), ed.drawing));
-    addTrack(ed, {points: simplifyStroke(gesture.line, STROKE_PX * scale).map((point) => clampPoint(point, ed.drawing))});
+    const track = simplifyStroke(gesture.line, STROKE_PX * scale);
+    addTrack(ed, {...track, points: track.points.map((point) => clampPoint(point, ed.drawing))});
   } else if (gesture.kind === "cut") {
     cutOut(ed, gesture.line, scale);
   } else if (gesture.kind === "preset") {

@@ -150,35 +150,71 @@ function placeCamera(camera, numFrames, countedIn, size) {
   return tracks;
 }
 
-/** [x, y] at parts of the length of a polyline, and its length. */
+/** [x, y] at lengths along a polyline, the length at each of its points, and that of all. */
 function alongPolyline(points) {
   const lengths = [0];
   for (let k = 1; k < points.length; k++) {
     lengths.push(lengths[k - 1] + Math.hypot(points[k][0] - points[k - 1][0], points[k][1] - points[k - 1][1]));
   }
-  const total = lengths[lengths.length - 1];
-  const at = (part) => {
-    const length = part * total;
+  const at = (length) => {
     const k = limit(segmentOf(lengths, length), 0, points.length - 2);
     const u = (length - lengths[k]) / (lengths[k + 1] - lengths[k] || 1);
     return [0, 1].map((axis) => points[k][axis] + u * (points[k + 1][axis] - points[k][axis]));
   };
-  return {at, total};
+  return {at, lengths, total: lengths[lengths.length - 1]};
 }
 
-/** The fewest control points, equally far apart along a stroke, whose curve stays within `tolerance` px of the stroke.
-    Equally far apart, because the server takes as long for each stretch between two points: the motion is even. */
+function distanceToSegment([x, y], [ax, ay], [bx, by]) {
+  const dx = bx - ax, dy = by - ay;
+  const u = limit(((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy || 1), 0, 1);
+  return Math.hypot(x - ax - u * dx, y - ay - u * dy);
+}
+
+/** Indices of the points where a polyline turns (Douglas and Peucker): lines between them stay within the tolerance. */
+function findTurns(points, tolerance, first = 0, last = points.length - 1) {
+  let farthest = [tolerance, -1];
+  for (let k = first + 1; k < last; k++) {
+    const distance = distanceToSegment(points[k], points[first], points[last]);
+    if (distance > farthest[0]) farthest = [distance, k];
+  }
+  const turn = farthest[1];
+  return turn < 0 ? [] : [...findTurns(points, tolerance, first, turn), turn, ...findTurns(points, tolerance, turn, last)];
+}
+
+/** Lengths along a stroke about `spacing` apart, which meet its turns where they are not too close together. */
+function spaceEvenly(turns, total, spacing) {
+  const kept = [0];
+  for (const turn of turns) {
+    if (turn - kept[kept.length - 1] >= spacing / 2 && total - turn >= spacing / 2) kept.push(turn);
+  }
+  kept.push(total);
+  return kept.slice(1).reduce((places, end, k) => {
+    const count = Math.max(1, Math.round((end - kept[k]) / spacing));
+    return [...places, ...Array.from({length: count}, (_, i) => kept[k] + (i + 1) / count * (end - kept[k]))];
+  }, [0]);
+}
+
+/** Few control points along a stroke, and the interpolation where straight lines with corners need fewer than a curve;
+    either stays within `tolerance` px of the stroke. The points are about equally far apart, because the server takes as
+    long for each stretch between two points: the motion is even. */
 function simplifyStroke(stroke, tolerance, most = 32) {
   const line = alongPolyline(stroke);
-  if (stroke.length < 2 || line.total === 0) return stroke.slice(0, 1);
-  const samples = uniformKnots(129).map((part) => [part, line.at(part)]);
-  for (let count = 2; ; count++) {
-    const points = uniformKnots(count).map(line.at);
-    const curve = curveThrough(points, uniformKnots(count), false);
-    const isClose = samples.every(([part, [x, y]]) => {
-      const [cx, cy] = curve(part);
-      return Math.hypot(cx - x, cy - y) <= tolerance;
-    });
-    if (isClose || count >= most) return points;
+  if (stroke.length < 2 || line.total === 0) return {points: stroke.slice(0, 1)};
+  const turns = findTurns(stroke, 2 * tolerance).map((k) => line.lengths[k]);
+  const samples = uniformKnots(129).map((part) => line.at(part * line.total));
+  const isClose = (curve) => samples.every((sample) => curve.some((point, k) =>
+    k > 0 && distanceToSegment(sample, curve[k - 1], point) <= tolerance));
+  let uneven = null, points = [];
+  for (let count = 1; count < most; count++) {
+    const places = spaceEvenly(turns, line.total, line.total / count);
+    if (places.length > most) break;
+    points = places.map(line.at);
+    const curve = uniformKnots(8 * points.length).map(curveThrough(points, uniformKnots(points.length), false));
+    const fit = isClose(curve) ? {points} : isClose(points) ? {points, interpolation: "linear"} : null;
+    if (!fit) continue;
+    const gaps = places.slice(1).map((place, k) => place - places[k]);
+    if (Math.max(...gaps) <= 1.7 * Math.min(...gaps)) return fit;
+    uneven ??= fit;
   }
+  return uneven ?? {points};
 }
