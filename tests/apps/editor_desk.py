@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 
 SIZE, FRAMES, FPS = (600, 400), 16, 20
-WIDE, MIDDLE, PHONE = ((1280, 900), 1), ((760, 900), 2), ((390, 844), 2)
+WIDE, MIDDLE, SMALL, PHONE = ((1280, 900), 1), ((760, 900), 2), ((820, 800), 1), ((390, 844), 2)
 
 
 def picture(red=90):
@@ -91,10 +91,10 @@ class Desk:
 
     def renew(self):
         """Another picture, which begins anew."""
-        image = self.find(".canvas > .scene > image").first
+        image = self.find(".canvas .scene image").first
         before = image.get_attribute("href")
         self.ask("fresh picture")
-        expect = "before => document.querySelector('#first .canvas > .scene > image').getAttribute('href') !== before"
+        expect = "before => document.querySelector('#first .canvas .scene image').getAttribute('href') !== before"
         self.page.wait_for_function(expect, arg=before)
         self.show()
         return self
@@ -109,7 +109,7 @@ class Desk:
 
     def box(self):
         """The box of the picture in the window."""
-        return self.find(".canvas > .scene > image").first.bounding_box()
+        return self.find(".canvas .scene image").first.bounding_box()
 
     def show(self):
         self.find(".canvas").scroll_into_view_if_needed()

@@ -268,8 +268,9 @@ function fillPresets(ed) {
 
 function startEditor() {
   const root = element.querySelector(".ic-editor");
+  const id = `ic-${Math.random().toString(36).slice(2)}`; // for references within the SVG
   const ed = {
-    root, props, id: `ic-${Math.random().toString(36).slice(2)}`, canvas: buildCanvas(), parts: {}, rows: [],
+    root, props, id, canvas: buildCanvas(id), parts: {}, rows: [],
     drawing: null, history: null, selected: -1, point: -1, isOpen: false, gesture: null, tool: "draw", preset: null,
     newControl: "object", frame: 0, isPlaying: false, isPreviewing: true, isTouch: false, isUntouched: true, pictureSince: 0,
     fills: new Map(),

@@ -15,7 +15,7 @@ const ICONS = { // on a grid of 24 x 24
   stop: "M7 5h3v14H7zM14 5h3v14h-3z",
 };
 
-const EASING_NAMES = {"linear": "steady", "ease-in": "starts slowly", "ease-out": "ends slowly", "ease-in-out": "slow at both ends"};
+const EASING_NAMES = {"linear": "steady", "ease-in": "slow start", "ease-out": "slow end", "ease-in-out": "slow both"};
 
 const CAMERA_AMOUNTS = [
   {name: "pan-x", label: "Pan right", most: 0.5, step: 0.005, unit: "%", factor: 100},
@@ -87,7 +87,7 @@ function buildFiles(ed) {
 function buildPlaying(ed) {
   const {parts} = ed;
   parts.play = button("play", "Play (Space)", () => togglePlaying(ed));
-  parts.scrub = make("input", {type: "range", min: 0, step: 1, "aria-label": "Frame",
+  parts.scrub = make("input", {type: "range", class: "slider", min: 0, step: 1, "aria-label": "Frame",
     oninput: () => seek(ed, Number(parts.scrub.value))});
   parts.frame = make("output", {class: "frame"});
   parts.preview = make("input", {type: "checkbox", checked: true, onchange: () => {
@@ -179,7 +179,7 @@ function buildCamera(ed) {
   const {parts} = ed;
   parts.amounts = CAMERA_AMOUNTS.map((amount) => {
     const output = make("output", {});
-    const input = make("input", {type: "range", min: -amount.most, max: amount.most, step: amount.step,
+    const input = make("input", {type: "range", class: "slider", min: -amount.most, max: amount.most, step: amount.step,
       "aria-label": amount.label, oninput: () => turnCamera(ed), onchange: () => commit(ed, ed.drawing)});
     return {...amount, input, output, node: make("label", {}, make("span", {}, amount.label), input, output)};
   });

@@ -32,13 +32,13 @@ function renderPreview(ed, isShown) {
   groups.pieces.replaceChildren();
   groups.fills.replaceChildren();
   defs.replaceChildren();
-  groups.scene.removeAttribute("transform");
+  groups.moving.removeAttribute("transform");
   if (!isShown) return;
   if (drawing.camera) {
     const [a, b, dx, dy] = cameraTransform(drawing.camera, ed.frame, numFrames, numFrames, size);
     const [cx, cy] = [(size[0] - 1) / 2, (size[1] - 1) / 2];
     const shift = [cx - a * cx + b * cy + dx, cy - b * cx - a * cy + dy];
-    groups.scene.setAttribute("transform", `matrix(${a} ${b} ${-b} ${a} ${shift[0]} ${shift[1]})`);
+    groups.moving.setAttribute("transform", `matrix(${a} ${b} ${-b} ${a} ${shift[0]} ${shift[1]})`);
   }
   drawing.tracks.forEach((track, n) => {
     if (!track.cut) return;

@@ -34,19 +34,22 @@ function colourOf(drawing, index) {
   return others[index % others.length];
 }
 
-/** The groups of the canvas, from back to front. */
-function buildCanvas() {
+/** The groups of the canvas, from back to front. What the preview moves is cut off at the edge of the picture. */
+function buildCanvas(id) {
   const groups = {};
   const svg = draw("svg", {class: "canvas", tabindex: 0, role: "application", preserveAspectRatio: "xMidYMid meet"});
-  svg.append(draw("defs"));
+  const edge = draw("rect", {x: -0.5, y: -0.5}), defs = draw("defs");
+  svg.append(draw("clipPath", {id: `${id}-edge`}, edge), defs);
   for (const name of ["scene", "pieces", "dim", "camera", "tracks", "ghosts", "stroke"]) {
     groups[name] = draw("g", {class: name});
     svg.append(groups[name]);
   }
   groups.picture = draw("image", {preserveAspectRatio: "none"});
   groups.fills = draw("g");
-  groups.scene.append(groups.picture, groups.fills);
-  return {svg, groups, defs: svg.querySelector("defs")};
+  groups.moving = draw("g", {}, groups.picture, groups.fills);
+  groups.scene.append(groups.moving);
+  for (const group of [groups.scene, groups.pieces]) group.setAttribute("clip-path", `url(#${id}-edge)`);
+  return {svg, groups, defs, edge};
 }
 
 /** Pixels of the picture under one pixel of the screen. */
@@ -90,6 +93,7 @@ function renderPicture(ed) {
   svg.setAttribute("viewBox", `-0.5 -0.5 ${width} ${height}`);
   svg.style.aspectRatio = `${width} / ${height}`;
   ed.root.style.setProperty("--ic-aspect", width / height);
+  dress(ed.canvas.edge, {width, height}, []);
   dress(groups.picture, {x: -0.5, y: -0.5, width, height, href: ed.props.image || "data:,"}, []);
   groups.dim.replaceChildren();
   const video = ed.props.video_size;
