@@ -113,7 +113,9 @@ def build_editor(
     `gr.update(video_size=..., num_frames=..., fps=..., controls=...)`; what is left out stays.
 
     Events with the editor as an output take show_progress="hidden", since Gradio dims the component while they run, and
-    must not return a value that the user may meanwhile have changed: leave `value` out.
+    must not return a value that the user may meanwhile have changed: leave `value` out. GRADIO_RUN_HISTORY=False in the
+    environment keeps Gradio 6.31 from storing each event's data, pictures too, in the browser, where it slows every
+    further event.
     """
     return TrajectoryEditor(
         video_size=video_size, num_frames=num_frames, fps=fps, controls=controls, max_tracks=max_tracks, **html

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import pytest
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+# Gradio would keep all that events send and return in the browser, which makes each event slower than the last.
+os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
