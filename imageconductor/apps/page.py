@@ -148,7 +148,9 @@ def _wire(events: Events, parts: Parts) -> None:
     errors = parts.slots.components
 
     form = parts.form_inputs
-    parts.generate.click(events.make_videos, [board.is_used, *form], parts.run_outputs, **running)
+    parts.generate.click(
+        events.make_videos, [board.is_used, *board.sliders.values(), *form], parts.run_outputs, **running
+    )
     parts.resuming.make.click(events.resume, [parts.number, parts.resuming.step, *form], parts.run_outputs, **running)
     sheet_outputs = [*parts.run_outputs, sheet.gallery, sheet.refine, parts.sheet_choice]
     sheet.make.click(events.make_sheet, [sheet.count, sheet.steps, *form], sheet_outputs, **running)

@@ -22,9 +22,12 @@ from imageconductor.apps.visits import Visit
 class Events(ResultEvents, MotionEvents):
     """All functions of a page; these make videos."""
 
-    def make_videos(self, request: gr.Request, use_mix: bool, *values: Any) -> Iterator[Updates]:
-        """The videos of the form."""
+    def make_videos(
+        self, request: gr.Request, use_mix: bool, camera: float, object: float, mixed: float, *values: Any
+    ) -> Iterator[Updates]:
+        """The videos of the form, with the mixing board as it stands."""
         visit = self.visit(request)
+        visit.mix.set(camera=float(camera), object=float(object), mixed=float(mixed))
         yield from self._run(visit, lambda: self.studio.make(visit, self.read_form(values), uses_mix=use_mix))
 
     def resume(self, request: gr.Request, number: int, step: int, *values: Any) -> Iterator[Updates]:

@@ -80,7 +80,13 @@ def build_picture(slots: Slots, has_example: bool) -> tuple[gr.File, gr.Button]:
             scale=5,
         )
         button = gr.Button(
-            "Example", visible=has_example, scale=0, min_width=90, elem_id="example", elem_classes="ic-beside"
+            "Example",
+            visible=has_example,
+            scale=0,
+            min_width=90,
+            elem_id="example",
+            size="sm",
+            elem_classes="ic-beside",
         )
     slots.add("picture")
     return picture, button
@@ -93,7 +99,7 @@ def build_settings(slots: Slots, defaults: SamplingDefaults, shelf: Shelf, limit
     slots.add("prompt")
     with gr.Row(elem_classes="ic-tight"):
         made["seed"] = gr.Number(1, label="Seed", precision=0, minimum=0, min_width=110, scale=2, elem_id="seed")
-        dice = gr.Button("Roll", min_width=60, scale=0, elem_id="dice", elem_classes="ic-beside")
+        dice = gr.Button("Roll", min_width=60, scale=0, elem_id="dice", size="sm", elem_classes="ic-beside")
         made["videos"] = gr.Number(1, label="Videos", precision=0, minimum=1, min_width=70, elem_id="videos")
         steps = min(defaults.num_inference_steps, limits.steps)
         made["steps"] = gr.Number(steps, label="Steps", precision=0, minimum=1, min_width=70, elem_id="steps")
@@ -321,5 +327,13 @@ def build_presets(slots: Slots) -> tuple[gr.Button, gr.DownloadButton, gr.Upload
 
 def _gallery(label: str, name: str) -> gr.Gallery:
     return gr.Gallery(
-        label=label, columns=3, height="auto", allow_preview=False, interactive=False, buttons=[], elem_id=name
+        label=label,
+        columns=3,
+        fit_columns=False,
+        object_fit="contain",
+        height="auto",
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+        elem_id=name,
     )
