@@ -191,9 +191,9 @@ def test_weights_of_the_board():
 def test_another_base_or_lora_takes_the_place_of_the_loaded_model(engine, job, tiny_model, monkeypatch):
     made(engine, Request(job))
     loaded = []
-    monkeypatch.setattr(engine_module, "load_pipeline", lambda job: loaded.append(job.dtype) or load_pipeline(job))
+    monkeypatch.setattr(engine_module, "load_pipeline", lambda job: loaded.append(job.vae_tiling) or load_pipeline(job))
     made(engine, Request(job))
     assert loaded == []
-    made(engine, Request(SampleJob(**{**vars(job), "dtype": "bfloat16"})))
+    made(engine, Request(SampleJob(**{**vars(job), "vae_tiling": True})))
     made(engine, Request(job))
-    assert loaded == ["bfloat16", "float32"]
+    assert loaded == [True, False]

@@ -116,6 +116,7 @@ def test_a_seed_of_a_sheet_is_refined_into_the_video_that_all_steps_make(studio,
     assert np.array_equal(frames(refined.find("video.mp4", 4)), frames(direct.find("video.mp4", 4)))
 
 
+@pytest.mark.slow  # tests/sampling/test_job_mix.py has the command's part
 def test_the_mixing_board_weighs_and_its_run_yaml_repeats(studio, visit, form, tmp_path):
     visit.mix.set(camera=0.5, object=1.0, mixed=0.0)
     result = make(studio, visit, form, uses_mix=True)
