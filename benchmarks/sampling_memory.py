@@ -114,6 +114,7 @@ def step_bytes(parts: dict[str, Any], size: tuple[int, int], videos: int, camera
     denoiser = Denoiser(parts["unet"], parts["image_controlnet"], parts["motion_controlnet"])
     with torch.device("meta"):
         denoise = GuidedDenoiser(denoiser, branches, {"uncond": conditions[0], "prompt": conditions[1]})
+        denoise.prepare()
     return peak_bytes(lambda: denoise(x_t, t))
 
 

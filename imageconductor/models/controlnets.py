@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -27,6 +28,7 @@ from imageconductor.models.motion_module import (
     run_down_path,
     signature_with,
 )
+from imageconductor.models.text_attention import adopt_text_attention_
 
 _Net = TypeVar("_Net", bound="SparseControlNet")
 
@@ -57,6 +59,14 @@ class Residuals:
 
         return Residuals(tuple(repeat(x) for x in self.down), repeat(self.mid))
 
+    @staticmethod
+    def stack(parts: Sequence[Residuals]) -> Residuals:
+        """The rows of several parts, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        down = tuple(torch.cat(x) for x in zip(*(part.down for part in parts), strict=True))
+        return Residuals(down, torch.cat([part.mid for part in parts]))
+
     def videos(self, start: int, stop: int, num_frames: int) -> Residuals:
         """Residuals of the videos start..stop-1 of the batch, as views."""
         rows = slice(start * num_frames, stop * num_frames)
@@ -78,6 +88,7 @@ class SparseControlNet(SparseControlNetModel):
         super().__init__(*args, **kwargs)
         self.register_to_config(motion_norm_num_groups=motion_norm_num_groups)
         adopt_motion_modules_(self, motion_norm_num_groups)
+        adopt_text_attention_(self)
 
     __init__.__signature__ = signature_with(SparseControlNetModel.__init__, motion_norm_num_groups=None)  # type: ignore
 
@@ -122,17 +133,19 @@ class SparseControlNet(SparseControlNetModel):
         batch, num_frames = encoder_hidden_states.shape[0], condition.shape[2]
         timesteps = torch.as_tensor(timestep, device=condition.device).expand(batch)
         emb = self.time_embedding(self.time_proj(timesteps).to(self.dtype)).repeat_interleave(num_frames, dim=0)
-        text = encoder_hidden_states.repeat_interleave(num_frames, dim=0)
 
         embedded = self.controlnet_cond_embedding(
             rearrange(condition.to(self.dtype), "b c t h w -> (b t) c h w").contiguous()
         )
         if condition.shape[0] != batch:
             embedded = embedded.repeat(batch, 1, 1, 1)
-        # conv_in of an all-zero sample is its bias.
-        hidden = cast(Tensor, self.conv_in.bias).view(1, -1, 1, 1) + embedded
-        hidden, skips = run_down_path(self, hidden, emb, attention_arguments(text), num_frames)
-        hidden = self.mid_block(hidden, emb, encoder_hidden_states=text)
+        # conv_in of an all-zero sample is its bias, at any size.
+        bias = cast(Tensor, self.conv_in.bias).view(1, -1, 1, 1)
+        if bias.is_meta:  # Weights that accelerate offloads one by one come when their layer is called.
+            bias = self.conv_in(embedded.new_zeros(1, cast(Tensor, self.conv_in.weight).shape[1], 1, 1))
+        hidden = bias + embedded
+        hidden, skips = run_down_path(self, hidden, emb, attention_arguments(encoder_hidden_states), num_frames)
+        hidden = self.mid_block(hidden, emb, encoder_hidden_states=encoder_hidden_states)
         down = tuple(block(skip) for block, skip in zip(self.controlnet_down_blocks, skips, strict=True))
         return Residuals(down, self.controlnet_mid_block(hidden))
 

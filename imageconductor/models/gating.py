@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
+import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 _PARTS = ("down_blocks", "mid_block", "up_blocks")
+_OF_FRAMES = ("object_tokens", "scene_tokens", "input_features")
 
 
 class Place(NamedTuple):
@@ -101,8 +103,15 @@ class Gating:
 
     def rows(self, rows: slice) -> Gating:
         """The same for some of the B*T frames."""
-        tensors = {name: getattr(self, name) for name in ("object_tokens", "scene_tokens", "input_features")}
+        tensors = {name: getattr(self, name) for name in _OF_FRAMES}
         return replace(self, **{name: None if value is None else value[rows] for name, value in tensors.items()})
+
+    @staticmethod
+    def stack(parts: Sequence[Gating]) -> Gating:
+        """The frames of several evaluations by the same gates, one after the other."""
+        tensors = {name: [getattr(part, name) for part in parts] for name in _OF_FRAMES}
+        joined = {name: None if values[0] is None else torch.cat(values) for name, values in tensors.items()}
+        return replace(parts[0], **joined)
 
 
 def gate_scalars(network: nn.Module) -> dict[str, nn.Parameter]:

@@ -206,7 +206,7 @@ def _put(state: Sequence[tuple[Any, str, Any]]) -> None:
 
 
 def attention_arguments(text: Tensor, gating: Any = None) -> dict[str, Any]:
-    """Keyword arguments of diffusers' blocks with spatial attention: text (B*T, L, D), and what gates do."""
+    """Keyword arguments of diffusers' blocks with spatial attention: text (B or B*T, L, D), and what gates do."""
     arguments: dict[str, Any] = {"encoder_hidden_states": text}
     if gating is not None:
         arguments["cross_attention_kwargs"] = {"gligen": {"objs": gating}}  # what diffusers hands to the fuser

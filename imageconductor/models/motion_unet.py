@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from imageconductor.models.motion_module import (
     run_layer,
     signature_with,
 )
+from imageconductor.models.text_attention import adopt_text_attention_
 
 SD15_ANIMATEDIFF_V3: dict[str, Any] = {"cross_attention_dim": 768, "use_motion_mid_block": False}
 """What differs from diffusers' defaults in the UNet of SD-1.5 with AnimateDiff v3 (and in the published weights)."""
@@ -39,7 +41,7 @@ class UNetFeatures:
         skips: The 12 outputs of the down path (at SD-1.5's depth), each (B*T, C_i, h_i, w_i).
         mid: (B*T, C, h, w), after the mid block.
         emb: (B*T, 4*C_0), time embedding.
-        text: (B*T, L, D).
+        text: (B, L, D).
         num_frames: T.
         gating: What gates do, in the second half too; None = nothing.
     """
@@ -55,8 +57,18 @@ class UNetFeatures:
         """Features of the videos start..stop-1 of the batch, as views."""
         rows = slice(start * self.num_frames, stop * self.num_frames)
         gating = None if self.gating is None else self.gating.rows(rows)
-        skips = tuple(skip[rows] for skip in self.skips)
-        return UNetFeatures(skips, self.mid[rows], self.emb[rows], self.text[rows], self.num_frames, gating)
+        skips, text = tuple(skip[rows] for skip in self.skips), self.text[start:stop]
+        return UNetFeatures(skips, self.mid[rows], self.emb[rows], text, self.num_frames, gating)
+
+    @staticmethod
+    def stack(parts: Sequence[UNetFeatures]) -> UNetFeatures:
+        """The videos of several parts, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        skips = tuple(torch.cat(skip) for skip in zip(*(part.skips for part in parts), strict=True))
+        mid, emb, text = (torch.cat([getattr(part, name) for part in parts]) for name in ("mid", "emb", "text"))
+        gatings = [part.gating for part in parts if part.gating is not None]
+        return UNetFeatures(skips, mid, emb, text, parts[0].num_frames, Gating.stack(gatings) if gatings else None)
 
 
 class TwoHalves:
@@ -94,7 +106,6 @@ class TwoHalves:
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(batch)
         emb = self.time_embedding(self.time_proj(timesteps).to(self.dtype))
         emb = emb.repeat_interleave(num_frames, dim=0)
-        text = encoder_hidden_states.repeat_interleave(num_frames, dim=0)
 
         hidden = self.conv_in(rearrange(sample, "b c t h w -> (b t) c h w"))
         if gating is not None and gating.input_features is not None:
@@ -102,12 +113,12 @@ class TwoHalves:
         if hasattr(self, "transformer_in"):
             enter = self.transformer_in
             hidden = run_layer(self, enter, enter.forward, hidden, num_frames=num_frames, return_dict=False)[0]
-        arguments = attention_arguments(text, gating)
+        arguments = attention_arguments(encoder_hidden_states, gating)
         hidden, skips = run_down_path(self, hidden, emb, arguments, num_frames)
         if any(hasattr(self.mid_block, name) for name in ("motion_modules", "temp_attentions")):
             arguments["num_frames"] = num_frames
         hidden = run_block(self, self.mid_block, hidden, emb, **arguments)
-        return UNetFeatures(skips, hidden, emb, text, num_frames, gating)
+        return UNetFeatures(skips, hidden, emb, encoder_hidden_states, num_frames, gating)
 
     def decode(self, features: UNetFeatures, residuals: Residuals | None = None) -> Tensor:
         """Model output (B, C, T, h, w) of the up path, the residuals added to the features it reads."""
@@ -181,6 +192,7 @@ class MotionUNet(TwoHalves, UNetMotionModel):  # pyright: ignore[reportIncompati
         self.register_to_config(motion_norm_num_groups=motion_norm_num_groups)
         adopt_motion_modules_(self, motion_norm_num_groups)
         open_gate_places_(self)
+        adopt_text_attention_(self)
 
     __init__.__signature__ = signature_with(UNetMotionModel.__init__, motion_norm_num_groups=None)  # type: ignore
 
@@ -197,5 +209,6 @@ class TextToVideoUNet(TwoHalves, PeftAdapterMixin, UNet3DConditionModel):  # pyr
         super().__init__(*args, **kwargs)
         adopt_temporal_layers_(self)
         open_gate_places_(self)
+        adopt_text_attention_(self)
 
     __init__.__signature__ = inspect.signature(UNet3DConditionModel.__init__)  # type: ignore

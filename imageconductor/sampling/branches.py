@@ -5,7 +5,8 @@
 | UNet encoder: (x_t, t, text), and with gates (boxes, first frame) | once per video and distinct `for_encoder` |
 | image ControlNet: (t, text, image) | once per condition and distinct text, whatever the number of videos |
 | motion ControlNet: (t, text, trajectories, adapters) | once per condition and distinct (text, adapters) |
-| UNet decoder | once per video and branch |
+| UNet decoder | once per video and branch; several branches in one call, at most as many videos as in the encoder's |
+| what stands before the first cross-attention: all but the text | once for both texts |
 
 ControlNet outputs can be kept between calls (`residual_cache`): each row of the table whose key is kept is left out.
 """
@@ -30,6 +31,8 @@ from imageconductor.diffusion.guidance import (
 from imageconductor.models.adapters import Adapter, merge_copy
 from imageconductor.models.controlnets import MotionControlNet, Residuals
 from imageconductor.models.denoiser import Condition, Denoiser, add
+from imageconductor.models.motion_unet import UNetFeatures
+from imageconductor.models.shared_start import rows_repeated
 from imageconductor.sampling.residual_cache import CallCache, Content
 
 Text = Literal["uncond", "prompt"]
@@ -131,7 +134,7 @@ def _weighted(evaluations: Sequence[tuple[Text, Adapters]], weights: Tensor) -> 
 class GuidedDenoiser:
     """Guided prediction `denoise(x_t, t)` for P conditions, built once for all steps of a call.
 
-    In half precision, LoRAs that act in every branch with trajectories are merged into a copy (docs/decisions.md, 29).
+    LoRAs that act wherever any do are merged into a copy of the motion ControlNet (docs/decisions.md, 29).
 
     Args:
         denoiser: The networks, the motion ControlNet with the adapters that the branches name.
@@ -155,8 +158,8 @@ class GuidedDenoiser:
         self.num_conditions = len(self.conditions.text) // len(self.texts)
         # Branches under the same adapters are one evaluation of the motion ControlNet.
         self.groups = {branch.adapters: [b for b in branches if b.adapters == branch.adapters] for branch in branches}
-        sets = [adapters for adapters in self.groups if adapters is not None]
-        self.merges = len(sets) == 1 and bool(sets[0]) and _can_merge(denoiser.motion_controlnet)
+        sets = [adapters for adapters in self.groups if adapters]
+        self.merges = len(sets) == 1 and _can_merge(denoiser.motion_controlnet)
         self._merged_set = sets[0] if self.merges else None
         self._merged: MotionControlNet | None = None
         self._contents: dict[tuple[Adapters, tuple[Text, ...]], Content] = {}
@@ -197,43 +200,70 @@ class GuidedDenoiser:
         if self.cache is not None and time is None:
             time = float(t)
 
-        def repeat_row(residuals: Residuals | None, row: int) -> Residuals | None:
+        # Boxes and the gates' first frame are the same in all branches of a text, so that these share the encoder.
+        condition = self.conditions.for_encoder(per_condition)
+        with rows_repeated(self.denoiser.unet, len(self.texts)):
+            features = self.denoiser.encode(x_t.repeat(len(self.texts), 1, 1, 1, 1), t, condition)
+        image = self._image_residuals(t, time)
+
+        def rows_of(residuals: Residuals | None, row: int) -> Residuals | None:
             if residuals is None:
                 return None
             rows = residuals.videos(row * self.num_conditions, (row + 1) * self.num_conditions, num_frames)
             return rows.repeat_videos(per_condition, num_frames)
 
-        # Boxes and the gates' first frame are the same in all branches of a text, so that these share the encoder.
-        condition = self.conditions.for_encoder(per_condition)
-        features = self.denoiser.encode(x_t.repeat(len(self.texts), 1, 1, 1, 1), t, condition)
-        image = self._image_residuals(t, time)
         predictions: dict[tuple[Text, Adapters], Tensor] = {}
-        for adapters, texts in self._evaluations(also):
-            motion = self._motion_residuals(adapters, texts, t, time)
-            for index, name in enumerate(texts):
-                row = self.texts.index(name)
-                residuals = add(repeat_row(image, row), repeat_row(motion, index))
-                of_row = features.videos(row * videos, (row + 1) * videos)
-                predictions[name, adapters] = self.denoiser.decode(of_row, residuals)
+        for evaluations in (self._evaluations, self._more_evaluations(also)):
+            keys: list[tuple[Text, Adapters]] = []
+            parts: list[tuple[UNetFeatures, Residuals | None]] = []
+            for adapters, texts in evaluations:
+                motion = self._motion_residuals(adapters, texts, t, time)
+                for index, name in enumerate(texts):
+                    row = self.texts.index(name)
+                    keys.append((name, adapters))
+                    residuals = add(rows_of(image, row), rows_of(motion, index))
+                    parts.append((features.videos(row * videos, (row + 1) * videos), residuals))
+            predictions |= zip(keys, self._decode(parts), strict=True)
         return predictions
 
-    def _evaluations(self, also: Sequence[Adapters]) -> Iterator[tuple[Adapters, tuple[Text, ...]]]:
-        """Texts that are evaluated under each set of adapters, those of the branches first."""
-        for adapters, group in self.groups.items():
-            yield adapters, tuple(branch.text for branch in group)
-        for adapters in also:
-            if not any(branch.text == "prompt" for branch in self.groups.get(adapters, ())):
-                yield adapters, ("prompt",)
+    def _decode(self, parts: Sequence[tuple[UNetFeatures, Residuals | None]]) -> Iterator[Tensor]:
+        """Prediction of each part, as many of them in a call as the encoder had texts."""
+        for start in range(0, len(parts), len(self.texts)):
+            features, residuals = zip(*parts[start : start + len(self.texts)], strict=True)
+            given = [one for one in residuals if one is not None]
+            together = Residuals.stack(given) if given else None
+            yield from self.denoiser.decode(UNetFeatures.stack(features), together).chunk(len(features))
+
+    @property
+    def _evaluations(self) -> list[tuple[Adapters, tuple[Text, ...]]]:
+        """Texts that are evaluated under each set of adapters."""
+        return [(adapters, tuple(branch.text for branch in group)) for adapters, group in self.groups.items()]
+
+    def _more_evaluations(self, also: Sequence[Adapters]) -> list[tuple[Adapters, tuple[Text, ...]]]:
+        """The prompt under further adapters; by themselves, so that the branches' predictions stay what they are."""
+        done = {adapters for adapters, group in self.groups.items() if any(one.text == "prompt" for one in group)}
+        return [(adapters, ("prompt",)) for adapters in also if adapters not in done]
 
     def _image_residuals(self, t: Tensor, time: float | None) -> Residuals | None:
         """Of all texts' conditions, stacked."""
         if self.cache is None or time is None or self.conditions.keyframes is None:
-            return self.denoiser.image_residuals(t, self.conditions)
+            return self._evaluate_image(t)
         key = None, tuple(self.texts)
         if key not in self._contents:
             self._contents[key] = self.cache.image_content([self._of_text[name] for name in self.texts])
-        evaluate = cast(Callable[[], Residuals], lambda: self.denoiser.image_residuals(t, self.conditions))
+        evaluate = cast(Callable[[], Residuals], lambda: self._evaluate_image(t))
         return self.cache.residuals(self._contents[key], time, evaluate)
+
+    def _evaluate_image(self, t: Tensor) -> Residuals | None:
+        if self.conditions.keyframes is None:
+            return None
+        with rows_repeated(self.denoiser.image_controlnet, self._repetitions(self.texts, "keyframes", "mask")):
+            return self.denoiser.image_residuals(t, self.conditions)
+
+    def _repetitions(self, texts: Sequence[Text], *names: str) -> int:
+        """How often a batch of these texts repeats what it reads beside them; 1 if the conditions differ there."""
+        fields = [[id(getattr(self._of_text[text], name)) for name in names] for text in texts]
+        return len(texts) if all(one == fields[0] for one in fields) else 1
 
     def _motion_residuals(
         self, adapters: Adapters, texts: tuple[Text, ...], t: Tensor, time: float | None
@@ -245,9 +275,9 @@ class GuidedDenoiser:
 
         def evaluate() -> Residuals:
             condition = self._stack(texts)
-            if is_merged:
-                return self.merged_denoiser.motion_residuals(t, condition)
-            return self.denoiser.motion_residuals(t, condition, adapters)
+            denoiser, acting = (self.merged_denoiser, None) if is_merged else (self.denoiser, adapters)
+            with rows_repeated(denoiser.motion_controlnet, self._repetitions(texts, "flow")):
+                return denoiser.motion_residuals(t, condition, acting)
 
         if self.cache is None or time is None:
             return evaluate()
@@ -256,6 +286,11 @@ class GuidedDenoiser:
             conditions = [self._of_text[name] for name in texts]
             self._contents[key] = self.cache.motion_content(conditions, adapters, is_merged)
         return self.cache.residuals(self._contents[key], time, evaluate)
+
+    def prepare(self) -> None:
+        """Does now what the first step would do once for all."""
+        if self.merges:
+            _ = self.merged_denoiser
 
     @property
     def merged_denoiser(self) -> Denoiser:
@@ -273,14 +308,8 @@ class GuidedDenoiser:
 
 
 def _can_merge(network: MotionControlNet) -> bool:
-    """Whether LoRAs may be merged into a copy: in half precision, where a copy is what is evaluated.
-
-    In float32 the output stays that of theta_0 + Delta theta, layer by layer. A copy of a compiled network is not
-    compiled, one of an offloaded network is not moved.
-    """
+    """Whether LoRAs may be merged into a copy: one of a compiled network is not compiled, of an offloaded not moved."""
     modules = list(network.modules())
     hooked = any(hasattr(module, name) for module in modules for name in ("_hf_hook", "_diffusers_hook"))
-    layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
-    dtypes = {cast(Tensor, layer.get_base_layer().weight).dtype for layer in layers}
-    is_merged = any(layer.merged for layer in layers)
-    return dtypes <= {torch.float16, torch.bfloat16} and not (hooked or is_merged or network._compiled_call_impl)
+    is_merged = any(isinstance(module, BaseTunerLayer) and module.merged for module in modules)
+    return not (hooked or is_merged or network._compiled_call_impl)

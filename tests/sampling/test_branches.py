@@ -1,11 +1,13 @@
 """The plan of a guided step, and the published sampling loops."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from parity import REFERENCE, TOLERANCE, expected, inputs, model_config, relative_error, weights
+from published_schedule import published_step
 
 from imageconductor.checkpoints.published import load_published
 from imageconductor.diffusion.guidance import camera_free_guidance, classifier_free_guidance
@@ -134,13 +136,13 @@ def test_work_is_shared(networks, monkeypatch):
     calls = {"encode": [], "decode": [], "image": [], "motion": []}
 
     def record(name, owner, method, size):
-        original = getattr(owner, method)
+        original = getattr(type(owner), method)
 
-        def wrapper(*args, **kwargs):
+        def wrapper(self, *args, **kwargs):
             calls[name].append(size(args))
-            return original(*args, **kwargs)
+            return original(self, *args, **kwargs)
 
-        monkeypatch.setattr(owner, method, wrapper)
+        monkeypatch.setattr(type(owner), method, wrapper)  # of the class, so that a merged copy is counted too
 
     unet, image, motion = networks
     record("encode", unet, "encode", lambda a: len(a[0]))
@@ -151,7 +153,7 @@ def test_work_is_shared(networks, monkeypatch):
     noise = torch.randn(3, *x["loop_latents"].shape[1:], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         together = guided(networks, plan(Control.OBJECT, 7.5, 1.4))(noise, x["timestep"])
-        assert calls == {"encode": [6], "decode": [3, 3, 3], "image": [2], "motion": [1, 2]}
+        assert calls == {"encode": [6], "decode": [6, 3], "image": [2], "motion": [1, 2]}
         for row in range(3):
             alone = guided(networks, plan(Control.OBJECT, 7.5, 1.4))(noise[row : row + 1], x["timestep"])
             assert relative_error(together[row : row + 1], alone) < 1e-5
@@ -167,7 +169,7 @@ def half_conditions():
 
 
 @torch.no_grad()
-def test_a_lora_that_stays_active_is_merged_in_half_precision(networks):
+def test_a_lora_that_stays_active_is_merged(networks):
     """Into a copy, once a call, in place of two more products a layer and step."""
     half, x = halved(networks), inputs()
     merged = GuidedDenoiser(Denoiser(*half), plan(Control.CAMERA, 7.5), half_conditions())
@@ -176,7 +178,6 @@ def test_a_lora_that_stays_active_is_merged_in_half_precision(networks):
     assert not [key for key in copied.state_dict() if ".lora_" in key]
     assert merged.merged_denoiser.motion_controlnet is copied, "once a call"
     plain = GuidedDenoiser(Denoiser(*networks), plan(Control.CAMERA, 7.5), conditions_of(x))
-    assert not plain.merges, "float32 stays theta_0 + Delta theta"
     expected = plain(x["loop_latents"], x["timestep"])
     found = merged(x["loop_latents"].bfloat16(), x["timestep"]).float()
     base = GuidedDenoiser(Denoiser(*networks), plan(Control.BASE, 7.5), conditions_of(x))
@@ -190,10 +191,44 @@ def test_what_a_copy_cannot_stand_for_is_not_merged(networks):
         return GuidedDenoiser(Denoiser(*half), branches or plan(Control.CAMERA, 7.5), half_conditions()).merges
 
     assert merges()
-    assert not merges(plan(Control.OBJECT, 7.5, 1.4)), "adapters alternate"
+    assert merges(plan(Control.OBJECT, 7.5, 1.4)), "theta_0 beside it needs no LoRA"
+    mix = {Control.CAMERA: 1.0, Control.OBJECT: 1.0}
+    assert not merges(plan(Control.CAMERA, 7.5, mix=mix)), "two sets would be two copies"
     assert not merges(plan(Control.BASE, 7.5))
     half[2]._hf_hook = None  # as accelerate's offloading leaves it
     assert not merges()
     del half[2]._hf_hook
     half[2].compile(backend="eager")
     assert not merges()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("camera_free", [None, 1.4])
+def test_the_shared_schedule_is_the_published_one(networks, camera_free, monkeypatch):
+    """Text once a video, LoRAs merged, branches decoded together, and the start of each network once for both texts."""
+
+    def count(layer):
+        original, seen = layer.forward, []
+
+        def forward(*args, **kwargs):
+            seen.append(len([*args, *kwargs.values()][0]))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(layer, "forward", forward)
+        return seen
+
+    x, conditions, unet = inputs(), conditions_of(inputs()), networks[0]
+    denoiser, frames = Denoiser(*networks), x["loop_latents"].shape[2]
+    arguments = conditions, Control.OBJECT, 7.5, camera_free
+    expected = published_step(denoiser, x["loop_latents"], x["timestep"], *arguments)
+    denoise = guided(networks, plan(Control.OBJECT, 7.5, camera_free))
+    keys = count(unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k)
+    first = count(unet.down_blocks[0].resnets[0])
+    second = count(unet.down_blocks[0].resnets[1])
+    found = denoise(x["loop_latents"], x["timestep"])
+    assert relative_error(found, expected) < 1e-5
+    assert (keys, first, second) == ([2], [frames], [2 * frames])
+    other = {**conditions, "uncond": replace(conditions["uncond"], flow=-x["flow"])}
+    differing = GuidedDenoiser(denoiser, plan(Control.OBJECT, 7.5), other)(x["loop_latents"], x["timestep"])
+    reference = published_step(denoiser, x["loop_latents"], x["timestep"], other, Control.OBJECT, 7.5)
+    assert relative_error(differing, reference) < 1e-5, "flow maps that differ are not taken for one"

@@ -9,7 +9,7 @@ from PIL import Image
 
 from imageconductor.conditioning import camera_preset
 from imageconductor.models.adapters import merge, unmerge
-from imageconductor.models.controlnets import Residuals
+from imageconductor.models.controlnets import ImageControlNet, MotionControlNet, Residuals
 from imageconductor.sampling.residual_cache import ResidualCache, weights_token
 
 STEPS = 2
@@ -48,8 +48,8 @@ def counts(cache):
 
 def test_kept_outputs_serve_what_they_depend_on(pipe, monkeypatch):
     calls = []
-    for network in (pipe.image_controlnet, pipe.motion_controlnet):
-        monkeypatch.setattr(network, "forward", lambda *args, f=network.forward: calls.append(f) or f(*args))
+    for kind in (ImageControlNet, MotionControlNet):  # the classes, so that a merged copy is counted too
+        monkeypatch.setattr(kind, "forward", lambda *args, f=kind.forward: calls.append(f) or f(*args))
     cache, half = ResidualCache(), ENTRIES // 2
     for changed, expected in (
         ({}, (0, ENTRIES)),
@@ -182,19 +182,19 @@ def test_offloaded_networks_are_the_same_networks():
         hook.remove()
     cpu_offload(pipe.motion_controlnet, execution_device="cpu")
     assert next(pipe.motion_controlnet.parameters()).is_meta
-    for _ in range(2):
-        assert torch.equal(run(pipe, cache), expected)
-    hits, misses = counts(cache)
-    assert misses <= STEPS
-    assert hits >= 3 * STEPS
+    token = weights_token(pipe.motion_controlnet)
+    for _ in range(2):  # without a merged copy, so with other last bits
+        torch.testing.assert_close(run(pipe, cache), expected, rtol=1e-4, atol=1e-4)
+    assert counts(cache) == (3 * STEPS, STEPS)
+    assert weights_token(pipe.motion_controlnet) == token
 
 
 @torch.no_grad()
 def test_a_merged_copy_is_made_only_where_something_is_evaluated(monkeypatch):
-    """In half precision; a copy and the network under its LoRA round differently and are not exchanged."""
+    """A copy and the network under its LoRA round differently and are not exchanged."""
     import imageconductor.sampling.branches as branches
 
-    pipe, cache, copies = tiny_pipeline().to(torch.bfloat16), ResidualCache(), []
+    pipe, cache, copies = tiny_pipeline(), ResidualCache(), []
     merge_copy = branches.merge_copy
     monkeypatch.setattr(branches, "merge_copy", lambda *args: copies.append(args[1:]) or merge_copy(*args))
     expected = run(pipe, cache)
@@ -211,7 +211,7 @@ def test_a_merged_copy_is_made_only_where_something_is_evaluated(monkeypatch):
 def test_compiled_networks_are_served_too(pipe):
     """A compiled network may write its next output where the last one lies, so what is kept is a copy."""
     cache, given = ResidualCache(), []
-    expected, network = run(pipe), pipe.motion_controlnet
+    network = pipe.motion_controlnet
 
     def call_in_place(*args):
         output = network.forward(*args)
@@ -221,8 +221,10 @@ def test_compiled_networks_are_served_too(pipe):
             place.copy_(x)
         return given[0]
 
-    network._compiled_call_impl = call_in_place
+    network._compiled_call_impl = network.forward
     try:
+        expected = run(pipe)
+        network._compiled_call_impl = call_in_place
         for _ in range(2):
             assert torch.equal(run(pipe, cache), expected)
     finally:
