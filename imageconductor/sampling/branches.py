@@ -5,7 +5,7 @@
 | UNet encoder: (x_t, t, text), and with gates (boxes, first frame) | once per video and distinct `for_encoder` |
 | image ControlNet: (t, text, image) | once per condition and distinct text, whatever the number of videos |
 | motion ControlNet: (t, text, trajectories, adapters) | once per condition and distinct (text, adapters) |
-| UNet decoder | once per video and branch; several branches in one call, at most as many videos as in the encoder's |
+| UNet decoder | once per video and branch; those of a single video together, two at a time |
 | what stands before the first cross-attention: all but the text | once for both texts |
 
 ControlNet outputs can be kept between calls (`residual_cache`): each row of the table whose key is kept is left out.
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import islice
 from typing import Literal, cast
 
 import torch
@@ -131,6 +132,15 @@ def _weighted(evaluations: Sequence[tuple[Text, Adapters]], weights: Tensor) -> 
     return tuple(Branch(*evaluation, weight) for evaluation, weight in pairs if abs(weight) > 1e-12)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What the decoder reads for one branch; residuals are None where no ControlNet acts."""
+
+    key: tuple[Text, Adapters]
+    features: UNetFeatures
+    residuals: Residuals | None
+
+
 class GuidedDenoiser:
     """Guided prediction `denoise(x_t, t)` for P conditions, built once for all steps of a call.
 
@@ -212,27 +222,29 @@ class GuidedDenoiser:
             rows = residuals.videos(row * self.num_conditions, (row + 1) * self.num_conditions, num_frames)
             return rows.repeat_videos(per_condition, num_frames)
 
-        predictions: dict[tuple[Text, Adapters], Tensor] = {}
-        for evaluations in (self._evaluations, self._more_evaluations(also)):
-            keys: list[tuple[Text, Adapters]] = []
-            parts: list[tuple[UNetFeatures, Residuals | None]] = []
+        def parts(evaluations: Sequence[tuple[Adapters, tuple[Text, ...]]]) -> Iterator[_Part]:
             for adapters, texts in evaluations:
                 motion = self._motion_residuals(adapters, texts, t, time)
                 for index, name in enumerate(texts):
                     row = self.texts.index(name)
-                    keys.append((name, adapters))
                     residuals = add(rows_of(image, row), rows_of(motion, index))
-                    parts.append((features.videos(row * videos, (row + 1) * videos), residuals))
-            predictions |= zip(keys, self._decode(parts), strict=True)
-        return predictions
+                    yield _Part((name, adapters), features.videos(row * videos, (row + 1) * videos), residuals)
 
-    def _decode(self, parts: Sequence[tuple[UNetFeatures, Residuals | None]]) -> Iterator[Tensor]:
-        """Prediction of each part, as many of them in a call as the encoder had texts."""
-        for start in range(0, len(parts), len(self.texts)):
-            features, residuals = zip(*parts[start : start + len(self.texts)], strict=True)
-            given = [one for one in residuals if one is not None]
-            together = Residuals.stack(given) if given else None
-            yield from self.denoiser.decode(UNetFeatures.stack(features), together).chunk(len(features))
+        # By themselves, the branches stay what they are, whatever else is asked for.
+        return {
+            key: output
+            for evaluations in (self._evaluations, self._more_evaluations(also))
+            for key, output in self._decode(parts(evaluations), max(1, len(self.texts) // videos))
+        }
+
+    def _decode(self, parts: Iterator[_Part], count: int) -> Iterator[tuple[tuple[Text, Adapters], Tensor]]:
+        """Predictions of the parts, `count` of them in a call; no more are put together before they are needed."""
+        while together := list(islice(parts, count)):
+            features = UNetFeatures.stack([part.features for part in together])
+            given = [part.residuals for part in together if part.residuals is not None]
+            outputs = self.denoiser.decode(features, Residuals.stack(given) if given else None).chunk(len(together))
+            yield from zip([part.key for part in together], outputs, strict=True)
+            del together, given, features
 
     @property
     def _evaluations(self) -> list[tuple[Adapters, tuple[Text, ...]]]:
@@ -240,7 +252,7 @@ class GuidedDenoiser:
         return [(adapters, tuple(branch.text for branch in group)) for adapters, group in self.groups.items()]
 
     def _more_evaluations(self, also: Sequence[Adapters]) -> list[tuple[Adapters, tuple[Text, ...]]]:
-        """The prompt under further adapters; by themselves, so that the branches' predictions stay what they are."""
+        """The prompt under further adapters, where no branch has it."""
         done = {adapters for adapters, group in self.groups.items() if any(one.text == "prompt" for one in group)}
         return [(adapters, ("prompt",)) for adapters in also if adapters not in done]
 

@@ -153,7 +153,7 @@ def test_work_is_shared(networks, monkeypatch):
     noise = torch.randn(3, *x["loop_latents"].shape[1:], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         together = guided(networks, plan(Control.OBJECT, 7.5, 1.4))(noise, x["timestep"])
-        assert calls == {"encode": [6], "decode": [6, 3], "image": [2], "motion": [1, 2]}
+        assert calls == {"encode": [6], "decode": [3, 3, 3], "image": [2], "motion": [1, 2]}
         for row in range(3):
             alone = guided(networks, plan(Control.OBJECT, 7.5, 1.4))(noise[row : row + 1], x["timestep"])
             assert relative_error(together[row : row + 1], alone) < 1e-5
