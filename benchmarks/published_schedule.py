@@ -42,7 +42,7 @@ def published_step(
     def run(video: Tensor, adapters: Adapters) -> tuple[Tensor, ...]:
         motion = denoiser.motion_residuals(t, condition, adapters)
         image = denoiser.image_residuals(t, condition)
-        features = denoiser.encode(video.repeat(2, 1, 1, 1, 1), t, condition.text)
+        features = denoiser.encode(video.repeat(2, 1, 1, 1, 1), t, condition)
         return denoiser.decode(features, motion if image is None else image + motion).chunk(2)
 
     guided: list[Tensor] = []

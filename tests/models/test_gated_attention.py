@@ -12,8 +12,9 @@ from imageconductor.models.denoiser import Condition, Denoiser
 from imageconductor.models.gated_attention import ObjectGates, SceneGates
 from imageconductor.models.gating import gate_places, gate_scalars, gate_values
 from imageconductor.models.motion_module import motion_modules_bypassed
-from imageconductor.models.motion_unet import MotionUNet
+from imageconductor.models.motion_unet import MotionUNet, UNetFeatures
 from imageconductor.models.networks import Networks
+from imageconductor.models.shared_start import rows_repeated
 from imageconductor.sampling.branches import Control, GuidedDenoiser, plan
 
 B, T, N = 2, 3, 2
@@ -185,6 +186,8 @@ def test_half_the_videos_are_half_the_work(unet):
     torch.testing.assert_close(networks.decode(features.videos(1, 2), None), whole[1:], rtol=1e-4, atol=1e-5)
     twice = networks.encode(x.repeat_interleave(2, 0), T_STEP, c.for_encoder(2))
     torch.testing.assert_close(twice.videos(2, 3).mid, features.videos(1, 2).mid, rtol=1e-4, atol=1e-5)
+    swapped = UNetFeatures.stack([features.videos(1, 2), features.videos(0, 1)])
+    torch.testing.assert_close(networks.decode(swapped, None), whole.flip(0), rtol=1e-4, atol=1e-5)
     assert c.for_encoder().keyframes is None
 
 
@@ -299,3 +302,15 @@ def test_class_names_are_told_by_the_token_that_ends_them():
         place = 1 + len(networks.tokenizer(name, add_special_tokens=False).input_ids)
         torch.testing.assert_close(features[row], states[row, place])
     assert networks.encode_names([]).shape == (0, 16)
+
+
+@torch.no_grad()
+def test_layers_before_the_text_run_once_under_gates_too(unet):
+    networks, c, x = denoiser(unet, *both(unet)), condition(), noisy()[:1].repeat(2, 1, 1, 1, 1)
+    same = {name: value[:1].repeat(2, *[1] * (value.ndim - 1)) for name, value in vars(c).items() if value is not None}
+    c = Condition(**{**same, "text": c.text})
+    plain = networks.encode(x, T_STEP, c)
+    with rows_repeated(unet, 2):
+        shared = networks.encode(x, T_STEP, c)
+    torch.testing.assert_close(networks.decode(shared, None), networks.decode(plain, None), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain.mid[:T], plain.mid[T:], atol=1e-3)
