@@ -109,7 +109,7 @@ class Boxes:
         name: str | None = None,
         max_objects: int | None = None,
     ) -> Boxes:
-        """Boxes of a file in our form (docs/boxes.md), or of a folder with `bbox.txt` and an image, as SMCD has it.
+        """Boxes of a file in our form (`box_files`), or of a folder with `bbox.txt` and an image, as SMCD has it.
 
         Args:
             path: `.json`, a folder, or its `bbox.txt`.
