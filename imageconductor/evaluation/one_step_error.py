@@ -19,6 +19,7 @@ from imageconductor.data.scenes import Scene
 from imageconductor.data.sparse_tracks import sample_sparse
 from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
 from imageconductor.data.sprites import SpriteDataset
+from imageconductor.diffusion.clean_estimate import estimate_x_0
 from imageconductor.models.denoiser import Condition
 from imageconductor.models.networks import Networks
 
@@ -113,10 +114,7 @@ def _predict_x_0(networks: Networks, x_0: Tensor, eps: Tensor, condition: Condit
     t = torch.tensor([scheduler.config["num_train_timesteps"] - 1], device=x_0.device)
     x_t = scheduler.add_noise(x_0, eps, t)
     prediction = networks.denoiser(x_t, t, condition)
-    alpha = scheduler.alphas_cumprod[t.cpu()].to(x_0)
-    if scheduler.config["prediction_type"] == "v_prediction":
-        return alpha.sqrt() * x_t - (1 - alpha).sqrt() * prediction
-    return (x_t - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
+    return estimate_x_0(prediction, x_t, float(scheduler.alphas_cumprod[t.cpu()]), scheduler.config["prediction_type"])
 
 
 def _encode(networks: Networks, pixels: Tensor) -> Tensor:
