@@ -9,6 +9,8 @@ from hypothesis import settings
 from imageconductor.data.sprite_world import SpriteWorldConfig
 from imageconductor.data.sprites import caption_words
 from imageconductor.models.adapters import Adapter, adapter_parameters, add_adapter
+from imageconductor.models.gated_attention import ObjectGates, SceneGates
+from imageconductor.models.gating import gate_scalars
 from imageconductor.models.networks import Networks
 from imageconductor.models.small_model import SmallModelConfig, build_small_model
 from imageconductor.sampling.pipeline import ImageConductorPipeline
@@ -50,6 +52,27 @@ def tiny_pipeline(seed: int = 0) -> ImageConductorPipeline:
     pipe = ImageConductorPipeline(**networks.parts, sampling_defaults=defaults)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+SMALL_ENCODER = {"channels": (8, 16), "blocks_per_level": 1}
+
+
+def open_gates(gates, value=0.5):
+    """Opens gates, the position network's null features and the input branch included."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in gates.named_parameters():
+            if "null_" in name or name == "input_branch.weight":
+                parameter.normal_(0, 0.5, generator=generator)
+        for scalar in gate_scalars(gates).values():
+            scalar.fill_(value)
+    return gates
+
+
+def tiny_gates(unet, is_open=True, **settings):
+    """Object and scene gates for a UNet, open if asked."""
+    gates = ObjectGates.from_unet(unet, max_objects=4), SceneGates.from_unet(unet, **SMALL_ENCODER, **settings)
+    return tuple(open_gates(network) for network in gates) if is_open else gates
 
 
 @pytest.fixture(scope="session")

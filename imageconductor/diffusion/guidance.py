@@ -87,26 +87,23 @@ def mixed_guidance(
     return guided
 
 
-def scene_guidance(eps_without: Tensor, eps_uncond: Tensor, eps_text: Tensor, scene: float, text: float) -> Tensor:
-    """Prediction that follows the first frame or the boxes more closely than the model alone, and then the text.
+def scene_guidance(guided: Tensor, eps_scene: Tensor, eps_without: Tensor, scene: float) -> Tensor:
+    """Prediction that follows boxes and the first frame of the gates more closely than the model alone.
 
-    Each scale multiplies what one more condition changes, so that the weights of the predictions sum to one. Without
-    guidance by the scene `eps_without` is not read, and the two others are classifier-free guidance under the scene,
-    the published rule. Published variants that add a whole prediction to it, with weights that sum to 2, 3 or 4, are
-    not offered.
+    With classifier-free guidance this is the nested form in which each scale multiplies what one more condition
+    changes. At scene = 1 it is the published rule. Published variants that add a whole prediction to it, with weights
+    that sum to 2, 3 or 4, are not offered.
 
     Args:
-        eps_without: (B, C, T, h, w), prediction for the negative prompt without the scene: zeros in place of the first
-            frame's latents, or absent boxes.
-        eps_uncond: (B, C, T, h, w), prediction for the negative prompt with the scene.
-        eps_text: (B, C, T, h, w), prediction for the prompt with the scene.
+        guided: (B, C, T, h, w), prediction under the guidance above, all of it with the scene.
+        eps_scene: (B, C, T, h, w), prediction for the negative prompt with the scene.
+        eps_without: (B, C, T, h, w), prediction for the negative prompt without it: absent boxes, and zeros in place of
+            the first frame's latents.
         scene: s_img, 1 = off.
-        text: s_txt, 1 = off.
 
     Returns:
-        (B, C, T, h, w), eps_without + s_img (eps_uncond - eps_without) + s_txt (eps_text - eps_uncond).
+        (B, C, T, h, w), guided + (scene - 1) (eps_scene - eps_without).
 
-    Source: SMCD (arXiv 2403.10179), section 3, for s_img = 1; docs/decisions.md, 39 for the rest.
+    Source: SMCD (arXiv 2403.10179), section 3, for scene = 1; docs/decisions.md, 39 for the rest.
     """
-    guided = classifier_free_guidance(eps_uncond, eps_text, text)
-    return guided if scene == 1 else guided + (scene - 1) * (eps_uncond - eps_without)
+    return guided + (scene - 1) * (eps_scene - eps_without)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,15 @@ class Condition:
         repeated = {name: x.repeat_interleave(count, dim=0) for name, x in read.items() if x is not None}
         return Condition(**repeated)
 
+    def without_gates(self) -> Condition:
+        """The same without what gates read, so that all of them are left out."""
+        return replace(self, boxes=None, present=None, names=None, scene=None, input_frame=None)
+
+    def without_scene(self) -> Condition:
+        """The same where gates act on nothing, as training drops it: absent objects, and zeros for the first frame."""
+        read = {name: getattr(self, name) for name in ("present", "scene", "input_frame")}
+        return replace(self, **{name: torch.zeros_like(x) for name, x in read.items() if x is not None})
+
     @staticmethod
     def stack(conditions: Sequence[Condition]) -> Condition:
         """The clips of several conditions, one after the other.
@@ -116,13 +125,19 @@ class Denoiser:
         residuals = self.residuals(t, condition)
         return self.decode(self.encode(x_t, t, condition), residuals)
 
-    def encode(self, x_t: Tensor, t: Tensor, condition: Condition) -> UNetFeatures:
+    def encode(self, x_t: Tensor, t: Tensor, condition: Condition, gating: Gating | None = None) -> UNetFeatures:
         """Features of the UNet's first half, which no ControlNet can change; they carry what gates do to the second.
+
+        Args:
+            x_t: (B, C, T, h, w).
+            t: () or (B,) int64.
+            condition: Of B clips.
+            gating: Of the condition, where it serves several steps; None = it is worked out here.
 
         Raises:
             ValueError: The condition has boxes or a scene, and the model no gates for it.
         """
-        gating = self.gating(condition, x_t.shape[2])
+        gating = gating or self.gating(condition, x_t.shape[2])
         if gating is None:
             with _autograd_if_learning([self.unet], x_t, condition.text):
                 return self.unet.encode(x_t, t, condition.text)

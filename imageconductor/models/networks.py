@@ -119,20 +119,13 @@ class Encoders:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """The parts by name, without gates."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in GATES}
-
-    @property
-    def gates(self) -> dict[str, nn.Module]:
-        """The gates that the model has, by name of the part."""
-        found = {name: getattr(self, name, None) for name in GATES}
-        return {name: network for name, network in found.items() if network is not None}
+        """The parts by name; None for one that the model does not have."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """The networks among the parts, by name."""
-        networks = {name: part for name, part in self.parts.items() if name in NETWORKS and part is not None}
-        return networks | self.gates
+        return {name: part for name, part in self.parts.items() if name in NETWORKS | GATES and part is not None}
 
     def freeze(self) -> None:
         """Puts every network into eval mode without gradients."""

@@ -27,16 +27,20 @@ from imageconductor.diffusion.guidance import (
     camera_free_guidance,
     classifier_free_guidance,
     mixed_guidance,
+    scene_guidance,
     trajectory_guidance,
 )
 from imageconductor.models.adapters import Adapter, merge_copy
 from imageconductor.models.controlnets import MotionControlNet, Residuals
 from imageconductor.models.denoiser import Condition, Denoiser, add
+from imageconductor.models.gating import Gating
 from imageconductor.models.motion_unet import UNetFeatures
 from imageconductor.models.shared_start import rows_repeated
 from imageconductor.sampling.residual_cache import CallCache, Content
 
-Text = Literal["uncond", "prompt"]
+Text = Literal["uncond", "prompt", "no_scene"]
+"""Negative prompt, prompt, and negative prompt without what the gates read."""
+
 Adapters = tuple[str, ...] | None
 
 
@@ -62,7 +66,7 @@ class Branch:
     """One evaluation of the model: its text, its motion control, and its weight in the guided prediction.
 
     Attributes:
-        text: "uncond" is the negative prompt.
+        text: What the evaluation is given.
         adapters: Active LoRAs of the motion ControlNet, () for theta_0; None leaves that network out.
         weight: Coefficient; the coefficients of a step sum to 1.
     """
@@ -79,8 +83,14 @@ def plan(
     trajectory_guidance_scale: float = 1.0,
     has_trajectories: bool = True,
     mix: Mapping[Control, float] | None = None,
+    scene_guidance_scale: float = 1.0,
 ) -> tuple[Branch, ...]:
     """Branches of one guided step; one whose coefficient is zero is not among them.
+
+    | reads boxes and the gates' first frame | shared by |
+    |---|---|
+    | the UNet's first half | branches of the same text; "no_scene" has one of its own |
+    | both ControlNets: no | "no_scene" has those of "uncond" |
 
     Args:
         control: What the trajectories move.
@@ -90,6 +100,7 @@ def plan(
         trajectory_guidance_scale: Away from what the model does without the trajectories, 1 = off.
         has_trajectories: False = plain image-to-video, without the motion ControlNet.
         mix: Weight of each motion control in `mixed_guidance`, in place of one control and the two scales above.
+        scene_guidance_scale: Away from what the model does without boxes and the gates' first frame, 1 = off.
 
     Raises:
         ValueError: Camera-free guidance is asked for where it has no meaning, or beside a mix.
@@ -100,31 +111,34 @@ def plan(
                 f"mix has a weight for each control, so it excludes camera_free_scale ({camera_free_scale}) and "
                 f"trajectory_guidance_scale ({trajectory_guidance_scale}); leave them out"
             )
-        return _plan_mix(mix if has_trajectories else {}, guidance_scale)
+        return _plan_mix(mix if has_trajectories else {}, guidance_scale, scene_guidance_scale)
     if camera_free_scale is not None and control is not Control.OBJECT:
         raise ValueError(
             f"camera_free_scale removes camera motion, so it goes with control 'object', not {control.value!r}"
         )
     adapters = ADAPTERS[control] if has_trajectories else None
-    evaluations: list[tuple[Text, Adapters]] = [("uncond", adapters), ("prompt", adapters)]
+    of_scene = () if has_trajectories and camera_free_scale is not None else adapters
+    evaluations: list[tuple[Text, Adapters]] = [("uncond", adapters), ("prompt", adapters), ("no_scene", of_scene)]
     if has_trajectories:
         evaluations += [("uncond", ()), ("prompt", ()), ("prompt", None)]
     # Guidance is linear, so its value at the unit vectors is the weight of each evaluation.
-    uncond, prompt, *others = torch.eye(len(evaluations)).double()
+    uncond, prompt, without, *others = torch.eye(len(evaluations)).double()
     weights = classifier_free_guidance(uncond, prompt, guidance_scale)
     if others:
         base_uncond, base, undrawn = others
         if camera_free_scale is not None:
-            weights = camera_free_guidance(base_uncond, base, prompt, guidance_scale, camera_free_scale)
+            uncond = base_uncond
+            weights = camera_free_guidance(uncond, base, prompt, guidance_scale, camera_free_scale)
         weights = trajectory_guidance(weights, prompt, undrawn, trajectory_guidance_scale)
-    return _weighted(evaluations, weights)
+    return _weighted(evaluations, scene_guidance(weights, uncond, without, scene_guidance_scale))
 
 
-def _plan_mix(mix: Mapping[Control, float], guidance_scale: float) -> tuple[Branch, ...]:
-    evaluations: list[tuple[Text, Adapters]] = [("uncond", None), ("prompt", None)]
+def _plan_mix(mix: Mapping[Control, float], guidance_scale: float, scene_guidance_scale: float) -> tuple[Branch, ...]:
+    evaluations: list[tuple[Text, Adapters]] = [("uncond", None), ("no_scene", None), ("prompt", None)]
     evaluations.extend(("prompt", ADAPTERS[control]) for control in mix)
-    uncond, undrawn, *drawn = torch.eye(len(evaluations)).double()
-    return _weighted(evaluations, mixed_guidance(uncond, undrawn, drawn, guidance_scale, list(mix.values())))
+    uncond, without, undrawn, *drawn = torch.eye(len(evaluations)).double()
+    weights = mixed_guidance(uncond, undrawn, drawn, guidance_scale, list(mix.values()))
+    return _weighted(evaluations, scene_guidance(weights, uncond, without, scene_guidance_scale))
 
 
 def _weighted(evaluations: Sequence[tuple[Text, Adapters]], weights: Tensor) -> tuple[Branch, ...]:
@@ -149,7 +163,7 @@ class GuidedDenoiser:
     Args:
         denoiser: The networks, the motion ControlNet with the adapters that the branches name.
         branches: From `plan`.
-        conditions: For each text that the branches name, that of P videos.
+        conditions: For the negative prompt and the prompt, that of P videos.
         cache: Of ControlNet outputs, as this call uses it; None = all are evaluated.
     """
 
@@ -162,7 +176,10 @@ class GuidedDenoiser:
     ):
         self.denoiser, self.branches, self.cache = denoiser, branches, cache
         self.texts: list[Text] = list(dict.fromkeys(branch.text for branch in branches))
-        self._of_text = conditions
+        self._of_text = {**conditions, "no_scene": conditions["uncond"].without_scene()}
+        # What the ControlNets read, which see neither boxes nor the gates' first frame.
+        self._control_texts = list(dict.fromkeys(_control_text(name) for name in self.texts))
+        self._gating: tuple[tuple[int, int], Gating | None] | None = None
         self._stacked: dict[tuple[Text, ...], Condition] = {}
         self.conditions = self._stack(self.texts)
         self.num_conditions = len(self.conditions.text) // len(self.texts)
@@ -212,8 +229,9 @@ class GuidedDenoiser:
 
         # Boxes and the gates' first frame are the same in all branches of a text, so that these share the encoder.
         condition = self.conditions.for_encoder(per_condition)
-        with rows_repeated(self.denoiser.unet, len(self.texts)):
-            features = self.denoiser.encode(x_t.repeat(len(self.texts), 1, 1, 1, 1), t, condition)
+        gating = self._gating_of(condition, num_frames)
+        with rows_repeated(self.denoiser.unet, self._repetitions(self.texts, "input_frame")):
+            features = self.denoiser.encode(x_t.repeat(len(self.texts), 1, 1, 1, 1), t, condition, gating)
         image = self._image_residuals(t, time)
 
         def rows_of(residuals: Residuals | None, row: int) -> Residuals | None:
@@ -224,10 +242,12 @@ class GuidedDenoiser:
 
         def parts(evaluations: Sequence[tuple[Adapters, tuple[Text, ...]]]) -> Iterator[_Part]:
             for adapters, texts in evaluations:
-                motion = self._motion_residuals(adapters, texts, t, time)
-                for index, name in enumerate(texts):
-                    row = self.texts.index(name)
-                    residuals = add(rows_of(image, row), rows_of(motion, index))
+                read = tuple(dict.fromkeys(_control_text(name) for name in texts))
+                motion = self._motion_residuals(adapters, read, t, time)
+                for name in texts:
+                    row, control = self.texts.index(name), _control_text(name)
+                    of_image = rows_of(image, self._control_texts.index(control))
+                    residuals = add(of_image, rows_of(motion, read.index(control)))
                     yield _Part((name, adapters), features.videos(row * videos, (row + 1) * videos), residuals)
 
         # By themselves, the branches stay what they are, whatever else is asked for.
@@ -256,21 +276,29 @@ class GuidedDenoiser:
         done = {adapters for adapters, group in self.groups.items() if any(one.text == "prompt" for one in group)}
         return [(adapters, ("prompt",)) for adapters in also if adapters not in done]
 
+    def _gating_of(self, condition: Condition, num_frames: int) -> Gating | None:
+        """What the gates do, which is the same in every step."""
+        size = len(condition.text), num_frames
+        if self._gating is None or self._gating[0] != size:
+            self._gating = size, self.denoiser.gating(condition, num_frames)
+        return self._gating[1]
+
     def _image_residuals(self, t: Tensor, time: float | None) -> Residuals | None:
         """Of all texts' conditions, stacked."""
         if self.cache is None or time is None or self.conditions.keyframes is None:
             return self._evaluate_image(t)
-        key = None, tuple(self.texts)
+        key = None, tuple(self._control_texts)
         if key not in self._contents:
-            self._contents[key] = self.cache.image_content([self._of_text[name] for name in self.texts])
+            self._contents[key] = self.cache.image_content([self._of_text[name] for name in self._control_texts])
         evaluate = cast(Callable[[], Residuals], lambda: self._evaluate_image(t))
         return self.cache.residuals(self._contents[key], time, evaluate)
 
     def _evaluate_image(self, t: Tensor) -> Residuals | None:
         if self.conditions.keyframes is None:
             return None
-        with rows_repeated(self.denoiser.image_controlnet, self._repetitions(self.texts, "keyframes", "mask")):
-            return self.denoiser.image_residuals(t, self.conditions)
+        repetitions = self._repetitions(self._control_texts, "keyframes", "mask")
+        with rows_repeated(self.denoiser.image_controlnet, repetitions):
+            return self.denoiser.image_residuals(t, self._stack(self._control_texts))
 
     def _repetitions(self, texts: Sequence[Text], *names: str) -> int:
         """How often a batch of these texts repeats what it reads beside them; 1 if the conditions differ there."""
@@ -317,6 +345,11 @@ class GuidedDenoiser:
         if texts not in self._stacked:
             self._stacked[texts] = Condition.stack([self._of_text[name] for name in texts])
         return self._stacked[texts]
+
+
+def _control_text(name: Text) -> Text:
+    """The text that the ControlNets read in an evaluation."""
+    return "uncond" if name == "no_scene" else name
 
 
 def _can_merge(network: MotionControlNet) -> bool:

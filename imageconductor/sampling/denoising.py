@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imageconductor.diffusion.clean_estimate import estimate_x_0
 from imageconductor.diffusion.inversion import mix_noise_prior
-from imageconductor.models.denoiser import Condition, Denoiser
+from imageconductor.models.denoiser import Condition
 from imageconductor.models.weights import refuse_non_finite
 from imageconductor.sampling.branches import ADAPTERS, Adapters, Control, GuidedDenoiser, Text
 from imageconductor.sampling.inputs import CallInputs
@@ -200,11 +200,10 @@ def denoise(
     Raises:
         ValueError: A callback returns tensors that do not fit, or a step gives values that are not finite.
     """
-    networks, timesteps = Denoiser(pipe.unet, pipe.image_controlnet, pipe.motion_controlnet), pipe.scheduler.timesteps
+    networks, timesteps = pipe.denoiser, pipe.scheduler.timesteps
     times: list[float] = timesteps.tolist()
     cache = None if residual_cache is None else CallCache(residual_cache, networks, times)
-    scale, mix = pipe.guidance_scale, pipe.mix
-    predict = GuidedDenoiser(networks, inputs.plan(scale, mix), conditions, cache)
+    predict, planned = None, None
     estimates = _Estimates.asked_for(callback, pipe.scheduler, inputs)
     arguments = _step_arguments(pipe.scheduler, generators, eta)
     if start and hasattr(pipe.scheduler, "set_begin_index"):
@@ -214,6 +213,10 @@ def denoise(
         for index, t in enumerate(timesteps[start:], start):
             if pipe.interrupt:
                 break
+            asked = pipe.guidance_scale, pipe.mix, index < inputs.gated_fraction * pipe.num_timesteps
+            if predict is None or asked != planned:
+                predict, planned = None, asked  # the one before may hold a copy of a network
+                predict = GuidedDenoiser(networks, inputs.plan(*asked), _acting(conditions, asked[2]), cache)
             x_t = pipe.scheduler.scale_model_input(sample, t)
             shows_branches = pipe._shows_branches
             also = list(estimates.branches.values()) if shows_branches else []
@@ -223,15 +226,18 @@ def denoise(
             refuse_non_finite(pipe, sample, f"denoising step {index + 1} of {pipe.num_timesteps}")
             if callback is not None:
                 tensors = estimates.tensors(predictions, prediction, x_t, times[index], shows_branches)
-                is_guided = "uncond" in predict.texts
+                is_guided = predict.texts != ["prompt"]
                 sample, texts = callback(pipe, index, t, sample, conditions, is_guided, tensors)
-                if texts is not None or (pipe.guidance_scale, pipe.mix) != (scale, mix):
-                    conditions, scale, mix = texts or conditions, pipe.guidance_scale, pipe.mix
-                    del predict  # It may hold a copy of a network.
-                    predict = GuidedDenoiser(networks, inputs.plan(scale, mix), conditions, cache)
+                if texts is not None:
+                    conditions, predict = texts, None
             _keep(sample, kept)
             bar.update()
     return sample
+
+
+def _acting(conditions: Mapping[Text, Condition], is_gated: bool) -> Mapping[Text, Condition]:
+    """The conditions of a step, in which the gates act or are left out."""
+    return conditions if is_gated else {name: one.without_gates() for name, one in conditions.items()}
 
 
 def _keep(sample: Tensor, kept: list[Tensor] | None) -> None:

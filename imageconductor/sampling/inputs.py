@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from imageconductor.checkpoints.model_folder import SamplingDefaults, check_video_shape
 from imageconductor.conditioning import (
+    Boxes,
     Trajectories,
     build_flow_map,
     encode_first_frame,
@@ -26,6 +27,7 @@ from imageconductor.models.denoiser import Condition
 from imageconductor.models.motion_unet import MotionUNet
 from imageconductor.models.weights import refuse_non_finite
 from imageconductor.sampling.branches import ADAPTERS, Branch, Control, Text, plan
+from imageconductor.sampling.gate_inputs import FirstFrame, check_boxes, choose_first_frame, encode_boxes
 
 Picture = Image.Image | Mapping[int, Image.Image]
 """A first frame, or pictures by the number of their frame."""
@@ -47,9 +49,12 @@ class CallInputs:
         num_frames: T.
         num_inference_steps: Denoising steps.
         guidance_scale: lambda_cfg; at most 1 = off.
-        plan: Evaluations of the model in each step, by guidance scale and mix.
+        plan: Evaluations of the model in each step, by guidance scale, mix, and whether gates act.
         mix: Weights of the motion controls; None = one control.
         adapters: LoRAs that the motion ControlNet has.
+        boxes: Of length 1 or `count`; none without boxes.
+        first_frame: What carries the picture of frame 0.
+        gated_fraction: Of the steps, in which gates act.
     """
 
     images: list[dict[int, Image.Image]]
@@ -61,9 +66,12 @@ class CallInputs:
     num_frames: int
     num_inference_steps: int
     guidance_scale: float
-    plan: Callable[[float, Mix | None], tuple[Branch, ...]]
+    plan: Callable[[float, Mix | None, bool], tuple[Branch, ...]]
     mix: Mix | None
     adapters: tuple[str, ...]
+    boxes: list[Boxes] = field(default_factory=list)
+    first_frame: FirstFrame = "controlnet"
+    gated_fraction: float = 1.0
 
 
 def check_inputs(
@@ -72,14 +80,19 @@ def check_inputs(
     trajectories: Trajectories | Sequence[Trajectories] | None,
     prompt: str | Sequence[str] | Tensor,
     negative_prompt: str | Sequence[str] | Tensor | None,
-    control: Control | str | None,
-    camera_free_scale: float | None,
-    guidance_scale: float | None,
-    trajectory_guidance_scale: float | None,
-    num_inference_steps: int | None,
-    num_frames: int | None,
-    size: tuple[int | None, int | None],
+    *,
+    control: Control | str | None = None,
+    camera_free_scale: float | None = None,
+    guidance_scale: float | None = None,
+    trajectory_guidance_scale: float | None = None,
+    num_inference_steps: int | None = None,
+    num_frames: int | None = None,
+    size: tuple[int | None, int | None] = (None, None),
     mix: Mapping[Any, float] | None = None,
+    boxes: Boxes | Sequence[Boxes] | None = None,
+    scene_guidance_scale: float = 1.0,
+    first_frame: str | None = None,
+    gated_fraction: float = 1.0,
 ) -> CallInputs:
     """The inputs of a call; `pipe` is the pipeline, the rest are its arguments, with `size` = (width, height).
 
@@ -91,6 +104,8 @@ def check_inputs(
             "guidance_scale": guidance_scale,
             "camera_free_scale": camera_free_scale,
             "trajectory_guidance_scale": trajectory_guidance_scale,
+            "scene_guidance_scale": scene_guidance_scale,
+            "gated_fraction": gated_fraction,
         }
     )
     defaults = SamplingDefaults(**pipe.sampling_defaults)
@@ -110,26 +125,39 @@ def check_inputs(
     if weights is not None:
         plan(control, scale, camera_free_scale, _given(trajectory_guidance_scale, 1.0), bool(drawn), weights)
 
-    def branches(scale: float, mix: Mix | None) -> tuple[Branch, ...]:
+    def branches(scale: float, mix: Mix | None, is_gated: bool) -> tuple[Branch, ...]:
+        scene_scale = scene_guidance_scale if is_gated else 1.0
         if mix is not None:
             if drawn:
                 _check_adapters(pipe, mix)
-            return plan(control, scale, has_trajectories=bool(drawn), mix=mix)
+            return plan(control, scale, has_trajectories=bool(drawn), mix=mix, scene_guidance_scale=scene_scale)
         trajectory_scale = _given(trajectory_guidance_scale, defaults.trajectory_guidance_scale)
-        return plan(control, scale, camera_free_scale, trajectory_scale, bool(drawn))
+        return plan(control, scale, camera_free_scale, trajectory_scale, bool(drawn), None, scene_scale)
 
-    branches(scale, weights)  # raises where the scales do not go together
+    branches(scale, weights, True)  # raises where the scales do not go together
     if drawn:
         _check_trajectories(drawn, num_frames)
         _check_adapters(pipe, [control] if weights is None else weights)
     images = [] if image is None else [_read_pictures(one, num_frames) for one in _as_list(image)]
-    may_lack = {"trajectories", "image"} if image is None else {"trajectories"}
+    placed = [] if boxes is None else list(_as_list(boxes))
+    for one in placed:
+        check_boxes(one, num_frames, None if pipe.object_gates is None else pipe.object_gates.max_objects)
+    carrier = choose_first_frame(first_frame, images, bool(placed), pipe.scene_gates is not None)
+    if not (placed or carrier != "controlnet") and (scene_guidance_scale != 1 or gated_fraction != 1):
+        raise ValueError(
+            f"scene_guidance_scale ({scene_guidance_scale:g}) and gated_fraction ({gated_fraction:g}) are of the gates,"
+            " and none acts; give boxes, or a first_frame of the gates"
+        )
+    if not 0 <= gated_fraction <= 1:
+        raise ValueError(f"gated_fraction must be from 0 to 1, got {gated_fraction:g}")
+    may_lack = {"trajectories", "image", "boxes"} if image is None else {"trajectories", "boxes"}
     prompts, negatives = _as_list(prompt), _as_list(_given(negative_prompt, defaults.negative_prompt))
     given: dict[str, Sequence[Any]] = {
         "image": images,
         "prompt": prompts,
         "negative_prompt": negatives,
         "trajectories": drawn,
+        "boxes": placed,
     }
     count = max(map(len, given.values()))
     for name, values in given.items():
@@ -137,7 +165,10 @@ def check_inputs(
             raise ValueError(f"{name}: expected 1 or {count} of them, got {len(values)}")
     adapters = () if pipe.motion_controlnet is None else attached_adapters(pipe.motion_controlnet)
     shape = (width, height), num_frames
-    return CallInputs(images, drawn, prompts, negatives, count, *shape, steps, scale, branches, weights, adapters)
+    of_gates = placed, carrier, gated_fraction
+    return CallInputs(
+        images, drawn, prompts, negatives, count, *shape, steps, scale, branches, weights, adapters, *of_gates
+    )
 
 
 def broadcast(values: list[Any], count: int) -> list[Any]:
@@ -163,22 +194,29 @@ def build_conditions(pipe: Any, inputs: CallInputs) -> dict[Text, Condition]:
         shapes = " and ".join(str(tuple(text.shape)) for text in texts.values())
         raise ValueError(f"embeddings of negative prompt and prompt must have one shape, got {shapes}")
     refuse_non_finite(pipe, torch.cat(list(texts.values())), "the text encoder")
-    keyframes = mask = flow = None
+    keyframes = mask = flow = scene = None
     if inputs.images:
         pixels = torch.cat([to_pixels(image, inputs.size) for one in inputs.images for image in one.values()])
         latents = encode_first_frame(pipe.vae, pixels, device=device).to(device, dtype)
         refuse_non_finite(pipe, latents, "encoding of the first frame")
         parts = latents.transpose(0, 1)[None].split([len(one) for one in inputs.images], dim=2)
+        if inputs.first_frame != "controlnet":
+            scene = torch.cat([part[:, :, 0] for part in parts]).expand(count, -1, -1, -1)
         clips = [
             keyframe_condition(part, tuple(one), inputs.num_frames)
             for part, one in zip(parts, inputs.images, strict=True)
         ]
-        keyframes, mask = (torch.cat(part).expand(count, -1, -1, -1, -1) for part in zip(*clips, strict=True))
+        if inputs.first_frame != "gates":
+            keyframes, mask = (torch.cat(part).expand(count, -1, -1, -1, -1) for part in zip(*clips, strict=True))
     if inputs.trajectories:
         convention = pipe.motion_controlnet.flow_convention
         flows = [build_flow_map(one.cover_crop(inputs.size), convention, device) for one in inputs.trajectories]
         flow = torch.cat(flows).to(dtype).expand(count, -1, -1, -1, -1)
-    return {name: Condition(text, keyframes, mask, flow) for name, text in texts.items()}
+    shared = Condition(texts["prompt"], keyframes, mask, flow, scene=scene, input_frame=scene)
+    if inputs.boxes:
+        placed = [one.cover_crop(inputs.size) for one in inputs.boxes]
+        shared = replace(shared, **encode_boxes(pipe, placed, count, device, dtype))
+    return {name: replace(shared, text=text) for name, text in texts.items()}
 
 
 def choose_texts(

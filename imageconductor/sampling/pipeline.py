@@ -3,47 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
-from imageconductor.checkpoints.assembly import Assembly
-from imageconductor.checkpoints.domain_adapter import DomainAdapter
-from imageconductor.checkpoints.model_card import model_card, write_provenance
-from imageconductor.checkpoints.model_folder import (
-    SamplingDefaults,
-    adapter_folder,
-    load_companions,
-    locate_model,
-    read_sampling_defaults,
-    save_gates,
-    write_pipeline_code,
-)
-from imageconductor.conditioning import Trajectories
+from imageconductor.conditioning import Boxes, Trajectories
 from imageconductor.config import check_finite
-from imageconductor.models.adapters import attached_adapters, save_adapter
-from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
-from imageconductor.models.gated_attention import ObjectGates, SceneGates
-from imageconductor.models.motion_unet import MotionUNet, TextToVideoUNet
-from imageconductor.models.networks import (
-    NETWORKS,
-    Networks,
-    is_text_to_video,
-    load_network,
-    single_progress_bar,
-    tokenize,
-    warn_of_cut,
-)
-from imageconductor.models.weights import find_weights, refuse_non_finite
 from imageconductor.sampling.branches import Control
 from imageconductor.sampling.denoising import (
     CALLBACK_TENSORS,
@@ -63,174 +31,15 @@ from imageconductor.sampling.inputs import (
     parse_mix,
     parse_seeds,
 )
+from imageconductor.sampling.model_pipeline import ModelPipeline
 from imageconductor.sampling.output import OUTPUT_TYPES, ImageConductorOutput, convert_frames
 from imageconductor.sampling.residual_cache import ResidualCache
 
 
-class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin):
-    """Image-to-video generation whose camera or objects follow drawn trajectories.
+class ImageConductorPipeline(ModelPipeline):
+    """Image-to-video generation whose camera or objects follow drawn trajectories, and whose objects follow boxes."""
 
-    Args:
-        vae: Autoencoder of single frames.
-        text_encoder: CLIP text model.
-        tokenizer: Its tokenizer.
-        unet: AnimateDiff's UNet, or ModelScope's.
-        image_controlnet: RGB SparseCtrl, for the first frame; None in a text-to-video model.
-        motion_controlnet: For the trajectories, with the camera and the object LoRA attached; None likewise.
-        scheduler: DDIM, or any diffusers scheduler whose `step` takes (prediction, t, sample).
-        sampling_defaults: Fields of `SamplingDefaults`.
-    """
-
-    model_cpu_offload_seq = "text_encoder->vae->image_controlnet->motion_controlnet->unet"
     _callback_tensor_inputs = list(CALLBACK_TENSORS)  # noqa: RUF012
-    _optional_components = ["image_controlnet", "motion_controlnet"]  # noqa: RUF012
-
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        unet: MotionUNet | TextToVideoUNet,
-        scheduler: Any,
-        image_controlnet: ImageControlNet | None = None,
-        motion_controlnet: MotionControlNet | None = None,
-        sampling_defaults: dict[str, Any] | None = None,
-    ):
-        super().__init__()
-        self.register_modules(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            image_controlnet=image_controlnet,
-            motion_controlnet=motion_controlnet,
-            scheduler=scheduler,
-        )
-        self.register_to_config(sampling_defaults=asdict(SamplingDefaults(**(sampling_defaults or {}))))
-        self.vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
-        self.domain_adapter: DomainAdapter | None = None
-        self.object_gates: ObjectGates | None = None
-        self.scene_gates: SceneGates | None = None
-        self._cut_prompts: set[str] = set()
-        self.provenance: dict[str, str] = {}  # texts that say where the weights come from, by file name
-
-    # -- model folders
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> ImageConductorPipeline:
-        """A pipeline from a model folder or a hub repository, with the LoRAs that lie in it.
-
-        Args:
-            folder: Local folder, or "organisation/name" on the hub; one of diffusers' TextToVideoSDPipeline, too.
-            kwargs: As diffusers', e.g. `dtype`.
-
-        Raises:
-            FileNotFoundError: Neither a model folder nor a repository that can be reached, or a part is missing.
-            ValueError: A part is damaged.
-        """
-        folder = locate_model(folder)
-        defaults = read_sampling_defaults(folder)
-        if is_text_to_video(Networks.check_folder(folder)):
-            networks = Networks.load(folder)
-            networks.to(kwargs.get("dtype") or kwargs.get("torch_dtype") or torch.float32)
-            return cls(**networks.parts, sampling_defaults=defaults)
-        # transformers would else follow the files, diffusers not.
-        kwargs["dtype"] = kwargs.pop("torch_dtype", kwargs.get("dtype", torch.float32))
-        if "variant" not in kwargs:  # A part may have the weights of a variant alone.
-            only = [name for name in NETWORKS.keys() - kwargs.keys() if find_weights(folder / name)[1] is not None]
-            kwargs |= {name: load_network(name, folder / name, kwargs["dtype"]) for name in only}
-        with single_progress_bar():
-            pipe = super().from_pretrained(str(folder), **kwargs)
-        load_companions(pipe, folder)
-        return pipe
-
-    @classmethod
-    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """As diffusers', but this class is the one to load: the code in a model folder is not run."""
-        config = super().load_config(*args, **kwargs)
-        if isinstance(config, dict) and isinstance(config.get("_class_name"), list):
-            config["_class_name"] = cls.__name__
-        return config
-
-    @classmethod
-    def from_assembly(cls, assembly: Assembly) -> ImageConductorPipeline:
-        """The pipeline of a recipe's parts."""
-        pipe = cls(**assembly.networks.parts, sampling_defaults=assembly.sampling)
-        pipe.domain_adapter, pipe.provenance = assembly.domain_adapter, assembly.provenance
-        return pipe
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Writes a model folder: diffusers' parts, LoRAs as PEFT safetensors, gates, where all comes from, and a card.
-
-        Args:
-            save_directory: The folder.
-            kwargs: As diffusers', but for `push_to_hub`, which is a method of its own.
-
-        Raises:
-            ValueError: A style LoRA is attached, which diffusers would write in place of the weights.
-        """
-        if attached := sorted({name for names in self.get_list_adapters().values() for name in names}):
-            raise ValueError(
-                f"{', '.join(attached)} is attached to the model; fuse_lora() or unload_lora_weights() first"
-            )
-        if kwargs.pop("push_to_hub", False):
-            raise ValueError("use push_to_hub(repository), which uploads the LoRAs too")
-        folder = Path(save_directory)
-        super().save_pretrained(folder, **kwargs)
-        write_pipeline_code(folder)
-        for name in sorted(attached_adapters(self.motion_controlnet)) if self.motion_controlnet else ():
-            save_adapter(self.motion_controlnet, name, adapter_folder(folder, name))
-        save_gates(folder, {"object_gates": self.object_gates, "scene_gates": self.scene_gates})
-        if self.domain_adapter is not None:
-            self.domain_adapter.save(folder)
-        write_provenance(folder, self.provenance)
-
-    def _upload_folder(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        # diffusers has put an empty card in the place of ours.
-        folder = Path(working_dir)
-        (folder / "README.md").write_text(model_card(folder, self.provenance, repo_id))
-        return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
-
-    def compile(self, **kwargs: Any) -> None:
-        """Compiles the networks: the first call takes minutes longer, and so does one of another size or adapter.
-
-        Args:
-            kwargs: As `torch.compile`'s.
-        """
-        unet: Any = self.unet  # Sampling calls its halves, which `nn.Module.compile` does not reach.
-        unet.encode, unet.decode = torch.compile(unet.encode, **kwargs), torch.compile(unet.decode, **kwargs)
-        for network in filter(None, (self.image_controlnet, self.motion_controlnet)):
-            network.compile(**kwargs)
-
-    @property
-    def sampling_defaults(self) -> dict[str, Any]:
-        """This model's defaults: width, height, num_frames, fps, num_inference_steps, guidance_scale, ..."""
-        return dict(self.config["sampling_defaults"])
-
-    # -- parts of a call
-
-    @torch.no_grad()
-    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings (B, L, D); what the text encoder does not read of a prompt is warned of, once."""
-        texts: Any = self.maybe_convert_prompt(list(prompts), self.tokenizer)
-        tokens, left_out = tokenize(self.tokenizer, texts, self.text_encoder.config.max_position_embeddings)
-        for prompt, words in zip(prompts, left_out, strict=True):
-            if words and prompt not in self._cut_prompts:
-                self._cut_prompts.add(prompt)
-                warn_of_cut(prompt, words)
-        return self.text_encoder(tokens.to(self._execution_device)).last_hidden_state
-
-    @torch.no_grad()
-    def decode_latents(self, latents: Tensor, chunk_size: int = 16) -> Tensor:
-        """Frames (B, T, 3, H, W) in [0, 1] float32 of latents (B, C, T, h, w), `chunk_size` frames at a time.
-
-        Raises:
-            ValueError: The VAE gives values that are not finite.
-        """
-        frames = latents.transpose(1, 2).flatten(0, 1).to(self.vae.dtype) / self.vae.config["scaling_factor"]
-        decoded = torch.cat([self.vae.decode(chunk).sample.float() for chunk in frames.split(chunk_size)])
-        refuse_non_finite(self, decoded, "decoding of the latents")
-        return (decoded / 2 + 0.5).clamp(0, 1).unflatten(0, (latents.shape[0], latents.shape[2]))
 
     def prepare_latents(
         self,
@@ -308,6 +117,10 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         guidance_scale: float | None = None,
         trajectory_guidance_scale: float | None = None,
         mix: Mapping[Control, float] | Mapping[str, float] | None = None,
+        boxes: Boxes | Sequence[Boxes] | None = None,
+        scene_guidance_scale: float = 1.0,
+        first_frame: str | None = None,
+        gated_fraction: float = 1.0,
         num_inference_steps: int | None = None,
         num_frames: int | None = None,
         height: int | None = None,
@@ -329,9 +142,9 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         keep_latents: bool = False,
         resume_from: int | None = None,
     ) -> ImageConductorOutput | tuple[Any, ...]:
-        """Videos that begin with the image and move along the trajectories.
+        """Videos that begin with the image and move along the trajectories, and whose objects fill the boxes.
 
-        Several images, trajectories or prompts make several videos; one of a kind serves all.
+        Several images, trajectories, boxes or prompts make several videos; one of a kind serves all.
 
         Args:
             image: First frame, cover-cropped to the size, or pictures by the number of their frame, {0: first,
@@ -346,6 +159,12 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             trajectory_guidance_scale: Above 1 it extrapolates away from the video without the trajectories.
             mix: Weights of several motion controls at once, {"camera": 1.0, "object": 0.5}, in place of `control` and
                 the two scales of the trajectories.
+            boxes: With as many frames as the video, of a frame of any size, which is cropped as the image is. None
+                leaves the object gates out.
+            scene_guidance_scale: s_img of SMCD: above 1 boxes and the gates' first frame are followed more closely.
+            first_frame: "controlnet", "gates" or "both" carry the picture of frame 0; None = both where boxes are given
+                and the model has scene gates, else the ControlNet.
+            gated_fraction: Of the steps, in which gates act; the last ones are then the model's without them.
             num_inference_steps: Denoising steps.
             num_frames: T.
             height: Pixels, a multiple of the VAE scale factor.
@@ -379,11 +198,26 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         seeds = parse_seeds(seed, generator, num_videos_per_prompt)
         num_videos_per_prompt = max(num_videos_per_prompt, len(seeds))
-        scales = (camera_free_scale, guidance_scale, trajectory_guidance_scale)
-        shape = (num_inference_steps, num_frames, (width, height))
         check_finite({"eta": eta})
         texts = choose_texts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
-        inputs = check_inputs(self, image, trajectories, *texts, control, *scales, *shape, mix)
+        inputs = check_inputs(
+            self,
+            image,
+            trajectories,
+            *texts,
+            boxes=boxes,
+            control=control,
+            mix=mix,
+            camera_free_scale=camera_free_scale,
+            guidance_scale=guidance_scale,
+            trajectory_guidance_scale=trajectory_guidance_scale,
+            scene_guidance_scale=scene_guidance_scale,
+            first_frame=first_frame,
+            gated_fraction=gated_fraction,
+            num_inference_steps=num_inference_steps,
+            num_frames=num_frames,
+            size=(width, height),
+        )
         if seeds:
             generator = [torch.Generator().manual_seed(seed) for _ in range(inputs.count) for seed in seeds]
         callback = StepCallback.parse(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -391,14 +225,14 @@ class ImageConductorPipeline(DiffusionPipeline, TextualInversionLoaderMixin, Sta
         if resume_from is not None:
             check_resume(self.scheduler, resume_from, eta, latents, noise_prior)
         generators = as_generators(generator, inputs.count * num_videos_per_prompt)
-        of_noise = (num_videos_per_prompt, generators, latents, noise_prior, resume_from is not None)
-        noise = self.prepare_latents(inputs, *of_noise)
+        is_resumed = resume_from is not None
+        noise = self.prepare_latents(inputs, num_videos_per_prompt, generators, latents, noise_prior, is_resumed)
         self._guidance_scale, self._mix = inputs.guidance_scale, inputs.mix
         self._num_timesteps = len(self.scheduler.timesteps)
         self._interrupt, self._shows_branches = False, True
         conditions, kept = build_conditions(self, inputs), [] if keep_latents else None
-        of_loop = (generators, eta, callback, residual_cache, resume_from or 0, kept)
-        sample = denoise(self, noise, inputs, conditions, *of_loop)
+        start = resume_from or 0
+        sample = denoise(self, noise, inputs, conditions, generators, eta, callback, residual_cache, start, kept)
         frames = sample if output_type == "latent" else self.decode_latents(sample, decode_chunk_size)
         self.maybe_free_model_hooks()
         output = ImageConductorOutput(frames=convert_frames(frames, output_type), latents=kept)

@@ -24,19 +24,23 @@ def test_equation_5_in_numbers():
 @pytest.mark.parametrize(("scene", "text"), [(1.0, 7.5), (1.5, 7.5), (3.0, 1.0), (0.0, 4.0), (1.0, 1.0)])
 def test_guidance_by_a_scene_weighs_to_one_and_is_linear(scene, text):
     without, uncond, prompt = torch.eye(3).double()
-    weights = scene_guidance(without, uncond, prompt, scene, text)
+
+    def nested(without, uncond, prompt):
+        return scene_guidance(classifier_free_guidance(uncond, prompt, text), uncond, without, scene)
+
+    weights = nested(without, uncond, prompt)
     assert weights.tolist() == pytest.approx([1 - scene, scene - text, text])
     assert weights.sum().item() == pytest.approx(1)
     eps = torch.randn(3, 1, 4, 2, 3, 3, dtype=torch.float64)
-    torch.testing.assert_close(scene_guidance(*eps, scene, text), torch.einsum("k,k...->...", weights, eps))
+    torch.testing.assert_close(nested(*eps), torch.einsum("k,k...->...", weights, eps))
 
 
 def test_guidance_by_a_scene_is_guidance_by_the_text_without_it():
     without, uncond, prompt = torch.randn(3, 1, 4, 2, 3, 3, dtype=torch.float64)
     plain = classifier_free_guidance(uncond, prompt, 7.5)
-    assert torch.equal(scene_guidance(without, uncond, prompt, 1.0, 7.5), plain)
+    assert torch.equal(scene_guidance(plain, uncond, without, 1.0), plain)
     torch.testing.assert_close(
-        scene_guidance(without, uncond, prompt, 2.0, 1.0),
+        scene_guidance(prompt, uncond, without, 2.0),
         classifier_free_guidance(without, uncond, 2.0) + prompt - uncond,
     )
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_networks, tiny_pipeline
+from conftest import open_gates, tiny_gates, tiny_networks, tiny_pipeline
 
 from imageconductor.checkpoints.model_folder import load_gates, save_gates
 from imageconductor.models.denoiser import Condition, Denoiser
@@ -13,35 +13,17 @@ from imageconductor.models.gated_attention import ObjectGates, SceneGates
 from imageconductor.models.gating import gate_places, gate_scalars, gate_values
 from imageconductor.models.motion_module import motion_modules_bypassed
 from imageconductor.models.motion_unet import MotionUNet, UNetFeatures
-from imageconductor.models.networks import Networks
+from imageconductor.models.networks import GATES, Networks
 from imageconductor.models.shared_start import rows_repeated
 from imageconductor.sampling.branches import Control, GuidedDenoiser, plan
 
 B, T, N = 2, 3, 2
 T_STEP = torch.tensor(5)
-SCENE = {"channels": (8, 16), "blocks_per_level": 1}
 
 
 @pytest.fixture(scope="module")
 def unet():
     return tiny_networks().unet
-
-
-def open_(gates, value=0.5):
-    """Opens gates, the position network's null features and the input branch included."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in gates.named_parameters():
-            if "null_" in name or name == "input_branch.weight":
-                parameter.normal_(0, 0.5, generator=generator)
-        for scalar in gate_scalars(gates).values():
-            scalar.fill_(value)
-    return gates
-
-
-def both(unet, is_open=True, **settings):
-    gates = ObjectGates.from_unet(unet, max_objects=4), SceneGates.from_unet(unet, **SCENE, **settings)
-    return tuple(open_(network) for network in gates) if is_open else gates
 
 
 def denoiser(unet, *gates):
@@ -73,9 +55,9 @@ def test_closed_gates_change_no_bit(unet, is_parallel):
     x, c = noisy(), condition()
     plain = unet(x, T_STEP, c.text).sample
     assert torch.equal(denoiser(unet)(x, T_STEP, Condition(c.text)), plain)
-    closed = denoiser(unet, *both(unet, is_open=False, is_parallel=is_parallel))
+    closed = denoiser(unet, *tiny_gates(unet, is_open=False, is_parallel=is_parallel))
     assert torch.equal(closed(x, T_STEP, c), plain)
-    opened = denoiser(unet, *both(unet, is_parallel=is_parallel))
+    opened = denoiser(unet, *tiny_gates(unet, is_parallel=is_parallel))
     assert not torch.equal(opened(x, T_STEP, c), plain)
     assert torch.equal(opened(x, T_STEP, Condition(c.text)), plain), "without boxes and scene, open gates are left out"
     assert torch.equal(replace(opened, gate_scale=0.0)(x, T_STEP, replace(c, input_frame=None)), plain)
@@ -84,7 +66,7 @@ def test_closed_gates_change_no_bit(unet, is_parallel):
 @torch.no_grad()
 def test_every_condition_reaches_the_output(unet):
     x, c = noisy(), condition()
-    networks = denoiser(unet, *both(unet))
+    networks = denoiser(unet, *tiny_gates(unet))
     whole = networks(x, T_STEP, c)
     others = condition(seed=1)
     for name in ("boxes", "present", "names", "scene", "input_frame"):
@@ -101,7 +83,7 @@ def test_every_condition_reaches_the_output(unet):
 
 @torch.no_grad()
 def test_clips_are_padded_to_one_number_of_objects(unet):
-    gates, c = both(unet)[0], condition()
+    gates, c = tiny_gates(unet)[0], condition()
     tokens = gates(c.boxes, c.present, c.names)
     assert tokens.shape == (B * T, 4, 16)
 
@@ -120,7 +102,7 @@ def test_clips_are_padded_to_one_number_of_objects(unet):
 
 @torch.no_grad()
 def test_a_parallel_scene_gate_reads_what_the_object_gate_reads(unet):
-    objects, scene = both(unet, is_parallel=True)
+    objects, scene = tiny_gates(unet, is_parallel=True)
     c = condition()
     gating = denoiser(unet, objects, scene).gating(c, T)
     place = next(iter(gate_places(unet)))
@@ -138,7 +120,7 @@ def test_a_parallel_scene_gate_reads_what_the_object_gate_reads(unet):
 @pytest.mark.parametrize("is_parallel", [False, True])
 def test_only_the_scalars_learn_first(unet, is_parallel):
     unet.requires_grad_(False)
-    gates = both(unet, is_open=False, is_parallel=is_parallel)
+    gates = tiny_gates(unet, is_open=False, is_parallel=is_parallel)
     denoiser(unet, *gates)(noisy(), T_STEP, condition()).square().mean().backward()
     learns = {
         f"{k}.{name}"
@@ -166,7 +148,7 @@ def test_gates_learn_alike_with_layers_computed_again_and_motion_modules_bypasse
     c = condition(frames=frames)
     gradients = []
     for again in (False, True):
-        gates = both(unet)
+        gates = tiny_gates(unet)
         unet.checkpoint_blocks = again
         with motion_modules_bypassed(unet, bypasses=frames == 1):
             denoiser(unet, *gates)(noisy(frames=frames), T_STEP, c).square().mean().backward()
@@ -180,7 +162,7 @@ def test_gates_learn_alike_with_layers_computed_again_and_motion_modules_bypasse
 
 @torch.no_grad()
 def test_half_the_videos_are_half_the_work(unet):
-    networks, c, x = denoiser(unet, *both(unet)), condition(), noisy()
+    networks, c, x = denoiser(unet, *tiny_gates(unet)), condition(), noisy()
     features = networks.encode(x, T_STEP, c)
     whole = networks.decode(features, None)
     torch.testing.assert_close(networks.decode(features.videos(1, 2), None), whole[1:], rtol=1e-4, atol=1e-5)
@@ -193,7 +175,7 @@ def test_half_the_videos_are_half_the_work(unet):
 
 @torch.no_grad()
 def test_guidance_shares_the_encoder_among_branches_of_a_text(unet, monkeypatch):
-    networks, c = denoiser(unet, *both(unet)), condition(batch=1)
+    networks, c = denoiser(unet, *tiny_gates(unet)), condition(batch=1)
     conditions = {"prompt": c, "uncond": replace(c, text=torch.zeros_like(c.text))}
     branches = plan(Control.OBJECT, 4.0, has_trajectories=False)
     x = noisy(batch=3)
@@ -220,8 +202,8 @@ def test_the_first_frame_is_told_from_others_at_the_start(unet):
 @torch.no_grad()
 def test_the_first_frame_may_enter_in_frame_0_alone(unet):
     c = condition()
-    _, everywhere = both(unet)[1](None, c.input_frame, T)
-    _, first = both(unet, frame_0_only=True)[1](None, c.input_frame, T)
+    _, everywhere = tiny_gates(unet)[1](None, c.input_frame, T)
+    _, first = tiny_gates(unet, frame_0_only=True)[1](None, c.input_frame, T)
     is_first = torch.arange(B * T) % T == 0
     assert torch.equal(first[is_first], everywhere[is_first])
     assert everywhere[~is_first].any()
@@ -232,7 +214,7 @@ def test_the_first_frame_may_enter_in_frame_0_alone(unet):
 def test_gates_at_some_places_alone(unet):
     names = list(gate_places(unet))
     assert names == sorted(names, key=lambda name: ("down", "mid_", "up_b").index(name[:4])), "as they are computed"
-    gates = open_(ObjectGates.from_unet(unet, [names[-1]]))
+    gates = open_gates(ObjectGates.from_unet(unet, [names[-1]]))
     assert list(gates.gates) == [names[-1]]
     x, c = noisy(), replace(condition(), scene=None, input_frame=None)
     features, plain = denoiser(unet, gates).encode(x, T_STEP, c), unet.encode(x, T_STEP, c.text)
@@ -249,15 +231,15 @@ def test_what_the_model_has_no_gates_for_is_told(unet):
     with pytest.raises(ValueError, match="boxes are given, and the model has no object gates"):
         denoiser(unet)(noisy(), T_STEP, c)
     with pytest.raises(ValueError, match="a scene is given, and the model has no scene gates"):
-        denoiser(unet, both(unet)[0])(noisy(), T_STEP, c)
+        denoiser(unet, tiny_gates(unet)[0])(noisy(), T_STEP, c)
     with pytest.raises(ValueError, match="`present` and `names`"):
-        denoiser(unet, *both(unet))(noisy(), T_STEP, replace(c, names=None))
+        denoiser(unet, *tiny_gates(unet))(noisy(), T_STEP, replace(c, names=None))
 
 
 @torch.no_grad()
 def test_gates_are_folders_of_their_own(unet, tmp_path):
     """The UNet's file is the base's, and what is loaded does what was saved."""
-    gates = dict(zip(("object_gates", "scene_gates"), both(unet, is_parallel=True), strict=True))
+    gates = dict(zip(("object_gates", "scene_gates"), tiny_gates(unet, is_parallel=True), strict=True))
     assert not [key for key in unet.state_dict() if "gate" in key or "fuser" in key]
     unet.save_pretrained(tmp_path / "unet")
     save_gates(tmp_path, {**gates, "none": None})
@@ -274,19 +256,18 @@ def test_gates_are_folders_of_their_own(unet, tmp_path):
 def test_a_model_folder_with_gates(tmp_path):
     pipe = tiny_pipeline()
     pipe.save_pretrained(tmp_path)
-    assert not Networks.load(tmp_path).gates
-    object_gates, scene_gates = both(pipe.unet)
+    assert not Networks.load(tmp_path).modules.keys() & GATES.keys()
+    object_gates, scene_gates = tiny_gates(pipe.unet)
     save_gates(tmp_path, {"object_gates": object_gates, "scene_gates": scene_gates})
     networks = Networks.load(tmp_path)
-    assert networks.gates.keys() == {"object_gates", "scene_gates"} <= networks.modules.keys()
-    assert not networks.gates.keys() & networks.parts.keys()
+    assert GATES.keys() <= networks.modules.keys() & networks.parts.keys()
     assert networks.denoiser.object_gates is networks.object_gates
     found = type(pipe).from_pretrained(tmp_path)
     value = next(iter(gate_values(found.scene_gates).values()))
     assert value == pytest.approx(0.46211716)
     found.save_pretrained(tmp_path / "again")
     again = load_gates(tmp_path / "again")
-    assert all(gate_values(again[name]) == gate_values(network) for name, network in networks.gates.items())
+    assert all(gate_values(again[name]) == gate_values(getattr(found, name)) for name in GATES)
     (tmp_path / "object_gates" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"object_gates/config.json is damaged"):
         Networks.check_folder(tmp_path)
@@ -306,7 +287,7 @@ def test_class_names_are_told_by_the_token_that_ends_them():
 
 @torch.no_grad()
 def test_layers_before_the_text_run_once_under_gates_too(unet):
-    networks, c, x = denoiser(unet, *both(unet)), condition(), noisy()[:1].repeat(2, 1, 1, 1, 1)
+    networks, c, x = denoiser(unet, *tiny_gates(unet)), condition(), noisy()[:1].repeat(2, 1, 1, 1, 1)
     same = {name: value[:1].repeat(2, *[1] * (value.ndim - 1)) for name, value in vars(c).items() if value is not None}
     c = Condition(**{**same, "text": c.text})
     plain = networks.encode(x, T_STEP, c)

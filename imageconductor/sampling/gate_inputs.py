@@ -1,0 +1,123 @@
+"""What gates read in a call: boxes with class names, and the first frame."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+from imageconductor.conditioning import Boxes
+from imageconductor.models.weights import refuse_non_finite
+
+FirstFrame = Literal["controlnet", "gates", "both"]
+"""What carries the picture of frame 0: the image ControlNet, the scene gates, or both of them."""
+
+
+def choose_first_frame(
+    asked: str | None, pictured: Sequence[Collection[int]], has_boxes: bool, has_gates: bool
+) -> FirstFrame:
+    """What carries the picture of frame 0; unasked, both where boxes are given and the model has scene gates.
+
+    Args:
+        asked: In the call.
+        pictured: Frames of each condition that have a picture.
+        has_boxes: Whether boxes are given.
+        has_gates: Whether the model has scene gates.
+
+    Raises:
+        ValueError: There is nothing of that name, or it needs gates or pictures that there are not.
+    """
+    if asked is not None and asked not in get_args(FirstFrame):
+        raise ValueError(f"first_frame must be one of {', '.join(get_args(FirstFrame))}, got {asked!r}")
+    begins = bool(pictured) and all(0 in frames for frames in pictured)
+    if asked is None:
+        return "both" if has_boxes and has_gates and begins else "controlnet"
+    if asked == "controlnet":
+        return "controlnet"
+    if not has_gates:
+        raise ValueError(f"first_frame {asked!r} needs scene gates, which this model does not have")
+    if not begins:
+        raise ValueError(f"first_frame {asked!r} needs a picture of frame 0; give an image")
+    if asked == "gates" and (others := sorted({frame for frames in pictured for frame in frames} - {0})):
+        raise ValueError(f"the gates carry frame 0 alone, and frame {others[0]} has a picture; take first_frame 'both'")
+    return cast(FirstFrame, asked)
+
+
+def check_boxes(boxes: Any, num_frames: int, max_objects: int | None) -> None:
+    """Makes sure that boxes fit a video and its model.
+
+    Args:
+        boxes: Of a condition.
+        num_frames: T of the video.
+        max_objects: Of the model's object gates; None = it has none.
+
+    Raises:
+        ValueError: They do not.
+    """
+    if max_objects is None:
+        raise ValueError("boxes need object gates, which this model does not have (object_gates/ in its folder)")
+    if not isinstance(boxes, Boxes):
+        raise ValueError(f"boxes must be imageconductor.conditioning.Boxes, got {type(boxes).__name__}")
+    if boxes.num_frames != num_frames:
+        raise ValueError(f"the video has {num_frames} frames, its boxes {boxes.num_frames}")
+    if boxes.num_objects > max_objects:
+        raise ValueError(
+            f"{boxes.num_objects} objects have boxes, the model takes at most {max_objects}; leave some out"
+        )
+
+
+def check_names(tokenizer: Any, names: Sequence[str], length: int) -> None:
+    """Makes sure that a text encoder reads class names as a whole.
+
+    Args:
+        tokenizer: Of the text encoder.
+        names: Of the objects.
+        length: Tokens that it reads.
+
+    Raises:
+        ValueError: One has symbols that the tokenizer does not know, or is too long.
+    """
+    length -= tokenizer.num_special_tokens_to_add()
+    for name in names:
+        ids = tokenizer(name, add_special_tokens=False, truncation=True, max_length=1 << 20).input_ids
+        if not ids or tokenizer.unk_token_id in ids:
+            raise ValueError(f"boxes: the model's tokenizer does not know the class name {name!r}; name it otherwise")
+        if len(ids) > length:
+            raise ValueError(f"boxes: the class name {name[:60]!r} has {len(ids)} tokens, at most {length} are read")
+
+
+@torch.no_grad()
+def encode_boxes(
+    pipe: Any, boxes: Sequence[Boxes], count: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Fields of a `Condition`: boxes (P, T, N, 4), present (P, T, N), names (P, N, D).
+
+    Args:
+        pipe: The pipeline, whose text encoder reads the class names.
+        boxes: Of P conditions, or of one for all of them; in pixels of the video.
+        count: P.
+        device: Of the result.
+        dtype: Of the result.
+
+    Raises:
+        ValueError: A class name cannot be read, or the text encoder gives values that are not finite.
+    """
+    most = max(1, *(one.num_objects for one in boxes))
+    names = list(dict.fromkeys(name for one in boxes for name in one.names))
+    length = pipe.text_encoder.config.max_position_embeddings
+    check_names(pipe.tokenizer, names, length)
+    width = pipe.text_encoder.config.hidden_size
+    features: Tensor = torch.zeros(0, width, device=device)
+    if names:
+        tokens = pipe.tokenizer(names, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        features = pipe.text_encoder(tokens.input_ids.to(pipe._execution_device)).pooler_output.to(device)
+        refuse_non_finite(pipe, features, "the text encoder, which reads the boxes' class names,")
+    xyxy = torch.zeros(len(boxes), boxes[0].num_frames, most, 4)
+    present, named = torch.zeros(xyxy.shape[:3]), features.new_zeros(len(boxes), most, width)
+    for n, one in enumerate(boxes):
+        xyxy[n, :, : one.num_objects], present[n, :, : one.num_objects] = one.normalise()
+        named[n, : one.num_objects] = features[[names.index(name) for name in one.names]]
+    fields = {"boxes": xyxy, "present": present, "names": named}
+    return {key: x.to(device, dtype).expand(count, *x.shape[1:]) for key, x in fields.items()}
