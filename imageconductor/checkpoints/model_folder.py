@@ -167,6 +167,11 @@ def check_adapters(folder: str | Path, names: Collection[str], purpose: str) -> 
         raise FileNotFoundError(f"{purpose} needs the {describe_adapters(missing)}, and there is none in {places}")
 
 
+def read_gate_config(folder: str | Path, name: str) -> dict[str, Any] | None:
+    """Settings of a model folder's "object_gates" or "scene_gates"; None = it has none."""
+    return _read_part_config(folder, name) if (Path(folder) / name).is_dir() else None
+
+
 def load_adapters(network: MotionControlNet, folder: str | Path) -> None:
     """Attaches every LoRA of a model folder, in the network's dtype; none is active then."""
     for name in adapter_names(folder):

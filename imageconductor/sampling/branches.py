@@ -176,9 +176,9 @@ class GuidedDenoiser:
     ):
         self.denoiser, self.branches, self.cache = denoiser, branches, cache
         self.texts: list[Text] = list(dict.fromkeys(branch.text for branch in branches))
-        self._of_text = {**conditions, "no_scene": conditions["uncond"].without_scene()}
+        self._of_text: dict[Text, Condition] = {**conditions, "no_scene": conditions["uncond"].without_scene()}
         # What the ControlNets read, which see neither boxes nor the gates' first frame.
-        self._control_texts = list(dict.fromkeys(_control_text(name) for name in self.texts))
+        self._control_texts: list[Text] = list(dict.fromkeys(_control_text(name) for name in self.texts))
         self._gating: tuple[tuple[int, int], Gating | None] | None = None
         self._stacked: dict[tuple[Text, ...], Condition] = {}
         self.conditions = self._stack(self.texts)
@@ -242,7 +242,7 @@ class GuidedDenoiser:
 
         def parts(evaluations: Sequence[tuple[Adapters, tuple[Text, ...]]]) -> Iterator[_Part]:
             for adapters, texts in evaluations:
-                read = tuple(dict.fromkeys(_control_text(name) for name in texts))
+                read: tuple[Text, ...] = tuple(dict.fromkeys(_control_text(name) for name in texts))
                 motion = self._motion_residuals(adapters, read, t, time)
                 for name in texts:
                     row, control = self.texts.index(name), _control_text(name)

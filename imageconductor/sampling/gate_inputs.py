@@ -30,19 +30,36 @@ def choose_first_frame(
         ValueError: There is nothing of that name, or it needs gates or pictures that there are not.
     """
     if asked is not None and asked not in get_args(FirstFrame):
-        raise ValueError(f"first_frame must be one of {', '.join(get_args(FirstFrame))}, got {asked!r}")
+        raise ValueError(f"first_frame_by must be one of {', '.join(get_args(FirstFrame))}, got {asked!r}")
     begins = bool(pictured) and all(0 in frames for frames in pictured)
     if asked is None:
         return "both" if has_boxes and has_gates and begins else "controlnet"
     if asked == "controlnet":
         return "controlnet"
     if not has_gates:
-        raise ValueError(f"first_frame {asked!r} needs scene gates, which this model does not have")
+        raise ValueError(f"first_frame_by {asked!r} needs scene gates, which this model does not have")
     if not begins:
-        raise ValueError(f"first_frame {asked!r} needs a picture of frame 0; give an image")
+        raise ValueError(f"first_frame_by {asked!r} needs a picture of frame 0; give an image")
     if asked == "gates" and (others := sorted({frame for frames in pictured for frame in frames} - {0})):
-        raise ValueError(f"the gates carry frame 0 alone, and frame {others[0]} has a picture; take first_frame 'both'")
+        raise ValueError(
+            f"the gates carry frame 0 alone, and frame {others[0]} has a picture; take first_frame_by 'both'"
+        )
     return cast(FirstFrame, asked)
+
+
+def check_gate_scales(scene_guidance_scale: float, gated_fraction: float, do_act: bool) -> None:
+    """Makes sure that settings of the gates are sensible.
+
+    Raises:
+        ValueError: The fraction is none, or no gate acts.
+    """
+    if not 0 <= gated_fraction <= 1:
+        raise ValueError(f"gated_fraction must be from 0 to 1, got {gated_fraction:g}")
+    if not do_act and (scene_guidance_scale != 1 or gated_fraction != 1):
+        raise ValueError(
+            f"scene_guidance_scale ({scene_guidance_scale:g}) and gated_fraction ({gated_fraction:g}) are of the gates,"
+            " and none acts; give boxes, or let gates carry the first frame (first_frame_by)"
+        )
 
 
 def check_boxes(boxes: Any, num_frames: int, max_objects: int | None) -> None:

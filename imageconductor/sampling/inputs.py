@@ -27,7 +27,13 @@ from imageconductor.models.denoiser import Condition
 from imageconductor.models.motion_unet import MotionUNet
 from imageconductor.models.weights import refuse_non_finite
 from imageconductor.sampling.branches import ADAPTERS, Branch, Control, Text, plan
-from imageconductor.sampling.gate_inputs import FirstFrame, check_boxes, choose_first_frame, encode_boxes
+from imageconductor.sampling.gate_inputs import (
+    FirstFrame,
+    check_boxes,
+    check_gate_scales,
+    choose_first_frame,
+    encode_boxes,
+)
 
 Picture = Image.Image | Mapping[int, Image.Image]
 """A first frame, or pictures by the number of their frame."""
@@ -53,7 +59,7 @@ class CallInputs:
         mix: Weights of the motion controls; None = one control.
         adapters: LoRAs that the motion ControlNet has.
         boxes: Of length 1 or `count`; none without boxes.
-        first_frame: What carries the picture of frame 0.
+        first_frame_by: What carries the picture of frame 0.
         gated_fraction: Of the steps, in which gates act.
     """
 
@@ -70,7 +76,7 @@ class CallInputs:
     mix: Mix | None
     adapters: tuple[str, ...]
     boxes: list[Boxes] = field(default_factory=list)
-    first_frame: FirstFrame = "controlnet"
+    first_frame_by: FirstFrame = "controlnet"
     gated_fraction: float = 1.0
 
 
@@ -91,7 +97,7 @@ def check_inputs(
     mix: Mapping[Any, float] | None = None,
     boxes: Boxes | Sequence[Boxes] | None = None,
     scene_guidance_scale: float = 1.0,
-    first_frame: str | None = None,
+    first_frame_by: str | None = None,
     gated_fraction: float = 1.0,
 ) -> CallInputs:
     """The inputs of a call; `pipe` is the pipeline, the rest are its arguments, with `size` = (width, height).
@@ -142,14 +148,8 @@ def check_inputs(
     placed = [] if boxes is None else list(_as_list(boxes))
     for one in placed:
         check_boxes(one, num_frames, None if pipe.object_gates is None else pipe.object_gates.max_objects)
-    carrier = choose_first_frame(first_frame, images, bool(placed), pipe.scene_gates is not None)
-    if not (placed or carrier != "controlnet") and (scene_guidance_scale != 1 or gated_fraction != 1):
-        raise ValueError(
-            f"scene_guidance_scale ({scene_guidance_scale:g}) and gated_fraction ({gated_fraction:g}) are of the gates,"
-            " and none acts; give boxes, or a first_frame of the gates"
-        )
-    if not 0 <= gated_fraction <= 1:
-        raise ValueError(f"gated_fraction must be from 0 to 1, got {gated_fraction:g}")
+    carrier = choose_first_frame(first_frame_by, images, bool(placed), pipe.scene_gates is not None)
+    check_gate_scales(scene_guidance_scale, gated_fraction, bool(placed) or carrier != "controlnet")
     may_lack = {"trajectories", "image", "boxes"} if image is None else {"trajectories", "boxes"}
     prompts, negatives = _as_list(prompt), _as_list(_given(negative_prompt, defaults.negative_prompt))
     given: dict[str, Sequence[Any]] = {
@@ -200,13 +200,13 @@ def build_conditions(pipe: Any, inputs: CallInputs) -> dict[Text, Condition]:
         latents = encode_first_frame(pipe.vae, pixels, device=device).to(device, dtype)
         refuse_non_finite(pipe, latents, "encoding of the first frame")
         parts = latents.transpose(0, 1)[None].split([len(one) for one in inputs.images], dim=2)
-        if inputs.first_frame != "controlnet":
+        if inputs.first_frame_by != "controlnet":
             scene = torch.cat([part[:, :, 0] for part in parts]).expand(count, -1, -1, -1)
         clips = [
             keyframe_condition(part, tuple(one), inputs.num_frames)
             for part, one in zip(parts, inputs.images, strict=True)
         ]
-        if inputs.first_frame != "gates":
+        if inputs.first_frame_by != "gates":
             keyframes, mask = (torch.cat(part).expand(count, -1, -1, -1, -1) for part in zip(*clips, strict=True))
     if inputs.trajectories:
         convention = pipe.motion_controlnet.flow_convention

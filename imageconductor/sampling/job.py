@@ -21,7 +21,7 @@ from imageconductor.sampling.loras import find_lora, parse_lora, parse_noise_pri
 if TYPE_CHECKING:
     from PIL import Image
 
-    from imageconductor.conditioning import Trajectories
+    from imageconductor.conditioning import Boxes, Trajectories
     from imageconductor.sampling.pipeline import ImageConductorPipeline
     from imageconductor.sampling.video import Frames
 
@@ -54,6 +54,9 @@ class SampleJob:
     preset: str | None = field(default=None, metadata={"metavar": "NAME"})
     start: tuple[float, float] | None = None  # where an object preset begins, pixels; default: the middle
     strength: float = 1.0  # factor on the motion of a preset, 1 = moderate
+    # where objects are and how large (docs/boxes.md): JSON, or a folder of a picture and bbox.txt
+    boxes: str | None = field(default=None, metadata=_FILE)
+    boxes_name: str | None = None  # class of the object of a bbox.txt, which does not tell it
     prompt: str = ""  # what the video shows
     negative_prompt: str | None = None  # what it does not show
     # what the trajectories move; base = no LoRA; default: as the preset or the tracks say, mixed where only some say
@@ -65,6 +68,10 @@ class SampleJob:
     # how strongly the camera LoRA, the object LoRA and both together follow the tracks, 0 = not at all; in place of
     # control, camera_free_scale and trajectory_guidance_scale
     mix: tuple[float, float, float] | None = field(default=None, metadata={"metavar": ("CAMERA", "OBJECT", "MIXED")})
+    scene_guidance_scale: float = 1.0  # s_img, above 1 boxes and the gates' first frame are followed more closely
+    # what carries the first frame; default: both where boxes are given and the model has scene gates, else controlnet
+    first_frame_by: Literal["controlnet", "gates", "both"] | None = None
+    gated_fraction: float = 1.0  # of the steps, in which boxes and the gates' first frame act
     # model folder, or organisation/name on the hub
     model: str = field(default="models/sprites", metadata=_FOLDER)
     # DreamBooth model in Stable Diffusion's own layout, in place of spatial layers, VAE and text encoder
@@ -116,6 +123,8 @@ class SampleJob:
             from imageconductor.conditioning.trajectory_json import parse_size
 
             parse_size(self.trajectories_size, "trajectories_size")
+        if self.boxes_name is not None and self.boxes is None:
+            raise ValueError(f"boxes_name {self.boxes_name!r} goes with boxes; leave it out")
         if self.mix is not None and (
             self.camera_free_scale is not None or self.trajectory_guidance_scale not in (None, 1)
         ):
@@ -147,11 +156,13 @@ class Inputs:
         job: With the model's defaults in place of None (camera_free_scale and domain_adapter_scale apart).
         image: The first frame, in the size of the video; None = the prompt alone.
         trajectories: In pixels of the video; without tracks, the motion ControlNet is left out.
+        boxes: In pixels of the video; None = none, and the object gates are left out.
     """
 
     job: SampleJob
     image: Image.Image | None
     trajectories: Trajectories
+    boxes: Boxes | None = None
 
 
 def prepare(job: SampleJob) -> Inputs:
@@ -165,19 +176,22 @@ def prepare(job: SampleJob) -> Inputs:
         check_adapters,
         check_controlnets,
         check_shape,
+        read_gate_config,
         read_latent_channels,
     )
     from imageconductor.checkpoints.personalise import check_loras
     from imageconductor.checkpoints.reference_run import check_noise_prior
     from imageconductor.conditioning import cover_crop, load_image
     from imageconductor.sampling.branches import ADAPTERS, Control
+    from imageconductor.sampling.gate_inputs import check_gate_scales, choose_first_frame
+    from imageconductor.sampling.job_conditions import build_trajectories, read_boxes, suitable_control
 
     if job.image is None and not job.prompt:
         raise ValueError("an image or a prompt is needed: --image FILE, --prompt TEXT")
     job = _with_defaults(job)
     size, num_frames = (cast(int, job.width), cast(int, job.height)), cast(int, job.num_frames)
     image = None if job.image is None else load_image(job.image)
-    trajectories = _build_trajectories(job, size, num_frames, size if image is None else image.size)
+    trajectories = build_trajectories(job, size, num_frames, size if image is None else image.size)
     if job.control is None:
         job = replace(job, control=suitable_control(trajectories, job.preset))
     if image is not None or trajectories.num_tracks:
@@ -193,12 +207,16 @@ def prepare(job: SampleJob) -> Inputs:
         if job.mix is not None:
             check_adapters(job.model, ADAPTERS[Control.MIXED], f"mix {job.mix}")
     check_shape(job.model, size, num_frames)
+    boxes = None if job.boxes is None else read_boxes(job, size, num_frames)
+    has_scene = read_gate_config(job.model, "scene_gates") is not None
+    carrier = choose_first_frame(job.first_frame_by, [] if image is None else [(0,)], boxes is not None, has_scene)
+    check_gate_scales(job.scene_guidance_scale, job.gated_fraction, boxes is not None or carrier != "controlnet")
     styles, motions = _find_loras(job)
     check_loras(Path(job.model), [path for path, _ in styles], [path for path, _ in motions])
     if job.noise_prior is not None:
         check_noise_prior(parse_noise_prior(job.noise_prior)[0], read_latent_channels(job.model), num_frames)
-    job = replace(job, seed=job.seeds, num_videos=None, repeat=None)
-    return Inputs(job, None if image is None else cover_crop(image, size), trajectories)
+    job = replace(job, seed=job.seeds, num_videos=None, repeat=None, first_frame_by=carrier)
+    return Inputs(job, None if image is None else cover_crop(image, size), trajectories, boxes)
 
 
 def load_pipeline(job: SampleJob) -> ImageConductorPipeline:
@@ -256,8 +274,8 @@ def call_arguments(inputs: Sequence[Inputs]) -> dict[str, Any]:
     """Arguments of the pipeline's call for several inputs; generators are fresh.
 
     Args:
-        inputs: Equal in all but image, trajectories, prompts and seeds, and in the number of seeds. Either all of them
-            have trajectories or none, and images or none.
+        inputs: Equal in all but image, trajectories, boxes, prompts and seeds, and in the number of seeds. Either all
+            of them have trajectories or none, and so with images and boxes.
 
     Raises:
         ValueError: They differ in something else.
@@ -267,7 +285,8 @@ def call_arguments(inputs: Sequence[Inputs]) -> dict[str, Any]:
     from imageconductor.checkpoints.reference_run import load_noise_prior
 
     job = inputs[0].job
-    own = {"image", *MOTIONS, "trajectories_size", "start", "strength", "prompt", "negative_prompt", "seed"}
+    own = {"image", *MOTIONS, "trajectories_size", "start", "strength", "boxes", "boxes_name"}
+    own |= {"prompt", "negative_prompt", "seed"}
     for field_ in fields(SampleJob):
         values = [getattr(one.job, field_.name) for one in inputs]
         if field_.name not in own and any(value != values[0] for value in values):
@@ -276,9 +295,11 @@ def call_arguments(inputs: Sequence[Inputs]) -> dict[str, Any]:
     counts = {len(one.job.seeds) for one in inputs}
     drawn = [one.trajectories for one in inputs if one.trajectories.num_tracks]
     images = [one.image for one in inputs if one.image is not None]
-    if len(counts) > 1 or not {len(drawn), len(images)} <= {0, len(inputs)}:
+    boxes = [one.boxes for one in inputs if one.boxes is not None]
+    if len(counts) > 1 or not {len(drawn), len(images), len(boxes)} <= {0, len(inputs)}:
         raise ValueError(
-            "videos that are made together must agree in the number of seeds, and in having images and trajectories"
+            "videos that are made together must agree in the number of seeds, and in having images, trajectories and "
+            "boxes"
         )
     prior = None
     if job.noise_prior is not None:
@@ -294,6 +315,10 @@ def call_arguments(inputs: Sequence[Inputs]) -> dict[str, Any]:
         "guidance_scale": job.guidance_scale,
         "trajectory_guidance_scale": job.trajectory_guidance_scale,
         "mix": None if job.mix is None else dict(zip(MIX_CONTROLS, job.mix, strict=True)),
+        "boxes": boxes or None,
+        "scene_guidance_scale": job.scene_guidance_scale,
+        "first_frame_by": job.first_frame_by,
+        "gated_fraction": job.gated_fraction,
         "num_inference_steps": job.steps,
         "num_frames": job.num_frames,
         "height": job.height,
@@ -331,45 +356,6 @@ def _with_defaults(job: SampleJob) -> SampleJob:
     del defaults["control"]  # depends on the trajectories
     unset = {f.name: defaults[f.name] for f in fields(job) if getattr(job, f.name) is None and f.name in defaults}
     return replace(job, **unset)
-
-
-def _build_trajectories(
-    job: SampleJob, size: tuple[int, int], num_frames: int, image_size: tuple[int, int]
-) -> Trajectories:
-    """What is drawn, what the preset draws, or how a video moves, in pixels of `size` (W, H)."""
-    from imageconductor.conditioning import Trajectories, camera_preset, object_preset
-
-    if job.preset in CAMERA_PRESETS:
-        return camera_preset(job.preset, size, num_frames, strength=job.strength)
-    if job.preset is not None:
-        start = job.start or (size[0] / 2, size[1] / 2)
-        return object_preset(job.preset, size, num_frames, start=start, strength=job.strength)
-    if job.trajectories is not None:
-        from imageconductor.conditioning.trajectory_json import parse_size
-
-        drawn_size = None if job.trajectories_size is None else parse_size(job.trajectories_size)
-        drawn = Trajectories.load(
-            job.trajectories, num_frames, published_size=size, drawn_size=drawn_size, image_size=image_size
-        )
-        return drawn.cover_crop(size)
-    if job.motion_from is not None:
-        from imageconductor.data.video_motion import take_motion
-
-        return take_motion(Path(job.motion_from), size, num_frames)
-    return Trajectories.empty(size, num_frames)
-
-
-def suitable_control(trajectories: Trajectories, preset: str | None = None) -> Literal["camera", "object", "mixed"]:
-    """The camera for its presets and for tracks that all say so, both LoRAs where only some do, else the object."""
-    from imageconductor.conditioning import TRACK_CONTROLS
-
-    codes = trajectories.control
-    if preset in CAMERA_PRESETS:
-        return "camera"
-    if codes is None or not len(codes):
-        return "object"
-    says_camera = codes == TRACK_CONTROLS.index("camera")
-    return "camera" if bool(says_camera.all()) else "mixed" if bool(says_camera.any()) else "object"
 
 
 def _check_device(name: str | None) -> str:

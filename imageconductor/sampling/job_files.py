@@ -21,23 +21,24 @@ def load_job(path: Path) -> SampleJob:
     job = config_file.load(SampleJob, path)
     beside = {
         name: str(path.parent / value)
-        for name in ("image", "trajectories", "motion_from", "model")
+        for name in ("image", "trajectories", "motion_from", "boxes", "model")
         if (value := getattr(job, name)) is not None and (path.parent / value).exists()
     }
     return replace(job, **beside)
 
 
 def write(inputs: Inputs, videos: Sequence[Frames], folder: Path) -> None:
-    """Writes video-SEED.mp4 and overlay-SEED.mp4 for each seed, first_frame.png, trajectories.json and run.yaml.
+    """Writes video-SEED.mp4 and overlay-SEED.mp4 for each seed, first_frame.png, run.yaml, and what was drawn.
 
-    Videos of a prompt alone are called PROMPT-SEED.mp4, and what there is not is not written.
+    That is trajectories.json and boxes.json. Videos of a prompt alone are called PROMPT-SEED.mp4, and what there is not
+    is not written.
 
     Args:
         inputs: From `prepare`.
         videos: From `render`, one for each seed.
         folder: An existing folder; `files.atomic_folder` gives one that appears when it is complete.
     """
-    from imageconductor.sampling.video import draw_trajectories, upscale_for_viewing, write_mp4
+    from imageconductor.sampling.video import draw_boxes, draw_trajectories, upscale_for_viewing, write_mp4
 
     job, trajectories = inputs.job, inputs.trajectories
     record = replace(
@@ -48,6 +49,8 @@ def write(inputs: Inputs, videos: Sequence[Frames], folder: Path) -> None:
         preset=None,
         motion_from=None,
         start=None,
+        boxes=None if inputs.boxes is None else "boxes.json",
+        boxes_name=None,
         model=str(Path(job.model).resolve()),
         base=None if job.base is None else str(Path(job.base).resolve()),
         lora=[absolute_lora(text) for text in job.lora],
@@ -62,10 +65,13 @@ def write(inputs: Inputs, videos: Sequence[Frames], folder: Path) -> None:
         inputs.image.save(folder / "first_frame.png")
     if inputs.image is not None or trajectories.num_tracks:
         trajectories.save(folder / "trajectories.json")
+    if inputs.boxes is not None:
+        inputs.boxes.save(folder / "boxes.json")
     config_file.save(record, folder / "run.yaml")
     for seed, video in zip(job.seeds, videos, strict=True):
         large, factor = upscale_for_viewing(video)
         write_mp4(folder / f"{name}-{seed}.mp4", large, fps)
-        if inputs.image is None and not trajectories.num_tracks:
+        if inputs.image is None and not trajectories.num_tracks and inputs.boxes is None:
             continue
-        write_mp4(folder / f"overlay-{seed}.mp4", draw_trajectories(large, trajectories, factor), fps)
+        drawn = large if inputs.boxes is None else draw_boxes(large, inputs.boxes, factor)
+        write_mp4(folder / f"overlay-{seed}.mp4", draw_trajectories(drawn, trajectories, factor), fps)

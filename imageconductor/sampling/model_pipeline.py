@@ -194,8 +194,8 @@ class ModelPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffus
     @property
     def denoiser(self) -> Denoiser:
         """The networks that predict the noise."""
-        controlnets: Any = self.image_controlnet, self.motion_controlnet
-        return Denoiser(self.unet, *controlnets, self.object_gates, self.scene_gates)
+        networks: Any = self.unet, self.image_controlnet, self.motion_controlnet, self.object_gates, self.scene_gates
+        return Denoiser(*networks)
 
     # -- text and pixels
 

@@ -119,7 +119,7 @@ class ImageConductorPipeline(ModelPipeline):
         mix: Mapping[Control, float] | Mapping[str, float] | None = None,
         boxes: Boxes | Sequence[Boxes] | None = None,
         scene_guidance_scale: float = 1.0,
-        first_frame: str | None = None,
+        first_frame_by: str | None = None,
         gated_fraction: float = 1.0,
         num_inference_steps: int | None = None,
         num_frames: int | None = None,
@@ -162,8 +162,8 @@ class ImageConductorPipeline(ModelPipeline):
             boxes: With as many frames as the video, of a frame of any size, which is cropped as the image is. None
                 leaves the object gates out.
             scene_guidance_scale: s_img of SMCD: above 1 boxes and the gates' first frame are followed more closely.
-            first_frame: "controlnet", "gates" or "both" carry the picture of frame 0; None = both where boxes are given
-                and the model has scene gates, else the ControlNet.
+            first_frame_by: "controlnet", "gates" or "both" carry the picture of frame 0; None = both where boxes are
+                given and the model has scene gates, else the ControlNet.
             gated_fraction: Of the steps, in which gates act; the last ones are then the model's without them.
             num_inference_steps: Denoising steps.
             num_frames: T.
@@ -212,7 +212,7 @@ class ImageConductorPipeline(ModelPipeline):
             guidance_scale=guidance_scale,
             trajectory_guidance_scale=trajectory_guidance_scale,
             scene_guidance_scale=scene_guidance_scale,
-            first_frame=first_frame,
+            first_frame_by=first_frame_by,
             gated_fraction=gated_fraction,
             num_inference_steps=num_inference_steps,
             num_frames=num_frames,

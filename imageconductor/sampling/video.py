@@ -1,4 +1,4 @@
-"""Videos as files: mp4, trajectories drawn over them, and contact sheets."""
+"""Videos as files: mp4, trajectories and boxes drawn over them, and contact sheets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import imageio.v3 as iio
 import numpy as np
 from numpy.typing import NDArray
 
-from imageconductor.conditioning import TRACK_CONTROLS, Trajectories
+from imageconductor.conditioning import TRACK_CONTROLS, Boxes, Trajectories
 from imageconductor.files import atomic_path
 
 Frames = NDArray[np.uint8]  # (T, H, W, 3)
@@ -75,6 +75,38 @@ def draw_trajectories(frames: Frames, trajectories: Trajectories, factor: int = 
             if trajectories.still[n]:
                 _draw_dots(frame, points[n, now], visible[n, now], colour, 9 * scale, 2 * scale)
     return drawn
+
+
+def draw_boxes(frames: Frames, boxes: Boxes, factor: int = 1) -> Frames:
+    """Frames with a rectangle around each object that is present, and its class name.
+
+    Args:
+        frames: (T, H, W, 3).
+        boxes: With T frames, of the frames' size before they were enlarged by `factor`.
+        factor: By which the frames were enlarged.
+    """
+    scale = max(1, round(min(frames.shape[1:3]) / 256))
+    corners = (boxes.xyxy.numpy() * factor - 0.5).reshape(*boxes.xyxy.shape[:2], 2, 2)  # to centres of pixels
+    drawn = frames.copy()
+    for t, frame in enumerate(drawn):
+        for n, name in enumerate(boxes.names):
+            if not boxes.present[n, t]:
+                continue
+            colour = _COLOURS[n % len(_COLOURS)]
+            first, second = (_subpixel(corner) for corner in corners[n, t])
+            cv2.rectangle(frame, first, second, colour, 2 * scale, cv2.LINE_AA, _SUBPIXEL_BITS)
+            _draw_label(frame, name, corners[n, t, 0], colour, scale)
+    return drawn
+
+
+def _draw_label(frame: Frames, text: str, corner: NDArray[np.floating], colour: Colour, scale: int) -> None:
+    """A text on its own ground, above a corner where there is room, else below it."""
+    text, font, size = text[:40], cv2.FONT_HERSHEY_SIMPLEX, 0.4 * scale
+    (width, height), below = cv2.getTextSize(text, font, size, scale)
+    x = int(np.clip(corner[0], 0, max(0, frame.shape[1] - width)))
+    y = int(corner[1]) - 2 * scale if corner[1] >= height + 4 * scale else int(corner[1]) + height + 3 * scale
+    cv2.rectangle(frame, (x, y - height - scale), (x + width, y + below // 2), colour, -1)
+    cv2.putText(frame, text, (x, y), font, size, (0, 0, 0), scale, cv2.LINE_AA)
 
 
 def _choose_colours(trajectories: Trajectories) -> list[Colour]:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from imageconductor.sampling.branches import Control
-from imageconductor.sampling.job import suitable_control
+from imageconductor.sampling.job_conditions import suitable_control
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 from imageconductor.sampling.video import Frames, draw_trajectories, to_uint8, upscale_for_viewing
 

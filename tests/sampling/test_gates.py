@@ -82,7 +82,7 @@ CAMERA, OBJECT = ("camera",), ("object",)
             {"scene_guidance_scale": 2.5},
             {("no_scene", CAMERA): -1.5, ("uncond", CAMERA): 2.5 - 3, ("prompt", CAMERA): 3},
         ),
-        ({"scene_guidance_scale": 3.0, "first_frame": "gates"}, {("no_scene", CAMERA): -2, ("prompt", CAMERA): 3}),
+        ({"scene_guidance_scale": 3.0, "first_frame_by": "gates"}, {("no_scene", CAMERA): -2, ("prompt", CAMERA): 3}),
         (
             {"scene_guidance_scale": 2.0, "control": "object", "camera_free_scale": 1.4},
             {("no_scene", ()): -1, ("uncond", ()): 2 - 3, ("prompt", ()): 3 - 1.4, ("prompt", OBJECT): 1.4},
@@ -108,8 +108,10 @@ def test_a_model_with_gates_is_its_base_where_nothing_asks_for_them(pipe):
     base.set_progress_bar_config(disable=True)
     assert torch.equal(run(pipe, boxes=None), run(base, boxes=None))
     assert torch.equal(run(pipe, boxes=None, image=None), run(base, boxes=None, image=None))
-    assert (run(pipe, first_frame="controlnet") - run(pipe, boxes=None)).abs().max() > 1e-3, "boxes alone"
-    assert (run(pipe, boxes=None, first_frame="both") - run(pipe, boxes=None)).abs().max() > 1e-3, "first frame alone"
+    assert (run(pipe, first_frame_by="controlnet") - run(pipe, boxes=None)).abs().max() > 1e-3, "boxes alone"
+    assert (run(pipe, boxes=None, first_frame_by="both") - run(pipe, boxes=None)).abs().max() > 1e-3, (
+        "first frame alone"
+    )
 
 
 def test_what_depends_on_no_box_is_evaluated_once(pipe, monkeypatch):
@@ -192,9 +194,9 @@ def test_gates_move_and_are_saved_with_the_other_networks(pipe, tmp_path):
         ({"boxes": some_boxes(names=("star " * 99,))}, "class name .* tokens, at most"),
         ({"boxes": some_boxes(names=("<|endoftext|>",))}, "does not know the class name"),
         ({"boxes": [some_boxes()] * 3, "prompt": ["star"] * 2}, "expected 1 or 3"),
-        ({"first_frame": "adapter"}, "first_frame must be one of controlnet, gates, both, got 'adapter'"),
-        ({"first_frame": "gates", "image": None}, "needs a picture of frame 0"),
-        ({"first_frame": "gates", "image": {0: picture(), 1: picture()}}, "frame 1 has a picture"),
+        ({"first_frame_by": "adapter"}, "first_frame_by must be one of controlnet, gates, both, got 'adapter'"),
+        ({"first_frame_by": "gates", "image": None}, "needs a picture of frame 0"),
+        ({"first_frame_by": "gates", "image": {0: picture(), 1: picture()}}, "frame 1 has a picture"),
         ({"boxes": None, "scene_guidance_scale": 2.0}, "none acts; give boxes"),
         ({"boxes": None, "gated_fraction": 0.5}, "none acts; give boxes"),
         ({"gated_fraction": 1.5}, "gated_fraction must be from 0 to 1"),
@@ -210,8 +212,8 @@ def test_a_model_without_gates_says_so():
     pipe = tiny_pipeline()
     with pytest.raises(ValueError, match="boxes need object gates, which this model does not have"):
         run(pipe)
-    with pytest.raises(ValueError, match="first_frame 'both' needs scene gates"):
-        run(pipe, boxes=None, first_frame="both")
+    with pytest.raises(ValueError, match="first_frame_by 'both' needs scene gates"):
+        run(pipe, boxes=None, first_frame_by="both")
 
 
 def test_dropping_the_scene_leaves_absent_objects_and_zeros():

@@ -1,0 +1,82 @@
+"""The conditions that a job names: trajectories of a file, a preset or a video, and boxes."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from imageconductor.conditioning.preset_names import CAMERA_PRESETS
+
+if TYPE_CHECKING:
+    from imageconductor.conditioning import Boxes, Trajectories
+    from imageconductor.sampling.job import SampleJob
+
+logger = logging.getLogger(__name__)
+
+
+def build_trajectories(
+    job: SampleJob, size: tuple[int, int], num_frames: int, image_size: tuple[int, int]
+) -> Trajectories:
+    """What is drawn, what the preset draws, or how a video moves, in pixels of `size` (W, H)."""
+    from imageconductor.conditioning import Trajectories, camera_preset, object_preset
+
+    if job.preset in CAMERA_PRESETS:
+        return camera_preset(job.preset, size, num_frames, strength=job.strength)
+    if job.preset is not None:
+        start = job.start or (size[0] / 2, size[1] / 2)
+        return object_preset(job.preset, size, num_frames, start=start, strength=job.strength)
+    if job.trajectories is not None:
+        from imageconductor.conditioning.trajectory_json import parse_size
+
+        drawn_size = None if job.trajectories_size is None else parse_size(job.trajectories_size)
+        drawn = Trajectories.load(
+            job.trajectories, num_frames, published_size=size, drawn_size=drawn_size, image_size=image_size
+        )
+        return drawn.cover_crop(size)
+    if job.motion_from is not None:
+        from imageconductor.data.video_motion import take_motion
+
+        return take_motion(Path(job.motion_from), size, num_frames)
+    return Trajectories.empty(size, num_frames)
+
+
+def suitable_control(trajectories: Trajectories, preset: str | None = None) -> Literal["camera", "object", "mixed"]:
+    """The camera for its presets and for tracks that all say so, both LoRAs where only some do, else the object."""
+    from imageconductor.conditioning import TRACK_CONTROLS
+
+    codes = trajectories.control
+    if preset in CAMERA_PRESETS:
+        return "camera"
+    if codes is None or not len(codes):
+        return "object"
+    says_camera = codes == TRACK_CONTROLS.index("camera")
+    return "camera" if bool(says_camera.all()) else "mixed" if bool(says_camera.any()) else "object"
+
+
+def read_boxes(job: SampleJob, size: tuple[int, int], num_frames: int) -> Boxes:
+    """The boxes of a job in pixels of `size` (W, H), once they fit its model; without objects if it names none.
+
+    An object that is outside of the cropped picture in all frames is warned of.
+
+    Raises:
+        ValueError, FileNotFoundError: The file is malformed, or the model cannot take these boxes.
+    """
+    from imageconductor.checkpoints.model_folder import read_gate_config
+    from imageconductor.conditioning import Boxes
+    from imageconductor.sampling.gate_inputs import check_boxes, check_names
+
+    if job.boxes is None:
+        return Boxes.empty(size, num_frames)
+    config = read_gate_config(job.model, "object_gates")
+    drawn = Boxes.load(job.boxes, num_frames, name=job.boxes_name)
+    check_boxes(drawn, num_frames, None if config is None else config["max_objects"])
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+    length = CLIPTextConfig.from_pretrained(Path(job.model) / "text_encoder").max_position_embeddings
+    check_names(CLIPTokenizer.from_pretrained(Path(job.model) / "tokenizer"), drawn.names, length)
+    placed = drawn.cover_crop(size)
+    for n, name in enumerate(placed.names):
+        if drawn.present[n].any() and not placed.present[n].any():
+            logger.warning("%s: object %d (%s) is outside of the cropped picture in all frames", job.boxes, n, name)
+    return placed
