@@ -95,7 +95,7 @@ def test_an_object_that_the_crop_loses_is_warned_of(model, image, tmp_path, capl
 
 BAD = {
     "no gates": ([("star", growing())], ["--model", "{plain}"], "boxes need object gates"),
-    "outside": ([("star", [[0, 0, 70, 10]] * 4)], [], "object 0 ('star'), frame 0: the box (0, 0, 70, 10) lies outside"),
+    "outside": ([("star", [[0, 0, 70, 10]] * 4)], [], "frame 0: the box (0, 0, 70, 10) lies outside"),
     "no area": ([("star", [[9, 0, 9, 10]] * 4)], [], "has no area; it needs x1 < x2"),
     "frames": ([("star", growing()[:3])], [], "3 boxes for 4 frames"),
     "too many": ([("star", growing())] * 5, [], "5 objects have boxes, the model takes at most 4"),
