@@ -1,8 +1,9 @@
-"""Measures how well videos follow what was drawn, or how well they repeat a motion that was learned.
+"""Measures how well videos follow what was drawn or boxes, or how well they repeat a motion that was learned.
 
 Drawn motion: the paper's Table 1, its figures, and the sprite world's own scenes. Learned motion: MotionDirector's
-prompts x motions by several methods, for YAML files that say `protocol: learned_motion`. `--config FILE --help` lists
-the settings of a file's protocol.
+prompts x motions by several methods, for YAML files that say `protocol: learned_motion`. Boxes: SMCD's overlaps of
+tracked objects on GOT-10k, YouTube-VIS or sprites, `protocol: boxes`. `--config FILE --help` lists the settings of a
+file's protocol.
 
 Makes the videos that are missing, scores them, and writes results.json, table.md and contact sheets; of drawn motion
 also table.tex, and report.html with the worst videos first. Run it again after an interruption, or with one more
@@ -24,12 +25,16 @@ from typing import Any
 
 from imageconductor import config as config_file
 from imageconductor.command_line import parse_command_line, peek_settings
+from imageconductor.evaluation.box_config import BoxEvaluateConfig
 from imageconductor.evaluation.evaluate_config import EvaluateConfig
 from imageconductor.evaluation.learned_motion_config import LearnedMotionConfig
 
-_PROTOCOLS: dict[str, type[EvaluateConfig] | type[LearnedMotionConfig]] = {
+Settings = EvaluateConfig | LearnedMotionConfig | BoxEvaluateConfig
+
+_PROTOCOLS: dict[str, type[Settings]] = {
     EvaluateConfig.protocol: EvaluateConfig,
     LearnedMotionConfig.protocol: LearnedMotionConfig,
+    BoxEvaluateConfig.protocol: BoxEvaluateConfig,
 }
 
 
@@ -54,18 +59,14 @@ def main(argv: list[str] | None = None) -> int:
             _export(config, output)
             print(output)
             return 0
-        record = (
-            _evaluate_learned(config, output)
-            if isinstance(config, LearnedMotionConfig)
-            else _evaluate_drawn(config, output)
-        )
+        record = _evaluate(config, output)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0 if record is None else _tell_failures(record)
 
 
-def choose_protocol(argv: Sequence[str]) -> type[EvaluateConfig] | type[LearnedMotionConfig]:
+def choose_protocol(argv: Sequence[str]) -> type[Settings]:
     """The schema of the protocol that the YAML file or `protocol=NAME` states, else that of drawn motion.
 
     Raises:
@@ -78,6 +79,12 @@ def choose_protocol(argv: Sequence[str]) -> type[EvaluateConfig] | type[LearnedM
     if name not in _PROTOCOLS:
         raise ValueError(f"{path or 'the command line'}: protocol must be one of {', '.join(_PROTOCOLS)}, got {name!r}")
     return _PROTOCOLS[name]
+
+
+def _evaluate(config: Settings, output: Path) -> dict[str, Any] | None:
+    if isinstance(config, LearnedMotionConfig):
+        return _evaluate_learned(config, output)
+    return _evaluate_boxes(config, output) if isinstance(config, BoxEvaluateConfig) else _evaluate_drawn(config, output)
 
 
 def _evaluate_drawn(config: EvaluateConfig, output: Path) -> dict[str, Any] | None:
@@ -106,9 +113,22 @@ def _evaluate_learned(config: LearnedMotionConfig, output: Path) -> dict[str, An
     return record
 
 
-def _export(config: EvaluateConfig | LearnedMotionConfig, output: Path) -> None:
-    if isinstance(config, LearnedMotionConfig):
-        raise ValueError("export-requests is for drawn motion; of a learned motion prompts and seeds are in the YAML")
+def _evaluate_boxes(config: BoxEvaluateConfig, output: Path) -> dict[str, Any] | None:
+    from imageconductor.evaluation.box_protocol import BoxEvaluation
+    from imageconductor.evaluation.box_summary import format_boxes, write_box_report
+
+    evaluation = BoxEvaluation(config, output)
+    record = evaluation.run()
+    if record is not None:
+        write_box_report(evaluation, record, output)
+        print(format_boxes(record))
+        print(output / "table.md")
+    return record
+
+
+def _export(config: Settings, output: Path) -> None:
+    if not isinstance(config, EvaluateConfig):
+        raise ValueError(f"export-requests is for drawn motion, and these are settings of protocol {config.protocol}")
     from imageconductor.evaluation.request_files import export_requests
 
     export_requests(config, output)

@@ -1,8 +1,8 @@
-"""Metrics of the frames: SSIM of the first one, CLIP similarities and PickScore of all."""
+"""Metrics of the frames: SSIM of the first one, similarities by CLIP and DINO, and PickScore of all."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from imageconductor.evaluation.learned_motion_config import FramePairs
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # mean of the pixels that CLIP was trained on
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pixels that DINO was trained on
 
 
 def ssim(image: NDArray[np.uint8], reference: NDArray[np.uint8]) -> float:
@@ -66,16 +67,8 @@ class ClipEncoder:
     @torch.inference_mode()
     def embed_frames(self, frames: NDArray[np.uint8]) -> Tensor:
         """(T, D) of frames (T, H, W, 3)."""
-        side = self.model.config.vision_config.image_size
-        height, width = frames.shape[1:3]
-        scale = side / min(height, width)
-        size = (max(side, round(height * scale)), max(side, round(width * scale)))
-        pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device).permute(0, 3, 1, 2).float() / 255
-        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = (size[0] - side) // 2, (size[1] - side) // 2
-        pixels = pixels[..., top : top + side, left : left + side]
-        mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (_CLIP_MEAN, _CLIP_STD))
-        vision = self.model.vision_model(pixel_values=(pixels - mean) / std).pooler_output
+        pixels = _crop_and_normalise(frames, self.model.config.vision_config.image_size, _CLIP_MEAN, _CLIP_STD)
+        vision = self.model.vision_model(pixel_values=pixels.to(self.device)).pooler_output
         return F.normalize(self.model.visual_projection(vision), dim=-1)
 
     @torch.inference_mode()
@@ -87,6 +80,49 @@ class ClipEncoder:
         ).to(self.device)
         text = self.model.text_model(tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
         return F.normalize(self.model.text_projection(text), dim=-1)
+
+
+class DinoEncoder:
+    """Unit vectors of frames, by a vision transformer of DINO or DINOv2 that the user has.
+
+    Frames are resized (bicubic, shorter side), centre-cropped to the network's size and normalised as ImageNet's. A
+    frame's vector is the network's output at the class token.
+
+    Args:
+        name: Folder or hub name, e.g. facebook/dino-vits16.
+        device: Device of the network.
+
+    Raises:
+        FileNotFoundError: There is no such model.
+    """
+
+    def __init__(self, name: str, device: str | torch.device = "cpu"):
+        from transformers import AutoModel
+
+        try:
+            loaded: Any = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+            model, found = loaded
+            # A pooler that no checkpoint of DINO has is not used.
+            if missing := sorted(key for key in found["missing_keys"] if not key.startswith("pooler.")):
+                raise ValueError(f"it lacks {len(missing)} weights, such as {missing[0]}")
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(f"dino: no model at {name}: {str(error).strip().splitlines()[0]}") from error
+        self.device = torch.device(device)
+        self.model: Any = model.to(self.device).eval()
+
+    @torch.inference_mode()
+    def embed_frames(self, frames: NDArray[np.uint8]) -> Tensor:
+        """(T, D) of frames (T, H, W, 3)."""
+        pixels = _crop_and_normalise(frames, self.model.config.image_size, _IMAGENET_MEAN, _IMAGENET_STD)
+        return F.normalize(self.model(pixel_values=pixels.to(self.device)).last_hidden_state[:, 0], dim=-1)
+
+
+class FrameEncoder(Protocol):
+    """Unit vectors of frames."""
+
+    def embed_frames(self, frames: NDArray[np.uint8]) -> Tensor:
+        """(T, D) of frames (T, H, W, 3)."""
+        ...
 
 
 class ClipScorer(ClipEncoder):
@@ -132,6 +168,29 @@ class PickScorer(ClipEncoder):
         """Mean over frames (T, H, W, 3) of their scores."""
         cosines = self.embed_frames(frames) @ self.embed_text(prompt).T
         return float(self.model.logit_scale.exp() * cosines.mean())
+
+
+def first_frame_fidelity(encoder: FrameEncoder, frames: NDArray[np.uint8], first: NDArray[np.uint8]) -> float:
+    """Mean cosine, in [-1, 1], of frames (T, H, W, 3) with the first frame (1, H, W, 3) that they were made from.
+
+    Source: FFF-CLIP and FFF-DINO of SMCD (arXiv 2403.10179).
+    """
+    return float((encoder.embed_frames(frames) @ encoder.embed_frames(first).T).mean())
+
+
+def _crop_and_normalise(
+    frames: NDArray[np.uint8], side: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Tensor:
+    """(T, 3, side, side) of frames (T, H, W, 3)."""
+    height, width = frames.shape[1:3]
+    scale = side / min(height, width)
+    size = (max(side, round(height * scale)), max(side, round(width * scale)))
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255
+    pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (size[0] - side) // 2, (size[1] - side) // 2
+    pixels = pixels[..., top : top + side, left : left + side]
+    shift, spread = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (mean, std))
+    return (pixels - shift) / spread
 
 
 def frame_consistency(images: Tensor, pairs: FramePairs = "consecutive") -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 from imageconductor.checkpoints.model_folder import locate_model, read_sampling_defaults
 from imageconductor.checkpoints.reference_run import NOISE_PRIOR_NAME
+from imageconductor.evaluation.box_config import BoxEvaluateConfig, BoxMethod
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, RequestSet
 from imageconductor.evaluation.fixed_requests import FixedRequests
 from imageconductor.evaluation.learned_motion_config import LearnedMethod
@@ -113,6 +114,26 @@ def collect_learned_settings(method: LearnedMethod, jobs: Mapping[str, SampleJob
             "weights": _describe_files([*_list_weights(Path(job.model)), *files]),
             **{key: getattr(job, key) for key in kept},
         }
+    return json.loads(json.dumps(settings, default=str))
+
+
+def collect_box_settings(config: BoxEvaluateConfig, method: BoxMethod, job: SampleJob) -> dict[str, Any]:
+    """All that a method's videos depend on, beside the clips; weights by size and date.
+
+    Args:
+        config: Settings of the evaluation.
+        method: The method.
+        job: Its settings, with its model's defaults.
+    """
+    of_clips = ("dataset", "data", "split", "captions", "frame_step", "seed")
+    kept = ("negative_prompt", "guidance_scale", "trajectory_guidance_scale", "steps", "width", "height", "num_frames")
+    settings: dict[str, Any] = {
+        "protocol": "boxes",
+        **{key: getattr(config, key) for key in of_clips},
+        **{key: getattr(job, key) for key in (*kept, "dtype", "first_frame_by")},
+        "method": asdict(method) | {"model": job.model},
+        "weights": _describe_files(_list_weights(Path(job.model))),
+    }
     return json.loads(json.dumps(settings, default=str))
 
 

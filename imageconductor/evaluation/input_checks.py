@@ -75,10 +75,10 @@ def check_instruments(config: EvaluateConfig) -> None:
     check_tracker(config)
 
 
-def check_clip(setting: str, name: str | None) -> None:
+def check_clip(setting: str, name: str | None, kind: str = "CLIP model") -> None:
     """Raises FileNotFoundError if a setting names a local folder that is no model of transformers."""
     if name is not None and _is_path(name) and not Path(name, "config.json").is_file():
-        raise FileNotFoundError(f"{setting}: no CLIP model at {name} (config.json is missing)")
+        raise FileNotFoundError(f"{setting}: no {kind} at {name} (config.json is missing)")
 
 
 def check_tracker(config: EvaluateConfig | LearnedMotionConfig) -> None:

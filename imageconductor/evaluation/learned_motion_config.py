@@ -156,12 +156,12 @@ class LearnedMotionConfig:
                 raise ValueError(f"motion {name} has no references; name the clips that it was learned from")
 
 
-def _list_elsewhere(schema: Any, other: Any) -> dict[str, str]:
+def list_elsewhere(schema: Any, other: Any) -> dict[str, str]:
     """Settings of the other schema alone, except those that are probably misspelled ones of this."""
     ours, theirs = ([setting.name for setting in fields(each)] for each in (schema, other))
     explained = [name for name in theirs if not difflib.get_close_matches(name, ours, n=1)]
     return {name: f"a setting of protocol {other.protocol}" for name in explained}
 
 
-LearnedMotionConfig.ELSEWHERE = _list_elsewhere(LearnedMotionConfig, EvaluateConfig)
-EvaluateConfig.ELSEWHERE = _list_elsewhere(EvaluateConfig, LearnedMotionConfig)
+LearnedMotionConfig.ELSEWHERE = list_elsewhere(LearnedMotionConfig, EvaluateConfig)
+EvaluateConfig.ELSEWHERE = list_elsewhere(EvaluateConfig, LearnedMotionConfig)

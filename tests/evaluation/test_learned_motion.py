@@ -281,7 +281,7 @@ def test_the_protocol_decides_which_settings_there_are(tmp_path, capsys):
     assert all(choose_protocol(["--config", str(path), "--help"]) is LearnedMotionConfig for path in CONFIGS)
     output = ["--output", str(tmp_path / "out")]
     assert main(["protocol=learnt_motion", *output]) == 2
-    assert "protocol must be one of drawn_motion, learned_motion, got 'learnt_motion'" in capsys.readouterr().err
+    assert "protocol must be one of drawn_motion, learned_motion, boxes, got 'learnt_motion'" in capsys.readouterr().err
     assert main(["export-requests", "--config", str(CONFIGS[0]), *output]) == 2
     assert "export-requests is for drawn motion" in capsys.readouterr().err
     for arguments, advice in (

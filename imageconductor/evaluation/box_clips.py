@@ -1,0 +1,74 @@
+"""Clips with boxes that an evaluation asks for again: their first frames, captions, boxes and true frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from imageconductor.conditioning import Boxes, cover_crop
+from imageconductor.data.box_datasets import BoxClip, find_got10k, read_got10k, read_youtube_vis
+from imageconductor.evaluation.box_config import BoxEvaluateConfig
+
+
+@dataclass(frozen=True, eq=False)
+class BoxRequest:
+    """What the methods are given of a clip.
+
+    Attributes:
+        key: Name of the clip and of its files.
+        prompt: Its caption.
+        seed: Of the video's noise.
+        boxes: Of T frames, in pixels of the video; each object is in frame 0, where its tracker starts.
+        clip: Where the true frames come from.
+        chosen: Numbers of the clip's frames that are asked for.
+        size: (W, H) of the video.
+    """
+
+    key: str
+    prompt: str
+    seed: int
+    boxes: Boxes
+    clip: BoxClip
+    chosen: range
+    size: tuple[int, int]
+
+    def read_frames(self, count: int | None = None) -> NDArray[np.uint8]:
+        """The true frames (T, H, W, 3), or the first `count` of them, cropped to the video's size."""
+        frames = self.clip.frames(self.chosen[:count])
+        return np.stack([np.asarray(cover_crop(Image.fromarray(frame), self.size)) for frame in frames])
+
+
+def list_requests(config: BoxEvaluateConfig, size: tuple[int, int], num_frames: int) -> list[BoxRequest]:
+    """The requests of an evaluation, of clips that are long enough and begin with an object.
+
+    Raises:
+        FileNotFoundError: There is no such data set.
+        ValueError: A file of it is malformed, or no clip serves.
+    """
+    span = (num_frames - 1) * config.frame_step + 1
+    found: list[BoxRequest] = []
+    for clip in _list_clips(config, span):
+        if len(found) == config.num_clips:
+            break
+        chosen = range(0, span, config.frame_step)
+        boxes = clip.boxes.at_frames(chosen).cover_crop(size)
+        boxes = boxes.select([n for n in range(boxes.num_objects) if boxes.present[n, 0]])
+        if boxes.num_objects:
+            seed = config.seed + len(found)
+            found.append(BoxRequest(clip.key, clip.caption, seed, boxes, clip, chosen, size))
+    if not found:
+        raise ValueError(f"{config.data}: no clip of {config.dataset} has {span} frames and an object in the first one")
+    return found
+
+
+def _list_clips(config: BoxEvaluateConfig, min_frames: int) -> Iterator[BoxClip]:
+    root = Path(config.data or "")
+    if config.dataset == "got10k":
+        yield from map(read_got10k, find_got10k(root, config.split, min_frames))
+    else:
+        yield from read_youtube_vis(root, config.split, captions=config.captions, min_frames=min_frames)

@@ -1,0 +1,179 @@
+"""Summary of an evaluation of boxes, its table, and a contact sheet.
+
+OUTPUT/results.json    figures with intervals by method, differences to the first method, settings
+OUTPUT/table.md        one line for each method, the true clips and the box of frame 0 kept
+OUTPUT/same_clips.png  the first clips, and what each method makes of them, with the requested boxes
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from imageconductor.evaluation.frechet import collect_statistics, frechet_distance
+from imageconductor.evaluation.report import format_figure, format_tables
+from imageconductor.evaluation.scores import describe_failure, summarise_scores, to_json_values
+from imageconductor.evaluation.statistics import summarise, summarise_differences
+from imageconductor.evaluation.summary import collect_failures, list_failures
+from imageconductor.files import write_text
+from imageconductor.sampling.video import contact_sheet, draw_boxes, upscale_for_viewing
+
+if TYPE_CHECKING:
+    from imageconductor.evaluation.box_protocol import BoxEvaluation
+
+_OVERLAPS = {"ao": None, "sr50": 0.5, "sr75": 0.75}  # metric -> overlap that counts as a success
+_COLUMNS = {  # metric -> heading, factor, digits
+    "ao": ("AO", 1, 3),
+    "sr50": ("SR50", 1, 3),
+    "sr75": ("SR75", 1, 3),
+    "first_frame_psnr": ("first frame, dB", 1, 1),
+    "first_frame_clip": ("first-frame fidelity, CLIP", 1, 3),
+    "first_frame_dino": ("first-frame fidelity, DINO", 1, 3),
+    "clip_text": ("text alignment, 100 x CLIP", 100, 2),
+}
+_KEPT = "box of frame 0"
+_SHOWN = 3  # clips of the contact sheet
+_NOTE = (
+    "AO: overlap (IoU) of a tracked box with the requested one, mean over frames; SR50 and SR75: fraction of frames "
+    "whose overlap is above 0.5 and 0.75. Frame 0, in which the tracker starts, and frames without the object do not "
+    "count; all frames of all clips count alike. True clips: what the tracker reaches on the clips themselves. Box of "
+    "frame 0: what a box that stays has. First-frame fidelity: cosine of each frame with the first frame of the clip. "
+    "Mean and bootstrap 95 % interval over clips."
+)
+
+
+def summarise_boxes(evaluation: BoxEvaluation) -> dict[str, Any]:
+    """The record, which is written as results.json."""
+    from imageconductor.evaluation.box_protocol import TRUE_CLIPS
+
+    scores = {name: evaluation.read_scores(name) for name in (TRUE_CLIPS, *evaluation.config.methods)}
+    first = next(iter(evaluation.config.methods))
+    lines = {name: {"figures": _summarise(own), "failed": collect_failures(own)} for name, own in scores.items()}
+    for name, method in evaluation.config.methods.items():
+        lines[name] |= {**asdict(method), "frechet": _measure_frechet(evaluation, name)}
+        lines[name]["differences"] = {} if name == first else _summarise(scores[name], scores[first])
+    kept = [
+        {"overlaps": score["kept_overlaps"], "source": score["source"]}
+        for score in scores[TRUE_CLIPS]
+        if "kept_overlaps" in score
+    ]
+    settings = {
+        **asdict(evaluation.config),
+        "size": evaluation.size,
+        "num_frames": evaluation.num_frames,
+        "num_clips": len(evaluation.requests),
+        "num_objects": sum(request.boxes.num_objects for request in evaluation.requests),
+        "tracker": f"{evaluation.tracker.name} {evaluation.tracker.version}",
+        "num_processes": evaluation.state.num_processes,
+    }
+    record = {"methods": {_KEPT: {"figures": _summarise(kept), "failed": {}}, **lines}, "settings": settings}
+    record = to_json_values(record)
+    write_text(evaluation.output / "results.json", json.dumps(record, indent=1))
+    return record
+
+
+def write_box_report(evaluation: BoxEvaluation, record: dict[str, Any], folder: Path) -> None:
+    """Writes table.md and same_clips.png into a folder."""
+    from imageconductor.evaluation.box_protocol import TRUE_CLIPS
+
+    write_text(folder / "table.md", format_boxes(record))
+    rows = []
+    for request in evaluation.requests[:_SHOWN]:
+        for name in (TRUE_CLIPS, *evaluation.config.methods):
+            large, factor = upscale_for_viewing(evaluation.read_frames(name, request))
+            rows.append((f"{request.key}, {name}: {request.prompt}"[:110], draw_boxes(large, request.boxes, factor)))
+    contact_sheet(folder / "same_clips.png", rows)
+
+
+def format_boxes(record: dict[str, Any]) -> str:
+    """The table of all methods, that of their differences to the first one, and notes."""
+    methods, settings = record["methods"], record["settings"]
+    named = {name: line for name, line in methods.items() if "differences" in line}
+    first, *others = named
+    tables = [_build_table("method", {name: line["figures"] for name, line in methods.items()})]
+    if others:
+        tables.append(
+            _build_table(f"difference to {first}", {name: named[name]["differences"] for name in others}, "+")
+        )
+    distances = [
+        f"{distance} of {name}: {found['value']:.2f} ({found['num_generated']} and {found['num_reference']})"
+        for name, line in named.items()
+        for distance, found in line["frechet"].items()
+        if "value" in found
+    ]
+    notes = [
+        f"{_NOTE} Tracker: {settings['tracker']}. {settings['num_clips']} clips of {settings['dataset']} with "
+        f"{settings['num_objects']} objects.",
+        *([f"Distances to the true clips: {'; '.join(distances)}."] if distances else []),
+        *(f"NOT MEASURED: {failure}" for failure in list_failures(record)),
+    ]
+    return "\n\n".join([format_tables(tables), *notes]) + "\n"
+
+
+def _summarise(scores: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Each metric's mean and interval, `Figure` as a dict; overlaps by the frame, as the toolkit counts them."""
+    found: dict[str, Any] = summarise_scores(
+        _leave_out_overlaps(scores), scale=1, baseline=None if baseline is None else _leave_out_overlaps(baseline)
+    )
+    tracked = [n for n, one in enumerate(scores) if "overlaps" in one and "overlaps" in (baseline or scores)[n]]
+    for metric, threshold in _OVERLAPS.items():
+        values, sources = _list_frames([scores[n] for n in tracked], threshold)
+        if baseline is None:
+            figure = summarise(values, sources)
+        else:
+            others, _ = _list_frames([baseline[n] for n in tracked], threshold)
+            figure = summarise_differences(values, others, sources)
+        found[metric] = asdict(figure)
+    return found
+
+
+def _leave_out_overlaps(scores: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    left_out = ("overlaps", "kept_overlaps")
+    return [{key: value for key, value in one.items() if key not in left_out} for one in scores]
+
+
+def _list_frames(scores: Sequence[dict[str, Any]], threshold: float | None) -> tuple[list[float], list[str]]:
+    """Overlaps or successes of all frames that count, and the clip of each."""
+    rows = [(value, one["source"]) for one in scores for row in one["overlaps"] for value in row]
+    values = [value if threshold is None else float(value > threshold) for value, _ in rows]
+    return values, [source for _, source in rows]
+
+
+def _measure_frechet(evaluation: BoxEvaluation, name: str) -> dict[str, Any]:
+    """Each asked-for distance between a method's videos and the true clips, or the reason why there is none."""
+    found: dict[str, Any] = {}
+    for distance in evaluation.config.frechet:
+        weights, count = evaluation.network_file(distance), evaluation.num_frames
+        bar = tqdm(evaluation.requests, desc=f"{name}: {distance}", dynamic_ncols=True)
+        try:
+            made = (evaluation.read_frames(name, request) for request in bar)
+            true = (request.read_frames() for request in evaluation.requests)
+            generated, reference = (
+                collect_statistics(distance, videos, weights, count, evaluation.device) for videos in (made, true)
+            )
+            found[distance] = asdict(frechet_distance(distance, generated, reference, weights, count))
+        except Exception as error:  # The network's file is the user's; the other figures must not be lost with it.
+            found[distance] = {"failed": describe_failure(error)}
+    return found
+
+
+def _build_table(title: str, lines: dict[str, dict[str, Any]], sign: str = "") -> list[list[str]]:
+    """Cells, the heading first; a figure that was not measured is a dash."""
+    measured = [metric for metric in _COLUMNS if any(metric in figures for figures in lines.values())]
+    table = [[title, *(_COLUMNS[metric][0] for metric in measured)]]
+    for name, figures in lines.items():
+        cells = []
+        for metric in measured:
+            _, factor, digits = _COLUMNS[metric]
+            figure = figures.get(metric)
+            if figure is not None:
+                scaled = {key: figure[key] for key in ("mean", "low", "high") if figure[key] is not None}
+                figure = figure | {key: factor * value for key, value in scaled.items()}
+            cells.append(format_figure(figure, digits, sign, 0 if figure is None else figure["n"]))
+        table.append([name, *cells])
+    return table

@@ -1,0 +1,191 @@
+"""An evaluation of boxes on a GOT-10k folder whose object truly moves, by a tiny model with and without gates."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import tiny_gates, tiny_pipeline
+from PIL import Image
+from transformers import ViTConfig, ViTModel
+
+from imageconductor import config as config_file
+from imageconductor.commands.evaluate import choose_protocol, main
+from imageconductor.evaluation.appearance import DinoEncoder, first_frame_fidelity
+from imageconductor.evaluation.box_clips import list_requests
+from imageconductor.evaluation.box_config import BoxEvaluateConfig, BoxMethod
+from imageconductor.evaluation.box_protocol import TRUE_CLIPS
+
+T, SIZE = 4, (64, 48)  # of the data set's pictures; the model's videos are 32 x 32
+
+
+def write_clip(root, number, dx):
+    """A textured square that moves by dx px a frame over a still background, in the layout of GOT-10k."""
+    folder = root / "val" / f"GOT-10k_Val_{number:06}"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(number)
+    background = random.integers(60, 120, (6, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    texture = random.integers(0, 255, (8, 8, 3), np.uint8).repeat(2, 0).repeat(2, 1)
+    rows = []
+    for t in range(T + 1):
+        x, y = 16 + dx * t, 14
+        frame = background.copy()
+        frame[y : y + 16, x : x + 16] = texture
+        Image.fromarray(frame).save(folder / f"{t + 1:08}.jpg", quality=98)
+        rows.append(f"{x}.0,{y}.0,16.0,16.0")
+    (folder / "groundtruth.txt").write_text("\n".join(rows))
+    meta = "[METAINFO]\nobject_class: star\nmotion_class: moving\nresolution: (64, 48)\nanno_fps: 10Hz\n"
+    (folder / "meta_info.ini").write_text(meta)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, save_clip):
+    folder = tmp_path_factory.mktemp("work")
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(folder / "plain")
+    pipe.object_gates, pipe.scene_gates = tiny_gates(pipe.unet)
+    pipe.save_pretrained(folder / "gated")
+    for number, dx in ((1, 4), (2, 0)):
+        write_clip(folder / "got", number, dx)
+    save_clip(folder / "clip")
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(image_size=32, patch_size=8, **small), add_pooling_layer=False).save_pretrained(folder / "dino")
+    return folder
+
+
+def settings(work, **changes):
+    return {
+        "protocol": "boxes",
+        "model": f"{work}/gated",
+        "methods": {
+            "both": {},
+            "boxes": {"image": False},
+            "image": {"boxes": False},
+            "centres": {"model": f"{work}/plain", "boxes": False, "centres": True},
+        },
+        "dataset": "got10k",
+        "data": f"{work}/got",
+        "num_inference_steps": 1,
+        "batch_size": 2,
+        "device": "cpu",
+        "clip": f"{work}/clip",
+        "dino": f"{work}/dino",
+        "frechet": ["frechet_small"],
+        **changes,
+    }
+
+
+def run(path, values, output):
+    path.write_text(yaml.safe_dump(values))
+    return main(["--config", str(path), "--output", str(output)])
+
+
+@pytest.fixture(scope="module")
+def record(work):
+    assert run(work / "e.yaml", settings(work), work / "out") == 0
+    return json.loads((work / "out" / "results.json").read_text())
+
+
+def test_the_tracker_follows_the_true_clips(record):
+    """One of two squares moves by 12 of 16 px in three frames: a box that stays overlaps 0.6, 0.33, 0.14 there."""
+    figures = {name: record["methods"][name]["figures"] for name in (TRUE_CLIPS, "box of frame 0")}
+    assert figures[TRUE_CLIPS]["ao"]["mean"] > 0.8
+    assert figures["box of frame 0"]["ao"]["mean"] == pytest.approx((3 + 12 / 20 + 8 / 24 + 4 / 28) / 6, abs=0.01)
+    assert figures["box of frame 0"]["sr50"]["mean"] == pytest.approx(4 / 6)
+    assert figures["box of frame 0"]["sr75"]["mean"] == pytest.approx(3 / 6)
+    assert figures[TRUE_CLIPS]["ao"]["n"] == 6, "frames 1 to 3 of two clips"
+    assert figures[TRUE_CLIPS]["first_frame_dino"]["mean"] > 0.9
+
+
+def test_every_method_has_its_line(work, record):
+    table = (work / "out" / "table.md").read_text()
+    for name in ("both", "boxes", "image", "centres", TRUE_CLIPS, "box of frame 0"):
+        assert f"| {name} " in table
+    assert set(record["methods"]["image"]["differences"]) >= {"ao", "sr50", "sr75", "clip_text", "first_frame_clip"}
+    assert record["methods"]["both"]["frechet"]["frechet_small"]["num_reference"] == 2
+    assert (work / "out" / "same_clips.png").stat().st_size > 1000
+    assert record["settings"]["num_objects"] == 2
+
+
+def test_methods_are_given_what_they_say(work, record):
+    made = {}
+    for name in ("both", "boxes", "image", "centres"):
+        made[name] = (work / "out" / "videos" / name / "GOT-10k_Val_000001.mp4").read_bytes()
+    assert len(set(made.values())) == 4
+    with_settings = json.loads((work / "out" / "videos" / "both" / "made_with.json").read_text())
+    assert with_settings["first_frame_by"] == "both"
+
+
+def test_a_second_run_keeps_what_is_there(work, record):
+    videos = {path: path.stat().st_mtime_ns for path in (work / "out").rglob("*.mp4")}
+    scores = {path: path.stat().st_mtime_ns for path in (work / "out" / "scores").rglob("*.json")}
+    assert run(work / "e.yaml", settings(work), work / "out") == 0
+    assert all(path.stat().st_mtime_ns == before for path, before in {**videos, **scores}.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "{work}/plain", "methods": {"m": {}}}, "method m: boxes need object gates"),
+        ({"methods": {"m": {"first_frame_by": "gates", "image": False}}}, "method m: first_frame_by 'gates' needs a"),
+        ({"methods": {"m": {"boxes": False, "gated_fraction": 0.5}}}, "method m: scene_guidance_scale"),
+        ({"methods": {"m": {}}, "model": None}, "method m has no model"),
+        ({"methods": {}}, "give methods"),
+        ({"methods": {"true clips": {}}}, "'true clips' cannot be one"),
+        ({"data": None}, "dataset got10k needs data=FOLDER"),
+        ({"data": "nowhere"}, "no clips of GOT-10k"),
+        ({"num_frames": 9}, "no clips of GOT-10k with 9 frames or more"),
+        ({"clip": "./nowhere"}, "clip: no CLIP model with tokenizer at ./nowhere"),
+        ({"dino": "./nowhere"}, "dino: no model at ./nowhere"),
+        ({"frechet": ["fvd"]}, "fvd needs fvd_weights=FILE"),
+        ({"grid": 3}, "a setting of protocol learned_motion"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_made(work, changes, message, tmp_path, capsys):
+    values = {**settings(work), "clip": None, "dino": None, "frechet": [], **changes}
+    values["model"] = values["model"] and values["model"].format(work=work)
+    try:
+        code = run(tmp_path / "e.yaml", values, tmp_path / "out")
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not list((tmp_path / "out").rglob("*.mp4"))
+
+
+def test_a_request_is_the_cropped_clip(work):
+    values = {key: value for key, value in settings(work).items() if key not in ("methods", "protocol")}
+    chosen = BoxEvaluateConfig(methods={"both": BoxMethod()}, **{**values, "num_clips": 1})
+    requests = list_requests(chosen, (32, 32), T)
+    assert [request.key for request in requests] == ["GOT-10k_Val_000001"]
+    # The middle of the picture: 64 x 48 covers 32 x 32 at two thirds of its size.
+    assert requests[0].boxes.xyxy[0, 0].tolist() == pytest.approx([16 * 2 / 3 - 16 / 3, 14 * 2 / 3, 16, 20])
+    assert requests[0].read_frames(2).shape == (2, 32, 32, 3)
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "evaluate").glob("smcd_*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configs_load(path):
+    assert choose_protocol(["--config", str(path)]) is BoxEvaluateConfig
+    config = config_file.load(BoxEvaluateConfig, path)
+    given = {(one.image, one.boxes) for one in config.methods.values()}
+    assert given >= {(True, True), (False, True), (True, False)}, "both, boxes only, image only"
+
+
+def test_dino_reads_the_class_token(work):
+    frames = np.random.default_rng(0).integers(0, 255, (3, 40, 32, 3), np.uint8)
+    encoder = DinoEncoder(str(work / "dino"))
+    vectors = encoder.embed_frames(frames)
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(3))
+    assert first_frame_fidelity(encoder, frames[:1], frames[:1]) == pytest.approx(1)
+    (work / "dino" / "config.json").rename(work / "dino" / "config.bak")
+    with pytest.raises(FileNotFoundError, match="dino: no model at"):
+        DinoEncoder(str(work / "dino"))
+    (work / "dino" / "config.bak").rename(work / "dino" / "config.json")
