@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from imageconductor.conditioning import load_image
 from imageconductor.data.box_datasets import find_got10k, read_got10k, read_youtube_vis
 from imageconductor.data.clip_records import CorruptClipError
+from imageconductor.models.gated_attention import ObjectGates
 
 META = json.loads((FOLDER / "data_meta.json").read_text())
 MAX_OBJECTS = META["got10k"]["collated_shapes"]["boxes"][2]
@@ -178,6 +179,30 @@ def test_class_names_of_both_data_sets_are_those_of_their_embeddings(clips):
         torch.testing.assert_close(features, expected)
     words = json.loads((FIXTURES / "got-10k" / "obj_embedding.json").read_text())
     assert read_got10k(find_got10k(FIXTURES / "got-10k", "val")[0]).boxes.names[0] in words
+
+
+def test_what_the_position_network_reads_is_a_collated_batch():
+    """Boxes, masks and features of the recorded batch: padded with zeros, and a class's feature in every frame."""
+    record, read = META["got10k"], {}
+    shapes = record["collated_shapes"]
+    width = shapes["text_embeddings"][-1]
+    gates = ObjectGates({}, text_dim=width, token_dim=4, max_objects=shapes["boxes"][2])
+    gates.position_net.register_forward_pre_hook(lambda _, __, given: read.update(given), with_kwargs=True)
+    clip = read_got10k(find_got10k(FIXTURES / "got-10k", "val", CONFIG["n"])[0])
+    start = record["start_frame"]
+    boxes, present = clip.boxes.at_frames(range(start, start + CONFIG["n"])).normalise()
+    gates(boxes[None], present[None], torch.ones(1, len(clip.boxes.names), width))
+    names = {"boxes": "boxes", "masks": "masks", "text_embeddings": "positive_embeddings"}
+    for recorded, ours in names.items():
+        assert list(read[ours].shape) == [shapes[recorded][0] * shapes[recorded][1], *shapes[recorded][2:]]
+    torch.testing.assert_close(read["boxes"][None], EXPECTED["got10k/collated_boxes"])
+    assert torch.equal(read["masks"][None], EXPECTED["got10k/collated_masks"])
+    features = read["positive_embeddings"]
+    assert bool((features == features[:1]).all()) == record["embedding_repeats"]
+    padding = features[:, record["shapes"]["boxes"][1] :]
+    assert padding.abs().max().item() == record["collated_padding_embedding_abs_max"]
+    used = {"boxes", "masks", "positive_embeddings"}
+    assert set(read) == used <= set(json.loads((FOLDER / "meta.json").read_text())["grounding_input"]["prepare_keys"])
 
 
 def test_youtube_vis_without_captions_and_with_damage(tmp_path):

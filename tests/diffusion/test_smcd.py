@@ -5,6 +5,7 @@ from parity import TOLERANCE, relative_error
 from parity_smcd import META, assert_close, ddim_scheduler, draw, expected
 
 from imageconductor.diffusion.guidance import classifier_free_guidance, scene_guidance
+from imageconductor.sampling.branches import Control, plan
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +22,11 @@ def test_guidance(reference):
         assert sum(record["weights"].values()) == pytest.approx(record["sum_of_weights"])
         if not record["img_free_guidance"] and not record["ti_free_guidance"]:
             assert record["sum_of_weights"] == 1
+            branches = plan(Control.BASE, record["guidance_scale"], has_trajectories=False)
+            weights = {"uncond": record["weights"]["e_0_v"], "prompt": record["weights"]["e_c_v"]}
+            # An evaluation without weight is left out here, and made there.
+            assert len(branches) == record["model_calls"] - list(weights.values()).count(0)
+            assert {branch.text: branch.weight for branch in branches} == {k: w for k, w in weights.items() if w}
             plain = classifier_free_guidance(e["e_0_v"], e["e_c_v"], record["guidance_scale"])
             assert_close(plain, reference, record["key"])
     undirected = draw("guid/e_uncond_all", *e["e_c_v"].shape)
