@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from imageconductor.conditioning.boxes import Boxes
 from imageconductor.data.backgrounds import Background, render_background
-from imageconductor.data.shapes import EXTENT, pattern_distance, signed_distance
+from imageconductor.data.shapes import EXTENT, outline, pattern_distance, signed_distance
 from imageconductor.data.sprite_world import SPRITE_COLOURS
 
 _INK, _PAPER = (28.0, 36.0, 84.0), (246.0, 238.0, 216.0)
@@ -33,6 +34,7 @@ class Sprite:
         path: (T, 2), its centre in each frame, world coordinates.
         motion: phrase for captions, such as "moves left".
         pattern: of `PATTERN_NAMES`, drawn on the sprite and fixed to it; None = plain.
+        growth: (T,), factor on the radius in each frame, 1 in frame 0; None = 1 in all.
     """
 
     shape: str
@@ -43,6 +45,12 @@ class Sprite:
     path: np.ndarray
     motion: str = "stays still"
     pattern: str | None = None
+    growth: np.ndarray | None = None
+
+    @property
+    def largest_radius(self) -> float:
+        """Of all frames, world pixels."""
+        return self.radius if self.growth is None else self.radius * float(self.growth.max())
 
     @property
     def name(self) -> str:
@@ -109,10 +117,32 @@ class Scene:
         start = np.array([sprite.path[0] for sprite in self.sprites]).reshape(-1, 2)
         return self._follow(torch.from_numpy(start), torch.arange(len(self.sprites)))
 
+    def boxes(self) -> Boxes:
+        """The sprites' bounding boxes by their names, exact to a hundredth of a radius; also where others cover them.
+
+        A sprite is absent where less than a quarter of its box is in the frame.
+        """
+        found = []
+        for sprite in self.sprites:
+            shape = outline(sprite.shape) @ rotation(sprite.tilt).T * sprite.radius  # (P, 2)
+            growth = np.ones(self.num_frames) if sprite.growth is None else sprite.growth
+            world = sprite.path[:, None] + growth[:, None, None] * shape  # (T, P, 2)
+            pixels = np.einsum("tij,tpj->tpi", self.camera[:, :, :2], world) + self.camera[:, None, :, 2] + 0.5
+            found.append(np.concatenate([pixels.min(axis=1), pixels.max(axis=1)], axis=-1))
+        whole = torch.from_numpy(np.stack(found) if found else np.zeros((0, self.num_frames, 4)))
+        inside = whole.clamp(min=0).minimum(whole.new_tensor([*self.size, *self.size]))
+        area, seen = ((x[..., 2:] - x[..., :2]).clamp(min=0).prod(-1) for x in (whole, inside))
+        return Boxes(inside, seen >= 0.25 * area, tuple(sprite.name for sprite in self.sprites), self.size)
+
     def _follow(self, start: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
         still = np.zeros((1, self.num_frames, 2))
         moves = torch.from_numpy(np.concatenate([still, *[(s.path - s.path[0])[None] for s in self.sprites]]))
         world = start[:, None] + moves[owner + 1]  # (N, T, 2)
+        for s, sprite in enumerate(self.sprites):
+            if sprite.growth is not None:
+                on_it = owner == s
+                offset = start[on_it] - torch.from_numpy(sprite.path[0])
+                world[on_it] += torch.from_numpy(sprite.growth - 1)[:, None] * offset[:, None]
         camera = torch.from_numpy(self.camera)
         pixels = torch.einsum("tij,ntj->nti", camera[:, :, :2], world) + camera[:, :, 2]
         limit = torch.tensor(self.size, dtype=torch.float64) - 0.5
@@ -140,7 +170,11 @@ class Scene:
         for s, sprite in enumerate(self.sprites):
             inside = self._inside(s, world)
             owner[inside] = s
-            points = torch.where(inside[..., None], world - torch.from_numpy(sprite.path - sprite.path[0]), points)
+            source = world - torch.from_numpy(sprite.path - sprite.path[0])
+            if sprite.growth is not None:
+                offset = (world - torch.from_numpy(sprite.path)) / torch.from_numpy(sprite.growth)[:, None]
+                source = torch.from_numpy(sprite.path[0]) + offset
+            points = torch.where(inside[..., None], source, points)
         height, width = pixels.shape[:2]
         points = points.unflatten(0, (height, width)).movedim(2, 0)
         return points.float(), owner.unflatten(0, (height, width)).movedim(2, 0)
@@ -150,6 +184,8 @@ class Scene:
         sprite = self.sprites[s]
         offset = world - torch.from_numpy(sprite.path[: world.shape[1]])
         turn = torch.from_numpy(rotation(-sprite.tilt) / sprite.radius)
+        if sprite.growth is not None:
+            offset = offset / torch.from_numpy(sprite.growth[: world.shape[1]])[:, None]
         return signed_distance(sprite.shape, offset @ turn.T) < 0
 
 
@@ -161,7 +197,8 @@ def rotation(angle: float) -> np.ndarray:
 def _paint(frames: Tensor, sprite: Sprite, camera: np.ndarray) -> None:
     """Blends one sprite over frames (3, T, H, W) float, in place, within a window around the sprite."""
     height, width = frames.shape[2:]
-    scale = np.hypot(camera[:, 0, 0], camera[:, 1, 0])  # (T,)
+    growth = np.ones(len(camera)) if sprite.growth is None else sprite.growth
+    scale = np.hypot(camera[:, 0, 0], camera[:, 1, 0]) * growth  # (T,)
     centre = np.einsum("tij,tj->ti", camera[:, :, :2], sprite.path) + camera[:, :, 2]
     reach = math.ceil(EXTENT * sprite.radius * scale.max()) + 1
     span = np.arange(-reach, reach + 1)
@@ -173,6 +210,7 @@ def _paint(frames: Tensor, sprite: Sprite, camera: np.ndarray) -> None:
     x, y = x[t, column], y[t, row]  # (n,) every pixel of the windows that lies in the frame
     pixel = np.stack([x, y], axis=-1) - centre[t]
     inverse = rotation(-sprite.tilt) @ np.linalg.inv(camera[:, :, :2]) / sprite.radius  # (T, 2, 2)
+    inverse = inverse / growth[:, None, None]
     local = np.einsum("nij,nj->ni", inverse[t], pixel).astype(np.float32)
     size_px = torch.from_numpy((sprite.radius * scale)[t].astype(np.float32))
     place = torch.from_numpy(local)
@@ -213,7 +251,8 @@ def render(scenes: Sequence[Scene], frames: Sequence[int] | None = None) -> Tens
         pixel_to_world = np.concatenate([linear, shift[..., None]], axis=-1)
         clip = render_background(scene.background, pixel_to_world, scene.size)
         for sprite in scene.sprites:
-            _paint(clip, replace(sprite, path=sprite.path[chosen]), camera)
+            growth = None if sprite.growth is None else sprite.growth[chosen]
+            _paint(clip, replace(sprite, path=sprite.path[chosen], growth=growth), camera)
         if scene.style == "ink":
             clip = _apply_ink(clip)
         clips.append(clip.add_(0.5).clamp_(0, 255).to(torch.uint8))

@@ -6,10 +6,13 @@ down. Outside a shape the distances are exact near its edges only, which suffice
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from imageconductor.data.sprite_world import PATTERN_NAMES, SHAPE_NAMES
@@ -110,6 +113,23 @@ def signed_distance(shape: str, points: Tensor) -> Tensor:
         (...), in the same unit.
     """
     return SHAPES[shape](points[..., 0], points[..., 1])
+
+
+@functools.cache
+def outline(shape: str) -> NDArray[np.float64]:
+    """Points (P, 2) of a shape's outline, 0.25 degrees apart as seen from its centre, where radius 1 is the unit.
+
+    Args:
+        shape: a key of `SHAPES`.
+    """
+    angles = torch.arange(1440, dtype=torch.float64) * (2 * math.pi / 1440)
+    directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    low, high = torch.zeros_like(angles), torch.full_like(angles, EXTENT + 0.1)
+    for _ in range(40):  # Every shape can be seen as a whole from its centre, so there is one border along a ray.
+        middle = (low + high) / 2
+        is_inside = signed_distance(shape, middle[:, None] * directions) < 0
+        low, high = torch.where(is_inside, middle, low), torch.where(is_inside, high, middle)
+    return (low[:, None] * directions).numpy()
 
 
 def pattern_distance(pattern: str, points: Tensor) -> Tensor:

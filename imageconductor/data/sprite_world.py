@@ -51,6 +51,7 @@ class SpriteWorldConfig:
     camera_roll_deg: tuple[float, float] = (12.0, 28.0)  # range of a roll in degrees, in either direction
     sprite_radius: tuple[float, float] = (0.09, 0.15)  # range of the radii, as fractions of the shorter side
     sprite_travel: tuple[float, float] = (0.15, 0.4)  # range of the distances that sprites move, as such fractions
+    sprite_growth: tuple[float, float] = (1.0, 1.0)  # range of the ratio by which sprites grow; half of them shrink
     still_prob: float = 0.15  # mixed set: probability that the camera, or any sprite but the first, stays still
     caption_motion_prob: float = 0.5  # probability that a caption also names the motion
     grid: int = 8  # tracked points along each side of the first frame
@@ -59,7 +60,8 @@ class SpriteWorldConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", SpriteSet(self.kind))
-        for name in ("size", "camera_pan", "camera_zoom", "camera_roll_deg", "sprite_radius", "sprite_travel"):
+        ranges = ("camera_pan", "camera_zoom", "camera_roll_deg", "sprite_radius", "sprite_travel", "sprite_growth")
+        for name in ("size", *ranges):
             value = tuple(getattr(self, name))  # YAML gives lists
             object.__setattr__(self, name, value)
             if len(value) != 2:
@@ -84,8 +86,9 @@ class SpriteWorldConfig:
             raise ValueError(f"colours must name at least max_sprites={self.max_sprites}, got {self.colours}")
         if not 0 < self.background_contrast <= 1:
             raise ValueError(f"background_contrast must lie in (0, 1], got {self.background_contrast}")
-        if self.camera_zoom[0] < 1:
-            raise ValueError(f"camera_zoom is a ratio of at least 1, got {self.camera_zoom}")
+        for name in ("camera_zoom", "sprite_growth"):
+            if getattr(self, name)[0] < 1:
+                raise ValueError(f"{name} is a ratio of at least 1, got {getattr(self, name)}")
         if not 0 < self.sprite_radius[0] <= self.sprite_radius[1] <= 0.3:
             raise ValueError(f"sprite_radius must lie in (0, 0.3], got {self.sprite_radius}")
         for name in ("still_prob", "caption_motion_prob"):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from imageconductor.conditioning.boxes import Boxes
 from imageconductor.data.backgrounds import BACKGROUND_COLOURS, PATTERNS, sample_background
 from imageconductor.data.scenes import Scene, Sprite, render, rotation
 from imageconductor.data.shapes import EXTENT
@@ -98,6 +99,14 @@ def _sample_path(rng: np.random.Generator, config: SpriteWorldConfig, start: np.
     return path, f"moves {_direction_words(direction)}" + (" and returns" if returns else "")
 
 
+def _sample_growth(rng: np.random.Generator, config: SpriteWorldConfig) -> np.ndarray | None:
+    """Factors on a sprite's radius, (T,), from 1 on; None, and nothing drawn, in a world whose sprites keep theirs."""
+    if config.sprite_growth == (1.0, 1.0):
+        return None
+    profile, _ = _sample_profile(rng, config.num_frames)
+    return np.exp(math.log(rng.uniform(*config.sprite_growth)) * (1 if rng.random() < 0.5 else -1) * profile)
+
+
 def _sample_placement(
     rng: np.random.Generator, config: SpriteWorldConfig, camera: np.ndarray, others: list[Sprite], radius: float
 ) -> tuple[np.ndarray, str] | None:
@@ -139,8 +148,8 @@ def _inside(centre: np.ndarray, margin: np.ndarray | float, size: np.ndarray) ->
 
 def _meet(path: np.ndarray, radius: float, others: list[Sprite]) -> bool:
     """Whether a sprite on a path (T, 2), or where it starts (1, 2), comes near one of the others."""
-    gaps = [np.hypot(*(path - other.path[: len(path)]).T) - EXTENT * (radius + other.radius) for other in others]
-    return any((gap < 0).any() for gap in gaps)
+    reaches = [(other.path[: len(path)], EXTENT * (radius + other.largest_radius)) for other in others]
+    return any((np.hypot(*(path - centre).T) - reach < 0).any() for centre, reach in reaches)
 
 
 def _sample_sprites(rng: np.random.Generator, config: SpriteWorldConfig, camera: np.ndarray) -> list[Sprite]:
@@ -150,7 +159,9 @@ def _sample_sprites(rng: np.random.Generator, config: SpriteWorldConfig, camera:
     shapes = rng.choice(config.shapes, size=count)
     for colour, shape in zip(colours[:count], shapes, strict=True):
         radius = min(config.size) * rng.uniform(*config.sprite_radius)
-        placed = _sample_placement(rng, config, camera, sprites, radius)
+        growth = _sample_growth(rng, config)
+        largest = radius if growth is None else radius * float(growth.max())
+        placed = _sample_placement(rng, config, camera, sprites, largest)
         light, tilt = rng.random() < 0.4, math.radians(rng.uniform(-12, 12))
         if placed is None:
             continue
@@ -158,7 +169,7 @@ def _sample_sprites(rng: np.random.Generator, config: SpriteWorldConfig, camera:
         r, g, b = (0.25 * rgb + 0.75 * 255 if light else 0.28 * rgb).tolist()
         path, words = placed
         pattern = str(rng.choice(config.patterns)) if config.patterns else None
-        sprites.append(Sprite(str(shape), str(colour), (r, g, b), radius, tilt, path, words, pattern))
+        sprites.append(Sprite(str(shape), str(colour), (r, g, b), radius, tilt, path, words, pattern, growth))
     return sprites
 
 
@@ -213,18 +224,25 @@ def caption_words() -> list[str]:
     )
 
 
+def _boxes_at(scene: Scene, frames: Sequence[int] | None) -> Boxes:
+    boxes = scene.boxes()
+    return boxes if frames is None else boxes.at_frames(frames)
+
+
 class SpriteDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """The first `length` clips of a sprite world, rendered on demand.
 
     A sample holds pixel_values (3, T, H, W) uint8; points (N, T, 2) float32 pixels and visible (N, T) bool for a grid
-    of N = config.grid ** 2 points of frame 0; caption; key. Another `config.seed` gives a validation set.
+    of N = config.grid ** 2 points of frame 0; caption; key. Another `config.seed` gives a validation set. With
+    `has_boxes` it holds `boxes`, those of its sprites, too.
     """
 
-    def __init__(self, config: SpriteWorldConfig, length: int = 100_000) -> None:
+    def __init__(self, config: SpriteWorldConfig, length: int = 100_000, has_boxes: bool = False) -> None:
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}")
         self.config = config
         self.length = length
+        self.has_boxes = has_boxes
         width, height = config.size
         steps = (torch.arange(config.grid, dtype=torch.float64) + 0.5) / config.grid
         y, x = torch.meshgrid(steps * height - 0.5, steps * width - 0.5, indexing="ij")
@@ -245,6 +263,7 @@ class SpriteDataset(torch.utils.data.Dataset[dict[str, Any]]):
         tracks = [scene.track(self.grid_points) for scene in scenes]
         chosen = slice(None) if frames is None else list(frames)
         return {
+            **({"boxes": [_boxes_at(scene, frames) for scene in scenes]} if self.has_boxes else {}),
             "pixel_values": render(scenes, frames),
             "points": torch.stack([points[:, chosen] for points, _ in tracks]),
             "visible": torch.stack([visible[:, chosen] for _, visible in tracks]),
