@@ -6,7 +6,7 @@ two with 2 each, and one that accumulates over 4 batches of 1 therefore see the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -17,6 +17,9 @@ from torch.utils.data import Dataset
 
 from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
 from imageconductor.data.sprites import SpriteDataset
+
+_CLIPS = ("pixel_values", "latent_mean", "latent_std", "text")
+"""Parts of a batch that only the networks read; what the step's random choices depend on stays on the CPU."""
 
 
 class Samples(Protocol):
@@ -91,6 +94,31 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
             values = [_pad_tracks(value, most) for value in values]
         batch[name] = torch.stack(values) if isinstance(first, Tensor) else values
     return batch
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; on the way to a GPU through pinned memory, so that the CPU does not wait for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def send_clips(batches: Iterable[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
+    """The batches with their clips on a device; a GPU copies them beside the work that it was given before."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies = torch.cuda.Stream(device)
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            sent = {name: send(batch[name], device) for name in _CLIPS if name in batch}
+        step = torch.cuda.current_stream(device)
+        step.wait_stream(copies)
+        for tensor in sent.values():
+            tensor.record_stream(
+                step
+            )  # Its memory is the copies' own, and must not be given away before the step ends.
+        yield {**batch, **sent}
 
 
 def scale_pixels(pixels: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ And whether there is time for another step.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +27,8 @@ from imageconductor.training.weight_average import WeightAverage
 Preview = Callable[[int, Networks], None]
 """Called with the step and the networks as they would be saved then."""
 
+T = TypeVar("T")
+
 
 @dataclass
 class TrainState:
@@ -38,6 +40,19 @@ class TrainState:
     measured: dict[str, float] = field(default_factory=dict)  # on held-out clips in this step; logged and emptied
     clips: int = 0  # read by this process, since the start
     corrupt: int = 0  # clips among them that could not be used
+    loading_s: float = 0.0  # seconds in which this process waited for batches, since the start
+
+
+def count_loading(batches: Iterable[T], state: TrainState) -> Iterator[T]:
+    """The batches; the time that each is waited for is added to the state's."""
+    waiting, end = iter(batches), object()
+    while True:
+        start = time.perf_counter()
+        batch = next(waiting, end)
+        state.loading_s += time.perf_counter() - start
+        if batch is end:
+            return
+        yield cast(T, batch)
 
 
 class Log:
@@ -64,7 +79,7 @@ class Log:
             dynamic_ncols=True,
             disable=not is_main,
         )
-        self.time, self.step = time.perf_counter(), state.step
+        self.time, self.step, self.loading_s = time.perf_counter(), state.step, state.loading_s
         self.validation = ""  # the last validation loss, as the bar shows it
 
     def __call__(self, state: TrainState) -> None:
@@ -76,7 +91,8 @@ class Log:
         state.losses = {key: cast(Tensor, reduce(value, "mean")).item() for key, value in state.terms.items()}
         corrupt = reduce(torch.tensor(state.corrupt, device=self.accelerator.device), "sum").item()
         seconds = (time.perf_counter() - self.time) / (state.step - self.step)
-        self.time, self.step = time.perf_counter(), state.step
+        loading = (state.loading_s - self.loading_s) / (state.step - self.step)
+        self.time, self.step, self.loading_s = time.perf_counter(), state.step, state.loading_s
         held_out, state.measured = state.measured, {}
         if self.record is None:
             return
@@ -87,6 +103,7 @@ class Log:
         measured = {
             **{name: float(rate) for name, rate in rates.items()},
             "seconds": round(seconds, 4),
+            "loading_seconds": round(loading, 4),
             "clips_per_second": round(clips_per_second, 3),
             "corrupt_clips": float(corrupt),
         }
@@ -95,7 +112,8 @@ class Log:
         if "validation/loss" in held_out:
             self.validation = f"{held_out['validation/loss']:.4f}"
         shown |= {"validation": self.validation} if self.validation else {}
-        self.bar.set_postfix(shown | {"clips/s": f"{clips_per_second:.2f}"})
+        speed = {"clips/s": f"{clips_per_second:.2f}", "loading": f"{100 * loading / seconds:.0f} %"}
+        self.bar.set_postfix(shown | speed)
 
     def close(self) -> None:
         """Closes bar and files."""

@@ -15,13 +15,14 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from imageconductor.data.batches import send, send_clips
 from imageconductor.data.clip_records import CorruptClipError
 from imageconductor.files import remove_partial
 from imageconductor.models.motion_module import Float32Attention
 from imageconductor.models.networks import cast_network
 from imageconductor.training import checkpointing, sharding
 from imageconductor.training.engines import build_engine
-from imageconductor.training.hooks import Log, Preview, Save, ShowPreview, TimeLimit, TrainState
+from imageconductor.training.hooks import Log, Preview, Save, ShowPreview, TimeLimit, TrainState, count_loading
 from imageconductor.training.optimizers import build_optimizer
 from imageconductor.training.stages.base import Stage
 from imageconductor.training.train_config import LoopConfig
@@ -86,7 +87,7 @@ def train(
         save,
         ShowPreview(config, engine, average, stage, preview),
     )
-    batches = _batches(data, config, accelerator, start=state.step)
+    batches = count_loading(_batches(data, config, accelerator, start=state.step), state)
     num_micro_steps, num_timesteps = config.gradient_accumulation_steps, stage.scheduler.config["num_train_timesteps"]
     limit = TimeLimit(config, accelerator)
     while state.step < config.max_steps and not limit.is_over(state):
@@ -138,7 +139,7 @@ def draw_noise(
     u = (t.double() + 0.5) / num_timesteps
     t = (shift * u / (1 + (shift - 1) * u) * num_timesteps).long()
     eps = torch.stack([torch.randn(x_0.shape[1:], generator=generator) for generator in generators])
-    return t.to(x_0.device), eps.to(x_0.device)
+    return send(t, x_0.device), send(eps, x_0.device)
 
 
 def leave() -> None:
@@ -176,7 +177,7 @@ def _batches(
     indices = range(start * micro_steps * world + rank, config.max_steps * micro_steps * world, world)
     workers: dict[str, Any] = {"num_workers": config.num_workers, "persistent_workers": config.num_workers > 0}
     loader = DataLoader(data, batch_size=None, sampler=indices, pin_memory=accelerator.device.type == "cuda", **workers)
-    for index, batch in zip(indices, loader, strict=True):
+    for index, batch in zip(indices, send_clips(loader, accelerator.device), strict=True):
         yield batch, _generators(config.seed, index * config.batch_size, len(batch["key"]))
 
 

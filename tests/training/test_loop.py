@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,6 +217,23 @@ def test_corrupt_clips_are_counted_and_too_many_stop_the_run(configure, build, c
     strict = replace(config, max_corrupt_fraction=0.0, output=config.output + "-strict")
     with pytest.raises(CorruptClipError, match=r"1 of 1 clips cannot be read, more than max_corrupt_fraction=0\.0"):
         train(build(strict)[0], Damaged(data), strict)
+
+
+class Slow(Damaged):
+    """Batches that take 0.05 s to read."""
+
+    def __getitem__(self, index):
+        time.sleep(0.05)
+        return self.data[index]
+
+
+def test_the_time_in_which_a_step_waits_for_its_clips_is_logged(configure, build):
+    config = configure("camera_lora", gradient_accumulation_steps=2)
+    stage, data = build(config)
+    state = train(stage, Slow(data), config)
+    lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
+    assert all(0.1 <= line["loading_seconds"] <= line["seconds"] for line in lines)
+    assert state.loading_s == pytest.approx(sum(line["loading_seconds"] for line in lines), abs=1e-3)
 
 
 def test_what_a_run_folder_holds(configure):

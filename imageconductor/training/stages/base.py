@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from imageconductor.checkpoints.model_folder import check_controlnets, check_shape
 from imageconductor.conditioning.first_frame import keyframe_condition
 from imageconductor.conditioning.flow_map import flow_map
-from imageconductor.data.batches import Samples, scale_pixels
+from imageconductor.data.batches import Samples, scale_pixels, send
 from imageconductor.data.sparse_tracks import sample_sparse
 from imageconductor.diffusion.losses import denoising_loss
 from imageconductor.models.denoiser import Condition
@@ -145,7 +145,7 @@ class Stage(nn.Module):
         """
         mean, std, size = self._encode_clips(batch)
         noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
-        x_0 = mean + std * noise.to(mean.device)
+        x_0 = mean + std * send(noise, mean.device)
 
         dropped = [bool(torch.rand((), generator=g) < self.text_dropout) for g in generators]
         given = [bool(torch.rand((), generator=g) >= self.image_dropout) for g in generators]
@@ -161,7 +161,7 @@ class Stage(nn.Module):
         device = self.unet.device
         if "text" not in batch:
             captions = ["" if drop else caption for drop, caption in zip(dropped, batch["caption"], strict=True)]
-            return self.text_encoder(self.networks.tokenize(captions).to(device)).last_hidden_state
+            return self.text_encoder(send(self.networks.tokenize(captions), device)).last_hidden_state
         text = batch["text"].to(device)
         if any(dropped):
             empty = self.text_encoder(self.networks.tokenize([""]).to(device)).last_hidden_state
@@ -252,4 +252,5 @@ class TrajectoryStage(Stage):
         device, points, visible = self.unet.device, batch["points"], batch["visible"]
         if self.is_sparse:  # Before they are on the GPU, which would have to be waited for.
             visible = visible & sample_sparse(points, visible, self.max_tracks, generators)[..., None]
-        return flow_map(points.to(device), visible.to(device), size, self.motion_controlnet.flow_convention), None
+        sent = send(points, device), send(visible, device)
+        return flow_map(*sent, size, self.motion_controlnet.flow_convention), None
