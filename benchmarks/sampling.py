@@ -22,70 +22,16 @@ from typing import Any
 
 import torch
 from published_schedule import published_step
+from random_networks import SIZES, Size, build_networks
 from sampling_memory import LiveBytes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from imageconductor.models.adapters import Adapter, adapter_parameters, add_adapter
-from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
 from imageconductor.models.denoiser import Condition, Denoiser
-from imageconductor.models.motion_unet import MotionUNet
 from imageconductor.sampling.branches import Control, GuidedDenoiser, Text, plan
 from imageconductor.sampling.residual_cache import CallCache, ResidualCache
 
 T_STEP = 500  # the timestep; all cost the same
-
-
-@dataclass(frozen=True)
-class Size:
-    """Networks and videos of a size.
-
-    In "mid", each kind of layer has about the share of the work that it has at full size: the ratios of tokens, text
-    and rank to channels are nearly the same.
-    """
-
-    channels: tuple[int, ...]
-    heads: int
-    text: tuple[int, int]  # L, D
-    rank: int
-    frames: int
-    latent: tuple[int, int]  # h, w
-
-
-SIZES = {
-    "tiny": Size((32, 64, 64), 2, (8, 32), 8, 4, (8, 8)),
-    "mid": Size((64, 128, 256, 256), 4, (20, 160), 12, 8, (16, 24)),
-    "full": Size((320, 640, 1280, 1280), 8, (77, 768), 64, 16, (32, 48)),
-}
-
-
-def build_networks(size: Size, device: torch.device, dtype: torch.dtype) -> Denoiser:
-    """Networks with random weights, none of them zero, and both LoRAs."""
-    torch.manual_seed(0)
-    depth = len(size.channels) - 1
-    with device:
-        unet = MotionUNet(
-            block_out_channels=size.channels,
-            down_block_types=("CrossAttnDownBlockMotion",) * depth + ("DownBlockMotion",),
-            up_block_types=("UpBlockMotion",) + ("CrossAttnUpBlockMotion",) * depth,
-            cross_attention_dim=size.text[1],
-            num_attention_heads=size.heads,
-            motion_num_attention_heads=size.heads,
-            use_motion_mid_block=False,
-        )
-        image = ImageControlNet.from_unet(unet, conditioning_channels=4)
-        motion = MotionControlNet.from_unet(unet)
-        for adapter in Adapter:
-            add_adapter(motion, adapter, rank=size.rank)
-            for parameter in adapter_parameters(motion, adapter).values():
-                parameter.data.normal_(0, 0.02)
-    for network in (unet, image, motion):
-        network.eval().requires_grad_(False)
-        for parameter in network.parameters():
-            if not parameter.is_meta and not parameter.any():
-                parameter.data.normal_(0, 0.02)
-        torch.nn.Module.to(network, dtype)
-    return Denoiser(unet, image, motion)
 
 
 def build_inputs(

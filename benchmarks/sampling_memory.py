@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -58,16 +58,20 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made_from = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         output = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self.known and key not in made_from:
-                    self.known.add(key)
-                    self.live += storage.nbytes()
-                    weakref.finalize(storage, self._freed, key, storage.nbytes())
-        self.peak = max(self.peak, self.live)
+        made = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        self.count([x for x in made if x.untyped_storage()._cdata not in made_from])
         return output
+
+    def count(self, tensors: Iterable[Tensor]) -> None:
+        """Counts tensors that operations outside made, such as weights, or those of an operation inside."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self.known:
+                self.known.add(key)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._freed, key, storage.nbytes())
+        self.peak = max(self.peak, self.live)
 
     def _freed(self, key: int, size: int) -> None:
         self.known.discard(key)

@@ -115,9 +115,7 @@ def send_clips(batches: Iterable[dict[str, Any]], device: torch.device) -> Itera
         step = torch.cuda.current_stream(device)
         step.wait_stream(copies)
         for tensor in sent.values():
-            tensor.record_stream(
-                step
-            )  # Its memory is the copies' own, and must not be given away before the step ends.
+            tensor.record_stream(step)  # Else its memory could be given away before the step has read it.
         yield {**batch, **sent}
 
 
