@@ -38,7 +38,7 @@ from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
 from imageconductor.files import find_shipped
 from imageconductor.models.adapters import Adapter, adapter_parameters, add_adapter, save_adapter
 from imageconductor.models.controlnets import MotionControlNet
-from imageconductor.training.loop import train
+from imageconductor.training.loop import place, train
 from imageconductor.training.stage_configs import load_config
 from imageconductor.training.stages.base import Stage
 from imageconductor.training.stages.registry import find_stage
@@ -157,11 +157,11 @@ def build_config(args: argparse.Namespace, size: Size, folder: Path) -> TrainCon
 
 
 def build_stage(config: TrainConfig, size: Size, device: torch.device) -> Stage:
-    """The stage of the settings on random weights, its camera LoRA among them where it needs one."""
+    """The stage of the settings on random weights, its camera LoRA among them where it needs one, and not placed."""
     model = build_model(size, device, torch.float32, has_loras=False)
     folder = getattr(config, "camera_lora", None)
     if folder is not None and not Path(folder).exists():
-        lent = MotionControlNet.from_config(model.motion_controlnet.config)
+        lent: Any = MotionControlNet.from_config(model.motion_controlnet.config)
         add_adapter(lent, Adapter.CAMERA, rank=size.rank)
         for parameter in adapter_parameters(lent, Adapter.CAMERA).values():
             parameter.data.normal_(0, 0.02)
@@ -232,6 +232,7 @@ def measure(args: argparse.Namespace, config: TrainConfig, size: Size, device: t
 
     def ours_twice(own: TrainConfig) -> Callable[[], Any]:
         stage, uncompiled = build_stage(own, size, device), replace(own, torch_compile=False)
+        place(stage, uncompiled, device)  # else the peak were that of weights in float32
         return lambda: run_ours(stage, uncompiled, Turns({}, 1, device))
 
     def plain_twice(freezes: bool) -> Callable[[], Any]:

@@ -129,6 +129,8 @@ class FSDP(Replicated):
         offloads = parse_flag_from_env("FSDP_OFFLOAD_PARAMS")
         recomputes = parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")
         refused = find_unsupported(config, accelerator) | {
+            # Behind a launcher a single process tries what several will do.
+            "one process": not torch.distributed.is_initialized(),
             "preview_every": config.preview_every > 0,
             "fsdp_version other than 2": os.environ.get("FSDP_VERSION") != "2",
             "fsdp_offload_params": offloads,

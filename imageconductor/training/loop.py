@@ -63,7 +63,7 @@ def train(
     """
     engine = build_engine(config)
     accelerator, output = engine.accelerator, Path(config.output)
-    _place(stage, config, accelerator.device)
+    place(stage, config, accelerator.device)
     parameters = engine.take(stage)
     with accelerator.autocast():
         stage.begin(data)
@@ -142,17 +142,11 @@ def draw_noise(
     return send(t, x_0.device), send(eps, x_0.device)
 
 
-def leave() -> None:
-    """Ends this process's part in a command that has trained, together with the others; no stage can follow."""
-    state = PartialState()
-    state.wait_for_everyone()
-    if torch.distributed.is_initialized():
-        _PROCESS_GROUPS.append(torch.distributed.group.WORLD)
-    state.destroy_process_group()
+def place(stage: Stage, config: LoopConfig, device: torch.device) -> None:
+    """Moves a stage to its device, in the memory layout and precision that its networks are fastest in.
 
-
-def _place(stage: Stage, config: LoopConfig, device: torch.device) -> None:
-    """Moves a stage to its device, in the memory layout and precision that its networks are fastest in."""
+    Networks that do not learn are cast to `config.mixed_precision`.
+    """
     if config.mixed_precision != "no":
         for network in stage.children():
             if not any(parameter.requires_grad for parameter in network.parameters()):
@@ -167,6 +161,15 @@ def _place(stage: Stage, config: LoopConfig, device: torch.device) -> None:
     if config.torch_compile:
         torch.compiler.reset()  # A stage before this one with other shapes would make every size a dynamic one.
         stage.compile()  # In place, which leaves the parameters' names alone.
+
+
+def leave() -> None:
+    """Ends this process's part in a command that has trained, together with the others; no stage can follow."""
+    state = PartialState()
+    state.wait_for_everyone()
+    if torch.distributed.is_initialized():
+        _PROCESS_GROUPS.append(torch.distributed.group.WORLD)
+    state.destroy_process_group()
 
 
 def _batches(

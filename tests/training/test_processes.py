@@ -149,6 +149,14 @@ def test_sharding_changes_nothing_and_a_run_may_begin_or_end_with_it(engine, sha
 
 
 @pytest.mark.slow
+def test_sharding_may_be_tried_in_one_process(tiny_model, tmp_path):
+    for name, variables in (("plain", {}), ("fsdp", FSDP)):
+        run(command(tiny_model, tmp_path / name, 1, batch_size=1, max_steps=4, log_every=1), **variables)
+    plain, fsdp = (torch.tensor(losses(tmp_path / name)) for name in ("plain", "fsdp"))
+    torch.testing.assert_close(fsdp, plain, atol=5e-5, rtol=5e-5)
+
+
+@pytest.mark.slow
 def test_the_orthogonal_loss_and_averages_are_sharded_too(tiny_model, tmp_path):
     for name, variables in (("ddp", {}), ("fsdp", FSDP)):
         settings = {
