@@ -35,8 +35,9 @@ from imageconductor.checkpoints.model_folder import (
 from imageconductor.checkpoints.published import PUBLISHED, load_published_network, rename_motion_modules
 from imageconductor.models.adapters import DIFFUSERS_WEIGHTS_NAME, Adapter, adapter_parameters, load_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
+from imageconductor.models.gating import check_places
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
-from imageconductor.models.networks import Networks, load_network
+from imageconductor.models.networks import GATES, Networks, load_network
 from imageconductor.models.weights import check_weight_file, copy_weights, find_weights, read_checkpoint
 
 
@@ -53,6 +54,8 @@ class AssemblyConfig:
     model: str | None = None  # trained: the folder that training began from
     camera_lora: str | None = None  # trained: stage 2's folder
     object_lora: str | None = None  # trained: stage 3's folder
+    object_gates: str | None = None  # trained: folder of the gates for boxes, SMCD's stage 1
+    scene_gates: str | None = None  # trained: folder of the gates for the first frame, SMCD's stage 2
     style_lora: str | None = None  # folder of a style LoRA that the model folder carries along
     motion_module: str | None = None  # animatediff: v3_sd15_mm.ckpt, or diffusers' folder
     # v3_sd15_adapter.ckpt, kept beside the UNet so that its scale can still be chosen; null = without
@@ -185,6 +188,13 @@ def _trained(config: AssemblyConfig) -> tuple[Networks, dict[str, Source], Assem
         load_adapter(networks.motion_controlnet, name, given.get(name, adapter_folder(root, name)))
     for name, folder in given.items():
         record(f"{name}_lora", folder, len(adapter_parameters(networks.motion_controlnet, name)))
+    for name in GATES:
+        if (given_gates := getattr(config, name)) is not None:
+            folder = locate(given_gates)
+            gates = load_network(name, folder)
+            check_places(networks.unet, gates, folder)
+            setattr(networks, name, gates)
+            record(name, folder, len(gates.state_dict()))
     domain = DomainAdapter.load(root) if DomainAdapter.is_in(root) else None
     sampling = {**read_sampling_defaults(root), **config.sampling}
     return networks, sources, Assembly(networks, sampling, domain, provenance)

@@ -50,6 +50,7 @@ class SpriteSamples:
         sets: Sets to alternate between.
         num_frames: Number of frames drawn from each clip; None = all.
         max_frame_spacing: Largest step between them; None = as large as the clip allows.
+        has_boxes: Whether samples hold `boxes`, those of the sprites, too.
     """
 
     def __init__(
@@ -58,8 +59,9 @@ class SpriteSamples:
         sets: Sequence[SpriteSet],
         num_frames: int | None = None,
         max_frame_spacing: int | None = None,
+        has_boxes: bool = False,
     ):
-        self.datasets = [SpriteDataset(replace(world, kind=SpriteSet(kind)), length=2**40) for kind in sets]
+        self.datasets = [SpriteDataset(replace(world, kind=SpriteSet(kind)), 2**40, has_boxes) for kind in sets]
         self.seed = world.seed
         self.num_frames = world.num_frames if num_frames is None else num_frames
         self.max_frame_spacing = max_frame_spacing

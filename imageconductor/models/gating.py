@@ -57,6 +57,21 @@ def gate_places(unet: nn.Module, names: Sequence[str] | None = None) -> dict[str
     return places if names is None else {name: places[name] for name in names}
 
 
+def check_places(unet: nn.Module, gates: Any, source: Any) -> None:
+    """Makes sure that gates are for a UNet of these sizes.
+
+    Raises:
+        ValueError: A place of them is not in the UNet, or has another size there; names it and the gates' `source`.
+    """
+    places = {name: (place.width, place.heads, place.head_dim) for name, place in gate_places(unet).items()}
+    for name, size in gates.config.places.items():
+        if places.get(name) != tuple(size):
+            told = (
+                "is not in this UNet" if name not in places else f"has (width, heads, head width) {places[name]} here"
+            )
+            raise ValueError(f"{source} is for another model: its gate {name} of {tuple(size)} {told}")
+
+
 def open_gate_places_(unet: nn.Module) -> None:
     """Lets gates act in a UNet, in place; its weights and its output stay."""
     for name, place in gate_places(unet).items():
@@ -121,7 +136,8 @@ def gate_scalars(network: nn.Module) -> dict[str, nn.Parameter]:
 
 def gate_values(network: nn.Module) -> dict[str, float]:
     """How far each gate is open, tanh of its scalar: 0 = closed, by the name of the scalar."""
-    return {name: float(p.detach().float().tanh()) for name, p in gate_scalars(network).items()}
+    scalars = {name: getattr(p.detach(), "full_tensor", p.detach)() for name, p in gate_scalars(network).items()}
+    return {name: float(value.float().tanh()) for name, value in scalars.items()}
 
 
 _SCALARS = ("alpha_attn", "alpha_dense")

@@ -18,6 +18,7 @@ from imageconductor.sampling.pipeline import ImageConductorOutput, ImageConducto
 from imageconductor.sampling.video import (
     Frames,
     contact_sheet,
+    draw_boxes,
     draw_trajectories,
     to_uint8,
     upscale_for_viewing,
@@ -32,7 +33,8 @@ class VideoPreview:
 
     Args:
         clips: Samples that are not trained on: pixel_values (3, T, H, W) uint8, or from a cache latent_mean
-            (C, T, h, w) and size; points, visible, caption. Or prompts for text-to-video: caption, size, num_frames.
+            (C, T, h, w) and size; points, visible, caption; `boxes` for a model with object gates. Or prompts for
+            text-to-video: caption, size, num_frames.
         control: Control under which the videos are made; None = without trajectories.
         folder: Of the files.
         sampling: Arguments of the pipeline's call, such as `num_inference_steps` and `guidance_scale`.
@@ -66,6 +68,8 @@ class VideoPreview:
                 large, factor = upscale_for_viewing(to_uint8(frames))
                 if drawn is not None:
                     large = draw_trajectories(large, drawn, factor)
+                if "boxes" in clip:
+                    large = draw_boxes(large, clip["boxes"], factor)
                 rows.append((f"{name}: {clip['caption']}"[:110], large))
             side_by_side = np.concatenate([large for _, large in rows[-len(shown) :]], axis=2)
             write_mp4(self.folder / f"step-{step:08d}-{i}.mp4", side_by_side, _FPS)
@@ -84,18 +88,18 @@ class VideoPreview:
             (width, height), num_frames = clip["size"].tolist(), clip["num_frames"]
         else:
             num_frames, height, width = truth.shape[:3]
-        output = pipe(
-            None if truth is None else Image.fromarray(to_uint8(truth[0])),
-            drawn,
-            clip["caption"],
-            control=self.control or "object",
-            width=width,
-            height=height,
-            num_frames=num_frames,
-            seed=seed,
-            output_type="np",
+        given = {
+            "image": None if truth is None else Image.fromarray(to_uint8(truth[0])),
+            "trajectories": drawn,
+            "prompt": clip["caption"],
+            "boxes": clip.get("boxes"),
+            "control": self.control or "object",
+            "width": width,
+            "height": height,
+            "num_frames": num_frames,
             **self.sampling,
-        )
+        }
+        output = pipe(**given, seed=seed, output_type="np")
         return cast(ImageConductorOutput, output).frames[0]
 
 

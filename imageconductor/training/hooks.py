@@ -63,18 +63,19 @@ class Log:
         engine: Whose processes are averaged over.
         lr_scheduler: Of the optimiser.
         state: Of the run as it starts.
-        name: Shown beside the bar.
+        stage: Whose name is shown beside the bar, and whose measures are logged.
     """
 
-    def __init__(self, config: LoopConfig, engine: Replicated, lr_scheduler: Any, state: TrainState, name: str):
-        self.config, self.accelerator, self.lr_scheduler = config, engine.accelerator, lr_scheduler
+    def __init__(self, config: LoopConfig, engine: Replicated, lr_scheduler: Any, state: TrainState, stage: Stage):
+        self.stage, self.config = stage, config
+        self.accelerator, self.lr_scheduler = engine.accelerator, lr_scheduler
         is_main = self.accelerator.is_main_process
         processes = self.accelerator.num_processes
         self.record = RunRecord(Path(config.output), config, state.step, processes) if is_main else None
         self.bar = tqdm(
             total=config.max_steps,
             initial=state.step,
-            desc=name,
+            desc=stage.name.replace("_", " "),
             unit="step",
             dynamic_ncols=True,
             disable=not is_main,
@@ -94,6 +95,7 @@ class Log:
         loading = (state.loading_s - self.loading_s) / (state.step - self.step)
         self.time, self.step, self.loading_s = time.perf_counter(), state.step, state.loading_s
         held_out, state.measured = state.measured, {}
+        own = self.stage.measures()
         if self.record is None:
             return
         clips_per_second = clips_per_step(self.config, self.accelerator.num_processes) / seconds
@@ -107,10 +109,11 @@ class Log:
             "clips_per_second": round(clips_per_second, 3),
             "corrupt_clips": float(corrupt),
         }
-        self.record.log(state.step, {**state.losses, **held_out, **measured})
+        self.record.log(state.step, {**state.losses, **own, **held_out, **measured})
         shown = {key: f"{value:.4f}" for key, value in state.losses.items()}
         if "validation/loss" in held_out:
             self.validation = f"{held_out['validation/loss']:.4f}"
+        shown |= {key: f"{value:.3f}" for key, value in own.items()}
         shown |= {"validation": self.validation} if self.validation else {}
         speed = {"clips/s": f"{clips_per_second:.2f}", "loading": f"{100 * loading / seconds:.0f} %"}
         self.bar.set_postfix(shown | speed)

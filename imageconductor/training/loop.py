@@ -79,7 +79,7 @@ def train(
 
     if accelerator.is_main_process:
         remove_partial(output)  # of a run that was killed while it wrote
-    log = Log(config, engine, lr_scheduler, state, stage.name.replace("_", " "))
+    log = Log(config, engine, lr_scheduler, state, stage)
     save = Save(config, engine, average)
     hooks = (
         Validate(config, engine, average, stage, module, held_out),

@@ -41,6 +41,7 @@ def run_stage(config: StageConfig, previews: PreviewFactory | None = None) -> Tr
     preview = None
     if previews is not None and clips:
         sampling = {"num_inference_steps": config.preview_steps, "guidance_scale": config.preview_guidance_scale}
+        sampling |= stage.preview_settings
         preview = previews(clips[:_PREVIEWED_CLIPS], stage.preview_control, Path(config.output) / "previews", sampling)
     return train(stage, data, config, preview, held_out)
 

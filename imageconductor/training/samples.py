@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from imageconductor.data.batches import Samples, SpriteSamples
+from imageconductor.data.box_samples import BoxSamples
 from imageconductor.data.clips import ClipSamples
+from imageconductor.training.stage_configs import BoxStageConfig
 from imageconductor.training.train_config import TrainConfig
 
 _SPRITE_CLIPS = 16  # held-out clips of the sprite world
@@ -54,3 +56,35 @@ def build_samples(config: TrainConfig) -> Samples:
         config.seed,
         config.held_out_clips,
     )
+
+
+def build_box_samples(config: BoxStageConfig) -> Samples:
+    """The samples of a stage that sees boxes; raises as `BoxSamples`."""
+    if not config.data:
+        return SpriteSamples(config.world, config.sets, config.num_frames, config.max_frame_spacing, has_boxes=True)
+    return BoxSamples(
+        config.data,
+        config.split,
+        config.size,
+        config.num_frames or 16,
+        config.max_objects,
+        seed=config.seed,
+        horizontal_flip=config.horizontal_flip,
+        random_crop=config.random_crop,
+        min_box_area=config.min_box_area,
+        held_out_clips=config.held_out_clips,
+    )
+
+
+def read_held_out_boxes(config: BoxStageConfig, count: int | None = None) -> list[dict[str, Any]]:
+    """As `read_held_out`, with boxes."""
+    count = config.held_out_clips or _SPRITE_CLIPS if count is None else count
+    if config.data:
+        frames = config.num_frames or 16
+        kept: dict[str, Any] = {"held_out_clips": config.held_out_clips, "shows_held_out": True}
+        samples: Samples = BoxSamples(config.data, config.split, config.size, frames, config.max_objects, **kept)
+        count = min(count, config.held_out_clips)
+    else:
+        world = replace(config.world, seed=config.world.seed + HELD_OUT_SEED)
+        samples = SpriteSamples(world, config.sets, config.num_frames, has_boxes=True)
+    return [samples[position] for position in range(count)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -90,6 +90,83 @@ class StyleLoraConfig(TrainConfig):
 
 
 @dataclass
+class BoxStageConfig(TrainConfig):
+    """What SMCD's two stages share; `data` names folders of GOT-10k or YouTube-VIS, or JSON lines of detections."""
+
+    split: str = "train"  # of the folders in `data`
+    object_gates: str | None = None  # folder of object gates to go on from; null = the model's, or fresh ones
+    max_objects: int = 8  # to which every clip is padded with absent objects, in training and in sampling
+    # Places of fresh gates among the UNet's spatial transformer blocks; null = all, 16 in Stable Diffusion 1.5.
+    places: list[str] | None = None
+    boxes_dropout: float = 0.1  # probability that all objects of a clip are absent, published
+    # Of the scalars that open the gates; null = learning_rate. Until they open, nothing else has a gradient.
+    gate_learning_rate: float | None = None
+    random_crop: float = 1.0  # smallest size of a random crop, as a fraction of the largest; 1 = in the middle
+    min_box_area: float = 0.0  # fraction of the frame's area; a smaller box is an absent object
+    lr_schedule: str = "constant"  # published; diffusers' names: constant, linear, cosine, ...
+    weight_decay: float = 1e-2  # published; not of the gates' scalars
+
+    FIXED = TrainConfig.FIXED | {"max_objects", "places"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_objects < 1:
+            raise ValueError(f"max_objects must be at least 1, got {self.max_objects}")
+        if isinstance(self.data, Mapping):
+            raise ValueError("data must be a list; clips with boxes are drawn evenly from all sources")
+        if self.gate_learning_rate is not None and self.gate_learning_rate <= 0:
+            raise ValueError(f"gate_learning_rate must be positive, got {self.gate_learning_rate}")
+        if not 0 < self.random_crop <= 1:
+            raise ValueError(f"random_crop must lie in (0, 1], got {self.random_crop}")
+        check_fractions(self, "boxes_dropout", "min_box_area")
+
+
+@dataclass
+class ObjectGatesConfig(BoxStageConfig):
+    """SMCD's stage 1: object gates and position network, on single frames with boxes."""
+
+    stage: Literal["object_gates"] = "object_gates"
+    num_frames: int | None = 1  # of a window; the motion modules are left out
+    learning_rate: float = 3e-5  # published
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_frames != 1:
+            raise ValueError(f"num_frames must be 1, as the motion modules are left out, got {self.num_frames}")
+
+
+@dataclass
+class SceneGatesConfig(BoxStageConfig):
+    """SMCD's stage 2: scene gates for the first frame, and a LoRA of the motion modules, on clips with boxes."""
+
+    stage: Literal["scene_gates"] = "scene_gates"
+    learning_rate: float = 5e-5  # published
+    fresh_scene_gates: bool = False  # true: begin anew where the model has scene gates
+    learns_object_gates: bool = False  # true: joint training of both stages, the published ablation
+    motion_lora_rank: int = 32  # = alpha, of the motion modules; 0 = they stay as they are
+    # both: the image ControlNet shows the first frame too, frozen; gates: it is left out, as in the published model
+    first_frame_by: Literal["both", "gates"] = "both"
+    scene_dropout: float = 0.1  # probability that gates attend to zeros, published
+    input_dropout: float = 0.25  # probability that the input branch reads zeros, published
+    parallel: bool = False  # scene gates read what object gates read, not what they gave
+    frame_0_only: bool = False  # the input branch adds the first frame to frame 0 alone
+    encoder_channels: list[int] = field(default_factory=lambda: [256, 512, 1024, 1024])  # of the first-frame encoder
+    encoder_blocks: int = 3  # residual blocks at each of these levels
+
+    FIXED = BoxStageConfig.FIXED | {
+        *("motion_lora_rank", "learns_object_gates", "parallel", "frame_0_only", "encoder_channels", "encoder_blocks")
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.motion_lora_rank < 0:
+            raise ValueError(f"motion_lora_rank must not be negative, got {self.motion_lora_rank}")
+        if not self.encoder_channels or min(self.encoder_channels) < 1 or self.encoder_blocks < 1:
+            raise ValueError("encoder_channels and encoder_blocks must be positive")
+        check_fractions(self, "scene_dropout", "input_dropout")
+
+
+@dataclass
 class MotionDirectorConfig(StageConfig):
     """MotionDirector: a motion LoRA learned from a few reference clips, apart from their appearance."""
 
@@ -164,6 +241,8 @@ _CONFIGS: tuple[type[StageConfig], ...] = (
     CameraLoraConfig,
     ObjectLoraConfig,
     StyleLoraConfig,
+    ObjectGatesConfig,
+    SceneGatesConfig,
     MotionDirectorConfig,
 )
 STAGE_CONFIGS: dict[str, type[StageConfig]] = {config.stage: config for config in _CONFIGS}

@@ -6,7 +6,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
-from conftest import TINY_WORLD
+from conftest import TINY_WORLD, tiny_gates, tiny_networks
 
 from imageconductor.data.batches import Batches
 from imageconductor.models.networks import Networks
@@ -25,8 +25,16 @@ def reference_clips(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def object_gates(tmp_path_factory):
+    """A folder of open object gates of four objects for the tiny model."""
+    folder = tmp_path_factory.mktemp("gates") / "object_gates"
+    tiny_gates(tiny_networks().unet)[0].save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def configure(tiny_model, tmp_path, reference_clips):
+def configure(tiny_model, tmp_path, reference_clips, object_gates):
     """Makes the settings of a stage by its name: two steps of one clip."""
 
     def make(name, **changes):
@@ -44,6 +52,11 @@ def configure(tiny_model, tmp_path, reference_clips):
             small |= {"data": [str(reference_clips)], "size": (32, 32), "num_frames": 4, "fps": None}
         else:
             small["world"] = TINY_WORLD
+        if name == "scene_gates":
+            small |= {"encoder_channels": [8, 16], "encoder_blocks": 1, "motion_lora_rank": 2}
+            small |= {} if changes.get("learns_object_gates") else {"object_gates": str(object_gates)}
+        if name in ("object_gates", "scene_gates"):
+            small |= {"max_objects": 4, "gate_learning_rate": 0.1}
         if name.endswith("_lora") or name == "motion_director":
             small["lora_rank"] = 2
         return find_stage(name).Config(**small | changes)

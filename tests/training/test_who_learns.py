@@ -43,6 +43,12 @@ TABLE = {
     "camera_lora": Expected(("motion_controlnet.",), ".camera.", acts=(("camera",), ())),
     "object_lora": Expected(("motion_controlnet.",), ".object.", acts=(("camera", "object"), ())),
     "style_lora": Expected(("unet.",), ".style.", acts=((), ("style",))),
+    "object_gates": Expected(("object_gates.",)),
+    "scene_gates": Expected(("scene_gates.", "unet.lora."), acts=((), ("motion",))),
+    "scene_gates without a LoRA": Expected(("scene_gates.",), settings={"motion_lora_rank": 0}),
+    "scene_gates jointly": Expected(
+        ("object_gates.", "scene_gates."), settings={"learns_object_gates": True, "motion_lora_rank": 0}
+    ),
     "motion_director": Expected(
         ("unet.",), ".lora_", acts=((), ("motion",)), settings={"appearance_dropout": 0.0, "max_steps": 4}
     ),
@@ -53,6 +59,16 @@ TABLE = {
         settings={"learns_motion": False, "appearance": "shared"},
     ),
 }
+
+
+def _is_named(key, beginnings):
+    """Whether a name has one of the beginnings; NETWORK.lora. are all LoRA tensors of a network."""
+    return any(
+        ".lora_" in key and key.startswith(name.removesuffix("lora."))
+        if name.endswith(".lora.")
+        else key.startswith(name)
+        for name in beginnings
+    )
 
 
 def test_every_stage_has_a_row():
@@ -67,7 +83,7 @@ def test_only_what_the_table_says_changes(name, configure, build, parameters):
     wanted = {
         key
         for key, _ in stage.named_parameters()
-        if key.startswith(expected.learns) and expected.contains in key and not key.endswith(expected.frozen or ("\0",))
+        if _is_named(key, expected.learns) and expected.contains in key and not key.endswith(expected.frozen or ("\0",))
     }
     assert set(parameters(stage)) == wanted
     before = {key: value.detach().clone() for key, value in stage.state_dict().items()}

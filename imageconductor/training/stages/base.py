@@ -50,6 +50,7 @@ class Stage(nn.Module):
         name: Of the stage, in YAML and in files.
         Config: Dataclass of its settings, whose `stage` is `name`.
         preview_control: Control under which preview videos are made; None = without trajectories.
+        preview_settings: Further arguments of the pipeline's call for preview videos.
         adapters: LoRAs of the motion ControlNet that act.
         dropouts: Attributes that hold the probabilities with which parts of the condition are dropped.
         learns_in_parts: Whether a step may reach only some of what learns.
@@ -69,6 +70,7 @@ class Stage(nn.Module):
         self.scheduler = networks.scheduler
         self.text_dropout = config.text_dropout
         self.image_dropout = config.image_dropout if isinstance(config, TrainConfig) else 0.0
+        self.preview_settings: dict[str, Any] = {}
         self.vae = networks.vae
         self.text_encoder = networks.text_encoder
         self.unet = networks.unet
@@ -197,6 +199,10 @@ class Stage(nn.Module):
     def previewing(self) -> Iterator[None]:
         """Inside the block the networks are as previews want them."""
         yield
+
+    def measures(self) -> dict[str, float]:
+        """What is logged beside the losses, by name; every process calls it."""
+        return {}
 
     def trainable(self) -> dict[str, ParameterGroup]:
         """What learns, as groups by name; no parameter may be in two of them."""

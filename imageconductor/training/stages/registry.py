@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from imageconductor.training.stage_configs import check_stage
 from imageconductor.training.stages.base import Stage
+from imageconductor.training.stages.boxes import ObjectGatesStage, SceneGatesStage
 from imageconductor.training.stages.foundation import FoundationStage
 from imageconductor.training.stages.image_conductor import CameraLoraStage, MotionControlNetStage, ObjectLoraStage
 from imageconductor.training.stages.motion_director import MotionDirectorStage
@@ -15,6 +16,8 @@ _STAGES: tuple[type[Stage], ...] = (
     CameraLoraStage,
     ObjectLoraStage,
     StyleLoraStage,
+    ObjectGatesStage,
+    SceneGatesStage,
     MotionDirectorStage,
 )
 STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in _STAGES}

@@ -1,0 +1,275 @@
+"""SMCD's two stages: gates for object boxes, and gates for the first frame.
+
+| stage | learns | frozen | sees |
+|---|---|---|---|
+| 1 object_gates | object gates, position network | base | single frames, motion modules bypassed |
+| 2 scene_gates | scene gates, first-frame encoder, input branch; LoRA of motion modules | base, object gates | clips |
+
+Both minimise the denoising loss. Gates begin closed, and until they open, only their scalars have a gradient: these
+learn at a rate of their own, and how far they are open is logged.
+
+Source: SMCD, "Animate Your Motion" (arXiv 2403.10179); docs/decisions.md, 39.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from imageconductor.checkpoints.model_folder import check_controlnets, check_shape, read_gate_config
+from imageconductor.conditioning.first_frame import keyframe_condition
+from imageconductor.data.batches import Samples
+from imageconductor.models.adapters import (
+    activate,
+    add_adapter,
+    freeze_all_but_adapter,
+    lora_targets,
+    save_for_diffusers,
+)
+from imageconductor.models.denoiser import Condition
+from imageconductor.models.gated_attention import ObjectGates, SceneGates
+from imageconductor.models.gating import gate_scalars, gate_values
+from imageconductor.models.motion_module import motion_modules_bypassed
+from imageconductor.models.networks import Networks, load_network
+from imageconductor.models.weights import find_weights
+from imageconductor.training import samples
+from imageconductor.training.stage_configs import BoxStageConfig, ObjectGatesConfig, SceneGatesConfig
+from imageconductor.training.stages.base import ParameterGroup, Stage
+
+MOTION = "motion"
+
+
+class BoxStage(Stage):
+    """A stage that sees boxes."""
+
+    dropouts = ("text_dropout", "image_dropout", "boxes_dropout")
+
+    def __init__(self, networks: Networks, config: BoxStageConfig):
+        super().__init__(networks, config)
+        networks.freeze()
+        self.object_gates, self.scene_gates = networks.object_gates, networks.scene_gates
+        self.boxes_dropout = config.boxes_dropout
+        self.gate_learning_rate = config.gate_learning_rate
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """As `Stage.check`, but that single frames need no ControlNets."""
+        size = config.size if config.data else config.world.size
+        check_shape(config.model, size, config.num_frames or (16 if config.data else config.world.num_frames))
+
+    @classmethod
+    def build_samples(cls, config: BoxStageConfig) -> Samples:
+        """Clips with boxes; raises as `samples.build_box_samples`."""
+        return samples.build_box_samples(config)
+
+    @classmethod
+    def read_held_out(cls, config: BoxStageConfig, count: int | None = None) -> list[dict[str, Any]]:
+        """The first samples that no step sees; see `samples.read_held_out_boxes`."""
+        return samples.read_held_out_boxes(config, count)
+
+    def draw_latents(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Clean latents drawn from the posterior of a batch of clips, and its mean, each (B, C, T, h, w)."""
+        mean, std, _ = self._encode_clips(batch)
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
+        return mean + std * noise.to(mean.device), mean
+
+    def draw_text(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> Tensor:
+        """(B, L, D), the empty text in place of those that are dropped."""
+        return self.encode_text(batch, [bool(torch.rand((), generator=g) < self.text_dropout) for g in generators])
+
+    def encode_boxes(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        """Fields of a `Condition`: boxes (B, T, N, 4), present (B, T, N), names (B, N, D).
+
+        Args:
+            batch: With `boxes`, `Boxes` of each clip.
+            generators: One a clip; they draw whether all of its objects are absent.
+        """
+        assert self.object_gates is not None
+        device, clips = self.unet.device, batch["boxes"]
+        names = list(dict.fromkeys(name for boxes in clips for name in boxes.names))
+        told = self.networks.encode_names(names).float()
+        fields: dict[str, list[Tensor]] = {"boxes": [], "present": [], "names": []}
+        for boxes, generator in zip(clips, generators, strict=True):
+            is_dropped = bool(torch.rand((), generator=generator) < self.boxes_dropout)
+            xyxy, present = boxes.normalise()
+            features = told[[names.index(name) for name in boxes.names]]
+            missing = self.object_gates.max_objects - boxes.num_objects
+            kept = 0.0 if is_dropped else 1.0
+            fields["boxes"].append(kept * F.pad(xyxy, (0, 0, 0, missing)))
+            fields["present"].append(kept * F.pad(present, (0, missing)))
+            fields["names"].append(kept * F.pad(features, (0, 0, 0, missing)))
+        return {name: torch.stack(values).to(device) for name, values in fields.items()}
+
+    def measures(self) -> dict[str, float]:
+        """The mean of |tanh(scalar)| of each kind of gates: how far they are open."""
+        found = {"object": self.object_gates, "scene": self.scene_gates}
+        values = {name: gate_values(network).values() for name, network in found.items() if network is not None}
+        return {f"{name}_gates": sum(map(abs, own)) / len(own) for name, own in values.items() if own}
+
+    def trainable(self) -> dict[str, ParameterGroup]:
+        """What learns; the gates' scalars are a group with a learning rate of their own."""
+        networks = [network for network in (self.object_gates, self.scene_gates) if network is not None]
+        scalars = {id(p) for network in networks for p in gate_scalars(network).values()}
+        learning = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        chosen = {name: p for name, p in learning.items() if id(p) in scalars}
+        others = {name: p for name, p in learning.items() if id(p) not in scalars}
+        return {self.name: ParameterGroup(others), "gates": ParameterGroup(chosen, self.gate_learning_rate, 0.0)}
+
+
+class ObjectGatesStage(BoxStage):
+    """Stage 1: boxes of single frames."""
+
+    name = "object_gates"
+    Config = ObjectGatesConfig
+
+    def __init__(self, networks: Networks, config: ObjectGatesConfig):
+        networks.object_gates = _object_gates(networks, config)
+        networks.scene_gates = None
+        super().__init__(networks, config)
+        assert self.object_gates is not None
+        self.object_gates.requires_grad_(True).train()
+        self.preview_settings = {"image": None}  # the ControlNet would show the whole picture
+
+    @classmethod
+    def check(cls, config: ObjectGatesConfig) -> None:
+        """As `BoxStage.check`: gates to go on from, too."""
+        super().check(config)
+        _check_gates(config)
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> tuple[Tensor, Condition]:
+        """Clean latents (B, C, 1, h, w) of single frames, and text and boxes as the condition.
+
+        Args:
+            batch: As `Stage.encode`, with `boxes`, `Boxes` of each clip.
+            generators: One a clip.
+        """
+        x_0, _ = self.draw_latents(batch, generators)
+        return x_0, Condition(self.draw_text(batch, generators), **self.encode_boxes(batch, generators))
+
+    @contextmanager
+    def previewing(self) -> Iterator[None]:
+        """Inside the block the motion modules are left out."""
+        with motion_modules_bypassed(self.unet):
+            yield
+
+    def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """As `Stage.denoise`, without the motion modules, which are no identity on a single frame."""
+        with motion_modules_bypassed(self.unet):
+            return super().denoise(x_t, t, condition)
+
+    def save(self, folder: Path) -> None:
+        """Writes object_gates."""
+        assert self.object_gates is not None
+        self.object_gates.save_pretrained(folder / "object_gates")
+
+
+class SceneGatesStage(BoxStage):
+    """Stage 2: the first frame, with boxes that stage 1 has learned to follow; or both together."""
+
+    name = "scene_gates"
+    Config = SceneGatesConfig
+    dropouts = (*BoxStage.dropouts, "scene_dropout", "input_dropout")
+
+    def __init__(self, networks: Networks, config: SceneGatesConfig):
+        networks.object_gates = _object_gates(networks, config)
+        if networks.scene_gates is None or config.fresh_scene_gates:
+            networks.scene_gates = SceneGates.from_unet(
+                networks.unet,
+                config.places,
+                seed=config.seed,
+                channels=tuple(config.encoder_channels),
+                blocks_per_level=config.encoder_blocks,
+                is_parallel=config.parallel,
+                frame_0_only=config.frame_0_only,
+            )
+        super().__init__(networks, config)
+        assert self.scene_gates is not None
+        assert self.object_gates is not None
+        if config.motion_lora_rank:
+            targets = lora_targets(self.unet, "motion")
+            add_adapter(self.unet, MOTION, rank=config.motion_lora_rank, targets=targets, seed=config.seed)
+            activate(self.unet, MOTION)
+            freeze_all_but_adapter(self.unet, MOTION)
+        self.scene_gates.requires_grad_(True).train()
+        if config.learns_object_gates:
+            self.object_gates.requires_grad_(True).train()
+        self.saves_objects, self.has_lora = config.learns_object_gates, bool(config.motion_lora_rank)
+        self.shows_controlnet = config.first_frame_by == "both"
+        self.preview_settings = {"first_frame_by": config.first_frame_by}
+        self.scene_dropout, self.input_dropout = config.scene_dropout, config.input_dropout
+
+    @classmethod
+    def check(cls, config: SceneGatesConfig) -> None:
+        """As `BoxStage.check`: object gates are there unless they learn along, and a ControlNet if it is to act."""
+        super().check(config)
+        if config.first_frame_by == "both":
+            check_controlnets(config.model, "first_frame_by=both")
+        has_own = read_gate_config(config.model, "object_gates") is not None
+        if config.object_gates is None and not has_own and not config.learns_object_gates:
+            raise FileNotFoundError(
+                f"{config.model} has no object gates; name those of a run of stage object_gates, object_gates=FOLDER, "
+                "or set learns_object_gates=true to train both stages jointly"
+            )
+        _check_gates(config)
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> tuple[Tensor, Condition]:
+        """As `Stage.encode`, with boxes, and the first frame up to three times, each dropped by itself.
+
+        The image ControlNet reads it if it acts, the gates attend to it, and the input branch adds it.
+        """
+        x_0, mean = self.draw_latents(batch, generators)
+        first = mean[:, :, 0]
+
+        def keep(probability: float) -> Tensor:
+            kept = [float(torch.rand((), generator=generator) >= probability) for generator in generators]
+            return torch.tensor(kept, device=mean.device).view(-1, 1, 1, 1)
+
+        fields = {"scene": first * keep(self.scene_dropout), "input_frame": first * keep(self.input_dropout)}
+        if self.shows_controlnet:
+            given = keep(self.image_dropout)[..., None]
+            keyframes, mask = keyframe_condition(mean[:, :, :1], (0,), mean.shape[2])
+            fields |= {"keyframes": keyframes * given, "mask": mask * given}
+        return x_0, Condition(self.draw_text(batch, generators), **fields, **self.encode_boxes(batch, generators))
+
+    def save(self, folder: Path) -> None:
+        """Writes scene_gates, motion_lora with the LoRA of the motion modules, and object_gates if they learned."""
+        assert self.scene_gates is not None
+        self.scene_gates.save_pretrained(folder / "scene_gates")
+        if self.saves_objects and self.object_gates is not None:
+            self.object_gates.save_pretrained(folder / "object_gates")
+        if self.has_lora:
+            save_for_diffusers(self.unet, MOTION, folder / "motion_lora")
+
+
+def _object_gates(networks: Networks, config: ObjectGatesConfig | SceneGatesConfig) -> ObjectGates:
+    """Object gates of the folder that is named, or the model's, or fresh ones."""
+    if config.object_gates is not None:
+        return load_network("object_gates", Path(config.object_gates))
+    if networks.object_gates is not None:
+        return networks.object_gates
+    return ObjectGates.from_unet(networks.unet, config.places, max_objects=config.max_objects, seed=config.seed)
+
+
+def _check_gates(config: ObjectGatesConfig | SceneGatesConfig) -> None:
+    """Makes sure that gates to go on from are there and take as many objects as the samples will have."""
+    folder = Path(config.object_gates or Path(config.model) / "object_gates")
+    if config.object_gates is not None and not folder.is_dir():
+        raise FileNotFoundError(f"no object gates at {folder}; train stage object_gates first")
+    settings = read_gate_config(folder.parent, folder.name)
+    if settings is None:
+        return
+    find_weights(folder)
+    count = settings["max_objects"]
+    if count != config.max_objects:
+        raise ValueError(
+            f"max_objects is {config.max_objects}, and the gates at {folder} are made for {count} objects, absent ones "
+            f"included; set max_objects={count}"
+        )

@@ -1,0 +1,304 @@
+"""SMCD's stages: what they see and drop, who learns how fast, and that a run is assembled and resumed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import open_gates, tiny_gates
+from PIL import Image
+from safetensors.torch import load_file
+
+from imageconductor.checkpoints.assembly import AssemblyConfig, assemble
+from imageconductor.conditioning import Boxes
+from imageconductor.data.batches import collate
+from imageconductor.data.box_samples import BoxSamples, keep_largest
+from imageconductor.models.gating import gate_scalars
+from imageconductor.sampling.pipeline import ImageConductorPipeline
+from imageconductor.training import checkpointing
+from imageconductor.training.run import check_inputs, run_stage
+from imageconductor.training.stage_configs import load_config
+
+CONFIGS = sorted(Path(__file__).parents[2].glob("configs/train/*/*.yaml"))
+FIXTURES = Path(__file__).parents[1] / "data" / "parity_smcd" / "fixtures"
+T = torch.tensor([500])
+
+
+def generators(count=1, seed=0):
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def batch_of(data, boxes, count=1):
+    samples = [data.samples[i] for i in range(count)]
+    return collate([{**sample, "boxes": boxes} for sample in samples])
+
+
+def some_boxes(frames, size=(32, 32)):
+    xyxy = torch.tensor([[[4.0, 4.0, 16.0, 20.0]] * frames, [[8.0, 8.0, 30.0, 31.0]] * frames])
+    return Boxes(xyxy, torch.ones(2, frames, dtype=torch.bool), ("red circle", "blue star"), size)
+
+
+def test_single_frames_are_seen_without_motion_modules_and_without_a_picture(configure, build):
+    stage, data = build(configure("object_gates"))
+    open_gates(stage.object_gates)
+    x_0, condition = stage.encode(batch_of(data, some_boxes(1)), generators())
+    assert x_0.shape[2] == 1
+    assert condition.keyframes is None
+    assert condition.scene is None
+    assert condition.boxes.shape == (1, 1, 4, 4)
+    torch.testing.assert_close(condition.boxes[0, 0, 1], torch.tensor([8, 8, 30, 31]) / 32)
+    assert condition.present[0, 0].tolist() == [1, 1, 0, 0]
+    before = stage.denoise(x_0, T, condition)
+    for name, parameter in stage.unet.named_parameters():
+        if "motion_modules" in name:
+            parameter.data.normal_()
+    assert torch.equal(stage.denoise(x_0, T, condition), before)
+
+
+def test_names_are_what_sampling_reads(configure, build):
+    stage, data = build(configure("object_gates"))
+    _, condition = stage.encode(batch_of(data, some_boxes(1)), generators())
+    expected = stage.networks.encode_names(["red circle", "blue star"])
+    torch.testing.assert_close(condition.names[0, :2], expected)
+    assert not condition.names[0, 2:].any()
+
+
+def test_each_part_is_dropped_by_itself_and_as_often_as_told(configure, build):
+    config = configure("scene_gates", scene_dropout=0.1, input_dropout=0.25, boxes_dropout=0.4, image_dropout=0.5)
+    stage, data = build(config)
+    count, drawn = 300, []
+    batch = batch_of(data, some_boxes(16))
+    stage.draw_latents = lambda *_: (torch.ones(1, 4, 16, 2, 2), torch.ones(1, 4, 16, 2, 2))
+    stage.encode_text = lambda *_: torch.zeros(1, 5, 16)
+    stage.networks.encode_names = lambda names: torch.ones(len(names), 16)
+    for seed in range(count):
+        _, c = stage.encode(batch, generators(seed=seed))
+        assert not c.boxes[0, :, 2:].any()
+        assert bool(c.boxes.any()) == bool(c.present.any()) == bool(c.names.any()), "a box, its mask and its name"
+        drawn.append([bool(x.any()) for x in (c.scene, c.input_frame, c.present, c.keyframes)])
+    kept = np.array(drawn)
+    assert kept.mean(axis=0) == pytest.approx([0.9, 0.75, 0.6, 0.5], abs=0.08)
+    assert np.abs(np.corrcoef(kept.T) - np.eye(4)).max() < 0.2
+    with stage.without_dropout():
+        _, c = stage.encode(batch, generators(seed=3))
+    assert all(bool(x.any()) for x in (c.scene, c.input_frame, c.present, c.keyframes))
+
+
+def test_without_the_controlnet_the_gates_carry_the_first_frame_alone(configure, build):
+    stage, data = build(configure("scene_gates", first_frame_by="gates"))
+    _, condition = stage.encode(batch_of(data, some_boxes(16)), generators())
+    assert condition.keyframes is None
+    torch.testing.assert_close(condition.scene, condition.input_frame)
+    pixels = data.samples[0]["pixel_values"][None, :, :1]
+    mean, _, _ = stage._encode_clips({"pixel_values": pixels})
+    torch.testing.assert_close(condition.scene, mean[:, :, 0])
+
+
+def test_scalars_of_the_gates_learn_at_a_rate_of_their_own_and_are_logged(configure, build):
+    config = configure("object_gates", learning_rate=1e-3, gate_learning_rate=0.1, max_steps=3)
+    stage, _ = build(config)
+    groups = stage.trainable()
+    assert groups["gates"].parameters.keys() == {f"object_gates.{name}" for name in gate_scalars(stage.object_gates)}
+    assert (groups["gates"].learning_rate, groups["gates"].weight_decay) == (0.1, 0.0)
+    assert groups["object_gates"].learning_rate is None
+    run_stage(config)
+    logged = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
+    opened = [line["object_gates"] for line in logged]
+    assert opened[0] == pytest.approx(np.tanh(0.1), rel=0.02), "Adam's first step is the learning rate"
+    assert opened == sorted(opened)
+    assert logged[0]["learning_rate_1"] == pytest.approx(0.1)
+
+
+def test_a_killed_run_is_the_uninterrupted_one(configure, tmp_path):
+    whole = configure("scene_gates", max_steps=4)
+    run_stage(whole)
+    halves = configure("scene_gates", max_steps=4, output=str(tmp_path / "halves"))
+    shutil.copytree(whole.output, halves.output)
+    for step in (3, 4):
+        shutil.rmtree(Path(halves.output) / f"checkpoint-{step:08d}")
+    shutil.rmtree(Path(halves.output) / "scene_gates")
+    run_stage(halves)
+    for name in ("parameters",):
+        a, b = (checkpointing.latest(Path(run.output)).tensors[name] for run in (whole, halves))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert (Path(halves.output) / "motion_lora" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_trained_gates_join_the_model_and_play(configure, tiny_model, tmp_path):
+    first = configure("object_gates", output=str(tmp_path / "first"))
+    run_stage(first)
+    second = configure("scene_gates", output=str(tmp_path / "second"), object_gates=f"{first.output}/object_gates")
+    run_stage(second)
+    gates = {"object_gates": f"{first.output}/object_gates", "scene_gates": f"{second.output}/scene_gates"}
+    config = AssemblyConfig(recipe="trained", model=str(tiny_model), dtype="float32", **gates)
+    ImageConductorPipeline.from_assembly(assemble(config)).save_pretrained(tmp_path / "model")
+    pipe = ImageConductorPipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    given = {"prompt": "star", "num_inference_steps": 1, "output_type": "latent", "seed": 0, "num_frames": 4}
+    plain = pipe(**given).frames
+    assert (pipe(**given, boxes=some_boxes(4)).frames - plain).abs().max() > 0
+    sources = json.loads((tmp_path / "model" / "sources.json").read_text())["sources"]
+    assert {"object_gates", "scene_gates"} <= sources.keys()
+    assert (tmp_path / "model" / "training" / "scene_gates.yaml").is_file()
+
+
+def test_gates_of_another_model_are_refused(tiny_model, object_gates, tmp_path):
+    folder = tmp_path / "object_gates"
+    shutil.copytree(object_gates, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    name = next(iter(settings["places"]))
+    settings["places"][name][1:] = [1, settings["places"][name][1] * settings["places"][name][2]]
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=rf"is for another model: its gate {name} of .* here"):
+        assemble(AssemblyConfig(recipe="trained", model=str(tiny_model), object_gates=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "error", "message"),
+    [
+        ("scene_gates", {"object_gates": None}, FileNotFoundError, "has no object gates; name those of a run"),
+        ("scene_gates", {"object_gates": "nowhere"}, FileNotFoundError, "no object gates at nowhere"),
+        ("scene_gates", {"max_objects": 3}, ValueError, "are made for 4 objects, absent ones included"),
+        ("object_gates", {"data": ["nowhere"]}, FileNotFoundError, "no folder or file of boxes at nowhere"),
+    ],
+)
+def test_what_is_missing_is_told_before_weights_are_read(configure, stage, changes, error, message, monkeypatch):
+    monkeypatch.setattr("imageconductor.training.run.Networks.load", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(error, match=message):
+        run_stage(configure(stage, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_frames": 4}, "num_frames must be 1"),
+        ({"max_objects": 0}, "max_objects must be at least 1"),
+        ({"data": {"a": 1}}, "data must be a list"),
+        ({"gate_learning_rate": -1.0}, "gate_learning_rate must be positive"),
+        ({"random_crop": 0.0}, "random_crop must lie in"),
+    ],
+)
+def test_bad_settings(configure, changes, message):
+    with pytest.raises(ValueError, match=message):
+        configure("object_gates", **changes)
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if "gates" in path.stem or "joint" in path.stem], ids=str)
+def test_the_configs_load(path):
+    assert load_config(path).stage in ("object_gates", "scene_gates")
+
+
+# -- samples
+
+
+def test_windows_of_both_data_sets_come_with_their_boxes():
+    samples = BoxSamples([FIXTURES / "youvis"], "train", (32, 24), 4, max_objects=2)
+    found = [samples[position] for position in range(8)]
+    assert {sample["pixel_values"].shape for sample in found} == {(3, 4, 24, 32)}
+    assert {sample["boxes"].size for sample in found} == {(32, 24)}
+    assert max(sample["boxes"].num_objects for sample in found) == 2
+    assert all(sample["boxes"].num_frames == 4 for sample in found)
+    again = BoxSamples([FIXTURES / "youvis"], "train", (32, 24), 4, max_objects=2)[5]
+    assert torch.equal(again["pixel_values"], found[5]["pixel_values"])
+    got = BoxSamples([FIXTURES / "got-10k"], "val", (32, 18), 8, max_objects=8)[0]
+    assert got["boxes"].num_objects == 1
+    assert got["points"].shape == (0, 8, 2)
+
+
+def test_boxes_go_with_their_pixels_through_crop_and_flip(tmp_path):
+    """A white rectangle on black, cropped at random: its pixels are where its box is."""
+    pixels = np.zeros((60, 90, 3), np.uint8)
+    pixels[20:44, 30:62] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    line = {"image": "a.png", "caption": "white", "objects": [{"name": "box", "box": [30, 20, 62, 44]}]}
+    (tmp_path / "d.jsonl").write_text(json.dumps(line) + "\n")
+    settings = {"horizontal_flip": 0.5, "random_crop": 0.7}
+    samples = BoxSamples([tmp_path / "d.jsonl"], "train", (64, 64), 1, 4, **settings)
+    centres = set()
+    for position in range(12):
+        sample = samples[position]
+        frame, (x1, y1, x2, y2) = sample["pixel_values"][0, 0], sample["boxes"].xyxy[0, 0].tolist()
+        rows, columns = (frame > 127).any(1).nonzero()[:, 0], (frame > 127).any(0).nonzero()[:, 0]
+        found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert [float(value) for value in found] == pytest.approx([x1, y1, x2, y2], abs=1.0)
+        centres.add(round(x1 + x2))
+    assert len(centres) > 6
+
+
+def test_held_out_clips_are_never_trained_on():
+    data = FIXTURES / "youvis"
+    held = BoxSamples([data], "train", (16, 16), 4, 8, held_out_clips=1, shows_held_out=True)[0]["key"]
+    trained = BoxSamples([data], "train", (16, 16), 4, 8, held_out_clips=1)
+    assert held not in {trained[position]["key"] for position in range(6)}
+    with pytest.raises(ValueError, match="none is left"):
+        BoxSamples([data], "train", (16, 16), 4, 8, held_out_clips=9)
+
+
+def test_the_largest_objects_are_kept_in_their_order():
+    xyxy = torch.tensor([[[0.0, 0, 4, 4]], [[0.0, 0, 9, 9]], [[0.0, 0, 1, 1]], [[0.0, 0, 6, 6]]])
+    present = torch.tensor([[True], [True], [True], [False]])
+    kept = keep_largest(Boxes(xyxy, present, ("a", "b", "c", "d"), (16, 16)), 2)
+    assert kept.names == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1 must be"),
+        ('{"caption": "a"}', "line 1 must be"),
+        ('{"image": "a.png", "objects": [{"name": "a", "box": [0, 0, 99, 9]}]}', "leaves the 8x8 frame"),
+        ('{"image": "b.png", "objects": []}', "no picture at"),
+        ('{"image": "a.png", "objects": [], "labels": 1}', "unknown key 'labels'"),
+        ("", "holds no picture"),
+    ],
+)
+def test_detections_that_are_malformed(tmp_path, line, message):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "d.jsonl").write_text(line)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        BoxSamples([tmp_path / "d.jsonl"], "train", (8, 8), 1, 4)
+
+
+def test_damaged_clips_are_left_out_and_told(tmp_path):
+    shutil.copytree(FIXTURES / "youvis", tmp_path / "data")
+    for path in (tmp_path / "data" / "train" / "JPEGImages" / "ffee001122").glob("*.jpg"):
+        path.write_bytes(b"no picture")
+    samples = BoxSamples([tmp_path / "data"], "train", (16, 16), 4, 8)
+    found = [samples[position] for position in range(4)]
+    assert {sample["key"] for sample in found} == {"00a1b2c3d4"}
+    assert any("ffee001122" in reason for sample in found for reason in sample["skipped"])
+
+
+def test_previews_show_boxes_and_what_the_gates_make(configure, monkeypatch, tmp_path):
+    from imageconductor.sampling.preview import VideoPreview
+
+    config = configure("object_gates", preview_every=2, preview_steps=1)
+    run_stage(config, VideoPreview)
+    assert (Path(config.output) / "previews" / "step-00000002.png").stat().st_size > 1000
+
+
+def test_inputs_are_checked_for_single_frames_without_controlnets(configure):
+    check_inputs(configure("object_gates"))
+
+
+def test_gates_of_the_folder_are_the_ones_that_act(configure, build, object_gates):
+    stage, _ = build(configure("scene_gates"))
+    saved = load_file(object_gates / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(stage.object_gates.state_dict()[key], value) for key, value in saved.items())
+    assert not any(p.requires_grad for p in stage.object_gates.parameters())
+
+
+def test_joint_training_begins_from_fresh_gates_and_saves_both(configure):
+    config = configure("scene_gates", learns_object_gates=True)
+    run_stage(config)
+    assert (Path(config.output) / "object_gates" / "config.json").is_file()
+    assert (Path(config.output) / "scene_gates" / "config.json").is_file()
+
+
+def test_closed_gates_leave_the_denoising_as_it_is(configure, build):
+    stage, data = build(configure("scene_gates", learns_object_gates=True, motion_lora_rank=0))
+    x_0, condition = stage.encode(batch_of(data, some_boxes(16)), generators())
+    assert torch.equal(stage.denoise(x_0, T, condition), stage.denoise(x_0, T, condition.without_gates()))
+    assert tiny_gates(stage.unet, is_open=False)[0].config.places == stage.object_gates.config.places
