@@ -2,17 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from imageconductor.conditioning import Boxes, cover_crop
-from imageconductor.data.box_datasets import BoxClip, find_got10k, read_got10k, read_youtube_vis
+from imageconductor.data.box_datasets import find_got10k, read_got10k, read_youtube_vis
+from imageconductor.data.scenes import Scene, render
+from imageconductor.data.sprites import sample_scene
 from imageconductor.evaluation.box_config import BoxEvaluateConfig
+
+_SPRITE_SEED, _SPRITE_CLIPS = 10_000, 64  # added to a world's seed, as in the evaluation of drawn motion
+
+
+class TrueClip(Protocol):
+    """A clip with boxes: `data.box_datasets.BoxClip`, or one of the sprite world."""
+
+    @property
+    def key(self) -> str:
+        """Name of the clip."""
+        ...
+
+    @property
+    def caption(self) -> str:
+        """What it shows."""
+        ...
+
+    @property
+    def boxes(self) -> Boxes:
+        """Of its objects, in each frame."""
+        ...
+
+    def frames(self, chosen: Sequence[int]) -> NDArray[np.uint8]:
+        """Some of the frames (T, H, W, 3)."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class SpriteClip:
+    """A clip of the sprite world, rendered when its frames are asked for."""
+
+    key: str
+    caption: str
+    boxes: Boxes
+    scene: Scene
+
+    def frames(self, chosen: Sequence[int]) -> NDArray[np.uint8]:
+        """Some of the frames (T, H, W, 3)."""
+        return render([self.scene], list(chosen))[0].permute(1, 2, 3, 0).numpy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +75,7 @@ class BoxRequest:
     prompt: str
     seed: int
     boxes: Boxes
-    clip: BoxClip
+    clip: TrueClip
     chosen: range
     size: tuple[int, int]
 
@@ -66,9 +108,14 @@ def list_requests(config: BoxEvaluateConfig, size: tuple[int, int], num_frames: 
     return found
 
 
-def _list_clips(config: BoxEvaluateConfig, min_frames: int) -> Iterator[BoxClip]:
+def _list_clips(config: BoxEvaluateConfig, min_frames: int) -> Iterator[TrueClip]:
     root = Path(config.data or "")
-    if config.dataset == "got10k":
+    if config.dataset == "sprites":
+        world = replace(config.world, seed=config.world.seed + _SPRITE_SEED, num_frames=min_frames)
+        for index in range(config.num_clips or _SPRITE_CLIPS):
+            scene = sample_scene(world, index)
+            yield SpriteClip(f"{world.kind.value}-{index:04d}", scene.caption, scene.boxes(), scene)
+    elif config.dataset == "got10k":
         yield from map(read_got10k, find_got10k(root, config.split, min_frames))
     else:
         yield from read_youtube_vis(root, config.split, captions=config.captions, min_frames=min_frames)

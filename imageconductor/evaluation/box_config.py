@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from imageconductor.data.sprite_world import SpriteWorldConfig
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, FrechetName
 from imageconductor.evaluation.learned_motion_config import LearnedMotionConfig, list_elsewhere
 
@@ -38,6 +39,7 @@ class BoxEvaluateConfig:
     dataset: Literal["got10k", "youtube_vis", "sprites"] = "sprites"  # where the clips come from
     data: str | None = None  # folder of the data set, with its splits; not for sprites
     split: str = "val"  # of the data set
+    world: SpriteWorldConfig = field(default_factory=SpriteWorldConfig)  # of sprites; its seed is that of the scenes
     captions: str | None = None  # JSON of captions by clip, for youtube_vis; null = caption.json in the folder
     num_clips: int | None = None  # the first clips of the split; null = all, and 64 of sprites
     frame_step: int = 1  # between the frames that are taken of a clip, from its first one on

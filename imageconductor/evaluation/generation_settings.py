@@ -125,7 +125,7 @@ def collect_box_settings(config: BoxEvaluateConfig, method: BoxMethod, job: Samp
         method: The method.
         job: Its settings, with its model's defaults.
     """
-    of_clips = ("dataset", "data", "split", "captions", "frame_step", "seed")
+    of_clips = ("dataset", "data", "split", "captions", "world", "frame_step", "seed")
     kept = ("negative_prompt", "guidance_scale", "trajectory_guidance_scale", "steps", "width", "height", "num_frames")
     settings: dict[str, Any] = {
         "protocol": "boxes",

@@ -13,6 +13,9 @@ from transformers import ViTConfig, ViTModel
 
 from imageconductor import config as config_file
 from imageconductor.commands.evaluate import choose_protocol, main
+from imageconductor.data.scenes import render
+from imageconductor.data.sprite_world import SpriteWorldConfig
+from imageconductor.data.sprites import sample_scene
 from imageconductor.evaluation.appearance import DinoEncoder, first_frame_fidelity
 from imageconductor.evaluation.box_clips import list_requests
 from imageconductor.evaluation.box_config import BoxEvaluateConfig, BoxMethod
@@ -166,6 +169,17 @@ def test_a_request_is_the_cropped_clip(work):
     # The middle of the picture: 64 x 48 covers 32 x 32 at two thirds of its size.
     assert requests[0].boxes.xyxy[0, 0].tolist() == pytest.approx([16 * 2 / 3 - 16 / 3, 14 * 2 / 3, 16, 20])
     assert requests[0].read_frames(2).shape == (2, 32, 32, 3)
+
+
+def test_sprites_are_held_out_scenes_with_exact_boxes(work):
+    settings = {"methods": {"both": BoxMethod(model="m")}, "num_clips": 3, "world": SpriteWorldConfig(size=(32, 32))}
+    requests = list_requests(BoxEvaluateConfig(**settings), (32, 32), T)
+    assert [request.key for request in requests] == ["mixed-0000", "mixed-0001", "mixed-0002"]
+    scene = sample_scene(SpriteWorldConfig(size=(32, 32), num_frames=T, seed=10_000), 1)
+    assert requests[1].prompt == scene.caption
+    assert np.array_equal(requests[1].read_frames(), render([scene])[0].permute(1, 2, 3, 0).numpy())
+    with pytest.raises(ValueError, match="sprites renders its own clips"):
+        BoxEvaluateConfig(**settings, data="x")
 
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "evaluate").glob("smcd_*.yaml"))

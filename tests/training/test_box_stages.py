@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import open_gates, tiny_gates
+from conftest import TINY_WORLD, open_gates, tiny_gates
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,6 +24,7 @@ from imageconductor.training.stage_configs import load_config
 CONFIGS = sorted(Path(__file__).parents[2].glob("configs/train/*/*.yaml"))
 FIXTURES = Path(__file__).parents[1] / "data" / "parity_smcd" / "fixtures"
 T = torch.tensor([500])
+FRAMES = TINY_WORLD.num_frames
 
 
 def generators(count=1, seed=0):
@@ -41,7 +42,7 @@ def some_boxes(frames, size=(32, 32)):
 
 
 def test_single_frames_are_seen_without_motion_modules_and_without_a_picture(configure, build):
-    stage, data = build(configure("object_gates"))
+    stage, data = build(configure("object_gates", boxes_dropout=0.0))
     open_gates(stage.object_gates)
     x_0, condition = stage.encode(batch_of(data, some_boxes(1)), generators())
     assert x_0.shape[2] == 1
@@ -58,7 +59,7 @@ def test_single_frames_are_seen_without_motion_modules_and_without_a_picture(con
 
 
 def test_names_are_what_sampling_reads(configure, build):
-    stage, data = build(configure("object_gates"))
+    stage, data = build(configure("object_gates", boxes_dropout=0.0))
     _, condition = stage.encode(batch_of(data, some_boxes(1)), generators())
     expected = stage.networks.encode_names(["red circle", "blue star"])
     torch.testing.assert_close(condition.names[0, :2], expected)
@@ -69,8 +70,8 @@ def test_each_part_is_dropped_by_itself_and_as_often_as_told(configure, build):
     config = configure("scene_gates", scene_dropout=0.1, input_dropout=0.25, boxes_dropout=0.4, image_dropout=0.5)
     stage, data = build(config)
     count, drawn = 300, []
-    batch = batch_of(data, some_boxes(16))
-    stage.draw_latents = lambda *_: (torch.ones(1, 4, 16, 2, 2), torch.ones(1, 4, 16, 2, 2))
+    batch = batch_of(data, some_boxes(FRAMES))
+    stage.draw_latents = lambda *_: (torch.ones(1, 4, FRAMES, 2, 2), torch.ones(1, 4, FRAMES, 2, 2))
     stage.encode_text = lambda *_: torch.zeros(1, 5, 16)
     stage.networks.encode_names = lambda names: torch.ones(len(names), 16)
     for seed in range(count):
@@ -88,7 +89,7 @@ def test_each_part_is_dropped_by_itself_and_as_often_as_told(configure, build):
 
 def test_without_the_controlnet_the_gates_carry_the_first_frame_alone(configure, build):
     stage, data = build(configure("scene_gates", first_frame_by="gates"))
-    _, condition = stage.encode(batch_of(data, some_boxes(16)), generators())
+    _, condition = stage.encode(batch_of(data, some_boxes(FRAMES)), generators())
     assert condition.keyframes is None
     torch.testing.assert_close(condition.scene, condition.input_frame)
     pixels = data.samples[0]["pixel_values"][None, :, :1]
@@ -265,7 +266,7 @@ def test_damaged_clips_are_left_out_and_told(tmp_path):
     shutil.copytree(FIXTURES / "youvis", tmp_path / "data")
     for path in (tmp_path / "data" / "train" / "JPEGImages" / "ffee001122").glob("*.jpg"):
         path.write_bytes(b"no picture")
-    samples = BoxSamples([tmp_path / "data"], "train", (16, 16), 4, 8)
+    samples = BoxSamples([tmp_path / "data"], "train", (16, 16), 8, 8)
     found = [samples[position] for position in range(4)]
     assert {sample["key"] for sample in found} == {"00a1b2c3d4"}
     assert any("ffee001122" in reason for sample in found for reason in sample["skipped"])
@@ -299,6 +300,6 @@ def test_joint_training_begins_from_fresh_gates_and_saves_both(configure):
 
 def test_closed_gates_leave_the_denoising_as_it_is(configure, build):
     stage, data = build(configure("scene_gates", learns_object_gates=True, motion_lora_rank=0))
-    x_0, condition = stage.encode(batch_of(data, some_boxes(16)), generators())
+    x_0, condition = stage.encode(batch_of(data, some_boxes(FRAMES)), generators())
     assert torch.equal(stage.denoise(x_0, T, condition), stage.denoise(x_0, T, condition.without_gates()))
     assert tiny_gates(stage.unet, is_open=False)[0].config.places == stage.object_gates.config.places
