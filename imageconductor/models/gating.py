@@ -136,8 +136,7 @@ def gate_scalars(network: nn.Module) -> dict[str, nn.Parameter]:
 
 def gate_values(network: nn.Module) -> dict[str, float]:
     """How far each gate is open, tanh of its scalar: 0 = closed, by the name of the scalar."""
-    scalars = {name: getattr(p.detach(), "full_tensor", p.detach)() for name, p in gate_scalars(network).items()}
-    return {name: float(value.float().tanh()) for name, value in scalars.items()}
+    return {name: float(p.detach().float().tanh()) for name, p in gate_scalars(network).items()}
 
 
 _SCALARS = ("alpha_attn", "alpha_dense")

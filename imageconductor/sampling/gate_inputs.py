@@ -109,14 +109,14 @@ def check_names(tokenizer: Any, names: Sequence[str], length: int) -> None:
 def encode_boxes(
     pipe: Any, boxes: Sequence[Boxes], count: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Fields of a `Condition`: boxes (P, T, N, 4), present (P, T, N), names (P, N, D).
+    """Fields of a `Condition`: boxes (P, T, N, 4) float32, present (P, T, N), names (P, N, D).
 
     Args:
         pipe: The pipeline, whose text encoder reads the class names.
         boxes: Of P conditions, or of one for all of them; in pixels of the video.
         count: P.
         device: Of the result.
-        dtype: Of the result.
+        dtype: Of the result; boxes keep their precision.
 
     Raises:
         ValueError: A class name cannot be read, or the text encoder gives values that are not finite.
@@ -136,5 +136,5 @@ def encode_boxes(
     for n, one in enumerate(boxes):
         xyxy[n, :, : one.num_objects], present[n, :, : one.num_objects] = one.normalise()
         named[n, : one.num_objects] = features[[names.index(name) for name in one.names]]
-    fields = {"boxes": xyxy, "present": present, "names": named}
-    return {key: x.to(device, dtype).expand(count, *x.shape[1:]) for key, x in fields.items()}
+    fields = {"boxes": xyxy.to(device), "present": present.to(device, dtype), "names": named.to(device, dtype)}
+    return {key: x.expand(count, *x.shape[1:]) for key, x in fields.items()}

@@ -192,7 +192,9 @@ def find_unsupported(config: LoopConfig, accelerator: Accelerator) -> dict[str, 
 
 
 def refuse_parts(name: str, stage: Stage) -> None:
-    """Raises ValueError where a stage's steps need not reach all that learns, which a back end counts on."""
+    """Raises ValueError where a back end cannot split a stage, or its steps need not reach all that learns."""
+    if not stage.can_be_split:
+        raise ValueError(f"{name} does not go with stage {stage.name}, whose gates it cannot split; use --multi_gpu")
     if stage.learns_in_parts:
         raise ValueError(f"{name} does not go with stage {stage.name}, which fits on one GPU; launch with --multi_gpu")
 

@@ -24,8 +24,9 @@ class Validate:
 
     Each clip has the same frames, tracks and noise every time, and nothing is dropped from its condition, so that two
     values of a run differ by the weights alone: the average where there is one. `validation/loss` is the mean over
-    `TIMESTEPS`, `validation/t500` that at t = 500; `..._without_trajectories` is the same without flow map. Where the
-    two do not differ, the model does not follow trajectories.
+    `TIMESTEPS`, `validation/t500` that at t = 500; `..._without_trajectories` is the same without flow map, and
+    `..._without_boxes` with every object absent. Where the two do not differ, the model does not follow trajectories,
+    or boxes.
 
     Args:
         config: Of the run.
@@ -76,6 +77,8 @@ class Validate:
         conditions = {"": condition}
         if condition.flow is not None:
             conditions["_without_trajectories"] = replace(condition, flow=None, has_flow=None)
+        if condition.present is not None:
+            conditions["_without_boxes"] = replace(condition, present=torch.zeros_like(condition.present))
         losses: dict[str, Tensor] = {}
         for name, given in conditions.items():
             for step in self.timesteps:

@@ -347,7 +347,7 @@ def test_ink_keeps_the_brightness_and_has_two_colours():
 
 @pytest.mark.parametrize("growth", [(1.0, 1.0), (1.5, 2.0)], ids=["as-they-are", "growing"])
 def test_boxes_are_where_the_sprites_pixels_are(growth):
-    """Each side within a pixel of what is drawn, in frames where the sprite is whole and uncovered."""
+    """Each side within 1.5 pixels of what is drawn (tips are thinner than a pixel), of sprites that nothing covers."""
     world = SpriteWorldConfig(size=(96, 80), keep_clear=True, min_sprites=2, max_sprites=3, sprite_growth=growth)
     compared, sizes = 0, []
     for index in range(12):
@@ -359,7 +359,7 @@ def test_boxes_are_where_the_sprites_pixels_are(growth):
             for t in range(scene.num_frames):
                 rows, columns = (owner[t] == s).nonzero().unbind(1)
                 drawn = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-                torch.testing.assert_close(torch.stack(drawn).double(), boxes.xyxy[s, t], atol=1.0, rtol=0)
+                torch.testing.assert_close(torch.stack(drawn).double(), boxes.xyxy[s, t], atol=1.5, rtol=0)
                 compared += 1
             sides = boxes.xyxy[s, :, 2] - boxes.xyxy[s, :, 0]
             camera = np.hypot(scene.camera[:, 0, 0], scene.camera[:, 1, 0])
@@ -391,17 +391,18 @@ def test_points_of_a_growing_sprite_stay_on_its_pattern():
     )
     scene = sample_scene(world, 3)
     assert scene.sprites[0].growth is not None
+    last = int(np.abs(scene.sprites[0].growth - 1).argmax())  # where it is largest, or smallest
     y, x = torch.meshgrid(torch.arange(0, 128, 3.0), torch.arange(0, 128, 3.0), indexing="ij")
     points = torch.stack([x, y], -1).reshape(-1, 2)
     points = points[scene.on_sprite(points) >= 0]
     tracks, visible = scene.track(points)
     assert visible.all()
     sources, owner = scene.sources()
-    near = tracks[:, -1].round().long()
-    back = sources[-1, near[:, 1], near[:, 0]]
-    on_sprite = owner[-1, near[:, 1], near[:, 0]] >= 0
+    near = tracks[:, last].round().long()
+    back = sources[last, near[:, 1], near[:, 0]]
+    on_sprite = owner[last, near[:, 1], near[:, 0]] >= 0
     assert on_sprite.float().mean() > 0.8
     assert (back - points)[on_sprite].norm(dim=-1).max() < 1.0
     still = dataclasses.replace(scene.sprites[0], growth=None)
     plain = dataclasses.replace(scene, sprites=(still,))
-    assert (plain.track(points)[0][:, -1] - tracks[:, -1]).norm(dim=-1).max() > 2
+    assert (plain.track(points)[0][:, last] - tracks[:, last]).norm(dim=-1).max() > 2

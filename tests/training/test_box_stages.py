@@ -73,7 +73,7 @@ def test_each_part_is_dropped_by_itself_and_as_often_as_told(configure, build):
     batch = batch_of(data, some_boxes(FRAMES))
     stage.draw_latents = lambda *_: (torch.ones(1, 4, FRAMES, 2, 2), torch.ones(1, 4, FRAMES, 2, 2))
     stage.encode_text = lambda *_: torch.zeros(1, 5, 16)
-    stage.networks.encode_names = lambda names: torch.ones(len(names), 16)
+    stage._features = {"red circle": torch.ones(16), "blue star": torch.ones(16)}
     for seed in range(count):
         _, c = stage.encode(batch, generators(seed=seed))
         assert not c.boxes[0, :, 2:].any()
@@ -162,6 +162,7 @@ def test_gates_of_another_model_are_refused(tiny_model, object_gates, tmp_path):
         ("scene_gates", {"object_gates": None}, FileNotFoundError, "has no object gates; name those of a run"),
         ("scene_gates", {"object_gates": "nowhere"}, FileNotFoundError, "no object gates at nowhere"),
         ("scene_gates", {"max_objects": 3}, ValueError, "are made for 4 objects, absent ones included"),
+        ("object_gates", {"max_objects": 1}, ValueError, "up to world.max_sprites=2 objects, more than max_objects=1"),
         ("object_gates", {"data": ["nowhere"]}, FileNotFoundError, "no folder or file of boxes at nowhere"),
     ],
 )

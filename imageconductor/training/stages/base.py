@@ -54,6 +54,7 @@ class Stage(nn.Module):
         adapters: LoRAs of the motion ControlNet that act.
         dropouts: Attributes that hold the probabilities with which parts of the condition are dropped.
         learns_in_parts: Whether a step may reach only some of what learns.
+        can_be_split: Whether FSDP and DeepSpeed can split its weights.
     """
 
     name: ClassVar[str]
@@ -62,6 +63,7 @@ class Stage(nn.Module):
     adapters: ClassVar[tuple[str, ...]] = ()
     dropouts: ClassVar[tuple[str, ...]] = ("text_dropout", "image_dropout")
     learns_in_parts: ClassVar[bool] = False
+    can_be_split: ClassVar[bool] = True
 
     def __init__(self, networks: Networks, config: StageConfig):
         super().__init__()

@@ -49,6 +49,7 @@ class BoxStage(Stage):
     """A stage that sees boxes."""
 
     dropouts = ("text_dropout", "image_dropout", "boxes_dropout")
+    can_be_split = False  # A gate is called by the UNet and not by its network, and its scalars have no dimension.
 
     def __init__(self, networks: Networks, config: BoxStageConfig):
         super().__init__(networks, config)
@@ -56,10 +57,16 @@ class BoxStage(Stage):
         self.object_gates, self.scene_gates = networks.object_gates, networks.scene_gates
         self.boxes_dropout = config.boxes_dropout
         self.gate_learning_rate = config.gate_learning_rate
+        self._features: dict[str, Tensor] = {}  # of class names
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """As `Stage.check`, but that single frames need no ControlNets."""
+        """As `Stage.check`, but that single frames need no ControlNets; objects of sprites must have room."""
+        if not config.data and config.world.max_sprites > config.max_objects:
+            raise ValueError(
+                f"clips have up to world.max_sprites={config.world.max_sprites} objects, more than "
+                f"max_objects={config.max_objects}"
+            )
         size = config.size if config.data else config.world.size
         check_shape(config.model, size, config.num_frames or (16 if config.data else config.world.num_frames))
 
@@ -92,19 +99,24 @@ class BoxStage(Stage):
         """
         assert self.object_gates is not None
         device, clips = self.unet.device, batch["boxes"]
-        names = list(dict.fromkeys(name for boxes in clips for name in boxes.names))
-        told = self.networks.encode_names(names).float()
         fields: dict[str, list[Tensor]] = {"boxes": [], "present": [], "names": []}
         for boxes, generator in zip(clips, generators, strict=True):
             is_dropped = bool(torch.rand((), generator=generator) < self.boxes_dropout)
             xyxy, present = boxes.normalise()
-            features = told[[names.index(name) for name in boxes.names]]
+            told = [self._name_feature(name) for name in boxes.names]
+            features = torch.stack(told) if told else torch.zeros(0, self.text_encoder.config.hidden_size)
             missing = self.object_gates.max_objects - boxes.num_objects
             kept = 0.0 if is_dropped else 1.0
             fields["boxes"].append(kept * F.pad(xyxy, (0, 0, 0, missing)))
             fields["present"].append(kept * F.pad(present, (0, missing)))
             fields["names"].append(kept * F.pad(features, (0, 0, 0, missing)))
         return {name: torch.stack(values).to(device) for name, values in fields.items()}
+
+    def _name_feature(self, name: str) -> Tensor:
+        """(D,) on the CPU; names are encoded one by one, so that a feature does not depend on those beside it."""
+        if name not in self._features:
+            self._features[name] = self.networks.encode_names([name])[0].float().cpu()
+        return self._features[name]
 
     def measures(self) -> dict[str, float]:
         """The mean of |tanh(scalar)| of each kind of gates: how far they are open."""
