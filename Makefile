@@ -16,11 +16,11 @@ TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sample app test test-web check format
+.PHONY: help sample app test test-web gpu-report check format
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name text; do \
-		printf '  make %-9s %s\n' "$$name" "$$text"; done
+		printf '  make %-10s %s\n' "$$name" "$$text"; done
 
 sample: $(CORE) ## turn a picture and drawn trajectories into a video; ARGS="--help" shows what else it takes
 	$(BIN)/python sample.py $(ARGS)
@@ -36,6 +36,10 @@ test-web: $(WEB) ## test the page in a real browser; skipped, with the reason, w
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq chromium; \
 		else echo "No chromium: as root, apt-get install chromium, or put another one into PATH." >&2; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m web tests/apps $(ARGS)
+
+gpu-report: $(CORE) ## measure speed and memory on a GPU, 8 minutes; ARGS="--minutes 4" and the like
+	$(BIN)/python -m pip install --quiet pytest hypothesis || echo "The report goes without the tests." >&2
+	$(BIN)/python benchmarks/gpu_report.py $(ARGS)
 
 check: $(DEV) ## what CI runs: formatting, lint, types, all tests that need no GPU and no downloaded weights
 	$(BIN)/ruff format --check .
