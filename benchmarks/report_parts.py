@@ -48,7 +48,7 @@ class Part:
 
     Attributes:
         title: Shown above its table.
-        limit_s: Most seconds that it may take.
+        limit_s: Most seconds that it may take of a report of eight minutes.
         rows: Gives its rows one by one, as they are measured.
     """
 

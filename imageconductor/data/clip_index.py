@@ -113,12 +113,9 @@ def find_clips(sources: Sequence[str | Path]) -> list[Shard]:
     Raises:
         FileNotFoundError: A source holds no clip.
     """
-    from braceexpand import braceexpand  # Here, as a machine that trains on the sprite world alone may lack it.
-
     shards: list[Shard] = []
     for source in sources:
-        paths = [Path(name) for name in braceexpand(str(source))]
-        paths = [match for path in paths for match in ([path] if path.exists() else _glob(path))]
+        paths = [match for path in _expand_braces(str(source)) for match in ([path] if path.exists() else _glob(path))]
         found: list[Shard] = []
         for path in paths:
             tars = [path] if path.is_file() else _glob(path / "*.tar")
@@ -129,6 +126,15 @@ def find_clips(sources: Sequence[str | Path]) -> list[Shard]:
             )
         shards += [shard for shard in found if len(shard)]
     return shards
+
+
+def _expand_braces(pattern: str) -> list[Path]:
+    """The paths that braces in a pattern stand for."""
+    if "{" not in pattern:
+        return [Path(pattern)]
+    from braceexpand import braceexpand  # Here, as a machine that is lent for a while may lack it.
+
+    return [Path(name) for name in braceexpand(pattern)]
 
 
 def index_path(shard: Path) -> Path:
