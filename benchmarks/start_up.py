@@ -105,13 +105,17 @@ def read_packages(report: str) -> list[Package]:
     for microseconds, indent, module in reversed(lines):
         while importing and importing[-1][0] >= len(indent):
             importing.pop()
-        name = module if module.startswith("imageconductor") else module.partition(".")[0]
+        name = _package(module)
         total[name] = total.get(name, 0) + int(microseconds)
-        if not importing or importing[-1][1].partition(".")[0] != name:
+        if not importing or _package(importing[-1][1]) != name:
             causes[name] = importing[-1][1] if importing else "the command"  # the last one found came first in time
         importing.append((len(indent), module))
     found = [Package(name, microseconds / 1e6, causes[name]) for name, microseconds in total.items()]
     return sorted(found, key=lambda package: -package.seconds)
+
+
+def _package(module: str) -> str:
+    return module if module.startswith("imageconductor") else module.partition(".")[0]
 
 
 def slow_imports(arguments: Sequence[str]) -> list[Package]:

@@ -35,8 +35,10 @@ import time:       100 |        100 |       torch._C
 import time:       700 |        800 |     torch
 import time:        60 |         60 |       numpy
 import time:        50 |        110 |     scipy.stats
+import time:         1 |          1 |       imageconductor
+import time:         2 |          3 |     imageconductor.config
 import time:        20 |         20 |     torch.hub
-import time:        30 |        960 |   imageconductor.models
+import time:        30 |        963 |   imageconductor.models
 import time:         5 |        965 | imageconductor.sampling
 """
     assert read_packages(report) == [
@@ -45,4 +47,6 @@ import time:         5 |        965 | imageconductor.sampling
         Package("scipy", 50e-6, "imageconductor.models"),
         Package("imageconductor.models", 30e-6, "imageconductor.sampling"),
         Package("imageconductor.sampling", 5e-6, "the command"),
+        Package("imageconductor.config", 2e-6, "imageconductor.models"),
+        Package("imageconductor", 1e-6, "imageconductor.config"),
     ]
