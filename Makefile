@@ -6,7 +6,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(VENV)/.installed-core
 DEV := $(VENV)/.installed-dev
-WEB := $(VENV)/.installed-web
 APP := $(VENV)/.installed-app
 # Threads that spin while they wait make everything many times slower on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -16,7 +15,7 @@ TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sample app test test-web gpu-report check format
+.PHONY: help sample app test test-web chromium gpu-report check format
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -31,21 +30,23 @@ app: $(APP) ## open the web page on this machine; ARGS="--port 8000" and the lik
 test: $(DEV) ## run the tests; ARGS="-k config" chooses among them
 	$(TESTS) $(ARGS)
 
-test-web: $(WEB) ## test the page in a real browser; skipped, with the reason, where there is no chromium
-	@command -v chromium chromium-browser google-chrome >/dev/null || \
-		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq chromium; \
-		else echo "No chromium: as root, apt-get install chromium, or put another one into PATH." >&2; fi
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m web tests/apps $(ARGS)
+test-web: $(DEV) chromium ## run the tests that open pages in a real browser; skipped, with the reason, where there is none
+	$(TESTS) -m web $(ARGS)
 
 gpu-report: $(CORE) ## measure speed and memory on a GPU, 8 minutes; ARGS="--minutes 4" and the like
 	$(BIN)/python -m pip install --quiet pytest hypothesis || echo "The report goes without the tests." >&2
 	$(BIN)/python benchmarks/gpu_report.py $(ARGS)
 
-check: $(DEV) ## what CI runs: formatting, lint, types, all tests that need no GPU and no downloaded weights
+chromium: # for the tests of pages, if this machine has none and lets us install it; without it they are skipped
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+		{ [ "$$(id -u)" = 0 ] && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; } || \
+		echo "No chromium, so tests of pages are skipped: apt-get install chromium as root, or put another into PATH." >&2
+
+check: $(DEV) chromium ## what CI runs: formatting, lint, types, all tests that need no GPU and no downloaded weights
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(TESTS) -m "not gpu and not weights and not web"
+	$(TESTS) -m "not gpu and not weights"
 
 format: $(DEV) ## format the code and mend what ruff can mend
 	$(BIN)/ruff format .
@@ -67,8 +68,4 @@ $(APP): pyproject.toml | $(BIN)/python
 
 $(DEV): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[app,curate,metrics,deepspeed,dev]'
-	@touch $(CORE) $@
-
-$(WEB): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[app,web-test,dev]'
 	@touch $(CORE) $@

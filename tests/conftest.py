@@ -1,5 +1,6 @@
-"""A complete tiny model: every class of the real one, fast enough for a test."""
+"""A complete tiny model, every class of the real one and fast enough for a test; a browser for tests of pages."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,19 @@ def tiny_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"
     tiny_pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium for tests with the mark `web`; skipped, with the reason, where there is none.
+
+    One for each file: an event loop runs in this thread as long as playwright does, and others may need their own.
+    """
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make test-web installs it")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no chromium in PATH: apt-get install chromium, or make test-web as root")
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

@@ -121,18 +121,14 @@ def test_bad_input_is_named(methods, tmp_path, capsys):
         assert capsys.readouterr().out == counted
 
 
-def test_a_person_answers_in_a_browser(methods, tmp_path):
-    playwright_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("needs chromium")
+@pytest.mark.web
+def test_a_person_answers_in_a_browser(methods, tmp_path, browser):
     page_file, key_file = tmp_path / "study.html", tmp_path / "study.key.json"
     both = [f"ours={methods['ours']}", f"theirs={methods['theirs']}"]
     assert run_command("build", *both, "--output", page_file) == 0
     key = json.loads(key_file.read_text())
-    with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_context(accept_downloads=True).new_page()
+    with browser.new_context(accept_downloads=True) as context:
+        page = context.new_page()
         page.goto(page_file.as_uri())
         page.wait_for_function("[...document.querySelectorAll('.pair.now video')].every(v => v.readyState >= 2)")
         page.click("#save")
@@ -152,7 +148,6 @@ def test_a_person_answers_in_a_browser(methods, tmp_path):
             page.click("#save")
         download.value.save_as(tmp_path / "answers.csv")
         assert download.value.suggested_filename == "answers-Ann-B-.csv"
-        browser.close()
     rates = {(rate.method, rate.question): rate for rate in tally([tmp_path / "answers.csv"], key)}
     assert all(rates["ours", question].wins == 2 for question in QUESTIONS)
     assert all(rates["theirs", question].wins == 0 for question in QUESTIONS)
