@@ -174,10 +174,11 @@ def read_gate_config(folder: str | Path, name: str) -> dict[str, Any] | None:
 
 def load_adapters(network: MotionControlNet, folder: str | Path) -> None:
     """Attaches every LoRA of a model folder, in the network's dtype; none is active then."""
+    dtype = network.dtype  # looks at every parameter
     for name in adapter_names(folder):
         load_adapter(network, name, adapter_folder(folder, name))
         for parameter in adapter_parameters(network, name).values():
-            parameter.data = parameter.data.to(network.dtype)
+            parameter.data = parameter.data.to(dtype)
 
 
 def load_gates(folder: str | Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
