@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from imageconductor.models.adapters import (
 )
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
 from imageconductor.models.denoiser import Condition, Denoiser
+from imageconductor.models.gated_attention import ObjectGates, SceneGates
 from imageconductor.models.motion_module import LAYERS, motion_modules_bypassed
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
 
@@ -144,6 +146,45 @@ def motion_director_unet(rank: int) -> MotionUNet:
     return unet
 
 
+def smcd_denoiser(stage: str, rank: int) -> Denoiser:
+    """The networks of one of SMCD's stages on the meta device: object_gates, or scene_gates with a temporal LoRA."""
+    with torch.device("meta"):
+        unet = MotionUNet(**SD15_ANIMATEDIFF_V3).requires_grad_(False).bfloat16()
+        objects, scene = ObjectGates.from_unet(unet), None
+        if stage == "scene_gates":
+            add_adapter(unet, "temporal", rank=rank, targets=lora_targets(unet, "motion"))
+            activate(unet, "temporal")
+            freeze_all_but_adapter(unet, "temporal")
+            for parameter in adapter_parameters(unet, "temporal").values():
+                parameter.data = parameter.data.float()
+            objects.requires_grad_(False).bfloat16()
+            scene = SceneGates.from_unet(unet)
+    networks: Any = (unet, None, None, objects, scene)
+    return Denoiser(*networks)
+
+
+def smcd_step(denoiser: Denoiser, batch_size: int) -> tuple[int, int]:
+    """`kept_bytes` of a step of SMCD's stage 1 (a frame a clip), or 2 (16 frames, where there are scene gates)."""
+    unet, num_frames = denoiser.unet, 1 if denoiser.scene_gates is None else 16
+    x_t = torch.empty(batch_size, 4, num_frames, 32, 48, device="meta")
+    first = None if denoiser.scene_gates is None else x_t[:, :, 0]
+    condition = Condition(
+        torch.empty(batch_size, 77, 768, device="meta"),
+        boxes=torch.empty(batch_size, num_frames, 8, 4, device="meta"),
+        present=torch.empty(batch_size, num_frames, 8, device="meta"),
+        names=torch.empty(batch_size, 8, 768, device="meta"),
+        scene=first,
+        input_frame=first,
+    )
+    timesteps = torch.empty(batch_size, dtype=torch.int64, device="meta")
+
+    def forward() -> None:
+        with motion_modules_bypassed(unet, num_frames == 1):
+            denoiser(x_t, timesteps, condition)
+
+    return kept_bytes(forward, [*unet.down_blocks, unet.mid_block, *unet.up_blocks], parameters(denoiser))
+
+
 def full_size(adapter: str | None, rank: int) -> Denoiser:
     """The networks of a stage on the meta device, with what learns in float32 and the rest in bfloat16.
 
@@ -169,8 +210,8 @@ def full_size(adapter: str | None, rank: int) -> Denoiser:
 
 def parameters(denoiser: Denoiser) -> list[torch.nn.Parameter]:
     """Parameters of all networks."""
-    networks = (denoiser.unet, denoiser.image_controlnet, denoiser.motion_controlnet)
-    return [parameter for network in networks for parameter in network.parameters()]
+    networks = (getattr(denoiser, field.name) for field in fields(denoiser) if field.name != "gate_scale")
+    return [parameter for network in networks if network is not None for parameter in network.parameters()]
 
 
 def main() -> None:
@@ -192,6 +233,17 @@ def main() -> None:
                 kept, block = image_conductor_step(denoiser, batch_size)
                 # The backward pass holds one layer at a time whole.
                 print_row(name, str(batch_size), checkpointed, learns, weights, kept + largest)
+                largest = block
+    for stage, batch_sizes in (("object_gates", (1, 16)), ("scene_gates", (1, 4))):
+        denoiser = smcd_denoiser(stage, args.rank)
+        learns = sum(p.numel() for p in parameters(denoiser) if p.requires_grad)
+        weights = sum(p.nbytes for p in parameters(denoiser)) + 2 * FROZEN_ELSEWHERE
+        for batch_size in batch_sizes:
+            largest = 0
+            for checkpointed in (False, True):
+                denoiser.unet.checkpoint_blocks = checkpointed
+                kept, block = smcd_step(denoiser, batch_size)
+                print_row(f"SMCD {stage}", str(batch_size), checkpointed, learns, weights, kept + largest)
                 largest = block
     unet = motion_director_unet(32)
     learns = sum(p.numel() for p in unet.parameters() if p.requires_grad)
