@@ -37,9 +37,13 @@ class Place(NamedTuple):
 
 
 def gate_places(unet: nn.Module, names: Sequence[str] | None = None) -> dict[str, Place]:
-    """Places of a UNet by name, "down_blocks_0_attentions_0_transformer_blocks_0"; all, or those that are named.
+    """Places of a UNet by name, "down_blocks_0_attentions_0_transformer_blocks_0"; all, or those that begin so.
 
-    All come in the order in which they are computed: down path, mid block, up path.
+    They come in the order in which they are computed: down path, mid block, up path.
+
+    Args:
+        unet: Any UNet with diffusers' spatial transformers.
+        names: Names or their beginnings, such as "mid_block"; None = all places.
 
     Raises:
         ValueError: There is no place of that name.
@@ -52,9 +56,9 @@ def gate_places(unet: nn.Module, names: Sequence[str] | None = None) -> dict[str
             block: Any = module  # diffusers' sizes are not typed.
             size = (int(block.dim), int(block.num_attention_heads), int(block.attention_head_dim))
             places[f"{part}.{path}".replace(".", "_")] = Place(module, *size)
-    if unknown := sorted(set(names or ()) - places.keys()):
+    if unknown := [text for text in names or () if not any(name.startswith(text) for name in places)]:
         raise ValueError(f"the UNet has no place {unknown[0]} for a gate; there are {', '.join(places)}")
-    return places if names is None else {name: places[name] for name in names}
+    return {name: place for name, place in places.items() if names is None or name.startswith(tuple(names))}
 
 
 def check_places(unet: nn.Module, gates: Any, source: Any) -> None:

@@ -96,7 +96,8 @@ class BoxStageConfig(TrainConfig):
     split: str = "train"  # of the folders in `data`
     object_gates: str | None = None  # folder of object gates to go on from; null = the model's, or fresh ones
     max_objects: int = 8  # to which every clip is padded with absent objects, in training and in sampling
-    # Places of fresh gates among the UNet's spatial transformer blocks; null = all, 16 in Stable Diffusion 1.5.
+    # Places of fresh gates among the UNet's spatial transformer blocks, or beginnings of their names, such as
+    # [mid_block, up_blocks_1]; null = all, 16 in Stable Diffusion 1.5.
     places: list[str] | None = None
     boxes_dropout: float = 0.1  # probability that all objects of a clip are absent, published
     # Of the scalars that open the gates; null = learning_rate. Until they open, nothing else has a gradient.
@@ -123,16 +124,17 @@ class BoxStageConfig(TrainConfig):
 
 @dataclass
 class ObjectGatesConfig(BoxStageConfig):
-    """SMCD's stage 1: object gates and position network, on single frames with boxes."""
+    """SMCD's stage 1: object gates and position network, on single frames with boxes, or on clips."""
 
     stage: Literal["object_gates"] = "object_gates"
-    num_frames: int | None = 1  # of a window; the motion modules are left out
+    num_frames: int | None = 1  # of a window; with one, as published, the motion modules are left out
+    first_frame: bool = False  # the image ControlNet shows a clip's first frame, for a model that only animates images
     learning_rate: float = 3e-5  # published
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_frames != 1:
-            raise ValueError(f"num_frames must be 1, as the motion modules are left out, got {self.num_frames}")
+        if self.first_frame and self.num_frames == 1:
+            raise ValueError("first_frame=true would show all of a single frame; take clips, num_frames=16")
 
 
 @dataclass

@@ -58,6 +58,20 @@ def test_single_frames_are_seen_without_motion_modules_and_without_a_picture(con
     assert torch.equal(stage.denoise(x_0, T, condition), before)
 
 
+def test_clips_are_seen_with_motion_modules_and_their_first_frame(configure, build):
+    settings = {"num_frames": FRAMES, "first_frame": True, "places": ["up_blocks"], "boxes_dropout": 0.0}
+    stage, data = build(configure("object_gates", **settings))
+    assert all(name.startswith("up_blocks") for name in stage.object_gates.config.places)
+    x_0, condition = stage.encode(batch_of(data, some_boxes(FRAMES)), generators())
+    assert x_0.shape[2] == FRAMES
+    assert condition.keyframes.any()
+    before = stage.denoise(x_0, T, condition)
+    for name, parameter in stage.unet.named_parameters():
+        if "motion_modules" in name:
+            parameter.data.normal_()
+    assert not torch.equal(stage.denoise(x_0, T, condition), before)
+
+
 def test_names_are_what_sampling_reads(configure, build):
     stage, data = build(configure("object_gates", boxes_dropout=0.0))
     _, condition = stage.encode(batch_of(data, some_boxes(1)), generators())
@@ -175,7 +189,7 @@ def test_what_is_missing_is_told_before_weights_are_read(configure, stage, chang
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_frames": 4}, "num_frames must be 1"),
+        ({"first_frame": True}, "would show all of a single frame"),
         ({"max_objects": 0}, "max_objects must be at least 1"),
         ({"data": {"a": 1}}, "data must be a list"),
         ({"gate_learning_rate": -1.0}, "gate_learning_rate must be positive"),

@@ -2,7 +2,7 @@
 
 | stage | learns | frozen | sees |
 |---|---|---|---|
-| 1 object_gates | object gates, position network | base | single frames, motion modules bypassed |
+| 1 object_gates | object gates, position network | base | single frames, motion modules bypassed; or clips |
 | 2 scene_gates | scene gates, first-frame encoder, input branch; LoRA of motion modules | base, object gates | clips |
 
 Both minimise the denoising loss. Gates begin closed, and until they open, only their scalars have a gradient: these
@@ -90,6 +90,12 @@ class BoxStage(Stage):
         """(B, L, D), the empty text in place of those that are dropped."""
         return self.encode_text(batch, [bool(torch.rand((), generator=g) < self.text_dropout) for g in generators])
 
+    def draw_keyframes(self, mean: Tensor, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        """`Condition.keyframes` and `mask` of the clips' first frames, zero where they are dropped."""
+        keyframes, mask = keyframe_condition(mean[:, :, :1], (0,), mean.shape[2])
+        given = _keep(self.image_dropout, generators, mean).view(-1, 1, 1, 1, 1)
+        return {"keyframes": keyframes * given, "mask": mask * given}
+
     def encode_boxes(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
         """Fields of a `Condition`: boxes (B, T, N, 4), present (B, T, N), names (B, N, D).
 
@@ -101,12 +107,11 @@ class BoxStage(Stage):
         device, clips = self.unet.device, batch["boxes"]
         fields: dict[str, list[Tensor]] = {"boxes": [], "present": [], "names": []}
         for boxes, generator in zip(clips, generators, strict=True):
-            is_dropped = bool(torch.rand((), generator=generator) < self.boxes_dropout)
+            kept = float(torch.rand((), generator=generator) >= self.boxes_dropout)
             xyxy, present = boxes.normalise()
             told = [self._name_feature(name) for name in boxes.names]
             features = torch.stack(told) if told else torch.zeros(0, self.text_encoder.config.hidden_size)
             missing = self.object_gates.max_objects - boxes.num_objects
-            kept = 0.0 if is_dropped else 1.0
             fields["boxes"].append(kept * F.pad(xyxy, (0, 0, 0, missing)))
             fields["present"].append(kept * F.pad(present, (0, missing)))
             fields["names"].append(kept * F.pad(features, (0, 0, 0, missing)))
@@ -135,7 +140,7 @@ class BoxStage(Stage):
 
 
 class ObjectGatesStage(BoxStage):
-    """Stage 1: boxes of single frames."""
+    """Stage 1: boxes of single frames, or of clips for a base that was trained on nothing else."""
 
     name = "object_gates"
     Config = ObjectGatesConfig
@@ -146,34 +151,39 @@ class ObjectGatesStage(BoxStage):
         super().__init__(networks, config)
         assert self.object_gates is not None
         self.object_gates.requires_grad_(True).train()
-        self.preview_settings = {"image": None}  # the ControlNet would show the whole picture
+        self.shows_controlnet, self.is_of_frames = config.first_frame, config.num_frames == 1
+        if not config.first_frame:
+            self.preview_settings = {"image": None}
 
     @classmethod
     def check(cls, config: ObjectGatesConfig) -> None:
         """As `BoxStage.check`: gates to go on from, too."""
         super().check(config)
+        if config.first_frame:
+            check_controlnets(config.model, "first_frame=true")
         _check_gates(config)
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> tuple[Tensor, Condition]:
-        """Clean latents (B, C, 1, h, w) of single frames, and text and boxes as the condition.
+        """Clean latents (B, C, T, h, w), and text, boxes and perhaps the first frame as the condition.
 
         Args:
             batch: As `Stage.encode`, with `boxes`, `Boxes` of each clip.
             generators: One a clip.
         """
-        x_0, _ = self.draw_latents(batch, generators)
-        return x_0, Condition(self.draw_text(batch, generators), **self.encode_boxes(batch, generators))
+        x_0, mean = self.draw_latents(batch, generators)
+        fields = self.draw_keyframes(mean, generators) if self.shows_controlnet else {}
+        return x_0, Condition(self.draw_text(batch, generators), **fields, **self.encode_boxes(batch, generators))
 
     @contextmanager
     def previewing(self) -> Iterator[None]:
-        """Inside the block the motion modules are left out."""
-        with motion_modules_bypassed(self.unet):
+        """Inside the block the motion modules are left out, where single frames are learned from."""
+        with motion_modules_bypassed(self.unet, self.is_of_frames):
             yield
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """As `Stage.denoise`, without the motion modules, which are no identity on a single frame."""
-        with motion_modules_bypassed(self.unet):
+        """As `Stage.denoise`; of single frames without the motion modules, which are no identity on them."""
+        with motion_modules_bypassed(self.unet, self.is_of_frames):
             return super().denoise(x_t, t, condition)
 
     def save(self, folder: Path) -> None:
@@ -239,16 +249,10 @@ class SceneGatesStage(BoxStage):
         """
         x_0, mean = self.draw_latents(batch, generators)
         first = mean[:, :, 0]
-
-        def keep(probability: float) -> Tensor:
-            kept = [float(torch.rand((), generator=generator) >= probability) for generator in generators]
-            return torch.tensor(kept, device=mean.device).view(-1, 1, 1, 1)
-
-        fields = {"scene": first * keep(self.scene_dropout), "input_frame": first * keep(self.input_dropout)}
+        dropouts = {"scene": self.scene_dropout, "input_frame": self.input_dropout}
+        fields = {name: first * _keep(p, generators, first).view(-1, 1, 1, 1) for name, p in dropouts.items()}
         if self.shows_controlnet:
-            given = keep(self.image_dropout)[..., None]
-            keyframes, mask = keyframe_condition(mean[:, :, :1], (0,), mean.shape[2])
-            fields |= {"keyframes": keyframes * given, "mask": mask * given}
+            fields |= self.draw_keyframes(mean, generators)
         return x_0, Condition(self.draw_text(batch, generators), **fields, **self.encode_boxes(batch, generators))
 
     def save(self, folder: Path) -> None:
@@ -259,6 +263,11 @@ class SceneGatesStage(BoxStage):
             self.object_gates.save_pretrained(folder / "object_gates")
         if self.has_lora:
             save_for_diffusers(self.unet, MOTION, folder / "motion_lora")
+
+
+def _keep(dropout: float, generators: Sequence[torch.Generator], like: Tensor) -> Tensor:
+    """(B,), 0 for clips whose generator drops a part of their condition, else 1."""
+    return like.new_tensor([float(torch.rand((), generator=generator) >= dropout) for generator in generators])
 
 
 def _object_gates(networks: Networks, config: ObjectGatesConfig | SceneGatesConfig) -> ObjectGates:
