@@ -15,7 +15,8 @@ CPU = torch.device("cpu")
 
 
 def generators():
-    return [torch.Generator().manual_seed(seed) for seed in range(2)]
+    """One of them drops a clip's text, the other its first frame; in another order of draws, neither or both."""
+    return [torch.Generator().manual_seed(seed) for seed in (3, 5)]
 
 
 def test_a_plain_step_has_the_loss_and_the_gradients_of_ours(tmp_path):
