@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from page_visit import WAIT_MS
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 # Gradio would keep all that events send and return in the browser, which makes each event slower than the last.
@@ -24,3 +25,31 @@ def launch():
             blocks.close(verbose=False)
 
     return run
+
+
+@pytest.fixture
+def open_page(browser, url):
+    """Opens the page in a browser of its own; nothing may be asked of other machines, and no script may fail."""
+    contexts, requests, faults = [], [], []
+
+    def run(width=1280, height=900, **options):
+        context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(WAIT_MS)
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(url)
+        page.wait_for_selector("#editor g.track")  # the tracks of the example
+        return page
+
+    yield run
+    for context in contexts:
+        context.close()
+    assert not [one for one in requests if not one.startswith((url, "data:", "blob:"))]
+    assert not faults
+
+
+@pytest.fixture
+def page(open_page):
+    return open_page()
