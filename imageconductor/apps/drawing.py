@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from imageconductor.apps.drawn_boxes import import_boxes, is_box_file
 from imageconductor.conditioning import (
     CAMERA_PRESETS,
     OBJECT_PRESETS,
@@ -128,14 +129,15 @@ def _check_extent(fields: object, max_tracks: int, max_points: int) -> None:
 
 
 def import_tracks(request: object) -> dict[str, Any]:
-    """The tracks of files that a browser sends, as the editor's value: what the editor's import button calls.
+    """Tracks and boxes of files that a browser sends, as the editor's value: what the editor's import button calls.
 
     Args:
         request: {"files": [{"name": file name, "data": base64}, ...], "size": [W, H] of the picture,
-            "video_size": [W, H] or null, "num_frames": T}.
+            "video_size": [W, H] or null, "num_frames": T, "max_objects": of the model, or null}.
 
     Returns:
-        {"drawing": value, "notes": [line, ...]}, or {"error": what is wrong}.
+        {"drawing": value, "objects": boxes of the value, "notes": [line, ...]}, without "drawing" or "objects" where no
+        file holds tracks or boxes; or {"error": what is wrong}.
     """
     try:
         if not isinstance(request, dict):
@@ -143,28 +145,43 @@ def import_tracks(request: object) -> dict[str, Any]:
         fields = cast("dict[str, Any]", request)
         picture = check_size(fields.get("size"), "picture")
         video = fields.get("video_size")
-        num_frames = fields.get("num_frames")
+        num_frames, max_objects = fields.get("num_frames"), fields.get("max_objects")
         if not isinstance(num_frames, int) or isinstance(num_frames, bool) or not 1 <= num_frames <= 4096:
             raise ValueError("num_frames must be a whole number from 1 to 4096")
-        published = picture if video is None else check_size(video, "video_size")
+        published = None if video is None else check_size(video, "video_size")
+        answer: dict[str, Any] = {}
         with tempfile.TemporaryDirectory() as folder:
             try:
                 paths = _write_files(Path(folder), fields.get("files"))
-                file = read_tracks(
-                    paths[0] if len(paths) == 1 else paths,
-                    image_size=picture,
-                    published_size=published,
-                    num_frames=num_frames,
-                    max_tracks=MAX_DRAWN_TRACKS,
-                )
+                boxes = [path for path in paths if is_box_file(path)]
+                if len(boxes) > 1:
+                    raise ValueError("choose one file of boxes")
+                if boxes:
+                    most = max_objects if isinstance(max_objects, int) else None
+                    answer["objects"] = import_boxes(boxes[0], picture, published, num_frames, most)
+                    paths.remove(boxes[0])
+                file = _read_drawn(paths, picture, published, num_frames) if paths else None
             except (ValueError, OSError) as error:
                 raise ValueError(str(error).replace(f"{folder}/", "")) from None
-            notes = [note.replace(f"{folder}/", "") for note in file.notes]
-        value = drawing_value(file, picture, num_frames, None if video is None else published)
-        check_drawing_value(value, num_frames)
+            notes = [] if file is None else [note.replace(f"{folder}/", "") for note in file.notes]
+        if file is not None:
+            answer["drawing"] = drawing_value(file, picture, num_frames, published)
+            check_drawing_value(answer["drawing"], num_frames)
     except ValueError as error:
         return {"error": str(error)[:1000]}
-    return {"drawing": value, "notes": notes}
+    return {**answer, "notes": notes}
+
+
+def _read_drawn(
+    paths: list[Path], picture: tuple[int, int], video: tuple[int, int] | None, num_frames: int
+) -> TrackFile:
+    return read_tracks(
+        paths[0] if len(paths) == 1 else paths,
+        image_size=picture,
+        published_size=video or picture,
+        num_frames=num_frames,
+        max_tracks=MAX_DRAWN_TRACKS,
+    )
 
 
 def drawing_value(

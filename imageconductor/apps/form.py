@@ -8,20 +8,32 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
+from imageconductor.apps.drawn_boxes import check_drawn_boxes, without_boxes
 from imageconductor.apps.limits import FieldError, Limits
 from imageconductor.apps.shelf import Shelf
-from imageconductor.checkpoints.model_folder import SamplingDefaults, locate_model, read_sampling_defaults
+from imageconductor.checkpoints.model_folder import (
+    SamplingDefaults,
+    locate_model,
+    read_gate_config,
+    read_sampling_defaults,
+)
 from imageconductor.files import write_text
+from imageconductor.models.networks import GATES
 from imageconductor.sampling.branches import Control
+from imageconductor.sampling.gate_inputs import FirstFrame
 from imageconductor.sampling.job import SampleJob
 
 AUTOMATIC = "automatic"
-"""The control that the tracks themselves state, or the object."""
+"""The control that the tracks themselves state, or the object; what carries the first frame as the boxes say."""
 
 _MAX_SEED = 2**31 - 1
 _FIELD_WORDS = (  # in the order in which they are looked for in a message
+    ("scene_guidance_scale", "scales"),
+    ("gated_fraction", "scales"),
+    ("first_frame_by", "scales"),
+    ("boxes", "drawing"),
     ("camera_free_scale", "scales"),
     ("guidance", "scales"),
     ("LoRA", "loras"),
@@ -42,9 +54,12 @@ class Form:
 
     Attributes:
         picture: File of the first frame; None = the prompt alone.
-        drawing: Tracks and camera in pixels of the picture, docs/trajectories.md; None = nothing is drawn.
+        drawing: Tracks and camera in pixels of the picture, docs/trajectories.md, and boxes as "objects"; None =
+            nothing is drawn.
         seed: Of the first video; those of further ones count up from it.
         camera_free_scale: 0 and None = off.
+        scene_guidance_scale, gated_fraction: Of the gates; without boxes they say nothing, unless first_frame_by lets
+            gates act.
         base: Name on the shelf; empty = the model's own.
         looks, motions: Names on the shelf, each with its scale.
     """
@@ -61,6 +76,9 @@ class Form:
     guidance_scale: float | None = None
     trajectory_guidance_scale: float | None = None
     camera_free_scale: float | None = None
+    scene_guidance_scale: float | None = None
+    first_frame_by: str = AUTOMATIC
+    gated_fraction: float | None = None
     base: str = ""
     looks: Mapping[str, float] = field(default_factory=dict)
     motions: Mapping[str, float] = field(default_factory=dict)
@@ -71,6 +89,17 @@ def read_defaults(model: str) -> SamplingDefaults:
     return SamplingDefaults(**read_sampling_defaults(locate_model(model)))
 
 
+def list_gates(model: str) -> list[str]:
+    """What a model folder has of "object_gates" and "scene_gates"."""
+    return [name for name in GATES if read_gate_config(locate_model(model), name) is not None]
+
+
+def read_max_objects(model: str) -> int | None:
+    """Boxes that the object gates of a model folder take; None = it has none."""
+    config = read_gate_config(locate_model(model), "object_gates")
+    return None if config is None else int(config["max_objects"])
+
+
 def build_job(form: Form, base: SampleJob, shelf: Shelf, limits: Limits, folder: Path) -> SampleJob:
     """The job that a form asks for.
 
@@ -79,7 +108,7 @@ def build_job(form: Form, base: SampleJob, shelf: Shelf, limits: Limits, folder:
         base: Model, device, dtype and memory settings.
         shelf: What the names of LoRAs stand for.
         limits: Bounds.
-        folder: Of the visitor, where the drawing is written as a trajectory file, which `prepare` reads.
+        folder: Of the visitor, where tracks and boxes are written as files, which `prepare` reads.
 
     Raises:
         FieldError: A field is out of bounds; names it.
@@ -103,6 +132,9 @@ def build_job(form: Form, base: SampleJob, shelf: Shelf, limits: Limits, folder:
         trajectories=None,
         preset=None,
         motion_from=None,
+        boxes=None,
+        boxes_name=None,
+        **_check_gate_settings(form),
         prompt=limits.check_text("prompt", "the prompt", form.prompt),
         negative_prompt=None
         if form.negative_prompt is None
@@ -124,11 +156,49 @@ def build_job(form: Form, base: SampleJob, shelf: Shelf, limits: Limits, folder:
     if form.picture is not None:
         limits.check_picture(Path(form.picture))
         job = replace(job, image=form.picture)
-    if form.drawing is not None and _draws(drawing := limits.check_drawing(form.drawing, cast(int, job.num_frames))):
-        path = folder / f"drawing-{secrets.token_hex(8)}.json"
-        write_text(path, json.dumps(drawing))
-        job = replace(job, trajectories=str(path))
+    if form.drawing is not None:
+        job = _with_drawing(job, form.drawing, limits, folder)
+    if job.boxes is None and job.first_frame_by not in ("gates", "both"):  # no gate acts
+        job = replace(job, scene_guidance_scale=1.0, gated_fraction=1.0)
     return job
+
+
+def _with_drawing(job: SampleJob, value: Any, limits: Limits, folder: Path) -> SampleJob:
+    """The job with its tracks and its boxes as new files of the folder."""
+    num_frames, max_objects = cast(int, job.num_frames), read_max_objects(job.model)
+    drawing = limits.check_drawing(value, num_frames, max_objects=max_objects)
+    boxes = check_drawn_boxes(drawing, num_frames, max_objects)
+    name = secrets.token_hex(8)
+    if _draws(drawing):
+        path = folder / f"drawing-{name}.json"
+        write_text(path, json.dumps(without_boxes(drawing)))
+        job = replace(job, trajectories=str(path))
+    if boxes is not None:
+        path = folder / f"boxes-{name}.json"
+        boxes.save(path)
+        job = replace(job, boxes=str(path))
+    return job
+
+
+def _check_gate_settings(form: Form) -> dict[str, Any]:
+    """Settings of the gates as fields of the job.
+
+    Raises:
+        FieldError: One is out of bounds.
+    """
+    carrier = None if form.first_frame_by == AUTOMATIC else form.first_frame_by
+    if carrier not in (None, *get_args(FirstFrame)):
+        names = ", ".join([AUTOMATIC, *get_args(FirstFrame)])
+        raise FieldError("scales", f"what carries the first frame must be one of {names}")
+    scale = _check_scale("the guidance by boxes", form.scene_guidance_scale)
+    fraction = _check_scale("the part of the steps with boxes", form.gated_fraction)
+    if fraction is not None and not 0 <= fraction <= 1:
+        raise FieldError("scales", f"the part of the steps with boxes must be from 0 to 1, got {fraction:g}")
+    return {
+        "first_frame_by": carrier,
+        "scene_guidance_scale": 1.0 if scale is None else scale,
+        "gated_fraction": 1.0 if fraction is None else fraction,
+    }
 
 
 def explain(error: Exception, job: SampleJob | None = None) -> FieldError:
@@ -145,6 +215,8 @@ def explain(error: Exception, job: SampleJob | None = None) -> FieldError:
         return FieldError("picture", text.replace(job.image, "the picture"))
     if job is not None and job.trajectories is not None and job.trajectories in text:
         return FieldError("drawing", text.replace(job.trajectories, "the drawing"))
+    if job is not None and job.boxes is not None and job.boxes in text:
+        return FieldError("drawing", text.replace(job.boxes, "the drawing"))
     field_ = next((name for word, name in _FIELD_WORDS if word in text), "generate")
     return FieldError(field_, text)
 

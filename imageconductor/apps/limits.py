@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from imageconductor.apps.drawing import check_drawing_value
+from imageconductor.apps.drawn_boxes import check_drawn_boxes, without_boxes
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """Kinds of picture files that are read."""
@@ -96,19 +97,23 @@ class Limits:
             )
         return width, height
 
-    def check_drawing(self, drawing: Any, num_frames: int, name: str = "drawing") -> dict[str, Any]:
-        """A drawing as a trajectory file holds it, with everything in it checked.
+    def check_drawing(
+        self, drawing: Any, num_frames: int, name: str = "drawing", max_objects: int | None = None
+    ) -> dict[str, Any]:
+        """A drawing as a trajectory file holds it, and boxes beside it, with everything in it checked.
 
         Args:
             drawing: From a browser or a visitor's file.
             num_frames: Of the video.
             name: Field that a refusal concerns.
+            max_objects: Of the model's object gates; None = it takes no boxes.
 
         Raises:
             FieldError: It is no drawing, or a larger one.
         """
         try:
-            check_drawing_value(drawing, num_frames, self.tracks, self.points)
+            check_drawing_value(without_boxes(drawing), num_frames, self.tracks, self.points)
+            check_drawn_boxes(drawing, num_frames, max_objects)
         except ValueError as error:
             raise FieldError(name, str(error)) from error
         return dict(drawing)

@@ -6,14 +6,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from imageconductor import config as config_file
+from imageconductor.apps.drawn_boxes import fit_boxes
 from imageconductor.apps.limits import FieldError, Limits
 from imageconductor.sampling.branches import Control
+from imageconductor.sampling.gate_inputs import FirstFrame
 
 _FIELD = "preset"
 _VERSION = 1
+_SCALES = (
+    *("guidance_scale", "trajectory_guidance_scale", "camera_free_scale"),
+    *("scene_guidance_scale", "gated_fraction"),
+)
 
 
 @dataclass(frozen=True)
@@ -21,10 +27,11 @@ class MotionPreset:
     """What moves, apart from the picture.
 
     Attributes:
-        drawing: As a trajectory file holds it, docs/trajectories.md; None = nothing is drawn.
+        drawing: As a trajectory file holds it, docs/trajectories.md, with boxes as "objects"; None = nothing is drawn.
         control: What the drawing moves; None = as the tracks say.
         guidance_scale, trajectory_guidance_scale, camera_free_scale: As in `SampleJob`; None = the model's default.
         looks, motions: Names of style LoRAs and learned motions, each with its scale.
+        scene_guidance_scale, first_frame_by, gated_fraction: As in `SampleJob`; None = its default.
     """
 
     drawing: dict[str, Any] | None = None
@@ -34,6 +41,9 @@ class MotionPreset:
     camera_free_scale: float | None = None
     looks: dict[str, float] = field(default_factory=dict)
     motions: dict[str, float] = field(default_factory=dict)
+    scene_guidance_scale: float | None = None
+    first_frame_by: str | None = None
+    gated_fraction: float | None = None
 
     def to_text(self) -> str:
         """The file's content, JSON; what has its default is left out."""
@@ -41,13 +51,14 @@ class MotionPreset:
         return json.dumps({"motion_preset": _VERSION, **kept}, indent=1)
 
     @classmethod
-    def read(cls, path: Path, limits: Limits, name: str | None = None) -> MotionPreset:
+    def read(cls, path: Path, limits: Limits, name: str | None = None, max_objects: int | None = None) -> MotionPreset:
         """The preset in a JSON file of a visitor.
 
         Args:
             path: The file.
             limits: On its size and its drawing.
             name: As the visitor called it.
+            max_objects: Of the model's object gates; None = it takes no boxes.
 
         Raises:
             FieldError: No preset; says what is wrong, and where.
@@ -61,10 +72,12 @@ class MotionPreset:
             content = json.loads(path.read_bytes())
         except (RecursionError, ValueError):
             raise FieldError(_FIELD, f"{name} is not a JSON file; save a motion preset on this page first") from None
-        return cls.parse(content, limits, name)
+        return cls.parse(content, limits, name, max_objects)
 
     @classmethod
-    def parse(cls, content: Any, limits: Limits, name: str = "the preset") -> MotionPreset:
+    def parse(
+        cls, content: Any, limits: Limits, name: str = "the preset", max_objects: int | None = None
+    ) -> MotionPreset:
         """The preset that a file's content describes.
 
         Raises:
@@ -77,10 +90,12 @@ class MotionPreset:
         if unknown := sorted(values.keys() - set(known)):
             raise FieldError(_FIELD, f"{name}: unknown {', '.join(unknown)[:80]}; a preset has {', '.join(known)}")
         if values.get("drawing") is not None:
-            values["drawing"] = limits.check_drawing(values["drawing"], limits.frames, _FIELD)
+            values["drawing"] = limits.check_drawing(values["drawing"], limits.frames, _FIELD, max_objects)
         if values.get("control") not in (None, *(control.value for control in Control)):
             raise FieldError(_FIELD, f"{name}: control must be one of {', '.join(c.value for c in Control)}")
-        for key in ("guidance_scale", "trajectory_guidance_scale", "camera_free_scale"):
+        if values.get("first_frame_by") not in (None, *get_args(FirstFrame)):
+            raise FieldError(_FIELD, f"{name}: first_frame_by must be one of {', '.join(get_args(FirstFrame))}")
+        for key in _SCALES:
             if values.get(key) is not None:
                 values[key] = _check_scale(values[key], f"{name}: {key}")
         for key in ("looks", "motions"):
@@ -115,8 +130,10 @@ def fit_drawing(drawing: Mapping[str, Any], size: tuple[int, int]) -> dict[str, 
         else [move(point) for point in track]
         for track in drawing.get("tracks", [])
     ]
-    moved = {**drawing, "width": size[0], "height": size[1]}
-    return {**moved, "tracks": tracks}
+    moved = {**drawing, "width": size[0], "height": size[1], "tracks": tracks}
+    if "objects" in drawing:
+        moved["objects"] = fit_boxes(drawing["objects"], old, size)
+    return moved
 
 
 def _check_scale(value: Any, what: str) -> float:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from imageconductor.apps.engine import Made
-from imageconductor.conditioning import Trajectories
+from imageconductor.conditioning import Boxes, Trajectories
 from imageconductor.data.trackers import LucasKanadeTracker
 from imageconductor.evaluation.motion import background_displacement
 from imageconductor.evaluation.requests import select_background
@@ -114,8 +115,13 @@ def store(made: Made, number: int, folder: Path, note: str = "", drawing: dict |
         if made.latents:
             kept = {str(step): sample.contiguous() for step, sample in enumerate(made.latents)}
             save_file(kept, part / _LATENTS)
-    displacement = [measure_background(video, trajectories) for video in made.videos] if trajectories.num_tracks else []
-    what = job.control if trajectories.num_tracks else "no drawing"
+    boxes = made.inputs.boxes
+    displacement = []
+    if trajectories.num_tracks:
+        displacement = [measure_background(video, trajectories, boxes) for video in made.videos]
+    has_boxes = boxes is not None and boxes.num_objects > 0
+    drawn = [str(job.control)] * (trajectories.num_tracks > 0) + ["boxes"] * has_boxes
+    what = " and ".join(drawn) or "no drawing"
     title = f"{number}: {what}, seed {', '.join(map(str, job.seeds))}" + (f", {job.prompt[:40]}" if job.prompt else "")
     return Result(number, folder, job, title, made.seconds, note, displacement, drawing)
 
@@ -131,18 +137,21 @@ def write_gif(path: Path, frames: Frames, fps: int) -> None:
     indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=duration, loop=0, optimize=False)
 
 
-def measure_background(video: Frames, trajectories: Trajectories) -> str:
-    """How far the background moved, in words: the median over points of a grid away from the drawn tracks.
+def measure_background(video: Frames, trajectories: Trajectories, boxes: Boxes | None = None) -> str:
+    """How far the background moved, in words: the median over points of a grid away from what is drawn.
 
     Args:
         video: (T, H, W, 3) uint8.
         trajectories: Drawn tracks in pixels of the video.
+        boxes: Drawn boxes in pixels of the video, whose objects move by themselves.
     """
     height, width = video.shape[1:3]
     drawn = trajectories.control
     # Tracks of the camera lie on the background; those of objects, and those that do not say, on objects.
     on_objects = [n for n in range(trajectories.num_tracks) if drawn is None or drawn[n] != 0]
     points = select_background((width, height), [trajectories.points[n].numpy() for n in on_objects])
+    if boxes is not None:
+        points = _keep_outside(points, boxes, min(width, height) / 5)  # as far as from the tracks
     if not len(points):
         return "background displacement: the drawing covers the picture"
     tracked, followed = LucasKanadeTracker().track(video, points)
@@ -151,3 +160,10 @@ def measure_background(video: Frames, trajectories: Trajectories) -> str:
     if not np.isfinite(moved):
         return "background displacement: no point of the background could be followed"
     return f"background displacement: {moved:.1f} px (median of {count} points, video {width} x {height})"
+
+
+def _keep_outside(points: NDArray[np.float64], boxes: Boxes, margin: float) -> NDArray[np.float64]:
+    """Points (M, 2) that are farther than `margin` pixels from the boxes of all objects and frames."""
+    sides = boxes.xyxy[boxes.present].numpy() - 0.5  # counted as points are
+    beyond = np.maximum(sides[:, None, :2] - points, points - sides[:, None, 2:]).clip(min=0)
+    return points[(np.linalg.norm(beyond, axis=-1) > margin).all(axis=0)]

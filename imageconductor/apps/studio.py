@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from imageconductor.apps.engine import Engine, Made, Request, Resume, Stopped, Ticket
-from imageconductor.apps.form import Form, build_job, explain, read_defaults
+from imageconductor.apps.form import Form, build_job, explain, list_gates, read_defaults, read_max_objects
 from imageconductor.apps.limits import FieldError, Limits
 from imageconductor.apps.progress import Step, Waiting
 from imageconductor.apps.results import Result
@@ -39,6 +40,16 @@ class Studio:
         """Bounds of a request."""
         return self.engine.limits
 
+    @cached_property
+    def gates(self) -> list[str]:
+        """What the model has of "object_gates" and "scene_gates"."""
+        return list_gates(self.engine.base.model)
+
+    @cached_property
+    def max_objects(self) -> int | None:
+        """Boxes that the model takes; None = it has no object gates."""
+        return read_max_objects(self.engine.base.model)
+
     def make(
         self, visit: Visit, form: Form, *, uses_mix: bool = False, resumed: tuple[int, int] | None = None
     ) -> Iterator[News]:
@@ -67,8 +78,9 @@ class Studio:
                 note = f"made from the first {resumed[1]} steps of result {resumed[0]}"
             ticket = self._submit(request)
         finally:
-            if job.trajectories is not None:
-                Path(job.trajectories).unlink(missing_ok=True)  # the ticket holds its tracks
+            for path in (job.trajectories, job.boxes):
+                if path is not None:
+                    Path(path).unlink(missing_ok=True)  # the ticket holds what they say
         yield from self._follow(visit, ticket, note, drawing)
 
     def repeat(self, visit: Visit, number: int, **changes: Any) -> Iterator[News]:
