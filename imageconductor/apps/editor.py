@@ -21,8 +21,11 @@ from imageconductor.apps.drawing import MAX_DRAWN_TRACKS, import_tracks, list_pr
 MAX_SHOWN_PX = 1536
 """Longest side of the picture that the browser gets; positions count in pixels of the original."""
 
-_SCRIPTS = ("motion.js", "drawing.js", "view.js", "playback.js", "input.js", "panels.js", "editor.js")
-_PROPS = ("image", "video_size", "num_frames", "fps", "controls", "max_tracks", "presets")
+_SCRIPTS = (
+    *("motion.js", "drawing.js", "boxes.js", "view.js", "playback.js"),
+    *("input.js", "box_input.js", "panels.js", "box_panel.js", "editor.js"),
+)
+_PROPS = ("image", "video_size", "num_frames", "fps", "controls", "max_tracks", "max_objects", "presets")
 _JPEG_QUALITY = 88
 
 
@@ -34,8 +37,9 @@ with mock.patch.object(component_meta, "create_or_modify_pyi", create=True):
         """The editor as a Gradio component. A `change` event follows each change of the drawing.
 
         Args:
-            value: {"width": W, "height": H, "num_frames": T, "tracks": [...], "camera": {...}} in pixels of the
-                original picture, as docs/trajectories.md has it; None = no picture. `blank_drawing` makes one.
+            value: {"width": W, "height": H, "num_frames": T, "tracks": [...], "camera": {...}, "objects": [...]} in
+                pixels of the original picture, as docs/trajectories.md has it, and boxes as a boxes file has them; None
+                = no picture. `blank_drawing` makes one.
             image: the picture as a data URL, which may be smaller than W x H; `picture_url` makes one. With another
                 image, undo begins anew.
             video_size: [W, H] of the video; the part of the picture that `cover_crop` keeps for it is bright. None =
@@ -44,6 +48,7 @@ with mock.patch.object(component_meta, "create_or_modify_pyi", create=True):
             fps: at which the motion is played.
             controls: what the model's tracks may move, of "camera" and "object": with both, tracks are marked.
             max_tracks: largest number of tracks that can be drawn.
+            max_objects: largest number of boxes that can be drawn; None = none, and there is no tool for them.
             presets: from `list_presets`; None = those.
             html: further arguments of gr.HTML, such as elem_id and visible.
         """
@@ -58,6 +63,7 @@ with mock.patch.object(component_meta, "create_or_modify_pyi", create=True):
             fps: float = 8,
             controls: Sequence[str] = ("camera", "object"),
             max_tracks: int = MAX_DRAWN_TRACKS,
+            max_objects: int | None = None,
             presets: dict[str, Any] | None = None,
             **html: Any,
         ) -> None:
@@ -74,6 +80,7 @@ with mock.patch.object(component_meta, "create_or_modify_pyi", create=True):
                 fps=fps,
                 controls=list(controls),
                 max_tracks=max_tracks,
+                max_objects=max_objects,
                 presets=list_presets() if presets is None else presets,
                 **html,
             )
@@ -104,6 +111,7 @@ def build_editor(
     fps: float = 8,
     controls: Sequence[str] = ("camera", "object"),
     max_tracks: int = MAX_DRAWN_TRACKS,
+    max_objects: int | None = None,
     **html: Any,
 ) -> TrajectoryEditor:
     """An editor without a picture, within the Blocks that is being built.
@@ -118,7 +126,13 @@ def build_editor(
     further event.
     """
     return TrajectoryEditor(
-        video_size=video_size, num_frames=num_frames, fps=fps, controls=controls, max_tracks=max_tracks, **html
+        video_size=video_size,
+        num_frames=num_frames,
+        fps=fps,
+        controls=controls,
+        max_tracks=max_tracks,
+        max_objects=max_objects,
+        **html,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-SIZE, FRAMES, FPS = (600, 400), 16, 20
+SIZE, FRAMES, FPS, MOST_BOXES = (600, 400), 16, 20, 3
 WIDE, MIDDLE, SMALL, PHONE = ((1280, 900), 1), ((760, 900), 2), ((820, 800), 1), ((390, 844), 2)
 
 
@@ -38,6 +38,7 @@ def open_site(launch):
         other = gr.Button("another picture")
         fresh = gr.Button("fresh picture")
         marks = gr.Button("no marks")
+        boxed = gr.Button("boxes")
         for name in ("first", "second"):
             editor = build_editor(video_size=(300, 200), num_frames=FRAMES, fps=FPS, elem_id=name)
             editor.change(keep(name), editor, None, show_progress="hidden")
@@ -47,6 +48,7 @@ def open_site(launch):
                 renew = lambda: picture_update(picture(next(reds)), FRAMES, controls=["camera", "object"])  # noqa: E731
                 fresh.click(renew, None, editor, show_progress="hidden")
                 frames.click(lambda: gr.update(num_frames=31), None, editor, show_progress="hidden")
+                boxed.click(lambda: gr.update(max_objects=MOST_BOXES), None, editor, show_progress="hidden")
                 marks.click(lambda: gr.update(controls=["object"]), None, editor, show_progress="hidden")
                 other.click(
                     lambda: picture_update(Image.new("RGB", (300, 500)), FRAMES), None, editor, show_progress="hidden"

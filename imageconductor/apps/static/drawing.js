@@ -97,6 +97,7 @@ function countIn(drawing, numFrames) {
   };
   const changed = {...drawing, num_frames: numFrames, tracks: drawing.tracks.map(retime)};
   if (drawing.camera) changed.camera = retime(drawing.camera);
+  if (drawing.objects) changed.objects = drawing.objects.map((object) => countBoxesIn(object, old, numFrames));
   return changed;
 }
 
@@ -109,6 +110,7 @@ function valueOf(drawing) {
 function drawingOf(value, numFrames) {
   if (!value || typeof value !== "object" || !value.width || !value.height) return null;
   const copy = JSON.parse(JSON.stringify(value));
+  if (copy.objects) copy.objects = copy.objects.map(withFrames);
   return countIn({...copy, tracks: copy.tracks ?? []}, numFrames);
 }
 

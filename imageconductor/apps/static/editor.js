@@ -14,6 +14,7 @@ function commit(ed, drawing) {
 function remember(ed, drawing) {
   const ordered = {width: drawing.width, height: drawing.height, num_frames: ed.numFrames, tracks: drawing.tracks};
   if (drawing.camera) ordered.camera = drawing.camera;
+  if (objectsOf(drawing).length) ordered.objects = drawing.objects;
   ed.drawing = ordered;
   if (JSON.stringify(ordered) !== JSON.stringify(ed.history.current)) ed.history.push(ordered);
 }
@@ -31,6 +32,7 @@ function show(ed) {
   if (!track) ed.selected = -1;
   if (!track || ed.point >= track.points.length) ed.point = -1;
   if (!track) ed.isOpen = false;
+  if (!ed.drawing || !objectsOf(ed.drawing)[ed.box]) ed.box = ed.corner = -1;
   render(ed);
 }
 
@@ -77,6 +79,7 @@ function addTrack(ed, track, isOpen = false) {
 }
 
 function select(ed, n) {
+  if (n >= 0 && ed.tool === "box") chooseBoxTool(ed, false);
   ed.selected = n;
   ed.point = -1;
   ed.isOpen = false;
@@ -91,6 +94,10 @@ function finish(ed) {
 
 /** Deletes the selected point, or the track with its last point or if none is selected. */
 function remove(ed) {
+  if (ed.box >= 0) {
+    removeBox(ed);
+    return;
+  }
   const track = ed.drawing.tracks[ed.selected];
   if (!track) return;
   if (ed.point >= 0 && track.points.length > 1) {
@@ -105,12 +112,16 @@ function remove(ed) {
 }
 
 function clear(ed) {
-  setTool(ed, "draw");
-  const {camera, ...rest} = ed.drawing;
+  if (ed.tool !== "box") setTool(ed, "draw");
+  const {camera, objects, ...rest} = ed.drawing;
   commit(ed, {...rest, tracks: []});
 }
 
 function duplicate(ed) {
+  if (ed.box >= 0) {
+    duplicateBox(ed);
+    return;
+  }
   const track = ed.drawing.tracks[ed.selected];
   if (!track) return;
   const shift = 0.04 * Math.min(...sizeOf(ed.drawing));
@@ -126,6 +137,7 @@ function mark(ed, control) {
 
 function setTool(ed, tool) {
   ed.tool = tool;
+  if (tool !== "box") ed.box = ed.corner = -1;
   ed.preset = null;
   ed.isOpen = false;
   ed.root.classList.toggle("cutting", tool === "cut");
@@ -175,7 +187,7 @@ function placePreset(ed, at) {
   addTrack(ed, interpolation ? {points: placed, interpolation} : {points: placed});
 }
 
-/** The tracks of files in place of the drawing; one step to undo. */
+/** The tracks of files in place of those of the drawing, and boxes in place of its boxes; one step to undo. */
 async function importFiles(ed, files) {
   if (!files.length || !ed.drawing) return;
   ed.parts.file.value = "";
@@ -189,6 +201,7 @@ async function importFiles(ed, files) {
     size: sizeOf(ed.drawing),
     video_size: ed.props.video_size ?? null,
     num_frames: ed.numFrames,
+    max_objects: ed.props.max_objects ?? null,
   }).catch((error) => ({error: String(error?.message ?? error)}));
   if (answer.error) {
     say(ed, answer.error, true);
@@ -196,8 +209,9 @@ async function importFiles(ed, files) {
   }
   say(ed, answer.notes.join(" "));
   ed.selected = -1;
-  setTool(ed, "draw");
-  commit(ed, drawingOf(answer.drawing, ed.numFrames));
+  setTool(ed, answer.drawing ? "draw" : "box");
+  const drawing = drawingOf(answer.drawing, ed.numFrames) ?? ed.drawing;
+  commit(ed, {...drawing, objects: answer.objects ?? ed.drawing.objects});
 }
 
 function asBase64(file) {
@@ -214,9 +228,14 @@ function exportDrawing(ed, event) {
     event.preventDefault();
     return;
   }
-  URL.revokeObjectURL(ed.parts.save.href);
-  const text = JSON.stringify(valueOf(ed.drawing));
-  ed.parts.save.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
+  const {objects, ...tracks} = valueOf(ed.drawing);
+  offerText(ed.parts.save, JSON.stringify(tracks));
+}
+
+/** Gives a link a text to download. */
+function offerText(link, text) {
+  URL.revokeObjectURL(link.href);
+  link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
 }
 
 function toggleFullscreen(ed) {
@@ -253,7 +272,7 @@ function receive(ed, isNewPicture) {
 function beginAnew(ed, drawing) {
   ed.isPlaying &&= Boolean(drawing);
   Object.assign(ed, {drawing, history: drawing && new History(drawing), isUntouched: true, frame: 0, tool: "draw"});
-  Object.assign(ed, {selected: -1, point: -1, isOpen: false, preset: null});
+  Object.assign(ed, {selected: -1, point: -1, box: -1, corner: -1, isOpen: false, preset: null});
   ed.root.classList.remove("cutting");
   ed.fills.clear();
   say(ed, "");
@@ -272,6 +291,7 @@ function startEditor() {
   const ed = {
     root, props, id, canvas: buildCanvas(id), parts: {}, rows: [],
     drawing: null, history: null, selected: -1, point: -1, isOpen: false, gesture: null, tool: "draw", preset: null,
+    box: -1, corner: -1,
     newControl: "object", frame: 0, isPlaying: false, isPreviewing: true, isTouch: false, isUntouched: true, pictureSince: 0,
     fills: new Map(),
   };
@@ -281,7 +301,7 @@ function startEditor() {
   listenToKeys(ed);
   receive(ed, true);
   watch("image", () => receive(ed, true));
-  watch(["value", "num_frames", "fps", "video_size", "controls"], () => receive(ed, false));
+  watch(["value", "num_frames", "fps", "video_size", "controls", "max_objects"], () => receive(ed, false));
   new ResizeObserver(() => ed.drawing && !ed.gesture && render(ed)).observe(ed.canvas.svg);
 }
 

@@ -30,6 +30,7 @@ function startGesture(ed, event) {
     point: point === undefined ? -1 : Number(point),
     kind: ed.preset ? "preset" : ed.tool === "cut" ? "cut" : "press",
     before: ed.drawing,
+    ...(ed.tool === "box" ? boxGesture(ed, event) : {}),
   };
 }
 
@@ -39,8 +40,12 @@ function continueGesture(ed, event) {
   if (gesture.kind === "press") {
     const moved = Math.hypot(event.clientX - gesture.client[0], event.clientY - gesture.client[1]);
     if (moved < CLICK_PX) return;
-    gesture.kind = dragKind(ed, gesture);
     ed.root.classList.add("dragging");
+    if (!gesture.isBox) gesture.kind = dragKind(ed, gesture);
+  }
+  if (gesture.isBox) {
+    dragBox(ed, gesture, event);
+    return;
   }
   if (gesture.kind === "preset") return;
   const at = pointerPosition(ed.canvas.svg, event);
@@ -75,6 +80,10 @@ function endGesture(ed, event) {
   if (gesture?.pointer !== event.pointerId) return;
   ed.gesture = null;
   ed.root.classList.remove("dragging");
+  if (gesture.isBox) {
+    endBoxGesture(ed, gesture, event);
+    return;
+  }
   showStroke(ed, []);
   const scale = pixelScale(ed.canvas.svg);
   if (gesture.kind === "freehand") {
@@ -167,6 +176,7 @@ function handleKey(ed, event) {
     if (!ed.isOpen) return false;
     finish(ed);
   } else if (key === " ") togglePlaying(ed);
+  else if (ed.tool === "box") return handleBoxKey(ed, event);
   else if (!track) return false;
   else if (key === "Delete" || key === "Backspace") remove(ed);
   else if (key in ARROWS) nudge(ed, ARROWS[key].map((step) => step * (event.shiftKey ? 10 : 1)));
@@ -181,6 +191,7 @@ function handleKey(ed, event) {
 /** Gives up, one thing at a time: the gesture, the tool, the open track, the selected point, the selected track. */
 function escape(ed) {
   if (ed.gesture) cancelGesture(ed);
+  else if (ed.tool === "box") escapeBox(ed);
   else if (ed.tool === "cut" || ed.preset) setTool(ed, "draw");
   else if (ed.isOpen) finish(ed);
   else if (ed.point >= 0) {

@@ -9,6 +9,7 @@ const ICONS = { // on a grid of 24 x 24
   clear: "M4 4l16 16M20 4L4 20",
   cut: "M12 4a8 8 0 1 0 8 8M12 4c5 0 8 3 8 8M12 9v6M9 12h6",
   load: "M12 4v11M8 11l4 4 4-4M4 16v4h16v-4",
+  saveBoxes: "M4 9h16v11H4zM12 16V3M8.5 6.5L12 3l3.5 3.5",
   save: "M12 15V4M8 8l4-4 4 4M4 16v4h16v-4",
   full: "M4 9V4h5M15 4h5v5M20 15v5h-5M9 20H4v-5",
   play: "M7 4l13 8-13 8z",
@@ -42,27 +43,28 @@ function buildPanels(ed) {
   parts.undo = button("undo", "Undo (Ctrl+Z)", () => step(ed, -1));
   parts.redo = button("redo", "Redo (Ctrl+Shift+Z)", () => step(ed, 1));
   parts.finish = button("finish", "Finish this track (Enter)", () => finish(ed), "Finish");
-  parts.copy = button("copy", "Duplicate the selected track", () => duplicate(ed));
-  parts.remove = button("remove", "Delete the selected point or track (Delete)", () => remove(ed));
+  parts.copy = button("copy", "Duplicate the selected track or box", () => duplicate(ed));
+  parts.remove = button("remove", "Delete the selected point, track or box (Delete)", () => remove(ed));
   parts.clear = button("clear", "Clear the drawing", () => clear(ed), "Clear");
   parts.cut = button("cut", "Cut out: enclose what the selected track should move in the preview", () => {
     setTool(ed, ed.tool === "cut" ? "draw" : "cut");
   }, "Cut out");
   parts.full = button("full", "Full screen", () => toggleFullscreen(ed));
   if (!document.fullscreenEnabled) parts.full.hidden = true;
+  parts.tools = buildTools(ed);
   parts.moves = buildMoves(ed);
   parts.preset = choice("Add a preset motion", [["", "Preset…"]], () => choosePreset(ed));
   buildFiles(ed);
   const tools = make("div", {class: "bar tools", role: "toolbar", "aria-label": "Drawing"},
     make("div", {class: "group"}, parts.undo, parts.redo),
-    parts.moves,
+    parts.tools, parts.moves,
     make("div", {class: "group"}, parts.finish, parts.copy, parts.remove, parts.clear),
     make("div", {class: "group"}, parts.cut, parts.preset),
-    make("div", {class: "group end"}, parts.load, parts.save, parts.full));
+    make("div", {class: "group end"}, parts.load, parts.save, parts.saveBoxes, parts.full));
   parts.hint = make("div", {class: "hint", "aria-hidden": "true"});
   parts.message = make("div", {class: "message", role: "status"});
   const stage = make("div", {class: "stage"}, ed.canvas.svg, parts.hint);
-  ed.root.replaceChildren(tools, parts.message, stage, buildPlaying(ed), buildTimeline(ed), buildCamera(ed));
+  ed.root.replaceChildren(tools, buildBoxPanel(ed), parts.message, stage, buildPlaying(ed), buildTimeline(ed), buildCamera(ed));
 }
 
 /** What the selected track moves, and tracks that are drawn from now on. */
@@ -78,10 +80,12 @@ function buildFiles(ed) {
   const {parts} = ed;
   parts.file = make("input", {type: "file", multiple: true, "aria-label": "Import track files",
     onchange: () => importFiles(ed, [...parts.file.files])});
-  parts.load = make("label", {class: "tool load", title: "Import tracks from a file of this or another tool"},
+  parts.load = make("label", {class: "tool load", title: "Import tracks from a file of this or another tool, or boxes"},
     icon("load"), "Import", parts.file);
-  parts.save = make("a", {class: "tool save", title: "Export the drawing as JSON", download: "trajectories.json",
+  parts.save = make("a", {class: "tool save", title: "Export the tracks as JSON", download: "trajectories.json",
     role: "button", href: "#", onclick: (event) => exportDrawing(ed, event)}, icon("save"), "Export");
+  parts.saveBoxes = make("a", {class: "tool save-boxes", title: "Export the boxes as JSON", download: "boxes.json",
+    role: "button", href: "#", onclick: (event) => exportBoxes(ed, event)}, icon("saveBoxes"), "Boxes");
 }
 
 function buildPlaying(ed) {
@@ -154,12 +158,13 @@ function updateRow(ed, row) {
 function renderTimeline(ed) {
   const names = ed.drawing ? ed.drawing.tracks.map((_, n) => n) : [];
   if (ed.drawing?.camera) names.push("camera");
+  if (ed.drawing) names.push(...objectsOf(ed.drawing).map((_, n) => `box ${n}`));
   while (ed.rows.length > names.length || ed.rows.some((row, k) => row.n !== names[k])) ed.rows.pop().node.remove();
   for (let k = ed.rows.length; k < names.length; k++) {
-    ed.rows.push(buildRow(ed, names[k]));
+    ed.rows.push(String(names[k]).startsWith("box") ? buildBoxRow(ed, names[k]) : buildRow(ed, names[k]));
     ed.parts.rows.append(ed.rows[k].node);
   }
-  for (const row of ed.rows) updateRow(ed, row);
+  for (const row of ed.rows) row.keys ? updateBoxRow(ed, row) : updateRow(ed, row);
 }
 
 /** Moves the start or the end of an entry while its handle is dragged; the history gets it when it is let go. */
@@ -224,6 +229,7 @@ function renderPlayhead(ed) {
   parts.scrub.max = ed.numFrames - 1;
   parts.scrub.value = ed.frame;
   parts.frame.textContent = `frame ${ed.frame + 1} of ${ed.numFrames}`;
+  renderBoxKeys(ed);
   for (const row of ed.rows) row.playhead.style.left = `${100 * ed.frame / Math.max(ed.numFrames - 1, 1)}%`;
 }
 
@@ -236,12 +242,12 @@ function renderPanels(ed) {
   parts.undo.disabled = !ed.history?.canStep(-1);
   parts.redo.disabled = !ed.history?.canStep(1);
   parts.finish.hidden = !ed.isOpen;
-  parts.copy.disabled = parts.remove.disabled = !track;
-  parts.clear.disabled = !drawing?.tracks.length && !drawing?.camera;
+  parts.copy.disabled = parts.remove.disabled = !track && ed.box < 0;
+  parts.clear.disabled = !drawing?.tracks.length && !drawing?.camera && !(drawing && objectsOf(drawing).length);
   parts.cut.disabled = !track || track.points.length < 2;
   parts.cut.setAttribute("aria-pressed", ed.tool === "cut");
   parts.save.classList.toggle("disabled", !drawing);
-  parts.moves.hidden = marks.length < 2;
+  parts.moves.hidden = marks.length < 2 || ed.tool === "box";
   for (const radio of parts.moves.querySelectorAll("input")) {
     radio.checked = radio.value === (track ? track.control : ed.newControl);
   }
@@ -251,6 +257,7 @@ function renderPanels(ed) {
   parts.preview.checked = ed.isPreviewing;
   parts.hint.replaceChildren(...hintLines(ed).map((line) => make("p", {}, line)));
   ed.canvas.svg.setAttribute("aria-label", describe(ed));
+  renderBoxPanel(ed);
   renderTimeline(ed);
   renderCameraPanel(ed);
   renderPlayhead(ed);
@@ -258,15 +265,22 @@ function renderPanels(ed) {
 
 function describe(ed) {
   if (!ed.drawing) return "No picture yet";
-  const count = ed.drawing.tracks.length;
+  const count = ed.drawing.tracks.length, {length: boxes} = objectsOf(ed.drawing);
   const chosen = ed.selected >= 0 ? `, track ${ed.selected + 1} selected` : "";
-  return `Picture with ${count} drawn track${count === 1 ? "" : "s"}${chosen}. Arrow keys move the selected point, `
+  const others = boxes ? ` and ${boxes} box${boxes === 1 ? "" : "es"}` : "";
+  if (ed.box >= 0) {
+    const name = boxName(objectsOf(ed.drawing)[ed.box], ed.box);
+    return `Picture with ${boxes} box${boxes === 1 ? "" : "es"}, ${name} selected. Arrow keys move it or the selected `
+      + "corner, square brackets choose a corner, Delete removes it.";
+  }
+  return `Picture with ${count} drawn track${count === 1 ? "" : "s"}${others}${chosen}. Arrow keys move the selected point, `
     + "square brackets choose it, Delete removes it.";
 }
 
 /** What can be done now, where that is not obvious. */
 function hintLines(ed) {
   if (!ed.drawing) return ["Choose a picture, then draw on it how things should move."];
+  if (ed.tool === "box") return boxHint(ed);
   if (ed.tool === "cut") return ["Enclose the part of the picture that this track moves."];
   if (ed.preset) return [`Click where “${ed.preset.name}” begins.`];
   const track = ed.drawing.tracks[ed.selected];

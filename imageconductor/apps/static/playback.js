@@ -22,6 +22,7 @@ function renderFrame(ed) {
     }
   }
   groups.ghosts.replaceChildren(...ghosts.filter(Boolean));
+  renderBoxes(ed);
   renderPreview(ed, isShown && ed.isPreviewing);
   renderPlayhead(ed);
 }

@@ -40,7 +40,7 @@ function buildCanvas(id) {
   const svg = draw("svg", {class: "canvas", tabindex: 0, role: "application", preserveAspectRatio: "xMidYMid meet"});
   const edge = draw("rect", {x: -0.5, y: -0.5}), defs = draw("defs");
   svg.append(draw("clipPath", {id: `${id}-edge`}, edge), defs);
-  for (const name of ["scene", "pieces", "dim", "camera", "tracks", "ghosts", "stroke"]) {
+  for (const name of ["scene", "pieces", "dim", "camera", "tracks", "ghosts", "boxes", "stroke"]) {
     groups[name] = draw("g", {class: name});
     svg.append(groups[name]);
   }
