@@ -31,6 +31,9 @@ def add_endpoint(studio: Studio) -> None:
         guidance_scale: float | None = None,
         trajectory_guidance_scale: float | None = None,
         camera_free_scale: float | None = None,
+        scene_guidance_scale: float | None = None,
+        first_frame_by: str = AUTOMATIC,
+        gated_fraction: float | None = None,
         looks: dict | None = None,
         motions: dict | None = None,
     ) -> dict:
@@ -39,7 +42,8 @@ def add_endpoint(studio: Studio) -> None:
         Args:
             request: Of Gradio.
             image: A picture file; null = the prompt alone.
-            drawing: Tracks in pixels of the picture, as a trajectory file holds them; null = nothing is drawn.
+            drawing: Tracks in pixels of the picture, as a trajectory file holds them, and the objects of a boxes file;
+                null = nothing is drawn.
             prompt: What the videos show.
             negative_prompt: What they do not show; null = the model's default, as below.
             seed: Of the first video; those of further ones count up from it.
@@ -50,12 +54,15 @@ def add_endpoint(studio: Studio) -> None:
             guidance_scale: By the prompt.
             trajectory_guidance_scale: By the drawing.
             camera_free_scale: Above 1 holds the camera still; with control object.
+            scene_guidance_scale: By the boxes.
+            first_frame_by: What carries the picture: automatic, controlnet, gates or both.
+            gated_fraction: Of the steps, in which boxes act.
             looks: Scales of style LoRAs by their names on the page.
             motions: Scales of learned motions by their names on the page.
 
         Returns:
-            videos, overlays and gifs, each a list of files; trajectories, run and everything, files; seeds; background,
-            the measured displacement of each video in words.
+            videos, overlays and gifs, each a list of files; trajectories, boxes, run and everything, files; seeds;
+            background, the measured displacement of each video in words.
         """
         visit = studio.visits.find(request.session_hash)
         try:
@@ -72,6 +79,9 @@ def add_endpoint(studio: Studio) -> None:
                 guidance_scale=guidance_scale,
                 trajectory_guidance_scale=trajectory_guidance_scale,
                 camera_free_scale=camera_free_scale,
+                scene_guidance_scale=scene_guidance_scale,
+                first_frame_by=first_frame_by,
+                gated_fraction=gated_fraction,
                 looks=looks or {},
                 motions=motions or {},
             )
@@ -90,7 +100,7 @@ def add_endpoint(studio: Studio) -> None:
 def describe(result: Result) -> dict[str, Any]:
     """A result as the API gives it."""
     kinds = {"videos": "video.mp4", "overlays": "overlay.mp4", "gifs": "video.gif"}
-    names = {"trajectories": "trajectories.json", "run": "run.yaml", "everything": "all.zip"}
+    names = {"trajectories": "trajectories.json", "boxes": "boxes.json", "run": "run.yaml", "everything": "all.zip"}
     files = {key: [_file(result.find(kind, seed)) for seed in result.seeds] for key, kind in kinds.items()}
     others = {key: _file(result.file(name)) for key, name in names.items()}
     return {**files, **others, "seeds": result.seeds, "background": result.displacement}

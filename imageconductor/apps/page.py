@@ -43,6 +43,7 @@ def build_page(studio: Studio, folder: Path) -> gr.Blocks:
     """
     limits, base = studio.limits, studio.engine.base
     defaults = read_defaults(base.model)
+    props = {"max_tracks": limits.tracks, "max_objects": studio.max_objects}
     example = Example.load(folder, min(defaults.num_frames, limits.frames))
     with gr.Blocks(
         title=TITLE, analytics_enabled=False, delete_cache=(_CACHE_SECONDS, int(limits.visit_seconds)), fill_width=True
@@ -57,7 +58,7 @@ def build_page(studio: Studio, folder: Path) -> gr.Blocks:
             with gr.Column(scale=6, min_width=340):
                 upload, again = build_picture(slots, example is not None)
                 picture = gr.State(None if example is None else str(example.picture))
-                editor = _build_editor(defaults, example, base.model, limits.tracks, limits.frames)
+                editor = _build_editor(defaults, example, base.model, limits.frames, **props)
                 slots.add("drawing")
             with gr.Column(scale=5, min_width=340):
                 parts = _build_right(studio, defaults, slots, (upload, picture, editor), example)
@@ -74,7 +75,7 @@ def build_page(studio: Studio, folder: Path) -> gr.Blocks:
 
 
 def _build_editor(
-    defaults: SamplingDefaults, example: Example | None, model: str, max_tracks: int, max_frames: int
+    defaults: SamplingDefaults, example: Example | None, model: str, max_frames: int, **props: Any
 ) -> TrajectoryEditor:
     """The editor with the example in it."""
     controls = [name for name in TRACK_CONTROLS if name in adapter_names(locate_model(model))]
@@ -85,7 +86,7 @@ def _build_editor(
         num_frames=min(defaults.num_frames, max_frames),
         fps=defaults.fps,
         controls=controls,
-        max_tracks=max_tracks,
+        **props,
         elem_id="editor",
     )
 
@@ -99,7 +100,8 @@ def _build_right(
 ) -> Parts:
     """Settings, the buttons, what happens, and the tabs."""
     limits = studio.limits
-    settings = build_settings(slots, defaults, studio.shelf, limits, "" if example is None else example.prompt)
+    prompt = "" if example is None else example.prompt
+    settings = build_settings(slots, defaults, studio.shelf, limits, prompt, studio.gates)
     with gr.Row(elem_classes="ic-tight"):
         generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
         stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", scale=1, min_width=90)
@@ -173,6 +175,7 @@ def _wire(events: Events, parts: Parts) -> None:
     parts.upload.upload(events.take_picture, [parts.upload, frames], [parts.upload, parts.picture, *drawing], **quiet)
     frames.release(lambda count: gr.update(num_frames=int(count)), frames, parts.editor, **quiet)
     moved = [parts.settings.control, parts.settings.guidance_scale, parts.settings.trajectory_guidance_scale]
+    moved += [parts.settings.scene_guidance_scale, parts.settings.first_frame_by, parts.settings.gated_fraction]
     moved += [parts.settings.camera_free_scale, parts.settings.looks, parts.settings.look_scale]
     moved += [parts.settings.motions, parts.settings.motion_scale]
     parts.preset.upload(events.load_preset, [parts.preset, parts.picture], [*drawing, *moved], **quiet)

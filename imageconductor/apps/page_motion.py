@@ -90,7 +90,9 @@ class MotionEvents(PageEvents):
         try:
             checked = None
             if drawing is not None:
-                checked = self.studio.limits.check_drawing(drawing, int(chosen["frames"]))
+                checked = self.studio.limits.check_drawing(
+                    drawing, int(chosen["frames"]), max_objects=self.studio.max_objects
+                )
         except FieldError as error:
             return self.errors(error)
         preset = MotionPreset(
@@ -99,6 +101,9 @@ class MotionEvents(PageEvents):
             guidance_scale=chosen["guidance_scale"],
             trajectory_guidance_scale=chosen["trajectory_guidance_scale"],
             camera_free_scale=chosen["camera_free_scale"] or None,
+            scene_guidance_scale=None if chosen["scene_guidance_scale"] == 1 else chosen["scene_guidance_scale"],
+            first_frame_by=None if chosen["first_frame_by"] == AUTOMATIC else chosen["first_frame_by"],
+            gated_fraction=None if chosen["gated_fraction"] == 1 else chosen["gated_fraction"],
             looks={name: chosen["look_scale"] for name in chosen["looks"] or []},
             motions={name: chosen["motion_scale"] for name in chosen["motions"] or []},
         )
@@ -110,7 +115,7 @@ class MotionEvents(PageEvents):
         """The drawing of a preset, scaled with the picture, and its settings."""
         settings, shelf = self.parts.settings, self.studio.shelf
         try:
-            preset = MotionPreset.read(Path(path), self.studio.limits, safe_name(path))
+            preset = MotionPreset.read(Path(path), self.studio.limits, safe_name(path), self.studio.max_objects)
             missing = [name for name in preset.looks if name not in shelf.looks]
             missing += [name for name in preset.motions if name not in shelf.motions]
             if missing:
@@ -127,9 +132,13 @@ class MotionEvents(PageEvents):
             settings.motions: list(preset.motions),
             settings.camera_free_scale: preset.camera_free_scale or 0,
         }
+        if "scene_gates" in self.studio.gates:
+            changes[settings.first_frame_by] = preset.first_frame_by or AUTOMATIC
         for component, value in (
             (settings.guidance_scale, preset.guidance_scale),
             (settings.trajectory_guidance_scale, preset.trajectory_guidance_scale),
+            (settings.scene_guidance_scale, preset.scene_guidance_scale),
+            (settings.gated_fraction, preset.gated_fraction),
             (settings.look_scale, next(iter(preset.looks.values()), None)),
             (settings.motion_scale, next(iter(preset.motions.values()), None)),
         ):

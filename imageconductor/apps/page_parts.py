@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,6 +19,12 @@ CONTROLS = [
     ("the camera", "camera"),
     ("both", "mixed"),
     ("no LoRA", "base"),
+]
+FIRST_FRAMES = [
+    ("both where there are boxes", AUTOMATIC),
+    ("its ControlNet", "controlnet"),
+    ("the scene gates", "gates"),
+    ("both", "both"),
 ]
 FIELDS = ("picture", "drawing", "prompt", "seed", "steps", "control", "scales", "frames", "loras", "preset")
 """Fields that have a place for a refusal beside them; other refusals stand at the button."""
@@ -37,6 +44,9 @@ class Settings:
     guidance_scale: gr.Slider
     trajectory_guidance_scale: gr.Slider
     camera_free_scale: gr.Slider
+    scene_guidance_scale: gr.Slider
+    first_frame_by: gr.Radio
+    gated_fraction: gr.Slider
     base: gr.Dropdown
     looks: gr.Dropdown
     look_scale: gr.Slider
@@ -92,8 +102,19 @@ def build_picture(slots: Slots, has_example: bool) -> tuple[gr.File, gr.Button]:
     return picture, button
 
 
-def build_settings(slots: Slots, defaults: SamplingDefaults, shelf: Shelf, limits: Limits, prompt: str) -> Settings:
-    """Prompt, seed and steps in sight, the rest folded away; the model's defaults are filled in."""
+def build_settings(
+    slots: Slots, defaults: SamplingDefaults, shelf: Shelf, limits: Limits, prompt: str, gates: Collection[str] = ()
+) -> Settings:
+    """Prompt, seed and steps in sight, the rest folded away; the model's defaults are filled in.
+
+    Args:
+        slots: For refusals.
+        defaults: Of the model.
+        shelf: LoRAs to choose from.
+        limits: Bounds.
+        prompt: To begin with.
+        gates: What the model has of "object_gates" and "scene_gates", whose settings are shown.
+    """
     made: dict[str, Any] = {}
     made["prompt"] = gr.Textbox(prompt, label="Prompt", lines=2, max_length=limits.prompt_chars, elem_id="prompt")
     slots.add("prompt")
@@ -119,6 +140,7 @@ def build_settings(slots: Slots, defaults: SamplingDefaults, shelf: Shelf, limit
         made["camera_free_scale"] = gr.Slider(
             0, 5, 0, step=0.1, label="Hold the camera still (objects only)", info="0 = off; Eq. 5 of the paper"
         )
+        made |= _build_gate_settings(gates)
         slots.add("scales")
         frames = min(defaults.num_frames, limits.frames)
         made["frames"] = gr.Slider(2, limits.frames, frames, step=1, label="Frames", elem_id="frames")
@@ -126,6 +148,33 @@ def build_settings(slots: Slots, defaults: SamplingDefaults, shelf: Shelf, limit
         made |= _build_loras(shelf)
         slots.add("loras")
     return Settings(**made)
+
+
+def _build_gate_settings(gates: Collection[str]) -> dict[str, Any]:
+    """How boxes and the gates' first frame act; hidden where the model has none."""
+    has_gates = bool(gates)
+    return {
+        "scene_guidance_scale": gr.Slider(
+            1, 10, 1, step=0.1, label="Guidance by the boxes", visible=has_gates, elem_id="scene-guidance"
+        ),
+        "first_frame_by": gr.Radio(
+            FIRST_FRAMES,
+            value=AUTOMATIC,
+            label="The picture acts through",
+            visible="scene_gates" in gates,
+            elem_id="first-frame-by",
+        ),
+        "gated_fraction": gr.Slider(
+            0,
+            1,
+            1,
+            step=0.05,
+            label="Part of the steps with boxes",
+            info="from the first step on; later steps are free",
+            visible=has_gates,
+            elem_id="gated-fraction",
+        ),
+    }
 
 
 def _build_loras(shelf: Shelf) -> dict[str, Any]:
@@ -154,6 +203,7 @@ class ResultView:
     mp4: gr.DownloadButton
     gif: gr.DownloadButton
     trajectories: gr.DownloadButton
+    boxes: gr.DownloadButton
     run: gr.DownloadButton
     everything: gr.DownloadButton
 
@@ -184,6 +234,7 @@ def build_result() -> ResultView:
                 ("Video", "mp4"),
                 ("GIF", "gif"),
                 ("Drawing", "trajectories"),
+                ("Boxes", "boxes"),
                 ("run.yaml", "run"),
                 ("Everything", "everything"),
             )

@@ -27,6 +27,7 @@ class ResultEvents(PageEvents):
             view.mp4: result.find("video.mp4", chosen),
             view.gif: result.find("video.gif", chosen),
             view.trajectories: result.file("trajectories.json"),
+            view.boxes: result.file("boxes.json"),
             view.run: result.file("run.yaml"),
             view.everything: result.file("all.zip"),
         }
