@@ -253,7 +253,9 @@ class Engine:
         arguments["residual_cache"] = self._cache
         if request.resume is not None:
             arguments |= {"resume_from": request.resume.step, "latents": request.resume.latents}
-        report = StepReport(ticket.report, lambda: ticket.is_stopped, request.mix, every=request.estimates_every)
+        report = StepReport(
+            ticket.report, lambda: ticket.is_stopped, inputs.job.seeds, request.mix, every=request.estimates_every
+        )
         arguments |= {
             "callback_on_step_end": report,
             "callback_on_step_end_tensor_inputs": report.tensor_names,

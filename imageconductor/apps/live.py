@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
 from dataclasses import replace
 
 from PIL import Image
@@ -30,28 +29,25 @@ def show_waiting(waiting: Waiting) -> str:
     return _bar("Waiting", f"{others} before yours", 0.0)
 
 
-def show_step(step: Step, names: Sequence[str] = (), last: str = "") -> str:
+def show_step(step: Step, last: str = "") -> str:
     """The bar after a step, the current estimate of each video, and what each branch wants.
 
     Args:
         step: The step.
-        names: Captions of the videos, such as their seeds; one video needs none.
         last: Pictures of an earlier step, from `show_pictures`, for a step that has none.
     """
     left = "" if step.seconds_left is None else f"{format_seconds(step.seconds_left)} left"
-    return _bar(f"Step {step.done} of {step.total}", left, step.done / step.total) + (
-        show_pictures(step, names) or last
-    )
+    return _bar(f"Step {step.done} of {step.total}", left, step.done / step.total) + (show_pictures(step) or last)
 
 
-def show_pictures(step: Step, names: Sequence[str] = ()) -> str:
+def show_pictures(step: Step) -> str:
     """Estimates and branches of a step; empty if it has none."""
     parts = []
     if step.estimates:
         many = len(step.estimates) > 1
         figures = [
-            _figure(frames, f"seed {names[i]}" if many and i < len(names) else "current estimate", large=not many)
-            for i, frames in enumerate(step.estimates)
+            _figure(frames, f"seed {seed}" if many else "current estimate", large=not many)
+            for seed, frames in step.estimates.items()
         ]
         parts.append(f'<div class="ic-strip">{"".join(figures)}</div>')
     if step.branches:
@@ -65,7 +61,7 @@ def show_pictures(step: Step, names: Sequence[str] = ()) -> str:
 
 def show_done(title: str, seconds: float, last: Step | None = None) -> str:
     """The bar of a finished request, and what each branch wanted at the last step that showed it."""
-    branches = "" if last is None else show_pictures(replace(last, estimates=[]))
+    branches = "" if last is None else show_pictures(replace(last, estimates={}))
     return _bar("Done", f"{title} in {format_seconds(seconds)}", 1.0) + branches
 
 

@@ -126,12 +126,11 @@ class Events(ResultEvents, MotionEvents):
         }
         idle = {parts.stop: gr.update(interactive=False), parts.generate: gr.update(interactive=True)}
         try:
-            seeds: list[str] = []
             for news in make():
                 if isinstance(news, Waiting):
                     yield {parts.live: show_waiting(news)}
                 elif isinstance(news, Step):
-                    pictures, last = show_pictures(news, seeds) or pictures, news if news.branches else last
+                    pictures, last = show_pictures(news) or pictures, news if news.branches else last
                     yield {parts.live: show_step(news, last=pictures)}
                 elif isinstance(news, Stopped):
                     yield {parts.live: show_stopped(), **idle}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,14 +32,15 @@ class Step:
         done: Steps so far.
         total: Steps of this request.
         seconds_left: Estimated from the steps so far; None before the first one.
-        estimates: (K, H, W, 3) uint8, frames of the current estimate x_0 for each video; none at steps without.
+        estimates: (K, H, W, 3) uint8, frames of the current estimate x_0 for the seed of each video; none at steps
+            without.
         branches: (K, H, W, 3) for each of `BRANCHES`, of the first video; none without the mixing board.
     """
 
     done: int
     total: int
     seconds_left: float | None = None
-    estimates: list[Frames] = field(default_factory=list)
+    estimates: dict[int, Frames] = field(default_factory=dict)
     branches: dict[str, Frames] = field(default_factory=dict)
 
 
@@ -75,6 +76,7 @@ class StepReport:
     Args:
         report: Takes each `Step`.
         is_stopped: Read at each step.
+        seeds: Of the videos.
         mix: Of the mixing board; None = without it.
         every: Decode estimates at every n-th step; 0 = never.
         num_frames: Frames decoded of each estimate, from first to last.
@@ -87,11 +89,12 @@ class StepReport:
         self,
         report: Callable[[Step], None],
         is_stopped: Callable[[], bool],
+        seeds: Sequence[int],
         mix: Mix | None = None,
         every: int = 1,
         num_frames: int = 4,
     ):
-        self.report, self.is_stopped, self.mix = report, is_stopped, mix
+        self.report, self.is_stopped, self.seeds, self.mix = report, is_stopped, seeds, mix
         self.every, self.num_frames = every, num_frames
         self.has_moved = False
         self._weights = None if mix is None else mix.read()
@@ -113,10 +116,11 @@ class StepReport:
         total = pipe.num_timesteps
         done = step + 1
         per_step = (time.monotonic() - self._began) / self._steps
-        estimates: list[Frames] = []
+        estimates: dict[int, Frames] = {}
         branches: dict[str, Frames] = {}
         if self.every and "x_0" in tensors and self._steps % self.every == 0 and done < total:
-            estimates = [self._decode(pipe, one) for one in tensors["x_0"].split(1)]
+            latents = tensors["x_0"].split(1)
+            estimates = {seed: self._decode(pipe, one) for seed, one in zip(self.seeds, latents, strict=True)}
         if self.mix is not None:
             found = tensors.get("branch_x_0") or {}
             branches = {name: self._decode(pipe, found[name][:1]) for name in BRANCHES if name in found}

@@ -81,8 +81,8 @@ def test_steps_are_reported_with_time_left_and_estimates_of_each_video(engine, j
     events = run(engine, Request(SampleJob(**{**vars(job), "seed": [5, 6]}), estimates_every=1))
     steps = [event for event in events if isinstance(event, Step)]
     assert [(step.done, step.total) for step in steps] == [(1, 3), (2, 3), (3, 3)]
-    assert [len(step.estimates) for step in steps] == [2, 2, 0]  # the last estimate is the result itself
-    assert steps[0].estimates[0].shape == (4, 32, 32, 3)
+    assert [list(step.estimates) for step in steps] == [[5, 6], [5, 6], []]  # the last estimate is the result itself
+    assert steps[0].estimates[5].shape == (4, 32, 32, 3)
     assert steps[-1].seconds_left == 0
     assert steps[0].seconds_left > steps[1].seconds_left > 0
     assert isinstance(events[-1], Made)
