@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from dataclasses import replace
 
 from PIL import Image
@@ -73,6 +74,11 @@ def show_stopped() -> str:
 def show_error(message: str) -> str:
     """A refusal, for the place beside its field."""
     return f'<div class="ic-error" role="alert">{html.escape(message)}</div>'
+
+
+def count_from_one(message: str) -> str:
+    """A refusal of a drawing that numbers tracks and points as the page does; files and programs count from 0."""
+    return re.sub(r"\b(track|point) (\d+)\b", lambda found: f"{found[1]} {int(found[2]) + 1}", message)
 
 
 def format_seconds(seconds: float) -> str:

@@ -9,7 +9,7 @@ import gradio as gr
 
 from imageconductor.apps.form import Form
 from imageconductor.apps.limits import FieldError
-from imageconductor.apps.live import show_error
+from imageconductor.apps.live import count_from_one, show_error
 from imageconductor.apps.page_parts import Board, History, ResultView, Resuming, Settings, Sheet, Slots
 from imageconductor.apps.studio import Studio
 from imageconductor.apps.visits import Visit
@@ -86,5 +86,6 @@ class PageEvents:
         updates: Updates = {slot: gr.update(value="", visible=False) for slot in slots.values()}
         if error is not None:
             place = slots[error.field if error.field in slots else "generate"]
-            updates[place] = gr.update(value=show_error(str(error)), visible=True)
+            text = count_from_one(str(error)) if error.field == "drawing" else str(error)
+            updates[place] = gr.update(value=show_error(text), visible=True)
         return updates

@@ -127,6 +127,17 @@ def test_a_number_out_of_bounds_is_refused_beside_its_field(page):
     assert page.locator("#generate").is_enabled()
 
 
+def test_a_track_that_cannot_be_used_is_called_as_on_the_timeline(page):
+    stays, leaves = {"points": [[8, 8], [40, 8]]}, {"points": [[-20, 8], [4, 8]], "outside": True}
+    drawing = {"width": 64, "height": 64, "tracks": [stays, stays, leaves]}
+    file = {"name": "drawn.json", "mimeType": "application/json", "buffer": json.dumps(drawing).encode()}
+    page.set_input_files("#editor .load input", file)
+    page.locator("#editor .row .name", has_text="Track 3").click()  # the example has two
+    page.locator("#editor .canvas").press("Shift+ArrowLeft")
+    page.click("#generate")
+    says(page, "error-drawing", "track 3 lies outside")
+
+
 def test_two_visitors_at_once_keep_their_videos_apart(open_page):
     pages = [open_page(), open_page()]
     for seed, page in enumerate(pages, 11):
