@@ -61,6 +61,8 @@ def serve(
     if port is not None:
         check_port(host, port)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    # Gradio 6.31 would keep what every event sends and returns, pictures too, in the browser, where it slows the next.
+    os.environ["GRADIO_RUN_HISTORY"] = "False"
     with tempfile.TemporaryDirectory(prefix="imageconductor-", ignore_cleanup_errors=True) as root:
         before = os.environ.get("GRADIO_TEMP_DIR")
         os.environ["GRADIO_TEMP_DIR"] = str(Path(root, "cache"))  # uploads, and copies of results

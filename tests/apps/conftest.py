@@ -8,8 +8,6 @@ import pytest
 from page_visit import WAIT_MS
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-# Gradio would keep all that events send and return in the browser, which makes each event slower than the last.
-os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
 
 
 @pytest.fixture(scope="session")
