@@ -31,7 +31,9 @@ from imageconductor.conditioning.trajectory_json import TRACK_CONTROLS
 
 TITLE = "Image Conductor"
 _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-_CACHE_SECONDS = 600  # between two looks for files that are old enough to be deleted
+
+CACHE_SECONDS = 600
+"""Between two looks for files that are old enough to be deleted."""
 
 
 def build_page(studio: Studio, folder: Path) -> gr.Blocks:
@@ -46,7 +48,7 @@ def build_page(studio: Studio, folder: Path) -> gr.Blocks:
     props = {"max_tracks": limits.tracks, "max_objects": studio.max_objects}
     example = Example.load(folder, min(defaults.num_frames, limits.frames))
     with gr.Blocks(
-        title=TITLE, analytics_enabled=False, delete_cache=(_CACHE_SECONDS, int(limits.visit_seconds)), fill_width=True
+        title=TITLE, analytics_enabled=False, delete_cache=(CACHE_SECONDS, int(limits.visit_seconds)), fill_width=True
     ) as page:
         gr.HTML(
             f"<h1>{TITLE}</h1><p>Draw on the picture how things move, and make the video.</p>",

@@ -82,7 +82,7 @@ def _run(
     import gradio as gr
 
     from imageconductor.apps.engine import Engine
-    from imageconductor.apps.page import build_page
+    from imageconductor.apps.page import CACHE_SECONDS, build_page
     from imageconductor.apps.shelf import Shelf
     from imageconductor.apps.studio import Studio
     from imageconductor.apps.visits import Visits
@@ -90,6 +90,7 @@ def _run(
     shelf = Shelf.scan(loras)
     engine = Engine(base, limits)
     visits = Visits(root, limits)
+    visits.watch(CACHE_SECONDS)
     try:
         engine.load()
         page = build_page(Studio(engine, visits, shelf), root)

@@ -109,6 +109,16 @@ class Visits:
         self._root, self._limits, self._clock = root, limits, clock
         self._visits: dict[str, Visit] = {}
         self._lock = threading.Lock()
+        self._closed = threading.Event()
+
+    def watch(self, seconds: float) -> None:
+        """Calls `forget_old` every so many seconds until `close`, so that files go even if no visitor comes."""
+
+        def look() -> None:
+            while not self._closed.wait(seconds):
+                self.forget_old()
+
+        threading.Thread(target=look, name="visits", daemon=True).start()
 
     def find(self, key: str | None) -> Visit:
         """The visit of a session, which begins with the first call."""
@@ -149,6 +159,7 @@ class Visits:
 
     def close(self) -> None:
         """Ends all visits."""
+        self._closed.set()
         with self._lock:
             visits = list(self._visits.values())
             self._visits.clear()

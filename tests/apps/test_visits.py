@@ -1,5 +1,7 @@
 """What one visitor has, and when it goes."""
 
+import time
+
 import pytest
 
 from imageconductor.apps.limits import FieldError, Limits
@@ -35,6 +37,17 @@ def test_visitors_have_folders_of_their_own_which_go_after_a_while(visits, clock
     assert len(visits) == 2
     visits.close()
     assert not second.folder.exists()
+
+
+def test_files_go_though_nobody_comes(visits, clock):
+    folder = visits.find("a").folder
+    visits.watch(0.01)
+    clock[0] = 101
+    until = time.monotonic() + 30
+    while folder.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not folder.exists()
+    visits.close()
 
 
 def test_who_waits_for_a_video_is_kept(visits, clock):
