@@ -36,6 +36,13 @@ with mock.patch.object(component_meta, "create_or_modify_pyi", create=True):
     class TrajectoryEditor(gr.HTML):
         """The editor as a Gradio component. A `change` event follows each change of the drawing.
 
+        Undo, presets, the camera's amounts, the timeline, import and export are parts of it and need no wiring.
+
+        An event gives it a picture by returning `picture_update(image)`, and anything else by returning
+        `gr.update(video_size=..., num_frames=..., fps=..., controls=...)`; what is left out stays. Such events take
+        show_progress="hidden", since Gradio dims the component while they run, and must not return a value that the
+        user may meanwhile have changed: leave `value` out.
+
         Args:
             value: {"width": W, "height": H, "num_frames": T, "tracks": [...], "camera": {...}, "objects": [...]} in
                 pixels of the original picture, as docs/trajectories.md has it, and boxes as a boxes file has them; None
@@ -104,38 +111,6 @@ with mock.patch.object(component_meta, "create_or_modify_pyi", create=True):
             return self.example_payload()
 
 
-def build_editor(
-    *,
-    video_size: Sequence[int] | None = None,
-    num_frames: int = 16,
-    fps: float = 8,
-    controls: Sequence[str] = ("camera", "object"),
-    max_tracks: int = MAX_DRAWN_TRACKS,
-    max_objects: int | None = None,
-    **html: Any,
-) -> TrajectoryEditor:
-    """An editor without a picture, within the Blocks that is being built.
-
-    Undo, presets, the camera's amounts, the timeline, import and export are parts of the component and need no wiring.
-    The page gives it a picture by returning `picture_update(image)` from an event, and anything else by returning
-    `gr.update(video_size=..., num_frames=..., fps=..., controls=...)`; what is left out stays.
-
-    Events with the editor as an output take show_progress="hidden", since Gradio dims the component while they run, and
-    must not return a value that the user may meanwhile have changed: leave `value` out. GRADIO_RUN_HISTORY=False in the
-    environment keeps Gradio 6.31 from storing each event's data, pictures too, in the browser, where it slows every
-    further event.
-    """
-    return TrajectoryEditor(
-        video_size=video_size,
-        num_frames=num_frames,
-        fps=fps,
-        controls=controls,
-        max_tracks=max_tracks,
-        max_objects=max_objects,
-        **html,
-    )
-
-
 def blank_drawing(size: tuple[int, int], num_frames: int) -> dict[str, Any]:
     """The value of a picture of (W, H) on which nothing is drawn."""
     return {"width": size[0], "height": size[1], "num_frames": num_frames, "tracks": []}
@@ -151,9 +126,9 @@ def picture_url(picture: Image.Image) -> str:
 
 
 def picture_update(
-    picture: Image.Image | None, num_frames: int = 16, value: dict[str, Any] | None = None, **props: Any
+    picture: Image.Image, num_frames: int = 16, value: dict[str, Any] | None = None, **props: Any
 ) -> Any:
-    """What an event returns for the editor to show another picture; None takes the picture away.
+    """What an event returns for the editor to show another picture.
 
     Args:
         picture: RGB, as `load_image` gives it.
@@ -161,8 +136,6 @@ def picture_update(
         value: a drawing on it; None = a blank one.
         props: further arguments of `TrajectoryEditor`.
     """
-    if picture is None:
-        return gr.update(value=None, image=None, **props)
     value = blank_drawing(picture.size, num_frames) if value is None else value
     return gr.update(value=value, image=picture_url(picture), num_frames=num_frames, **props)
 

@@ -26,8 +26,6 @@ FIRST_FRAMES = [
     ("the scene gates", "gates"),
     ("both", "both"),
 ]
-FIELDS = ("picture", "drawing", "prompt", "seed", "steps", "control", "scales", "frames", "loras", "preset")
-"""Fields that have a place for a refusal beside them; other refusals stand at the button."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +208,7 @@ class ResultView:
 
 def build_result() -> ResultView:
     """The video, its first frame, and downloads."""
-    with gr.Row(elem_classes="ic-result"):
+    with gr.Row():
         video = gr.Video(
             label="Video", autoplay=True, loop=True, interactive=False, buttons=[], height=330, elem_id="video", scale=3
         )

@@ -23,7 +23,7 @@ def picture(red=90):
 def open_site(launch):
     """Address of a page with two editors, and what the server received: {(name of the visit, editor): value}."""
     gr = pytest.importorskip("gradio", minversion="6.25", reason="gradio is not installed: make test-web installs it")
-    from imageconductor.apps.editor import build_editor, picture_update
+    from imageconductor.apps.editor import TrajectoryEditor, picture_update
 
     received, reds = {}, cycle(range(10, 250, 20))
 
@@ -40,7 +40,7 @@ def open_site(launch):
         marks = gr.Button("no marks")
         boxed = gr.Button("boxes")
         for name in ("first", "second"):
-            editor = build_editor(video_size=(300, 200), num_frames=FRAMES, fps=FPS, elem_id=name)
+            editor = TrajectoryEditor(video_size=(300, 200), num_frames=FRAMES, fps=FPS, elem_id=name)
             editor.change(keep(name), editor, None, show_progress="hidden")
             show = lambda: picture_update(picture(), FRAMES)  # noqa: E731
             blocks.load(show, None, editor, show_progress="hidden")
