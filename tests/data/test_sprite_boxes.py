@@ -7,9 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_sprites import black, camera_path, line, sprite
 
-from imageconductor.data.scenes import Scene
 from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
 from imageconductor.data.sprites import sample_scene
 
@@ -36,16 +34,6 @@ def test_boxes_are_where_the_sprites_pixels_are(growth):
     assert compared > 300
     grown = np.abs(np.log(sizes))
     assert grown.max() < 0.2 if growth[1] == 1 else (grown > np.log(1.4)).mean() > 0.5
-
-
-def test_a_sprite_that_leaves_is_absent():
-    path = line((30, 32), (130, 32))
-    scene = Scene((64, 64), camera_path(), (sprite(path),), black(), "a red square")
-    boxes = scene.boxes()
-    assert boxes.present[0].tolist() == sorted(boxes.present[0].tolist(), reverse=True)
-    assert boxes.present[0, 0]
-    assert not boxes.present[0, -1]
-    assert boxes.xyxy[0, boxes.present[0]][:, 2].max() <= 64
 
 
 def test_points_of_a_growing_sprite_stay_on_its_pattern():

@@ -343,3 +343,13 @@ def test_ink_keeps_the_brightness_and_has_two_colours():
     assert (ink - torch.stack(expected)).abs().max() < 1.6
     drawn = SpriteDataset(SpriteWorldConfig(style="ink"), 4)[3]["pixel_values"]
     assert torch.equal(drawn.double(), ink)
+
+
+def test_a_sprite_that_leaves_is_absent():
+    path = line((30, 32), (130, 32))
+    scene = Scene((64, 64), camera_path(), (sprite(path),), black(), "a red square")
+    boxes = scene.boxes()
+    assert boxes.present[0].tolist() == sorted(boxes.present[0].tolist(), reverse=True)
+    assert boxes.present[0, 0]
+    assert not boxes.present[0, -1]
+    assert boxes.xyxy[0, boxes.present[0]][:, 2].max() <= 64
