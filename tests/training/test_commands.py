@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from imageconductor.commands.train import main
-from imageconductor.training.stage_configs import STAGE_CONFIGS, load_config
+from imageconductor.training.stage_configs import STAGE_CONFIGS, BoxStageConfig, load_config
 from imageconductor.training.stages.registry import STAGES
 from imageconductor.training.train_config import TrainConfig
 from scripts import smoke_training
@@ -20,12 +20,22 @@ DOORS = ("motion_controlnet", "camera_lora", "object_lora")
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_shipped_settings_name_their_stage_and_refuse_typing_errors(path):
     config = load_config(path)
-    assert config.stage in (path.parent.name, path.stem[: len(config.stage)])
+    stem = path.stem.removeprefix("smcd_")
+    named = (path.parent.name, stem[: len(config.stage)], {"joint": "scene_gates"}.get(stem))
+    assert config.stage in named
     assert type(config) is STAGES[config.stage].Config
     assert config.output == f"runs/{path.relative_to('configs/train').with_suffix('')}"
     if config.stage == "motion_director":  # the published settings, and the small model's own
         assert (config.batch_size, config.lora_rank) == (1, 32)
         assert config.learning_rate == 5e-4 or path.parent == SPRITES
+    elif isinstance(config, BoxStageConfig):  # SMCD's published ones, on eight GPUs, and the small model's own
+        is_first = config.stage == "object_gates"
+        if config.data:
+            assert config.batch_size * config.gradient_accumulation_steps * 8 == (64 if is_first else 16)
+            assert config.learning_rate == (3e-5 if is_first else 5e-5)
+            assert (config.lr_schedule, config.weight_decay, config.max_grad_norm) == ("constant", 1e-2, 1.0)
+        assert config.boxes_dropout == 0.1
+        assert is_first or (config.scene_dropout, config.input_dropout) == (0.1, 0.25)
     elif config.data:  # the paper's, on eight GPUs or on one
         assert config.batch_size * config.gradient_accumulation_steps in (64, 64 // 8)
         assert (config.learning_rate, config.size, config.num_frames) == (1e-4, (384, 256), 16)
