@@ -94,7 +94,7 @@ def list_requests(config: BoxEvaluateConfig, size: tuple[int, int], num_frames: 
     """
     span = (num_frames - 1) * config.frame_step + 1
     found: list[BoxRequest] = []
-    for clip in _list_clips(config, span):
+    for clip in _list_clips(config, size, span):
         if len(found) == config.num_clips:
             break
         chosen = range(0, span, config.frame_step)
@@ -108,10 +108,10 @@ def list_requests(config: BoxEvaluateConfig, size: tuple[int, int], num_frames: 
     return found
 
 
-def _list_clips(config: BoxEvaluateConfig, min_frames: int) -> Iterator[TrueClip]:
+def _list_clips(config: BoxEvaluateConfig, size: tuple[int, int], min_frames: int) -> Iterator[TrueClip]:
     root = Path(config.data or "")
     if config.dataset == "sprites":
-        world = replace(config.world, seed=config.world.seed + _SPRITE_SEED, num_frames=min_frames)
+        world = replace(config.world, size=size, seed=config.world.seed + _SPRITE_SEED, num_frames=min_frames)
         for index in range(config.num_clips or _SPRITE_CLIPS):
             scene = sample_scene(world, index)
             yield SpriteClip(f"{world.kind.value}-{index:04d}", scene.caption, scene.boxes(), scene)

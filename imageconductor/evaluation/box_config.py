@@ -16,6 +16,7 @@ class BoxMethod:
     """One line of the table: a model, and what it is given of each clip; the caption always."""
 
     model: str | None = None  # model folder; null = the evaluation's
+    motion_lora: list[str] = field(default_factory=list)  # LoRAs of the motion modules, each FILE or FILE:scale
     image: bool = True  # the clip's first frame
     boxes: bool = True  # the boxes and class names of its objects
     centres: bool = False  # the boxes' centres as trajectories
@@ -39,7 +40,7 @@ class BoxEvaluateConfig:
     dataset: Literal["got10k", "youtube_vis", "sprites"] = "sprites"  # where the clips come from
     data: str | None = None  # folder of the data set, with its splits; not for sprites
     split: str = "val"  # of the data set
-    world: SpriteWorldConfig = field(default_factory=SpriteWorldConfig)  # of sprites; its seed is that of the scenes
+    world: SpriteWorldConfig = field(default_factory=SpriteWorldConfig)  # of sprites; size and length are the videos'
     captions: str | None = None  # JSON of captions by clip, for youtube_vis; null = caption.json in the folder
     num_clips: int | None = None  # the first clips of the split; null = all, and 64 of sprites
     frame_step: int = 1  # between the frames that are taken of a clip, from its first one on

@@ -35,7 +35,7 @@ from imageconductor.evaluation.box_summary import summarise_boxes
 from imageconductor.evaluation.boxes import build_box_tracker, overlaps
 from imageconductor.evaluation.frechet import load_network
 from imageconductor.evaluation.generation_settings import collect_box_settings, merge_with_record
-from imageconductor.evaluation.input_checks import check_clip, check_output
+from imageconductor.evaluation.input_checks import check_clip, check_output, network_file
 from imageconductor.evaluation.motion import psnr
 from imageconductor.evaluation.processes import own_part, show_progress, start_processes
 from imageconductor.evaluation.score_files import identify_file, is_scored, write_score
@@ -76,7 +76,7 @@ class BoxEvaluation:
         self._settings = {name: self._settle(name) for name in config.methods}
         self.tracker = build_box_tracker(config.box_tracker)
         for distance in config.frechet:
-            load_network(distance, self.network_file(distance))
+            load_network(distance, network_file(config, distance))
         check_clip("clip", config.clip)
         check_clip("dino", config.dino, "model")
         self.clip = None if config.clip is None else ClipScorer(config.clip, self.device)
@@ -99,11 +99,6 @@ class BoxEvaluation:
         self.state.wait_for_everyone()
         self.state.destroy_process_group()
         return summarise_boxes(self) if self.state.is_main_process else None
-
-    def network_file(self, distance: str) -> Path | None:
-        """File of a Fréchet distance's network; None for the embedded one."""
-        weights = {"fid": self.config.fid_weights, "fvd": self.config.fvd_weights}.get(distance)
-        return None if weights is None else Path(weights)
 
     def video_path(self, name: str, request: BoxRequest) -> Path:
         """File of a method's video."""
@@ -130,6 +125,7 @@ class BoxEvaluation:
         try:
             job = SampleJob(
                 model=config.methods[name].model or config.model or "",
+                motion_lora=config.methods[name].motion_lora,
                 prompt="a clip's caption",
                 negative_prompt=config.negative_prompt,
                 guidance_scale=config.guidance_scale,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from imageconductor.evaluation.frechet import collect_statistics, frechet_distance
+from imageconductor.evaluation.input_checks import network_file
 from imageconductor.evaluation.report import format_figure, format_tables
 from imageconductor.evaluation.scores import describe_failure, summarise_scores, to_json_values
 from imageconductor.evaluation.statistics import summarise, summarise_differences
@@ -148,7 +149,7 @@ def _measure_frechet(evaluation: BoxEvaluation, name: str) -> dict[str, Any]:
     """Each asked-for distance between a method's videos and the true clips, or the reason why there is none."""
     found: dict[str, Any] = {}
     for distance in evaluation.config.frechet:
-        weights, count = evaluation.network_file(distance), evaluation.num_frames
+        weights, count = network_file(evaluation.config, distance), evaluation.num_frames
         bar = tqdm(evaluation.requests, desc=f"{name}: {distance}", dynamic_ncols=True)
         try:
             made = (evaluation.read_frames(name, request) for request in bar)

@@ -125,6 +125,7 @@ def collect_box_settings(config: BoxEvaluateConfig, method: BoxMethod, job: Samp
         method: The method.
         job: Its settings, with its model's defaults.
     """
+    loras = [find_lora(text, "motion")[0] for text in method.motion_lora]
     of_clips = ("dataset", "data", "split", "captions", "world", "frame_step", "seed")
     kept = ("negative_prompt", "guidance_scale", "trajectory_guidance_scale", "steps", "width", "height", "num_frames")
     settings: dict[str, Any] = {
@@ -132,7 +133,7 @@ def collect_box_settings(config: BoxEvaluateConfig, method: BoxMethod, job: Samp
         **{key: getattr(config, key) for key in of_clips},
         **{key: getattr(job, key) for key in (*kept, "dtype", "first_frame_by")},
         "method": asdict(method) | {"model": job.model},
-        "weights": _describe_files(_list_weights(Path(job.model))),
+        "weights": _describe_files([*_list_weights(Path(job.model)), *map(Path, loras)]),
     }
     return json.loads(json.dumps(settings, default=str))
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from imageconductor.checkpoints.model_folder import check_adapters, locate_model
 from imageconductor.data.trackers import CoTracker, LucasKanadeTracker, Tracker
 from imageconductor.evaluation.appearance import ssim
+from imageconductor.evaluation.box_config import BoxEvaluateConfig
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, FrechetName
 from imageconductor.evaluation.frechet import load_network
 from imageconductor.evaluation.generation_settings import list_attached_files
@@ -97,7 +98,7 @@ def build_tracker(config: EvaluateConfig | LearnedMotionConfig, device: str) -> 
     return CoTracker(config.cotracker, device=device) if config.tracker == "cotracker" else LucasKanadeTracker()
 
 
-def network_file(config: EvaluateConfig, distance: FrechetName) -> Path | None:
+def network_file(config: EvaluateConfig | BoxEvaluateConfig, distance: FrechetName) -> Path | None:
     """File of a Fréchet distance's network; None for the embedded one."""
     weights = {"fid": config.fid_weights, "fvd": config.fvd_weights}.get(distance)
     return None if weights is None else Path(weights)
