@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +91,7 @@ def _evaluate_drawn(config: EvaluateConfig, output: Path) -> dict[str, Any] | No
     from imageconductor.evaluation.protocol import Evaluation
     from imageconductor.evaluation.report import format_markdown, write_report
 
-    evaluation = Evaluation(config, output)
-    record = evaluation.run()
-    if record is not None:
-        write_report(evaluation, record, output)
-        print(format_markdown(record))
-        print(output / "report.html")
-    return record
+    return _report(Evaluation(config, output), write_report, format_markdown, "report.html")
 
 
 def _evaluate_learned(config: LearnedMotionConfig, output: Path) -> dict[str, Any] | None:
@@ -105,24 +99,25 @@ def _evaluate_learned(config: LearnedMotionConfig, output: Path) -> dict[str, An
     from imageconductor.evaluation.learned_motion_summary import format_learned_motion, write_learned_motion_report
 
     evaluation = LearnedMotionEvaluation(config, output)
-    record = evaluation.run()
-    if record is not None:
-        write_learned_motion_report(evaluation, record, output)
-        print(format_learned_motion(record))
-        print(output / "table.md")
-    return record
+    return _report(evaluation, write_learned_motion_report, format_learned_motion, "table.md")
 
 
 def _evaluate_boxes(config: BoxEvaluateConfig, output: Path) -> dict[str, Any] | None:
     from imageconductor.evaluation.box_protocol import BoxEvaluation
     from imageconductor.evaluation.box_summary import format_boxes, write_box_report
 
-    evaluation = BoxEvaluation(config, output)
+    return _report(BoxEvaluation(config, output), write_box_report, format_boxes, "table.md")
+
+
+def _report(
+    evaluation: Any, write: Callable[..., None], describe: Callable[[dict[str, Any]], str], page: str
+) -> dict[str, Any] | None:
+    """Runs an evaluation, and on the main process writes its report and prints its tables and where the page is."""
     record = evaluation.run()
     if record is not None:
-        write_box_report(evaluation, record, output)
-        print(format_boxes(record))
-        print(output / "table.md")
+        write(evaluation, record, evaluation.output)
+        print(describe(record))
+        print(evaluation.output / page)
     return record
 
 

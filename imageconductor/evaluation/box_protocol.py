@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,11 +35,11 @@ from imageconductor.evaluation.box_summary import summarise_boxes
 from imageconductor.evaluation.boxes import build_box_tracker, overlaps
 from imageconductor.evaluation.frechet import load_network
 from imageconductor.evaluation.generation_settings import collect_box_settings, merge_with_record
-from imageconductor.evaluation.input_checks import check_clip, check_output, network_file
+from imageconductor.evaluation.input_checks import agree_on_shape, check_clip, check_output, network_file
 from imageconductor.evaluation.motion import psnr
 from imageconductor.evaluation.processes import own_part, show_progress, start_processes
 from imageconductor.evaluation.score_files import identify_file, is_scored, write_score
-from imageconductor.evaluation.scores import describe_failure
+from imageconductor.evaluation.scores import run_instruments
 from imageconductor.evaluation.video_files import read_video, write_video
 from imageconductor.files import remove_partial, write_text
 from imageconductor.sampling.branches import ADAPTERS, Control
@@ -69,7 +69,7 @@ class BoxEvaluation:
             check_output(output)
         self.device = config.device or str(self.state.device)
         self.jobs = {name: self._prepare(name) for name in config.methods}
-        self.size, self.num_frames = self._agree_on_shape()
+        self.size, self.num_frames = agree_on_shape(self.jobs)
         self.requests = list_requests(config, self.size, self.num_frames)
         for name in config.methods:
             self.jobs[name] = self._complete(name)
@@ -139,18 +139,6 @@ class BoxEvaluation:
             return prepare(job).job
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"method {name}: {error}") from None
-
-    def _agree_on_shape(self) -> tuple[tuple[int, int], int]:
-        """(W, H) and the number of frames of all videos, which are asked for the same boxes."""
-        shapes = {
-            name: (cast(int, job.width), cast(int, job.height), cast(int, job.num_frames))
-            for name, job in self.jobs.items()
-        }
-        (first, shape), *others = shapes.items()
-        if other := next((name for name, found in others if found != shape), None):
-            told = " and ".join(f"{name} {'x'.join(map(str, shapes[name]))}" for name in (first, other))
-            raise ValueError(f"the methods must make videos of one size and length: {told}; set size and num_frames")
-        return shape[:2], shape[2]
 
     def _complete(self, name: str) -> SampleJob:
         """A method's settings once it is sure that its model takes what it is given of every clip."""
@@ -252,14 +240,7 @@ class BoxEvaluation:
             if self.dino is not None:
                 score["first_frame_dino"] = first_frame_fidelity(self.dino, frames, first)
 
-        failed = {}
-        instruments = {"tracker": measure_overlaps, "clip": measure_clip, "dino": measure_dino}
-        for instrument, measure in instruments.items():
-            try:
-                measure()
-            except Exception as error:  # Networks of others fail in many ways, and what else was measured should stay.
-                failed[instrument] = describe_failure(error)
-        return {**score, **({"failed": failed} if failed else {})}
+        return score | run_instruments({"tracker": measure_overlaps, "clip": measure_clip, "dino": measure_dino})
 
     def _score_path(self, name: str, request: BoxRequest) -> Path:
         return self.output / "scores" / name / f"{request.key}.json"

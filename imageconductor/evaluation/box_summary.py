@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from imageconductor.evaluation.frechet import collect_statistics, frechet_distance
 from imageconductor.evaluation.input_checks import network_file
-from imageconductor.evaluation.report import format_figure, format_tables
+from imageconductor.evaluation.report import format_scaled, format_tables
 from imageconductor.evaluation.scores import describe_failure, summarise_scores, to_json_values
 from imageconductor.evaluation.statistics import summarise, summarise_differences
 from imageconductor.evaluation.summary import collect_failures, list_failures
@@ -168,13 +168,5 @@ def _build_table(title: str, lines: dict[str, dict[str, Any]], sign: str = "") -
     measured = [metric for metric in _COLUMNS if any(metric in figures for figures in lines.values())]
     table = [[title, *(_COLUMNS[metric][0] for metric in measured)]]
     for name, figures in lines.items():
-        cells = []
-        for metric in measured:
-            _, factor, digits = _COLUMNS[metric]
-            figure = figures.get(metric)
-            if figure is not None:
-                scaled = {key: figure[key] for key in ("mean", "low", "high") if figure[key] is not None}
-                figure = figure | {key: factor * value for key, value in scaled.items()}
-            cells.append(format_figure(figure, digits, sign, 0 if figure is None else figure["n"]))
-        table.append([name, *cells])
+        table.append([name, *(format_scaled(figures.get(key), *_COLUMNS[key][1:], sign) for key in measured)])
     return table

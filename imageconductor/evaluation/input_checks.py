@@ -6,8 +6,10 @@ All faults are one line that names the file and the setting.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -25,6 +27,7 @@ from imageconductor.evaluation.reference_videos import list_reference_files
 from imageconductor.evaluation.video_files import count_frames
 from imageconductor.files import check_writable
 from imageconductor.sampling.branches import ADAPTERS, Control
+from imageconductor.sampling.job import SampleJob
 
 _THREADS = 8  # that read the headers of videos, which is waiting for ffmpeg to start
 
@@ -34,6 +37,25 @@ def check_output(output: Path) -> None:
     check_writable(output)
     if output.exists() and any(output.iterdir()) and not (output / "scores").is_dir():
         raise ValueError(f"{output} exists and holds something else; name another --output")
+
+
+def agree_on_shape(jobs: Mapping[str, SampleJob]) -> tuple[tuple[int, int], int]:
+    """(W, H) and the number of frames of all methods' videos, which must be comparable.
+
+    Args:
+        jobs: By method, with the models' defaults.
+
+    Raises:
+        ValueError: They differ; names two methods.
+    """
+    shapes = {
+        name: (cast(int, job.width), cast(int, job.height), cast(int, job.num_frames)) for name, job in jobs.items()
+    }
+    (first, shape), *others = shapes.items()
+    if other := next((name for name, found in others if found != shape), None):
+        told = " and ".join(f"{name} {'x'.join(map(str, shapes[name]))}" for name in (first, other))
+        raise ValueError(f"the methods must make videos of one size and length: {told}; set size and num_frames")
+    return shape[:2], shape[2]
 
 
 def check_models(config: EvaluateConfig) -> None:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,13 +28,19 @@ from imageconductor.data.reference_clips import read_frames
 from imageconductor.data.reference_files import ReferenceClip, find_reference_clips
 from imageconductor.evaluation.appearance import ClipScorer, PickScorer
 from imageconductor.evaluation.generation_settings import collect_learned_settings, merge_with_record
-from imageconductor.evaluation.input_checks import build_tracker, check_clip, check_output, check_tracker
+from imageconductor.evaluation.input_checks import (
+    agree_on_shape,
+    build_tracker,
+    check_clip,
+    check_output,
+    check_tracker,
+)
 from imageconductor.evaluation.learned_motion_config import LearnedMotionConfig, VideoRequest
 from imageconductor.evaluation.learned_motion_summary import summarise_learned_motion
 from imageconductor.evaluation.motion_fidelity import TrackSet, fidelity_to_references, track_grid
 from imageconductor.evaluation.processes import own_part, show_progress, start_processes
 from imageconductor.evaluation.score_files import identify_file, is_scored, write_score
-from imageconductor.evaluation.scores import describe_failure
+from imageconductor.evaluation.scores import run_instruments
 from imageconductor.evaluation.video_files import read_video, write_video
 from imageconductor.files import remove_partial, write_text
 from imageconductor.sampling.job import Inputs, SampleJob, load_pipeline, prepare, render
@@ -65,7 +71,7 @@ class LearnedMotionEvaluation:
         self._inputs = {
             (name, motion): self._prepare(name, motion) for name in config.methods for motion in self.requests
         }
-        self.size, self.num_frames = self._agree_on_shape()
+        self.size, self.num_frames = agree_on_shape({name: inputs.job for (name, _), inputs in self._inputs.items()})
         self.references = {name: self._find_references(name) for name in config.motions}
         self._windows = {
             name: [[*identify_file(clip.path), clip.frames.start, clip.frames.step] for clip in windows]
@@ -149,18 +155,6 @@ class LearnedMotionEvaluation:
             )
         except (ValueError, FileNotFoundError) as error:
             raise _name_place(error, f"method {name}, motion {motion}") from None
-
-    def _agree_on_shape(self) -> tuple[tuple[int, int], int]:
-        """(W, H) and the number of frames of all videos, which are compared with the same windows of the references."""
-        shapes = {
-            name: (cast(int, job.width), cast(int, job.height), cast(int, job.num_frames))
-            for (name, _), job in ((key, inputs.job) for key, inputs in self._inputs.items())
-        }
-        (first, shape), *others = shapes.items()
-        if other := next((name for name, found in others if found != shape), None):
-            told = " and ".join(f"{name} {'x'.join(map(str, shapes[name]))}" for name in (first, other))
-            raise ValueError(f"the methods must make videos of one size and length: {told}; set size and num_frames")
-        return shape[:2], shape[2]
 
     def _find_references(self, name: str) -> list[ReferenceClip]:
         """The reference clips of a motion, in adjacent windows of as many frames as the videos have."""
@@ -277,14 +271,8 @@ class LearnedMotionEvaluation:
             if self.pick is not None:
                 score["pick_score"] = self.pick(frames, request.prompt)
 
-        failed = {}
         instruments = {"tracker": measure_motion, "clip": measure_clip, "pick_score": measure_preference}
-        for instrument, measure in instruments.items():
-            try:
-                measure()
-            except Exception as error:  # Networks of others fail in many ways, and what else was measured should stay.
-                failed[instrument] = describe_failure(error)
-        return {**score, **({"failed": failed} if failed else {})}
+        return score | run_instruments(instruments)
 
     def _score_path(self, name: str, request: VideoRequest) -> Path:
         return self.output / "scores" / name / request.motion / f"{request.key}.json"

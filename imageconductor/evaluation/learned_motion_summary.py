@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imageconductor.evaluation.report import format_figure, format_tables
+from imageconductor.evaluation.report import format_scaled, format_tables
 from imageconductor.evaluation.scores import summarise_scores, to_json_values
 from imageconductor.evaluation.summary import collect_failures, list_failures
 from imageconductor.files import write_text
@@ -136,12 +136,9 @@ def _build_table(heading: list[str], lines: dict[tuple[str, ...], dict[str, Any]
     table = [[*heading, *(title for title, _, _ in _COLUMNS.values()), "videos"]]
     for names, figures in lines.items():
         count = max((figure["n"] for figure in figures.values()), default=0)
-        cells = []
-        for metric, (_, factor, digits) in _COLUMNS.items():
-            figure = figures.get(metric)
-            if figure is not None:
-                scaled = {key: figure[key] for key in ("mean", "low", "high") if figure[key] is not None}
-                figure = figure | {key: factor * value for key, value in scaled.items()}
-            cells.append(format_figure(figure, digits, sign, count))
+        cells = [
+            format_scaled(figures.get(metric), factor, digits, sign, count)
+            for metric, (_, factor, digits) in _COLUMNS.items()
+        ]
         table.append([*names, *cells, str(count)])
     return table

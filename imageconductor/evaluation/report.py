@@ -219,6 +219,16 @@ def format_figure(figure: dict[str, Any] | None, digits: int = 2, sign: str = ""
     return text if count in (None, figure["n"]) else f"{text}, n = {figure['n']}"
 
 
+def format_scaled(
+    figure: dict[str, Any] | None, factor: float, digits: int = 2, sign: str = "", count: int | None = None
+) -> str:
+    """As `format_figure`, of mean and interval times a factor."""
+    if figure is None:
+        return format_figure(None)
+    scaled = {key: factor * figure[key] for key in ("mean", "low", "high") if figure[key] is not None}
+    return format_figure(figure | scaled, digits, sign, count)
+
+
 def _escape_latex(text: str) -> str:
     for character, escape in (
         ("\\", r"\textbackslash{}"),

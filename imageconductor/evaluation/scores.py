@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -70,6 +70,17 @@ def measure(
         except Exception as error:
             failed["clip"] = describe_failure(error)
     return {**score, **({"failed": failed} if failed else {})}
+
+
+def run_instruments(instruments: Mapping[str, Callable[[], None]]) -> dict[str, dict[str, str]]:
+    """Runs each instrument, and gives {"failed": reasons by instrument}, or nothing if none fails."""
+    failed: dict[str, str] = {}
+    for instrument, measure in instruments.items():
+        try:
+            measure()
+        except Exception as error:  # Networks of others fail in many ways, and what else was measured should stay.
+            failed[instrument] = describe_failure(error)
+    return {"failed": failed} if failed else {}
 
 
 def describe_failure(error: Exception) -> str:
