@@ -210,7 +210,7 @@ def full_size(adapter: str | None, rank: int) -> Denoiser:
 
 def parameters(denoiser: Denoiser) -> list[torch.nn.Parameter]:
     """Parameters of all networks."""
-    networks = (getattr(denoiser, field.name) for field in fields(denoiser) if field.name != "gate_scale")
+    networks = (getattr(denoiser, field.name) for field in fields(denoiser))
     return [parameter for network in networks if network is not None for parameter in network.parameters()]
 
 

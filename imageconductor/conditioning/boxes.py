@@ -8,7 +8,7 @@ pixel instead: the centre of a box as a point is half a pixel less in both axes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -223,6 +223,28 @@ class Boxes:
         x1, y1, x2, y2 = self.xyxy.unbind(-1)
         width = self.size[0]
         return dataclasses.replace(self, xyxy=torch.stack([width - x2, y1, width - x1, y2], dim=-1))
+
+
+def stack_boxes(clips: Sequence[Boxes], features: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
+    """Fields of a `Condition` for B clips, padded with absent objects to the most that one of them has, N.
+
+    Args:
+        clips: Of T frames each.
+        features: (D,) of each class name.
+        width: D.
+
+    Returns:
+        boxes (B, T, N, 4) as fractions of the frame, present (B, T, N), names (B, N, D); float32, zero where there is
+        no object.
+    """
+    most = max(1, *(one.num_objects for one in clips))
+    xyxy = torch.zeros(len(clips), clips[0].num_frames, most, 4)
+    present, names = torch.zeros(xyxy.shape[:3]), torch.zeros(len(clips), most, width)
+    for n, one in enumerate(clips):
+        xyxy[n, :, : one.num_objects], present[n, :, : one.num_objects] = one.normalise()
+        for k, name in enumerate(one.names):
+            names[n, k] = features[name]
+    return {"boxes": xyxy, "present": present, "names": names}
 
 
 def _cut(xyxy: Tensor, present: Tensor, size: tuple[int, int], min_area: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,6 @@ class Denoiser:
         motion_controlnet: For the trajectories; None in a text-to-video model.
         object_gates: For boxes; None in a model without them.
         scene_gates: For the first frame, in place of `image_controlnet` or beside it; None in a model without them.
-        gate_scale: Multiplies every gate.
     """
 
     unet: MotionUNet
@@ -110,7 +109,6 @@ class Denoiser:
     motion_controlnet: MotionControlNet
     object_gates: ObjectGates | None = None
     scene_gates: SceneGates | None = None
-    gate_scale: float = 1.0
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """eps_theta(x_t, t, c), or v where the scheduler predicts v: (B, C, T, h, w).
@@ -172,7 +170,6 @@ class Denoiser:
             scene_tokens,
             input_features,
             is_parallel=self.scene_gates is not None and self.scene_gates.is_parallel,
-            scale=self.gate_scale,
         )
 
     def residuals(self, t: Tensor, condition: Condition) -> Residuals | None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from imageconductor.conditioning import Boxes
+from imageconductor.conditioning.boxes import stack_boxes
+from imageconductor.models.networks import tokenize
 from imageconductor.models.weights import refuse_non_finite
 
 FirstFrame = Literal["controlnet", "gates", "both"]
@@ -121,20 +123,14 @@ def encode_boxes(
     Raises:
         ValueError: A class name cannot be read, or the text encoder gives values that are not finite.
     """
-    most = max(1, *(one.num_objects for one in boxes))
     names = list(dict.fromkeys(name for one in boxes for name in one.names))
-    length = pipe.text_encoder.config.max_position_embeddings
-    check_names(pipe.tokenizer, names, length)
-    width = pipe.text_encoder.config.hidden_size
-    features: Tensor = torch.zeros(0, width, device=device)
-    if names:
-        tokens = pipe.tokenizer(names, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        features = pipe.text_encoder(tokens.input_ids.to(pipe._execution_device)).pooler_output.to(device)
-        refuse_non_finite(pipe, features, "the text encoder, which reads the boxes' class names,")
-    xyxy = torch.zeros(len(boxes), boxes[0].num_frames, most, 4)
-    present, named = torch.zeros(xyxy.shape[:3]), features.new_zeros(len(boxes), most, width)
-    for n, one in enumerate(boxes):
-        xyxy[n, :, : one.num_objects], present[n, :, : one.num_objects] = one.normalise()
-        named[n, : one.num_objects] = features[[names.index(name) for name in one.names]]
-    fields = {"boxes": xyxy.to(device), "present": present.to(device, dtype), "names": named.to(device, dtype)}
-    return {key: x.expand(count, *x.shape[1:]) for key, x in fields.items()}
+    check_names(pipe.tokenizer, names, pipe.text_encoder.config.max_position_embeddings)
+    features: dict[str, Tensor] = {}
+    for name in names:  # One by one, so that a feature does not depend on the names beside it.
+        tokens, _ = tokenize(pipe.tokenizer, [name], pipe.text_encoder.config.max_position_embeddings)
+        told: Tensor = pipe.text_encoder(tokens.to(pipe._execution_device)).pooler_output
+        refuse_non_finite(pipe, told, "the text encoder, which reads the boxes' class names,")
+        features[name] = told[0].float().cpu()
+    fields = stack_boxes(boxes, features, pipe.text_encoder.config.hidden_size)
+    dtypes = {"boxes": torch.float32, "present": dtype, "names": dtype}
+    return {key: x.to(device, dtypes[key]).expand(count, *x.shape[1:]) for key, x in fields.items()}

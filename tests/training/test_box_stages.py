@@ -48,9 +48,9 @@ def test_single_frames_are_seen_without_motion_modules_and_without_a_picture(con
     assert x_0.shape[2] == 1
     assert condition.keyframes is None
     assert condition.scene is None
-    assert condition.boxes.shape == (1, 1, 4, 4)
+    assert condition.boxes.shape == (1, 1, 2, 4)
     torch.testing.assert_close(condition.boxes[0, 0, 1], torch.tensor([8, 8, 30, 31]) / 32)
-    assert condition.present[0, 0].tolist() == [1, 1, 0, 0]
+    assert condition.present[0, 0].tolist() == [1, 1]
     before = stage.denoise(x_0, T, condition)
     for name, parameter in stage.unet.named_parameters():
         if "motion_modules" in name:
@@ -76,8 +76,11 @@ def test_names_are_what_sampling_reads(configure, build):
     stage, data = build(configure("object_gates", boxes_dropout=0.0))
     _, condition = stage.encode(batch_of(data, some_boxes(1)), generators())
     expected = stage.networks.encode_names(["red circle", "blue star"])
-    torch.testing.assert_close(condition.names[0, :2], expected)
-    assert not condition.names[0, 2:].any()
+    torch.testing.assert_close(condition.names[0], expected)
+    alone = collate([{**data.samples[i], "boxes": some_boxes(1).select(range(i + 1))} for i in range(2)])
+    _, condition = stage.encode(alone, generators(2))
+    assert condition.present[:, 0].tolist() == [[1, 0], [1, 1]]
+    assert not condition.names[0, 1].any()
 
 
 def test_each_part_is_dropped_by_itself_and_as_often_as_told(configure, build):
@@ -90,7 +93,6 @@ def test_each_part_is_dropped_by_itself_and_as_often_as_told(configure, build):
     stage._features = {"red circle": torch.ones(16), "blue star": torch.ones(16)}
     for seed in range(count):
         _, c = stage.encode(batch, generators(seed=seed))
-        assert not c.boxes[0, :, 2:].any()
         assert bool(c.boxes.any()) == bool(c.present.any()) == bool(c.names.any()), "a box, its mask and its name"
         drawn.append([bool(x.any()) for x in (c.scene, c.input_frame, c.present, c.keyframes)])
     kept = np.array(drawn)

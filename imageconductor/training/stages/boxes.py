@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from imageconductor.checkpoints.model_folder import check_controlnets, check_shape, read_gate_config
+from imageconductor.conditioning.boxes import stack_boxes
 from imageconductor.conditioning.first_frame import keyframe_condition
 from imageconductor.data.batches import Samples
 from imageconductor.models.adapters import (
@@ -103,19 +103,11 @@ class BoxStage(Stage):
             batch: With `boxes`, `Boxes` of each clip.
             generators: One a clip; they draw whether all of its objects are absent.
         """
-        assert self.object_gates is not None
-        device, clips = self.unet.device, batch["boxes"]
-        fields: dict[str, list[Tensor]] = {"boxes": [], "present": [], "names": []}
-        for boxes, generator in zip(clips, generators, strict=True):
-            kept = float(torch.rand((), generator=generator) >= self.boxes_dropout)
-            xyxy, present = boxes.normalise()
-            told = [self._name_feature(name) for name in boxes.names]
-            features = torch.stack(told) if told else torch.zeros(0, self.text_encoder.config.hidden_size)
-            missing = self.object_gates.max_objects - boxes.num_objects
-            fields["boxes"].append(kept * F.pad(xyxy, (0, 0, 0, missing)))
-            fields["present"].append(kept * F.pad(present, (0, missing)))
-            fields["names"].append(kept * F.pad(features, (0, 0, 0, missing)))
-        return {name: torch.stack(values).to(device) for name, values in fields.items()}
+        names = {name for boxes in batch["boxes"] for name in boxes.names}
+        told = {name: self._name_feature(name) for name in names}
+        fields = stack_boxes(batch["boxes"], told, self.text_encoder.config.hidden_size)
+        kept = _keep(self.boxes_dropout, generators, fields["boxes"])
+        return {name: (x * kept.view(-1, *[1] * (x.ndim - 1))).to(self.unet.device) for name, x in fields.items()}
 
     def _name_feature(self, name: str) -> Tensor:
         """(D,) on the CPU; names are encoded one by one, so that a feature does not depend on those beside it."""
