@@ -171,7 +171,12 @@ def build_tokenizer(captions: Iterable[str], length: int) -> CLIPTokenizer:
     words = sorted({word for caption in captions for word, _ in _pre_tokens(blank, caption)})
     learned = Tokenizer(BPE(end_of_word_suffix=end))
     learned.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
-    trainer = BpeTrainer(vocab_size=_NO_LIMIT, min_frequency=1, end_of_word_suffix=end, show_progress=False)
+    # Ties are broken by the tokens' numbers. The trainer would number endings in the order of a hash table, another one
+    # in each call.
+    endings = [letter + end for letter in sorted({letter for word in words for letter in word})]
+    trainer = BpeTrainer(
+        vocab_size=_NO_LIMIT, min_frequency=1, end_of_word_suffix=end, show_progress=False, special_tokens=endings
+    )
     learned.train_from_iterator([" ".join(words)], trainer)
     merges = [tuple(pair) for pair in json.loads(learned.to_str())["model"]["merges"]]
     alphabet = sorted(ByteLevel.alphabet())

@@ -44,3 +44,9 @@ def test_every_word_of_a_caption_is_one_token():
     tokenizer = build_tokenizer([" ".join(words) + " ,"], length=48)
     assert [word for word in words if len(tokenizer.tokenize(word)) != 1] == []
     assert len(tokenizer.tokenize("words that are new, in bytes")) > 6
+
+
+def test_a_tokenizer_is_the_same_each_time():
+    """Many merges are equally frequent, so that their order must not come from a hash table."""
+    vocabularies = [build_tokenizer(caption_words(), 16).get_vocab() for _ in range(12)]
+    assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
