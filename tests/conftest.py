@@ -77,6 +77,16 @@ def tiny_gates(unet, is_open=True, **settings):
 
 
 @pytest.fixture(scope="session")
+def gated_model(tmp_path_factory) -> Path:
+    """Folder of the tiny model with open gates for boxes and the first frame."""
+    folder = tmp_path_factory.mktemp("gated") / "model"
+    pipe = tiny_pipeline()
+    pipe.object_gates, pipe.scene_gates = tiny_gates(pipe.unet)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """Folder of a complete tiny model with both LoRAs."""
     folder = tmp_path_factory.mktemp("model") / "tiny"

@@ -6,7 +6,6 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_gates, tiny_pipeline
 from PIL import Image
 
 from imageconductor.apps.engine import Engine
@@ -24,12 +23,8 @@ DRAWING = {"width": 64, "height": 64, "num_frames": 4, "tracks": [], "objects": 
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory):
-    pipe = tiny_pipeline()
-    pipe.object_gates, pipe.scene_gates = tiny_gates(pipe.unet)
-    folder = tmp_path_factory.mktemp("gated") / "model"
-    pipe.save_pretrained(folder)
-    engine = Engine(SampleJob(model=str(folder), device="cpu"), Limits(results=3))
+def studio(gated_model, tmp_path_factory):
+    engine = Engine(SampleJob(model=str(gated_model), device="cpu"), Limits(results=3))
     yield Studio(engine, Visits(tmp_path_factory.mktemp("visits"), engine.limits))
     engine.close()
 

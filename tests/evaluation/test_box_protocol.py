@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import tiny_gates, tiny_pipeline
 from PIL import Image
 from transformers import ViTConfig, ViTModel
 
@@ -44,12 +43,10 @@ def write_clip(root, number, dx):
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory, save_clip):
+def work(gated_model, tiny_model, tmp_path_factory, save_clip):
     folder = tmp_path_factory.mktemp("work")
-    pipe = tiny_pipeline()
-    pipe.save_pretrained(folder / "plain")
-    pipe.object_gates, pipe.scene_gates = tiny_gates(pipe.unet)
-    pipe.save_pretrained(folder / "gated")
+    (folder / "gated").symlink_to(gated_model)
+    (folder / "plain").symlink_to(tiny_model)
     for number, dx in ((1, 4), (2, 0)):
         write_clip(folder / "got", number, dx)
     save_clip(folder / "clip")

@@ -6,7 +6,6 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_gates, tiny_pipeline
 from PIL import Image
 
 from imageconductor.commands import sample
@@ -15,13 +14,9 @@ from imageconductor.sampling.job import SampleJob, prepare
 from imageconductor.sampling.video import draw_boxes
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gated") / "model"
-    pipe = tiny_pipeline()
-    pipe.object_gates, pipe.scene_gates = tiny_gates(pipe.unet)
-    pipe.save_pretrained(folder)
-    return folder
+@pytest.fixture
+def model(gated_model):
+    return gated_model
 
 
 @pytest.fixture
