@@ -24,13 +24,17 @@ class NameGpus:
     # A pass whose clips leave the process that they were worked on by, and the GPUs that it sees.
     uses_networks = True
 
-    def __init__(self, config, folder):
-        self.config, self.folder = config, folder
+    def __init__(self, config, folder, together=1):
+        self.config, self.folder, self.together = config, folder, together
 
     def prepare(self):
         pass
 
     def work(self, chunk, workers, tick):
+        # No chunk is done before so many have begun, each of them in a process of its own.
+        (self.folder / f"begun-{chunk}").touch()
+        while len(list(self.folder.glob("begun-*"))) < self.together:
+            time.sleep(0.05)
         for pid, gpus in workers.map_batches(name_gpu, range(2), size=1):
             (self.folder / f"{chunk}-{pid}").write_text(str(gpus))
             tick("done")
@@ -100,7 +104,7 @@ def test_the_local_executor_works_on_the_gpus_that_the_command_sees(naming, eigh
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,2,3,1,0,5,7,4")
     config = CurateConfig("", "", gpu_workers=3, workers=1, clips_per_shard=2, batch_size=1)
     executors.run(naming.NameGpus(config, tmp_path), range(3), print)
-    assert {path.read_text() for path in tmp_path.iterdir()} == {"6", "2", "3"}
+    assert {path.read_text() for path in tmp_path.glob("[0-9]*")} == {"6", "2", "3"}
 
 
 @pytest.mark.slow
@@ -124,8 +128,8 @@ def test_ray_has_actors_for_every_gpu(settings, num_chunks, count, share, cluste
 @pytest.mark.slow
 def test_actors_of_ray_use_every_gpu(cluster_of_eight_gpus, naming, tmp_path):
     config = CurateConfig("", "", executor="ray", gpus_per_worker=0.5, workers=1)
-    executors.run(naming.NameGpus(config, tmp_path), range(8), print)
-    assert {path.read_text() for path in tmp_path.iterdir()} == set("01234567")
+    executors.run(naming.NameGpus(config, tmp_path, together=8), range(8), print)
+    assert {path.read_text() for path in tmp_path.glob("[0-9]*")} == set("01234567")
 
 
 @pytest.mark.parametrize(
