@@ -201,7 +201,7 @@ BAD = {
     "seed twice": (["--seed", "1", "1"], "twice"),
     "camera-free camera": (["--preset", "pan-left", "--camera-free-scale", "1.5"], "camera_free_scale"),
     "odd width": (["--width", "33"], "multiples of 2"),
-    "too many frames": (["--num-frames", "33"], "1..32"),
+    "window that is too long": (["--num-frames", "70", "--window-frames", "33"], "window_frames must be from 2 to 32"),
     "absent device": (["--device", "cuda:99"], "cuda:99"),
     "absent repository": (["--model", "organisation/name"], "the hub did not give one: no connection"),
     "offload without a GPU": (["--offload", "model", "--device", "cpu"], "the device is cpu"),

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class Request:
         mix: Weights of the mixing board, read at each step; None = as the job's control says.
         resume: None = from noise.
         estimates_every: Pictures of the current estimate at every n-th step; 0 = none.
-        keeps_latents: Whether `Made.latents` are wanted.
+        keeps_latents: Whether `Made.latents` are wanted, which videos of several windows do not have.
     """
 
     job: SampleJob
@@ -249,7 +249,8 @@ class Engine:
         if request.mix is not None:  # as the sliders stand when the work begins
             inputs = replace(inputs, job=replace(inputs.job, mix=request.mix.as_tuple()))
         pipe = self._find_pipeline(inputs.job)
-        arguments = call_arguments([inputs]) | {"output_type": "latent", "keep_latents": request.keeps_latents}
+        keeps_latents = request.keeps_latents and not is_long(inputs.job)
+        arguments = call_arguments([inputs]) | {"output_type": "latent", "keep_latents": keeps_latents}
         arguments["residual_cache"] = self._cache
         if request.resume is not None:
             arguments |= {"resume_from": request.resume.step, "latents": request.resume.latents}
@@ -269,8 +270,7 @@ class Engine:
         finally:
             pipe.maybe_free_model_hooks()
         is_repeatable = request.resume is None and not report.has_moved
-        latents = list(output.latents or []) if request.keeps_latents else []
-        return Made(inputs, videos, latents, time.monotonic() - began, is_repeatable)
+        return Made(inputs, videos, list(output.latents or []), time.monotonic() - began, is_repeatable)
 
     def _find_pipeline(self, job: SampleJob) -> Any:
         """The pipeline of a job's weights; the one that was loaded before gives way to another."""
@@ -283,6 +283,11 @@ class Engine:
                 pipe.set_progress_bar_config(disable=True)
                 self._pipe, self._loaded, self._cache = pipe, wanted, ResidualCache(max_bytes=_CACHE_BYTES)
             return self._pipe
+
+
+def is_long(job: SampleJob) -> bool:
+    """Whether the videos of a job are made in several windows; it comes from `prepare`."""
+    return cast(int, job.num_frames) > cast(int, job.window_frames)
 
 
 def _explain(error: BaseException) -> BaseException:

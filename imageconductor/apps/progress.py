@@ -113,8 +113,8 @@ class StepReport:
         if self.is_stopped():
             pipe._interrupt = True
             return {}
-        total = pipe.num_timesteps
-        done = step + 1
+        total = pipe.num_timesteps * pipe.num_windows
+        done = pipe.window * pipe.num_timesteps + step + 1
         per_step = (time.monotonic() - self._began) / self._steps
         estimates: dict[int, Frames] = {}
         branches: dict[str, Frames] = {}

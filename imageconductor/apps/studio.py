@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from imageconductor.apps.engine import Engine, Made, Request, Resume, Stopped, Ticket
+from imageconductor.apps.engine import Engine, Made, Request, Resume, Stopped, Ticket, is_long
 from imageconductor.apps.form import Form, build_job, explain, list_gates, read_defaults, read_max_objects
 from imageconductor.apps.limits import FieldError, Limits
 from imageconductor.apps.progress import Step, Waiting
@@ -135,6 +135,8 @@ class Studio:
         last = int(old.steps or 1) - 1
         if last < 1:
             raise FieldError("resume", "a video of one step cannot be taken up in between; make it with more steps")
+        if is_long(old):
+            raise FieldError("resume", f"a video of more than {old.window_frames} frames cannot be taken up in between")
         step = self.limits.check_number("resume", "the step", step, 1, last)
         try:
             latents = result.latents(step)

@@ -223,16 +223,20 @@ def write_pipeline_code(folder: Path) -> None:
     write_text(index, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def check_shape(folder: str | Path, size: tuple[int, int], num_frames: int) -> None:
-    """Makes sure that a model can make videos of (W, H) pixels and T frames.
+def check_shape(folder: str | Path, size: tuple[int, int], num_frames: int | None = None) -> None:
+    """Makes sure that a model takes clips of (W, H) pixels and T frames; None = videos, made in windows of any number.
 
     Raises:
         FileNotFoundError: A part of the folder is missing.
         ValueError: It cannot, or a part of the folder is damaged.
     """
     folder = Networks.check_folder(folder)
-    max_num_frames = _read_part_config(folder, "unet").get("motion_max_seq_length")
-    check_video_shape(size, num_frames, read_vae_scale_factor(folder), max_num_frames)
+    check_video_shape(size, num_frames or 1, read_vae_scale_factor(folder), read_max_frames(folder))
+
+
+def read_max_frames(folder: str | Path) -> int | None:
+    """Frames of a clip that the motion modules take, of a folder that was checked; None = any number."""
+    return _read_part_config(folder, "unet").get("motion_max_seq_length")
 
 
 def read_vae_scale_factor(folder: str | Path) -> int:

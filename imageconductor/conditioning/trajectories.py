@@ -303,6 +303,11 @@ class Trajectories:
         """
         return self._interpolate(self.to_tracks(), self.size, num_frames)
 
+    def at_frames(self, frames: Sequence[int]) -> "Trajectories":
+        """The tracks in some of the frames."""
+        chosen = list(frames)
+        return dataclasses.replace(self, points=self.points[:, chosen], visible=self.visible[:, chosen])
+
     def save(self, path: str | Path) -> None:
         """Writes our JSON form, with T points per track and one per still track; `load` gives the same back.
 

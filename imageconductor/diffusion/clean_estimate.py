@@ -1,4 +1,4 @@
-"""The clean latents that a prediction stands for."""
+"""The clean latents that a prediction stands for, and the prediction that stands for clean latents."""
 
 from __future__ import annotations
 
@@ -28,3 +28,24 @@ def estimate_x_0(prediction: Tensor, x_t: Tensor, alpha_cumprod: float, predicti
     if prediction_type == "sample":
         return prediction
     raise ValueError(f"x_0 follows from predictions of epsilon, v or the sample, the scheduler has {prediction_type!r}")
+
+
+def predict_x_0(x_0: Tensor, x_t: Tensor, alpha_cumprod: float, prediction_type: str) -> Tensor:
+    """The prediction whose estimate of the clean latents is `x_0`; arguments as those of `estimate_x_0`.
+
+    Returns:
+        (B, C, T, h, w).
+
+    Raises:
+        ValueError: The model predicts something else, or `x_t` has no noise.
+    """
+    signal, noise = alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5
+    if prediction_type == "sample":
+        return x_0
+    if noise == 0:
+        raise ValueError("no prediction of noise follows from x_0 where x_t has no noise (alpha_cumprod is 1)")
+    if prediction_type == "epsilon":
+        return (x_t - signal * x_0) / noise
+    if prediction_type == "v_prediction":
+        return (signal * x_t - x_0) / noise
+    raise ValueError(f"x_0 stands for predictions of epsilon, v or the sample, the scheduler has {prediction_type!r}")

@@ -144,7 +144,7 @@ class BoxEvaluation:
         """A method's settings once it is sure that its model takes what it is given of every clip."""
         method, job = self.config.methods[name], self.jobs[name]
         try:
-            check_shape(job.model, self.size, self.num_frames)
+            check_shape(job.model, self.size)
             if method.image or method.centres:
                 check_controlnets(job.model, "a video of an image or trajectories")
             if method.centres:

@@ -87,7 +87,7 @@ def resolve_formats(config: EvaluateConfig) -> tuple[VideoFormat, dict[str, Vide
         try:
             found.check_against(drawn)
             if method.model is not None and (folder := locate_model(method.model)).is_dir():
-                check_shape(folder, found.size, found.num_frames)
+                check_shape(folder, found.size)
         except ValueError as error:
             raise ValueError(f"method {name}: {error}") from None
         formats[name] = found

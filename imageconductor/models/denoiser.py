@@ -61,10 +61,11 @@ class Condition:
     def for_encoder(self, count: int = 1) -> Condition:
         """What `Denoiser.encode` reads, for `count` videos of each clip, next to each other.
 
-        Evaluations whose conditions agree in it share the encoder.
+        Evaluations whose conditions agree in it share the encoder. What has a row for each video already stays.
         """
         read = {name: getattr(self, name) for name in ("text", "boxes", "present", "names", "scene", "input_frame")}
-        repeated = {name: x.repeat_interleave(count, dim=0) for name, x in read.items() if x is not None}
+        total = count * len(self.text)
+        repeated = {name: x.repeat_interleave(total // len(x), dim=0) for name, x in read.items() if x is not None}
         return Condition(**repeated)
 
     def without_gates(self) -> Condition:

@@ -163,7 +163,7 @@ class GuidedDenoiser:
     Args:
         denoiser: The networks, the motion ControlNet with the adapters that the branches name.
         branches: From `plan`.
-        conditions: For the negative prompt and the prompt, that of P videos.
+        conditions: For the negative prompt and the prompt, that of P videos; pictures may be of P*K videos, K for each.
         cache: Of ControlNet outputs, as this call uses it; None = all are evaluated.
     """
 
@@ -234,11 +234,12 @@ class GuidedDenoiser:
             features = self.denoiser.encode(x_t.repeat(len(self.texts), 1, 1, 1, 1), t, condition, gating)
         image = self._image_residuals(t, time)
 
-        def rows_of(residuals: Residuals | None, row: int) -> Residuals | None:
+        def rows_of(residuals: Residuals | None, texts: Sequence[Text], name: Text) -> Residuals | None:
             if residuals is None:
                 return None
-            rows = residuals.videos(row * self.num_conditions, (row + 1) * self.num_conditions, num_frames)
-            return rows.repeat_videos(per_condition, num_frames)
+            count, row = len(residuals.mid) // (num_frames * len(texts)), texts.index(name)
+            rows = residuals.videos(row * count, (row + 1) * count, num_frames)
+            return rows.repeat_videos(videos // count, num_frames)
 
         def parts(evaluations: Sequence[tuple[Adapters, tuple[Text, ...]]]) -> Iterator[_Part]:
             for adapters, texts in evaluations:
@@ -246,8 +247,8 @@ class GuidedDenoiser:
                 motion = self._motion_residuals(adapters, read, t, time)
                 for name in texts:
                     row, control = self.texts.index(name), _control_text(name)
-                    of_image = rows_of(image, self._control_texts.index(control))
-                    residuals = add(of_image, rows_of(motion, read.index(control)))
+                    of_image = rows_of(image, self._control_texts, control)
+                    residuals = add(of_image, rows_of(motion, read, control))
                     yield _Part((name, adapters), features.videos(row * videos, (row + 1) * videos), residuals)
 
         # By themselves, the branches stay what they are, whatever else is asked for.
@@ -296,9 +297,11 @@ class GuidedDenoiser:
     def _evaluate_image(self, t: Tensor) -> Residuals | None:
         if self.conditions.keyframes is None:
             return None
-        repetitions = self._repetitions(self._control_texts, "keyframes", "mask")
-        with rows_repeated(self.denoiser.image_controlnet, repetitions):
-            return self.denoiser.image_residuals(t, self._stack(self._control_texts))
+        condition = self._stack(self._control_texts)
+        each = len(self.conditions.keyframes) // len(self.conditions.text)  # pictures of each condition
+        condition = replace(condition, text=condition.text.repeat_interleave(each, dim=0))
+        with rows_repeated(self.denoiser.image_controlnet, self._repetitions(self._control_texts, "keyframes", "mask")):
+            return self.denoiser.image_residuals(t, condition)
 
     def _repetitions(self, texts: Sequence[Text], *names: str) -> int:
         """How often a batch of these texts repeats what it reads beside them; 1 if the conditions differ there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +18,9 @@ from imageconductor.diffusion.inversion import mix_noise_prior
 from imageconductor.models.denoiser import Condition
 from imageconductor.models.weights import refuse_non_finite
 from imageconductor.sampling.branches import ADAPTERS, Adapters, Control, GuidedDenoiser, Text
-from imageconductor.sampling.inputs import CallInputs
+from imageconductor.sampling.inputs import CallInputs, draw_flow
 from imageconductor.sampling.residual_cache import CallCache, ResidualCache
+from imageconductor.sampling.windows import Anchor, condition_window
 
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "x_0", "branch_x_0")
 """What a callback may ask for: diffusers' names, and estimates of the clean latents (`_Estimates`)."""
@@ -181,6 +183,8 @@ def denoise(
     residual_cache: ResidualCache | None = None,
     start: int = 0,
     kept: list[Tensor] | None = None,
+    anchor: Anchor | None = None,
+    bar: Any = None,
 ) -> Tensor:
     """Latents (B, C, T, h, w) from noise, by the steps of the pipeline's scheduler, whose timesteps are set.
 
@@ -196,6 +200,8 @@ def denoise(
         residual_cache: ControlNet outputs of earlier calls.
         start: Steps that are left out.
         kept: Takes the sample before each step, and the last one, on the CPU.
+        anchor: Frames that are there already, in a window that goes on from another.
+        bar: Shows progress beyond this run; None = one of its own.
 
     Raises:
         ValueError: A callback returns tensors that do not fit, or a step gives values that are not finite.
@@ -209,11 +215,11 @@ def denoise(
     if start and hasattr(pipe.scheduler, "set_begin_index"):
         pipe.scheduler.set_begin_index(start)
     _keep(sample, kept)
-    with pipe.progress_bar(total=pipe.num_timesteps - start) as bar:
+    with pipe.progress_bar(total=len(times) - start) if bar is None else nullcontext(bar) as shown:
         for index, t in enumerate(timesteps[start:], start):
             if pipe.interrupt:
                 break
-            asked = pipe.guidance_scale, pipe.mix, index < inputs.gated_fraction * pipe.num_timesteps
+            asked = pipe.guidance_scale, pipe.mix, index < inputs.gated_fraction * len(times)
             if predict is None or asked != planned:
                 predict, planned = None, asked  # the one before may hold a copy of a network
                 predict = GuidedDenoiser(networks, inputs.plan(*asked), _acting(conditions, asked[2]), cache)
@@ -222,6 +228,9 @@ def denoise(
             also = list(estimates.branches.values()) if shows_branches else []
             predictions = predict.predict(x_t.to(pipe.unet.dtype), t, times[index], also)
             prediction = predict.guide(predictions)  # Eq. 5, or classifier-free guidance
+            if anchor is not None:
+                kind, alpha = pipe.scheduler.config["prediction_type"], _alpha_cumprod(pipe.scheduler, times[index])
+                prediction = anchor.hold(prediction, x_t, alpha, kind)
             sample = pipe.scheduler.step(prediction.float(), t, sample, **arguments)[0]
             refuse_non_finite(pipe, sample, f"denoising step {index + 1} of {pipe.num_timesteps}")
             if callback is not None:
@@ -231,7 +240,60 @@ def denoise(
                 if texts is not None:
                     conditions, predict = texts, None
             _keep(sample, kept)
-            bar.update()
+            shown.update()
+    return sample
+
+
+def denoise_windows(
+    pipe: Any,
+    noise: Tensor,
+    inputs: CallInputs,
+    conditions: Mapping[Text, Condition],
+    generators: Sequence[torch.Generator] | None,
+    eta: float,
+    callback: StepCallback | None,
+    residual_cache: ResidualCache | None = None,
+) -> Tensor:
+    """Latents (B, C, T, h, w) of a video of several windows, each of which goes on from the one before.
+
+    Every window is a run of all steps, in which a callback counts from 0; `pipe._window` is its number. Guidance that a
+    callback has switched off is on again, and the mix stays as it has set it. An interrupted run leaves noise in the
+    windows that it does not reach.
+
+    Args:
+        pipe: As in `denoise`.
+        noise: (B, C, T, h, w) float32, scaled.
+        inputs: Of the call.
+        conditions: Of the whole video.
+        generators: As in `denoise`.
+        eta: As in `denoise`.
+        callback: As in `denoise`.
+        residual_cache: As in `denoise`.
+
+    Raises:
+        ValueError: As `denoise`, or the scheduler does not say how noisy a timestep is.
+    """
+    if not hasattr(pipe.scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"a video of {inputs.num_frames} frames is made in windows, which {type(pipe.scheduler).__name__} cannot "
+            "join: it has no alphas_cumprod; take another scheduler, or fewer frames"
+        )
+    sample, end = noise.clone(), 0
+    given = generators, eta, callback, residual_cache
+    with pipe.progress_bar(total=pipe.num_timesteps * len(inputs.windows)) as bar:
+        for pipe._window, frames in enumerate(inputs.windows):
+            window = slice(frames.start, frames.stop)
+            anchor = Anchor(sample[:, :, frames.start : end].clone()) if end else None
+            if anchor is not None:
+                pipe.scheduler.set_timesteps(inputs.num_inference_steps, device=inputs.device)
+                pipe._guidance_scale = inputs.guidance_scale
+            read = condition_window(conditions, frames, draw_flow(pipe, inputs, frames), anchor)
+            made = denoise(pipe, noise[:, :, window], inputs, read, *given, anchor=anchor, bar=bar)
+            if pipe.interrupt:
+                break
+            if anchor is not None:
+                made[:, :, 0] = anchor.latents[:, :, 0]  # of which the last step leaves a trace of noise
+            sample[:, :, window], end = made, frames.stop
     return sample
 
 
@@ -246,12 +308,22 @@ def _keep(sample: Tensor, kept: list[Tensor] | None) -> None:
         kept.append(sample.detach().to("cpu", torch.float32, copy=True))
 
 
-def check_resume(scheduler: Any, step: int, eta: float, latents: Tensor | None, noise_prior: Any) -> None:
+def check_resume(
+    scheduler: Any, inputs: CallInputs, step: int | None, eta: float, latents: Tensor | None, noise_prior: Any
+) -> None:
     """Makes sure that a run can go on from the sample before a step, once the scheduler's timesteps are set.
 
     Raises:
-        ValueError: There is no such step or no sample, or a step depends on more than its sample.
+        ValueError: There is no such step or no sample, a step depends on more than its sample, or the video has several
+            windows.
     """
+    if len(inputs.windows) > 1:
+        raise ValueError(
+            f"keep_latents and resume_from need a video of one window, and {inputs.num_frames} frames have "
+            f"{len(inputs.windows)}; take at most {len(inputs.windows[0])} frames"
+        )
+    if step is None:
+        return
     if latents is None or noise_prior is not None:
         raise ValueError(f"resume_from={step} goes with latents, the sample before that step, and without noise_prior")
     if not 0 <= step <= len(scheduler.timesteps):

@@ -128,7 +128,7 @@ def encode_boxes(
     features: dict[str, Tensor] = {}
     for name in names:  # One by one, so that a feature does not depend on the names beside it.
         tokens, _ = tokenize(pipe.tokenizer, [name], pipe.text_encoder.config.max_position_embeddings)
-        told: Tensor = pipe.text_encoder(tokens.to(pipe._execution_device)).pooler_output
+        told: Tensor = pipe.text_encoder(tokens.to(device)).pooler_output
         refuse_non_finite(pipe, told, "the text encoder, which reads the boxes' class names,")
         features[name] = told[0].float().cpu()
     fields = stack_boxes(boxes, features, pipe.text_encoder.config.hidden_size)

@@ -34,6 +34,7 @@ from imageconductor.sampling.gate_inputs import (
     choose_first_frame,
     encode_boxes,
 )
+from imageconductor.sampling.windows import choose_window, split_frames
 
 Picture = Image.Image | Mapping[int, Image.Image]
 """A first frame, or pictures by the number of their frame."""
@@ -61,6 +62,8 @@ class CallInputs:
         boxes: Of length 1 or `count`; none without boxes.
         first_frame_by: What carries the picture of frame 0.
         gated_fraction: Of the steps, in which gates act.
+        windows: Frames of each window; a single one for a video of at most the model's number of frames.
+        device: Of the call; diffusers walks through all modules to find it.
     """
 
     images: list[dict[int, Image.Image]]
@@ -78,6 +81,11 @@ class CallInputs:
     boxes: list[Boxes] = field(default_factory=list)
     first_frame_by: FirstFrame = "controlnet"
     gated_fraction: float = 1.0
+    windows: tuple[range, ...] = ()
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "windows", self.windows or (range(self.num_frames),))
 
 
 def check_inputs(
@@ -99,6 +107,8 @@ def check_inputs(
     scene_guidance_scale: float = 1.0,
     first_frame_by: str | None = None,
     gated_fraction: float = 1.0,
+    window_frames: int | None = None,
+    window_overlap: int | None = None,
 ) -> CallInputs:
     """The inputs of a call; `pipe` is the pipeline, the rest are its arguments, with `size` = (width, height).
 
@@ -121,7 +131,9 @@ def check_inputs(
     steps = _given(num_inference_steps, defaults.num_inference_steps)
     if steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
-    check_video_shape((width, height), num_frames, pipe.vae_scale_factor, unet.config.get("motion_max_seq_length"))
+    most = unet.config.get("motion_max_seq_length")
+    windows = split_frames(num_frames, choose_window(window_frames, defaults.num_frames, most), window_overlap)
+    check_video_shape((width, height), len(windows[0]), pipe.vae_scale_factor, most)
     control = parse_control(_given(control, defaults.control))
     drawn = [] if trajectories is None else _as_list(trajectories)
     if pipe.motion_controlnet is None and (drawn or image is not None):
@@ -163,11 +175,24 @@ def check_inputs(
     for name, values in given.items():
         if len(values) not in (1, count) and (len(values) or name not in may_lack):
             raise ValueError(f"{name}: expected 1 or {count} of them, got {len(values)}")
-    adapters = () if pipe.motion_controlnet is None else attached_adapters(pipe.motion_controlnet)
-    shape = (width, height), num_frames
-    of_gates = placed, carrier, gated_fraction
     return CallInputs(
-        images, drawn, prompts, negatives, count, *shape, steps, scale, branches, weights, adapters, *of_gates
+        images=images,
+        trajectories=drawn,
+        prompts=prompts,
+        negative_prompts=negatives,
+        count=count,
+        size=(width, height),
+        num_frames=num_frames,
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        plan=branches,
+        mix=weights,
+        adapters=() if pipe.motion_controlnet is None else attached_adapters(pipe.motion_controlnet),
+        boxes=placed,
+        first_frame_by=carrier,
+        gated_fraction=gated_fraction,
+        windows=windows,
+        device=pipe._execution_device,
     )
 
 
@@ -182,19 +207,19 @@ def build_conditions(pipe: Any, inputs: CallInputs) -> dict[Text, Condition]:
     Raises:
         ValueError: The text encoder, or the VAE, gives values that are not finite.
     """
-    device, dtype, count = pipe._execution_device, pipe.unet.dtype, inputs.count
+    device, dtype, count = inputs.device, pipe.unet.dtype, inputs.count
 
     def embed(texts: list[str] | Tensor) -> Tensor:
         if isinstance(texts, Tensor):
             return texts.to(device, dtype).expand(count, -1, -1)
-        return pipe.encode_prompt(broadcast(texts, count)).to(dtype)
+        return pipe.encode_prompt(broadcast(texts, count), device).to(dtype)
 
     texts: dict[Text, Tensor] = {"uncond": embed(inputs.negative_prompts), "prompt": embed(inputs.prompts)}
     if texts["uncond"].shape != texts["prompt"].shape:
         shapes = " and ".join(str(tuple(text.shape)) for text in texts.values())
         raise ValueError(f"embeddings of negative prompt and prompt must have one shape, got {shapes}")
     refuse_non_finite(pipe, torch.cat(list(texts.values())), "the text encoder")
-    keyframes = mask = flow = scene = None
+    keyframes = mask = scene = None
     if inputs.images:
         pixels = torch.cat([to_pixels(image, inputs.size) for one in inputs.images for image in one.values()])
         latents = encode_first_frame(pipe.vae, pixels, device=device).to(device, dtype)
@@ -208,15 +233,22 @@ def build_conditions(pipe: Any, inputs: CallInputs) -> dict[Text, Condition]:
         ]
         if inputs.first_frame_by != "gates":
             keyframes, mask = (torch.cat(part).expand(count, -1, -1, -1, -1) for part in zip(*clips, strict=True))
-    if inputs.trajectories:
-        convention = pipe.motion_controlnet.flow_convention
-        flows = [build_flow_map(one.cover_crop(inputs.size), convention, device) for one in inputs.trajectories]
-        flow = torch.cat(flows).to(dtype).expand(count, -1, -1, -1, -1)
+    flow = draw_flow(pipe, inputs, range(inputs.num_frames))
     shared = Condition(texts["prompt"], keyframes, mask, flow, scene=scene, input_frame=scene)
     if inputs.boxes:
         placed = [one.cover_crop(inputs.size) for one in inputs.boxes]
         shared = replace(shared, **encode_boxes(pipe, placed, count, device, dtype))
     return {name: replace(shared, text=text) for name, text in texts.items()}
+
+
+def draw_flow(pipe: Any, inputs: CallInputs, frames: range) -> Tensor | None:
+    """Flow maps (P, 2, T, H, W) of these frames, as of a clip of its own; None without trajectories."""
+    if not inputs.trajectories:
+        return None
+    convention = pipe.motion_controlnet.flow_convention
+    placed = [one.at_frames(frames).cover_crop(inputs.size) for one in inputs.trajectories]
+    flows = torch.cat([build_flow_map(one, convention, inputs.device) for one in placed])
+    return flows.to(pipe.unet.dtype).expand(inputs.count, -1, -1, -1, -1)
 
 
 def choose_texts(

@@ -91,7 +91,9 @@ class SampleJob:
     repeat: int | None = None  # that many videos with fresh seeds instead, which run.yaml records
     width: int | None = None  # pixels
     height: int | None = None  # pixels
-    num_frames: int | None = None  # frames of the video
+    num_frames: int | None = None  # frames of the video; more than those of a window are made window by window
+    window_frames: int | None = None  # frames that are made at a time; default: as many as the model was trained on
+    window_overlap: int | None = None  # frames that two windows have in common, at least; default: a quarter
     fps: int | None = None  # frames a second of the files
     device: str | None = None  # cuda if there is one, else cpu
     dtype: Literal["float32", "float16", "bfloat16"] | None = None  # default: float16 on cuda, else float32
@@ -178,6 +180,8 @@ def prepare(job: SampleJob) -> Inputs:
         check_shape,
         read_gate_config,
         read_latent_channels,
+        read_max_frames,
+        read_sampling_defaults,
     )
     from imageconductor.checkpoints.personalise import check_loras
     from imageconductor.checkpoints.reference_run import check_noise_prior
@@ -185,6 +189,7 @@ def prepare(job: SampleJob) -> Inputs:
     from imageconductor.sampling.branches import ADAPTERS, Control
     from imageconductor.sampling.gate_inputs import check_gate_scales, choose_first_frame
     from imageconductor.sampling.job_conditions import build_trajectories, read_boxes, suitable_control
+    from imageconductor.sampling.windows import choose_window, split_frames
 
     if job.image is None and not job.prompt:
         raise ValueError("an image or a prompt is needed: --image FILE, --prompt TEXT")
@@ -206,7 +211,10 @@ def prepare(job: SampleJob) -> Inputs:
         check_adapters(job.model, ADAPTERS[Control(job.control)], f"control {job.control!r}")
         if job.mix is not None:
             check_adapters(job.model, ADAPTERS[Control.MIXED], f"mix {job.mix}")
-    check_shape(job.model, size, num_frames)
+    check_shape(job.model, size)
+    trained, most = read_sampling_defaults(job.model)["num_frames"], read_max_frames(job.model)
+    job = replace(job, window_frames=choose_window(job.window_frames, trained, most))
+    split_frames(num_frames, cast(int, job.window_frames), job.window_overlap)
     boxes = None if job.boxes is None else read_boxes(job, size, num_frames)
     has_scene = read_gate_config(job.model, "scene_gates") is not None
     carrier = choose_first_frame(job.first_frame_by, [] if image is None else [(0,)], boxes is not None, has_scene)
@@ -321,6 +329,8 @@ def call_arguments(inputs: Sequence[Inputs]) -> dict[str, Any]:
         "gated_fraction": job.gated_fraction,
         "num_inference_steps": job.steps,
         "num_frames": job.num_frames,
+        "window_frames": job.window_frames,
+        "window_overlap": job.window_overlap,
         "height": job.height,
         "width": job.width,
         "num_videos_per_prompt": counts.pop(),

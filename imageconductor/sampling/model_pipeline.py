@@ -200,15 +200,15 @@ class ModelPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffus
     # -- text and pixels
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings (B, L, D); what the text encoder does not read of a prompt is warned of, once."""
+    def encode_prompt(self, prompts: Sequence[str], device: torch.device | None = None) -> Tensor:
+        """Text embeddings (B, L, D) on a device, by default that of execution; what is not read is warned of, once."""
         texts: Any = self.maybe_convert_prompt(list(prompts), self.tokenizer)
         tokens, left_out = tokenize(self.tokenizer, texts, self.text_encoder.config.max_position_embeddings)
         for prompt, words in zip(prompts, left_out, strict=True):
             if words and prompt not in self._cut_prompts:
                 self._cut_prompts.add(prompt)
                 warn_of_cut(prompt, words)
-        return self.text_encoder(tokens.to(self._execution_device)).last_hidden_state
+        return self.text_encoder(tokens.to(device or self._execution_device)).last_hidden_state
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, chunk_size: int = 16) -> Tensor:

@@ -19,6 +19,7 @@ from imageconductor.sampling.denoising import (
     as_generators,
     check_resume,
     denoise,
+    denoise_windows,
     mix_noise_priors,
 )
 from imageconductor.sampling.inputs import (
@@ -63,7 +64,7 @@ class ImageConductorPipeline(ModelPipeline):
         Raises:
             ValueError: The shape of the latents is another.
         """
-        count, device = inputs.count * num_videos_per_prompt, self._execution_device
+        count, device = inputs.count * num_videos_per_prompt, inputs.device
         height, width = (side // self.vae_scale_factor for side in reversed(inputs.size))
         shape = (count, self.unet.config["in_channels"], inputs.num_frames, height, width)
         if latents is None:
@@ -99,6 +100,16 @@ class ImageConductorPipeline(ModelPipeline):
         return self._num_timesteps
 
     @property
+    def window(self) -> int:
+        """Number of the window of frames that the call denoises at present, from 0."""
+        return self._window
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of frames of the call that runs, each with `num_timesteps` steps."""
+        return self._num_windows
+
+    @property
     def interrupt(self) -> bool:
         """Whether a callback has set `_interrupt`, which leaves out the remaining steps."""
         return self._interrupt
@@ -123,6 +134,8 @@ class ImageConductorPipeline(ModelPipeline):
         gated_fraction: float = 1.0,
         num_inference_steps: int | None = None,
         num_frames: int | None = None,
+        window_frames: int | None = None,
+        window_overlap: int | None = None,
         height: int | None = None,
         width: int | None = None,
         num_videos_per_prompt: int = 1,
@@ -166,7 +179,10 @@ class ImageConductorPipeline(ModelPipeline):
                 given and the model has scene gates, else the ControlNet.
             gated_fraction: Of the steps, in which gates act; the last ones are then the model's without them.
             num_inference_steps: Denoising steps.
-            num_frames: T.
+            num_frames: T, any number: more than `window_frames` are made in windows of so many, each of which goes on
+                from the one before.
+            window_frames: None = the model's default number of frames.
+            window_overlap: Frames that two windows have in common, at least; None = a quarter of a window.
             height: Pixels, a multiple of the VAE scale factor.
             width: Pixels, a multiple of the VAE scale factor.
             num_videos_per_prompt: Videos of each condition; they share the ControlNets' work.
@@ -187,7 +203,7 @@ class ImageConductorPipeline(ModelPipeline):
                 is the estimate of the clean latents, "branch_x_0" a dict of those of each motion control alone, which
                 costs evaluations; while `pipe._shows_branches` is False, which a callback may set, it is empty.
             residual_cache: Keeps ControlNet outputs for calls with other seeds, images or trajectories.
-            keep_latents: Returns the sample before each step too, as `latents`.
+            keep_latents: Returns the sample before each step too, as `latents`; for a video of one window.
             resume_from: Leaves out that many steps, with DDIM at eta 0 and others whose steps depend on the sample
                 alone; `latents` are then an entry of those that `keep_latents` returned.
 
@@ -216,23 +232,28 @@ class ImageConductorPipeline(ModelPipeline):
             gated_fraction=gated_fraction,
             num_inference_steps=num_inference_steps,
             num_frames=num_frames,
+            window_frames=window_frames,
+            window_overlap=window_overlap,
             size=(width, height),
         )
         if seeds:
             generator = [torch.Generator().manual_seed(seed) for _ in range(inputs.count) for seed in seeds]
         callback = StepCallback.parse(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self.scheduler.set_timesteps(inputs.num_inference_steps, device=self._execution_device)
-        if resume_from is not None:
-            check_resume(self.scheduler, resume_from, eta, latents, noise_prior)
+        self.scheduler.set_timesteps(inputs.num_inference_steps, device=inputs.device)
+        if resume_from is not None or keep_latents:
+            check_resume(self.scheduler, inputs, resume_from, eta, latents, noise_prior)
         generators = as_generators(generator, inputs.count * num_videos_per_prompt)
         is_resumed = resume_from is not None
         noise = self.prepare_latents(inputs, num_videos_per_prompt, generators, latents, noise_prior, is_resumed)
         self._guidance_scale, self._mix = inputs.guidance_scale, inputs.mix
         self._num_timesteps = len(self.scheduler.timesteps)
-        self._interrupt, self._shows_branches = False, True
+        self._interrupt, self._shows_branches, self._window, self._num_windows = False, True, 0, len(inputs.windows)
         conditions, kept = build_conditions(self, inputs), [] if keep_latents else None
-        start = resume_from or 0
-        sample = denoise(self, noise, inputs, conditions, generators, eta, callback, residual_cache, start, kept)
+        given = inputs, conditions, generators, eta, callback, residual_cache
+        if len(inputs.windows) > 1:
+            sample = denoise_windows(self, noise, *given)
+        else:
+            sample = denoise(self, noise, *given, resume_from or 0, kept)
         frames = sample if output_type == "latent" else self.decode_latents(sample, decode_chunk_size)
         self.maybe_free_model_hooks()
         output = ImageConductorOutput(frames=convert_frames(frames, output_type), latents=kept)

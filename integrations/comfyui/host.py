@@ -70,8 +70,9 @@ def report_steps() -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
         nonlocal bar
         check_interrupted()
         if comfy is not None:
-            bar = bar or comfy.ProgressBar(pipe.num_timesteps)
-            bar.update_absolute(step + 1, pipe.num_timesteps)
+            total = pipe.num_timesteps * pipe.num_windows
+            bar = bar or comfy.ProgressBar(total)
+            bar.update_absolute(pipe.window * pipe.num_timesteps + step + 1, total)
         return tensors
 
     return on_step

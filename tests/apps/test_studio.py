@@ -109,6 +109,16 @@ def test_resumed_with_the_same_form_it_is_the_same_and_says_that_run_yaml_is_not
     assert refused(studio, visit, form, resumed=(77, 1)).field == "resume"
 
 
+def test_a_video_of_several_windows_counts_all_their_steps_and_cannot_be_taken_up(studio, visit, form, tmp_path):
+    *events, result = studio.make(visit, change(form, frames=6))
+    steps = [(event.done, event.total) for event in events if isinstance(event, Step)]
+    assert steps == [(n, 6) for n in range(1, 7)]  # three in each of two windows
+    assert sample.main(["--config", str(result.folder / "run.yaml"), "--output", str(tmp_path / "a")]) == 0
+    assert np.array_equal(frames(tmp_path / "a" / "video-3.mp4"), frames(result.find("video.mp4", 3)))
+    error = refused(studio, visit, change(form, frames=6), resumed=(result.number, 1))
+    assert (error.field, str(error)) == ("resume", "a video of more than 4 frames cannot be taken up in between")
+
+
 def test_a_seed_of_a_sheet_is_refined_into_the_video_that_all_steps_make(studio, visit, form):
     sheet = make(studio, visit, change(form, videos=3, steps=1))
     *_, refined = studio.repeat(visit, sheet.number, seed=[4], steps=3)
@@ -140,7 +150,6 @@ def test_the_mixing_board_weighs_and_its_run_yaml_repeats(studio, visit, form, t
         ({"videos": 100}, "seed", "from 1 to 9"),
         ({"steps": 1000}, "steps", "from 1 to 100"),
         ({"frames": 1000}, "frames", "from 1 to 64"),
-        ({"frames": 60}, "frames", "frames"),
         ({"control": "all"}, "control", "automatic"),
         ({"control": "camera", "camera_free_scale": 1.5}, "scales", "camera_free_scale"),
         ({"guidance_scale": float("nan")}, "scales", "the guidance scale"),

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from launched import PRELOADED, run_rank
 from safetensors.torch import load_file
 
 
@@ -37,6 +40,37 @@ def run(arguments, **variables):
     process = start(arguments, **variables)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
+
+
+@pytest.fixture(scope="module")
+def run_forked(tmp_path_factory):
+    """As `run`, in processes that have imported everything already: importing would be most of the time of a run.
+
+    They are children of one process, with the variables that a launcher would set.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+
+    def run_there(arguments, **variables):
+        processes = int(next(text for text in arguments if text.startswith("--nproc_per_node=")).partition("=")[2])
+        script = arguments[1 + next(i for i, text in enumerate(arguments) if text.startswith("--nproc_per_node=")) :]
+        said = tmp_path_factory.mktemp("said")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        place |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        ranks = []
+        for rank in range(processes):
+            numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **place, **numbers, **variables}
+            ranks.append(context.Process(target=run_rank, args=(script, environment, said / f"{rank}.txt")))
+            ranks[-1].start()
+        for process in ranks:
+            process.join(300)
+        told = "\n".join(path.read_text() for path in sorted(said.iterdir()))
+        assert [process.exitcode for process in ranks] == [0] * processes, told
+
+    return run_there
 
 
 def kill_all(mentioning):
@@ -67,8 +101,8 @@ STEPS = 12
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_twice_the_batch(two, tiny_model, tmp_path):
-    run(command(tiny_model, tmp_path / "one", 1, batch_size=2, max_steps=STEPS, log_every=1))
+def test_two_processes_are_one_with_twice_the_batch(two, tiny_model, tmp_path, run_forked):
+    run_forked(command(tiny_model, tmp_path / "one", 1, batch_size=2, max_steps=STEPS, log_every=1))
     torch.testing.assert_close(torch.tensor(losses(two)), torch.tensor(losses(tmp_path / "one")), atol=1e-5, rtol=1e-5)
 
 
@@ -136,10 +170,12 @@ ENGINES = [pytest.param(FSDP, id="fsdp"), pytest.param(ZERO, id="deepspeed", mar
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("sharded_first", [True, False])
-def test_sharding_changes_nothing_and_a_run_may_begin_or_end_with_it(engine, sharded_first, two, tiny_model, tmp_path):
+def test_sharding_changes_nothing_and_a_run_may_begin_or_end_with_it(
+    engine, sharded_first, two, tiny_model, tmp_path, run_forked
+):
     for steps, sharded in ((STEPS // 2, sharded_first), (STEPS, not sharded_first)):
         arguments = command(tiny_model, tmp_path / "run", 2, batch_size=1, max_steps=steps, save_every=1, log_every=1)
-        run(arguments, **(engine if sharded else {}))
+        run_forked(arguments, **(engine if sharded else {}))
     expected, found = weights(two), weights(tmp_path / "run")
     assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in expected.items()}
     configs = [(folder / "motion_controlnet" / "config.json").read_text() for folder in (tmp_path / "run", two)]
@@ -149,15 +185,15 @@ def test_sharding_changes_nothing_and_a_run_may_begin_or_end_with_it(engine, sha
 
 
 @pytest.mark.slow
-def test_sharding_may_be_tried_in_one_process(tiny_model, tmp_path):
+def test_sharding_may_be_tried_in_one_process(tiny_model, tmp_path, run_forked):
     for name, variables in (("plain", {}), ("fsdp", FSDP)):
-        run(command(tiny_model, tmp_path / name, 1, batch_size=1, max_steps=4, log_every=1), **variables)
+        run_forked(command(tiny_model, tmp_path / name, 1, batch_size=1, max_steps=4, log_every=1), **variables)
     plain, fsdp = (torch.tensor(losses(tmp_path / name)) for name in ("plain", "fsdp"))
     torch.testing.assert_close(fsdp, plain, atol=5e-5, rtol=5e-5)
 
 
 @pytest.mark.slow
-def test_the_orthogonal_loss_and_averages_are_sharded_too(tiny_model, tmp_path):
+def test_the_orthogonal_loss_and_averages_are_sharded_too(tiny_model, tmp_path, run_forked):
     for name, variables in (("ddp", {}), ("fsdp", FSDP)):
         settings = {
             "batch_size": 1,
@@ -167,7 +203,7 @@ def test_the_orthogonal_loss_and_averages_are_sharded_too(tiny_model, tmp_path):
             "ema_decay": 0.9,
             "validation_every": 4,
         }
-        run(command(tiny_model, tmp_path / name, 2, "train_object_lora.py", **settings), **variables)
+        run_forked(command(tiny_model, tmp_path / name, 2, "train_object_lora.py", **settings), **variables)
     ddp, fsdp = ([json.loads(line) for line in (tmp_path / n / "metrics.jsonl").open()] for n in ("ddp", "fsdp"))
     for key in ("denoising", "orthogonal"):
         torch.testing.assert_close(
@@ -190,7 +226,9 @@ def test_the_orthogonal_loss_and_averages_are_sharded_too(tiny_model, tmp_path):
         pytest.param({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "no", id="deepspeed", marks=NEEDS_DEEPSPEED),
     ],
 )
-def test_a_sharded_unet_with_accumulation_and_averages_can_be_resumed(engine, precision, tiny_model, tmp_path):
+def test_a_sharded_unet_with_accumulation_and_averages_can_be_resumed(
+    engine, precision, tiny_model, tmp_path, run_forked
+):
     settings = {"batch_size": 1, "gradient_accumulation_steps": 2, "mixed_precision": precision, "ema_decay": 0.9}
     settings |= {"lora_rank": 2, "log_every": 1, "save_every": 1, "validation_every": 4}
     for name, runs in (("whole", [(4, {})]), ("parts", [(2, {}), (3, engine), (4, engine)])):
@@ -198,7 +236,7 @@ def test_a_sharded_unet_with_accumulation_and_averages_can_be_resumed(engine, pr
             arguments = command(
                 tiny_model, tmp_path / name, 2, "train.py", stage="style_lora", max_steps=steps, **settings
             )
-            run(arguments, **variables)
+            run_forked(arguments, **variables)
     whole, parts = (torch.tensor(losses(tmp_path / name)) for name in ("whole", "parts"))
     rounding = {"bf16": 2e-3, "no": 1e-5}[precision]
     torch.testing.assert_close(parts, whole, atol=rounding, rtol=rounding)
