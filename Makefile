@@ -42,11 +42,11 @@ chromium: # for the tests of pages, if this machine has none and lets us install
 		{ [ "$$(id -u)" = 0 ] && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; } || \
 		echo "No chromium, so tests of pages are skipped: apt-get install chromium as root, or put another into PATH." >&2
 
-check: $(DEV) ## what CI runs: formatting, lint, types, all tests that need no GPU, browser or downloaded weights
+check: $(DEV) chromium ## what CI runs: formatting, lint, types, all tests that need no GPU or downloaded weights
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(TESTS) -m "not gpu and not weights and not web"
+	$(TESTS) -m "not gpu and not weights"
 
 format: $(DEV) ## format the code and mend what ruff can mend
 	$(BIN)/ruff format .
