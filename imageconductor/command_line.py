@@ -93,16 +93,16 @@ def describe(schema: type[DataclassInstance]) -> str:
 def add_arguments(parser: argparse.ArgumentParser, schema: type[DataclassInstance]) -> None:
     """Adds an option for each field of a flat dataclass; what is not given does not appear among the arguments.
 
-    `--name-with-dashes`; a bool is a switch, a list of texts may be repeated, a list or tuple of numbers takes several,
-    a Literal offers its choices. The help is the comment beside the field; `metadata={"metavar": "FILE"}` names the
-    value.
+    `--name-with-dashes`; a bool is a switch, with `--no-name` too where it may be left open, a list of texts may be
+    repeated, a list or tuple of numbers takes several, a Literal offers its choices. The help is the comment beside the
+    field; `metadata={"metavar": "FILE"}` names the value.
     """
     for field in list_fields(schema):
         hint = required_type(field.hint)
         settings: dict[str, Any] = {"help": field.comment.replace("%", "%%"), "default": argparse.SUPPRESS}
         metavar = field.metadata.get("metavar")
         if hint is bool:
-            settings["action"] = "store_true"
+            settings["action"] = "store_true" if field.default is False else argparse.BooleanOptionalAction
         elif get_origin(hint) is Literal:
             settings["choices"] = get_args(hint)
         elif get_origin(hint) is tuple:

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
 
 from imageconductor.checkpoints.domain_adapter import DomainAdapter
+from imageconductor.checkpoints.few_step import FEW_STEP_FOLDER, find_few_step_lora
 from imageconductor.checkpoints.model_card import read_provenance
 from imageconductor.checkpoints.model_folder import (
     adapter_folder,
@@ -57,6 +58,7 @@ class AssemblyConfig:
     object_gates: str | None = None  # trained: folder of the gates for boxes, SMCD's stage 1
     scene_gates: str | None = None  # trained: folder of the gates for the first frame, SMCD's stage 2
     style_lora: str | None = None  # folder of a style LoRA that the model folder carries along
+    few_step_lora: str | None = None  # trained: folder of the LoRA that stage few_step wrote, or another of its kind
     motion_module: str | None = None  # animatediff: v3_sd15_mm.ckpt, or diffusers' folder
     # v3_sd15_adapter.ckpt, kept beside the UNet so that its scale can still be chosen; null = without
     domain_adapter: str | None = None
@@ -94,14 +96,14 @@ class Assembly:
         sampling: Defaults of sampling, fields of `SamplingDefaults`.
         domain_adapter: If there is one.
         provenance: Texts for the folder, by file name.
-        style_lora: Folder of a style LoRA to carry along.
+        carried: Folders of LoRAs of the UNet that are carried along, by their names in the model folder.
     """
 
     networks: Networks
     sampling: dict[str, Any]
     domain_adapter: DomainAdapter | None
     provenance: dict[str, str]
-    style_lora: Path | None = None
+    carried: dict[str, Path] = field(default_factory=dict)
 
 
 def assemble(config: AssemblyConfig) -> Assembly:
@@ -111,18 +113,20 @@ def assemble(config: AssemblyConfig) -> Assembly:
         FileNotFoundError: A part is not there.
         ValueError: A part does not fit; names its file and every key that is missing, left over or mis-shaped.
     """
-    style_lora = None if config.style_lora is None else locate(config.style_lora)
-    if style_lora is not None and not (style_lora / DIFFUSERS_WEIGHTS_NAME).is_file():
-        raise FileNotFoundError(f"style_lora={style_lora}: no folder with {DIFFUSERS_WEIGHTS_NAME}")
+    named = {"style_lora": config.style_lora, FEW_STEP_FOLDER: config.few_step_lora}
+    carried = {name: locate(folder) for name, folder in named.items() if folder is not None}
+    for name, folder in carried.items():
+        if not (folder / DIFFUSERS_WEIGHTS_NAME).is_file():
+            raise FileNotFoundError(f"{name}={folder}: no folder with {DIFFUSERS_WEIGHTS_NAME}")
     if config.recipe == "trained":
         networks, sources, assembly = _trained(config)
     else:
         networks, sources, assembly = _downloaded(config)
     networks.to(getattr(torch, config.dtype))
     networks.freeze()
-    if style_lora is not None:
-        assembly.style_lora = style_lora
-        sources["style_lora"] = _source(style_lora, len(read_checkpoint(style_lora / DIFFUSERS_WEIGHTS_NAME)))
+    for name, folder in carried.items():
+        sources[name] = _source(folder, len(read_checkpoint(folder / DIFFUSERS_WEIGHTS_NAME)))
+    assembly.carried |= carried
     record = {"recipe": asdict(config), "sources": {name: asdict(source) for name, source in sources.items()}}
     assembly.provenance["sources.json"] = json.dumps(record, indent=1)
     return assembly
@@ -197,7 +201,10 @@ def _trained(config: AssemblyConfig) -> tuple[Networks, dict[str, Source], Assem
             record(name, folder, len(gates.state_dict()))
     domain = DomainAdapter.load(root) if DomainAdapter.is_in(root) else None
     sampling = {**read_sampling_defaults(root), **config.sampling}
-    return networks, sources, Assembly(networks, sampling, domain, provenance)
+    kept = find_few_step_lora(root)  # which was distilled from the model as it was
+    replaced = config.motion_controlnet or given
+    carried = {} if kept is None or replaced else {FEW_STEP_FOLDER: kept.parent}
+    return networks, sources, Assembly(networks, sampling, domain, provenance, carried)
 
 
 def _check_same_sizes(ours: MotionControlNet, new: MotionControlNet, folder: Path) -> None:

@@ -5,6 +5,7 @@ pipeline.py                  what diffusers' own loader runs, with `trust_remote
 unet/, vae/, ...             parts, as diffusers and transformers write them
 NAME_lora/                   a LoRA of the motion ControlNet in peft's format, named NAME in the network
 domain_adapter/, style_lora/ LoRAs of the UNet
+few_step_lora/               a LoRA of the UNet for few steps without guidance (`few_step`)
 object_gates/, scene_gates/  gated attention for boxes and for the first frame, which a model may have or not
 sources.json, training/      where the weights come from (`model_card`)
 """

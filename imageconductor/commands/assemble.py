@@ -140,5 +140,5 @@ def write_model_folder(assembly: Assembly, output: Path, replace: bool = False) 
 
     with atomic_folder(output, replace) as folder:
         ImageConductorPipeline.from_assembly(assembly).save_pretrained(folder)
-        if assembly.style_lora is not None:
-            shutil.copytree(assembly.style_lora, folder / "style_lora")
+        for name, source in assembly.carried.items():
+            shutil.copytree(source, folder / name)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def estimate_x_0(prediction: Tensor, x_t: Tensor, alpha_cumprod: float, prediction_type: str) -> Tensor:
+def estimate_x_0(prediction: Tensor, x_t: Tensor, alpha_cumprod: float | Tensor, prediction_type: str) -> Tensor:
     """Estimate of the clean latents at one step.
 
     Args:
         prediction: (B, C, T, h, w), output of the model, guided or not.
         x_t: (B, C, T, h, w), what the model saw: sqrt(alpha_cumprod) x_0 + sqrt(1 - alpha_cumprod) eps.
-        alpha_cumprod: Of the timestep, in [0, 1].
+        alpha_cumprod: Of the timestep, in [0, 1]; a tensor has one for each video, (B, 1, 1, 1, 1).
         prediction_type: "epsilon", "v_prediction" or "sample", as diffusers' schedulers call what the model predicts.
 
     Returns:

@@ -1,7 +1,7 @@
 """The training objectives.
 
 Image Conductor: Eqs. 1 and 3 (denoising) and Eq. 4 (orthogonality of the two LoRAs). MotionDirector: L_org, which is
-the denoising loss, and L_ad (appearance-debiased).
+the denoising loss, and L_ad (appearance-debiased). Consistency distillation: pseudo-Huber.
 """
 
 import math
@@ -28,6 +28,24 @@ def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
     return F.mse_loss(prediction.float(), target.float())
+
+
+def pseudo_huber_loss(prediction: Tensor, target: Tensor, width: float) -> Tensor:
+    """Mean of sqrt(d^2 + c^2) - c over the differences d of all elements: squared below c, absolute above.
+
+    Args:
+        prediction: (B, C, T, h, w).
+        target: (B, C, T, h, w).
+        width: c.
+
+    Raises:
+        ValueError: The shapes differ.
+
+    Source: Improved consistency training (arXiv 2310.14189), element by element.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
+    return (((prediction.float() - target.float()) ** 2 + width**2).sqrt() - width).mean()
 
 
 def debias(values: Tensor, anchor: Tensor, beta: float = 1.0) -> Tensor:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from imageconductor import config as config_file
 from imageconductor.conditioning.preset_names import CAMERA_PRESETS, OBJECT_PRESETS
-from imageconductor.sampling.loras import find_lora, parse_lora, parse_noise_prior
+from imageconductor.sampling.loras import find_lora, parse_lora, parse_noise_prior, takes_few_steps
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -86,6 +86,8 @@ class SampleJob:
     noise_prior: str | None = field(default=None, metadata={"metavar": "RUN[:X]"})
     domain_adapter_scale: float | None = None  # of AnimateDiff's domain adapter; default: as assembled
     steps: int | None = None  # denoising steps
+    # the model's LoRA for few steps, by default 4, without guidance; default: where it has one, for at most 8 steps
+    few_step: bool | None = None
     seed: list[int] = field(default_factory=lambda: [0])  # one video for each
     num_videos: int | None = None  # more videos, with seeds that count up from the last one
     repeat: int | None = None  # that many videos with fresh seeds instead, which run.yaml records
@@ -238,10 +240,13 @@ def load_pipeline(job: SampleJob) -> ImageConductorPipeline:
     """
     import torch
 
+    from imageconductor.checkpoints.few_step import few_step_scheduler
     from imageconductor.checkpoints.personalise import personalise
     from imageconductor.sampling.pipeline import ImageConductorPipeline
 
     pipe = ImageConductorPipeline.from_pretrained(job.model, dtype=getattr(torch, cast(str, job.dtype)))
+    if job.few_step:
+        pipe.scheduler = few_step_scheduler(pipe.scheduler)
     personalise(pipe, job.base, *_find_loras(job), job.domain_adapter_scale)
     if job.vae_tiling:
         pipe.vae.enable_tiling()
@@ -341,9 +346,13 @@ def call_arguments(inputs: Sequence[Inputs]) -> dict[str, Any]:
 
 
 def _find_loras(job: SampleJob) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
-    """Files and scales of LoRAs of the spatial layers, and of those of the motion modules."""
+    """Files and scales of LoRAs of any of the UNet's layers, and of those of the motion modules."""
+    from imageconductor.checkpoints.few_step import find_few_step_lora
+
     styles = [find_lora(text, "style") for text in job.lora]
     styles += [find_lora(text, "appearance") for text in job.appearance_lora]
+    if job.few_step:
+        styles.append((str(find_few_step_lora(job.model)), 1.0))
     return styles, [find_lora(text, "motion") for text in job.motion_lora]
 
 
@@ -361,6 +370,9 @@ def _with_defaults(job: SampleJob) -> SampleJob:
     job = replace(job, model=str(locate_model(job.model)), device=device, dtype=dtype)
     defaults = read_sampling_defaults(job.model)
     defaults["steps"] = defaults.pop("num_inference_steps")
+    job = replace(job, few_step=takes_few_steps(job.model, job.few_step, job.steps or defaults["steps"]))
+    if job.few_step:  # guidance is in the LoRA
+        defaults |= {"steps": min(defaults["steps"], 4), "guidance_scale": 1.0, "trajectory_guidance_scale": 1.0}
     if job.mix is not None:  # whose weights take its place
         defaults["trajectory_guidance_scale"] = 1.0
     del defaults["control"]  # depends on the trajectories

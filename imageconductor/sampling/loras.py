@@ -48,6 +48,25 @@ def find_lora(text: str, kind: Literal["style", "motion", "appearance"]) -> tupl
     return path, scale
 
 
+def takes_few_steps(model: str, asked: bool | None, steps: int) -> bool:
+    """Whether a job is made with its model's few-step LoRA.
+
+    Args:
+        model: Its folder.
+        asked: In the job; None = where the model has one and the steps are few.
+        steps: Of the job, or the model's default.
+
+    Raises:
+        FileNotFoundError: It is asked for, and the model has none.
+    """
+    from imageconductor.checkpoints.few_step import FEW_STEP_FOLDER, MOST_STEPS, find_few_step_lora
+
+    has_lora = find_few_step_lora(model) is not None
+    if asked and not has_lora:
+        raise FileNotFoundError(f"{model} has no few-step LoRA ({FEW_STEP_FOLDER}/), so leave few_step out")
+    return has_lora and steps <= MOST_STEPS if asked is None else asked
+
+
 def absolute_lora(text: str) -> str:
     """FILE or FILE:SCALE with the file's whole path, wherever it was found."""
     path, scale = parse_lora(text)

@@ -90,6 +90,42 @@ class StyleLoraConfig(TrainConfig):
 
 
 @dataclass
+class FewStepConfig(TrajectoryConfig):
+    """A LoRA of the UNet with which few steps without guidance suffice, distilled from the model as it is sampled."""
+
+    stage: Literal["few_step"] = "few_step"
+    # Motion controls that the LoRA is to work with, one of them drawn for each micro-step.
+    controls: list[Literal["camera", "object", "mixed", "base"]] = field(default_factory=lambda: ["camera", "object"])
+    # Guidance of the model that is distilled; null = the model's defaults. camera_free_scale acts with control object.
+    guidance_scale: float | None = None
+    trajectory_guidance_scale: float | None = None
+    camera_free_scale: float | None = None
+    solver_steps: int = 50  # DDIM steps into which the way from noise is divided; the sampler counts on 50
+    huber_width: float = 1e-3  # c of the pseudo-Huber loss
+    lora_rank: int = 64  # = alpha
+    lora_targets: Literal["all", "linear"] = "all"  # of the UNet's layers; linear leaves its convolutions out
+    text_dropout: float = 0.0  # probability that a clip's text is dropped
+    preview_steps: int = 4  # denoising steps of preview videos
+
+    FIXED = TrajectoryConfig.FIXED | {"lora_rank", "lora_targets"}
+    # A micro-step has one control, so that another division into micro-steps is another run.
+    FREE_TO_CHANGE = TrajectoryConfig.FREE_TO_CHANGE - {"batch_size", "gradient_accumulation_steps"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.controls:
+            raise ValueError("controls must name at least one of camera, object, mixed, base")
+        if self.camera_free_scale is not None and "object" not in self.controls:
+            raise ValueError(f"camera_free_scale={self.camera_free_scale} acts with control object, not among controls")
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank must be at least 1, got {self.lora_rank}")
+        if not 2 <= self.solver_steps <= 1000:
+            raise ValueError(f"solver_steps must be from 2 to 1000, got {self.solver_steps}")
+        if self.huber_width <= 0:
+            raise ValueError(f"huber_width must be positive, got {self.huber_width}")
+
+
+@dataclass
 class BoxStageConfig(TrainConfig):
     """What SMCD's two stages share; `data` names folders of GOT-10k or YouTube-VIS, or JSON lines of detections."""
 
@@ -243,6 +279,7 @@ _CONFIGS: tuple[type[StageConfig], ...] = (
     CameraLoraConfig,
     ObjectLoraConfig,
     StyleLoraConfig,
+    FewStepConfig,
     ObjectGatesConfig,
     SceneGatesConfig,
     MotionDirectorConfig,

@@ -83,6 +83,6 @@ class Validate:
         for name, given in conditions.items():
             for step in self.timesteps:
                 t = torch.full((len(numbers),), step, dtype=torch.int64, device=x_0.device)
-                losses[f"t{step}{name}"] = self.module(x_0, t, eps, given)["denoising"].float()
+                losses[f"t{step}{name}"] = self.module(x_0, t, eps, given)[self.stage.validated].float()
             losses[f"loss{name}"] = torch.stack([losses[f"t{step}{name}"] for step in self.timesteps]).mean()
         return losses

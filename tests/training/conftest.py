@@ -57,7 +57,7 @@ def configure(tiny_model, tmp_path, reference_clips, object_gates):
             small |= {} if changes.get("learns_object_gates") else {"object_gates": str(object_gates)}
         if name in ("object_gates", "scene_gates"):
             small |= {"max_objects": 4, "gate_learning_rate": 0.1}
-        if name.endswith("_lora") or name == "motion_director":
+        if name.endswith("_lora") or name in ("motion_director", "few_step"):
             small["lora_rank"] = 2
         return find_stage(name).Config(**small | changes)
 

@@ -43,6 +43,7 @@ TABLE = {
     "camera_lora": Expected(("motion_controlnet.",), ".camera.", acts=(("camera",), ())),
     "object_lora": Expected(("motion_controlnet.",), ".object.", acts=(("camera", "object"), ())),
     "style_lora": Expected(("unet.",), ".style.", acts=((), ("style",))),
+    "few_step": Expected(("unet.",), ".few_step.", acts=((), ("few_step",))),
     "object_gates": Expected(("object_gates.",)),
     "scene_gates": Expected(("scene_gates.", "unet.lora."), acts=((), ("motion",))),
     "scene_gates without a LoRA": Expected(("scene_gates.",), settings={"motion_lora_rank": 0}),

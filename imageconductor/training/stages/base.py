@@ -53,15 +53,17 @@ class Stage(nn.Module):
         preview_settings: Further arguments of the pipeline's call for preview videos.
         adapters: LoRAs of the motion ControlNet that act.
         dropouts: Attributes that hold the probabilities with which parts of the condition are dropped.
+        validated: Loss that is measured on held-out clips.
         learns_in_parts: Whether a step may reach only some of what learns.
         can_be_split: Whether FSDP and DeepSpeed can split its weights.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[StageConfig]]
-    preview_control: ClassVar[str | None] = None
+    preview_control: str | None = None
     adapters: ClassVar[tuple[str, ...]] = ()
     dropouts: ClassVar[tuple[str, ...]] = ("text_dropout", "image_dropout")
+    validated: ClassVar[str] = "denoising"
     learns_in_parts: ClassVar[bool] = False
     can_be_split: ClassVar[bool] = True
 

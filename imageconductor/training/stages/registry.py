@@ -5,6 +5,7 @@ from __future__ import annotations
 from imageconductor.training.stage_configs import check_stage
 from imageconductor.training.stages.base import Stage
 from imageconductor.training.stages.boxes import ObjectGatesStage, SceneGatesStage
+from imageconductor.training.stages.few_step import FewStepStage
 from imageconductor.training.stages.foundation import FoundationStage
 from imageconductor.training.stages.image_conductor import CameraLoraStage, MotionControlNetStage, ObjectLoraStage
 from imageconductor.training.stages.motion_director import MotionDirectorStage
@@ -16,6 +17,7 @@ _STAGES: tuple[type[Stage], ...] = (
     CameraLoraStage,
     ObjectLoraStage,
     StyleLoraStage,
+    FewStepStage,
     ObjectGatesStage,
     SceneGatesStage,
     MotionDirectorStage,

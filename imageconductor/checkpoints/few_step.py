@@ -1,0 +1,29 @@
+"""The few-step LoRA of a model folder, `few_step_lora/`, and the scheduler that goes with it.
+
+The LoRA is a file of diffusers', so that `pipe.load_lora_weights("MODEL/few_step_lora")` takes it as well, with
+`pipe.scheduler = few_step_scheduler(pipe.scheduler)` beside it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from diffusers import LCMScheduler
+
+from imageconductor.models.adapters import DIFFUSERS_WEIGHTS_NAME
+
+FEW_STEP_FOLDER = "few_step_lora"
+MOST_STEPS = 8
+"""At most so many steps are made with the LoRA where a model has one and nothing else is asked for."""
+
+
+def find_few_step_lora(folder: str | Path) -> Path | None:
+    """The file of a model folder; None = it has none."""
+    path = Path(folder) / FEW_STEP_FOLDER / DIFFUSERS_WEIGHTS_NAME
+    return path if path.is_file() else None
+
+
+def few_step_scheduler(scheduler: Any) -> LCMScheduler:
+    """The consistency sampler at the noise levels of a model's scheduler, for what the model predicts."""
+    return cast(LCMScheduler, LCMScheduler.from_config(scheduler.config))

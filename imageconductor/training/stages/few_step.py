@@ -1,0 +1,190 @@
+"""A LoRA with which few steps without guidance give what many guided ones give, by consistency distillation.
+
+On a grid of timesteps, the model without the LoRA makes one guided DDIM step from x_t to an earlier x_s. The model with
+it learns to estimate from x_t the clean latents that it estimates from x_s: then the estimate is the same all along
+the way, and few evaluations suffice. Guidance, camera-free guidance too, is part of the step, so that the LoRA holds
+it. ControlNets and the LoRAs of camera and object act alike in both models, and stay as they are.
+
+Source: Latent Consistency Models (arXiv 2310.04378), as a LoRA (LCM-LoRA, arXiv 2311.05556).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imageconductor.checkpoints.few_step import FEW_STEP_FOLDER, few_step_scheduler
+from imageconductor.checkpoints.model_folder import check_adapters, load_adapters, read_sampling_defaults
+from imageconductor.diffusion.clean_estimate import estimate_x_0
+from imageconductor.diffusion.guidance import camera_free_guidance, classifier_free_guidance, trajectory_guidance
+from imageconductor.diffusion.losses import pseudo_huber_loss
+from imageconductor.models.adapters import (
+    Adapter,
+    activate,
+    active,
+    add_adapter,
+    freeze_all_but_adapter,
+    lora_targets,
+    save_for_diffusers,
+)
+from imageconductor.models.controlnets import Residuals
+from imageconductor.models.denoiser import Condition, add
+from imageconductor.models.networks import Networks
+from imageconductor.training.stage_configs import FewStepConfig
+from imageconductor.training.stages.base import TrajectoryStage
+
+FEW_STEP = "few_step"
+_CAMERA, _OBJECT = Adapter.CAMERA.value, Adapter.OBJECT.value
+_ADAPTERS: dict[str, tuple[str, ...]] = {
+    "camera": (_CAMERA,),
+    "object": (_OBJECT,),
+    "mixed": (_CAMERA, _OBJECT),
+    "base": (),
+}
+
+
+class FewStepStage(TrajectoryStage):
+    """A LoRA of the UNet, spatial layers and motion modules; every micro-step is under one motion control."""
+
+    name = FEW_STEP
+    Config = FewStepConfig
+    validated = "consistency"
+
+    def __init__(self, networks: Networks, config: FewStepConfig):
+        super().__init__(networks, config)
+        networks.freeze()
+        load_adapters(self.motion_controlnet, config.model)
+        targets = lora_targets(self.unet, config.lora_targets)
+        add_adapter(self.unet, FEW_STEP, rank=config.lora_rank, targets=targets, seed=config.seed)
+        activate(self.unet, FEW_STEP)
+        freeze_all_but_adapter(self.unet, FEW_STEP)
+        defaults = read_sampling_defaults(config.model)
+        given = config.guidance_scale, config.trajectory_guidance_scale
+        usual = defaults["guidance_scale"], defaults["trajectory_guidance_scale"]
+        self.guidance_scale, self.trajectory_scale = (
+            default if scale is None else scale for scale, default in zip(given, usual, strict=True)
+        )
+        self.controls, self.camera_free_scale = config.controls, config.camera_free_scale
+        self.negative_prompt: str = defaults["negative_prompt"]
+        self.solver_steps, self.huber_width = config.solver_steps, config.huber_width
+        self.sampler = few_step_scheduler(self.scheduler)
+        self.preview_control = self.controls[0]
+        self.preview_settings = {"guidance_scale": 1.0, "trajectory_guidance_scale": 1.0}
+        self._control = self.controls[0]
+
+    @classmethod
+    def check(cls, config: FewStepConfig) -> None:
+        """As `Stage.check`: the LoRAs of the controls, too."""
+        super().check(config)
+        for control in config.controls:
+            check_adapters(config.model, _ADAPTERS[control], f"control {control!r} of stage {FEW_STEP}")
+
+    @property
+    def acting(self) -> tuple[str, ...]:
+        """LoRAs of the motion ControlNet under the control of the micro-step."""
+        return _ADAPTERS[self._control]
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> tuple[Tensor, Condition]:
+        """As `Stage.encode`; the first clip's generator draws the control of the micro-step."""
+        encoded = super().encode(batch, generators)
+        self._control = self.controls[int(torch.randint(len(self.controls), (), generator=generators[0]))]
+        return encoded
+
+    def loss_terms(self, x_0: Tensor, t: Tensor, eps: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """Distance between what the model with the LoRA estimates before and after a guided step without it."""
+        t, earlier = self._on_grid(t)
+        x_t = self.scheduler.add_noise(x_0, eps, t)
+        with torch.no_grad():
+            image = self.denoiser.image_residuals(t, condition)
+            drawn = add(image, self._motion(t, condition, self.acting))
+            x_s = self._step(x_t, t, earlier, self._guided(x_t, t, condition, image, drawn))
+            image_s = self.denoiser.image_residuals(earlier, condition)
+            residuals = add(image_s, self._motion(earlier, condition, self.acting))
+            after = self.denoiser.decode(self.denoiser.encode(x_s, earlier, condition), residuals)
+            target = self._estimate(x_s, earlier, after)
+        before = self.denoiser.decode(self.denoiser.encode(x_t, t, condition), drawn)
+        return {"consistency": pseudo_huber_loss(self._estimate(x_t, t, before), target, self.huber_width)}
+
+    @contextmanager
+    def previewing(self) -> Iterator[None]:
+        """Inside the block the networks have the sampler of few steps."""
+        before = self.networks.scheduler
+        self.networks.scheduler = self.sampler
+        try:
+            yield
+        finally:
+            self.networks.scheduler = before
+
+    def save(self, folder: Path) -> None:
+        """Writes few_step_lora/pytorch_lora_weights.safetensors, which a model folder carries along."""
+        save_for_diffusers(self.unet, FEW_STEP, folder / FEW_STEP_FOLDER, torch.float16)
+
+    def _on_grid(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The timesteps (B,) of the teacher's grid that stand for `t`, and the ones before them; 0 before the first."""
+        total = self.scheduler.config["num_train_timesteps"]
+        place, step = t * self.solver_steps // total, total // self.solver_steps
+        return (place + 1) * step - 1, (place * step - 1).clamp(min=0)
+
+    def _motion(self, t: Tensor, condition: Condition, adapters: tuple[str, ...]) -> Residuals | None:
+        """What the motion ControlNet adds under these LoRAs; None without trajectories."""
+        return None if condition.flow is None else self.denoiser.motion_residuals(t, condition, adapters)
+
+    def _guided(
+        self, x_t: Tensor, t: Tensor, condition: Condition, image: Residuals | None, drawn: Residuals | None
+    ) -> Tensor:
+        """The guided prediction (B, C, T, h, w) of the model without the LoRA.
+
+        Args:
+            x_t: (B, C, T, h, w).
+            t: (B,).
+            condition: Of the prompt.
+            image: What the image ControlNet adds under it.
+            drawn: What both ControlNets add under it and the control.
+        """
+        denoiser, scale = self.denoiser, self.guidance_scale
+        negative = self.encode_text({"caption": [self.negative_prompt] * len(x_t)}, [False] * len(x_t))
+        without = replace(condition, text=negative)
+        is_camera_free = self.camera_free_scale is not None and self._control == "object"
+        with active(self.unet):
+            features = denoiser.encode(x_t, t, condition)
+            prompt = guided = denoiser.decode(features, drawn)
+            if is_camera_free or scale > 1:
+                motion = self._motion(t, without, () if is_camera_free else self.acting)
+                residuals = add(denoiser.image_residuals(t, without), motion)
+                uncond = denoiser.decode(denoiser.encode(x_t, t, without), residuals)
+                guided = classifier_free_guidance(uncond, prompt, scale)
+                if self.camera_free_scale is not None and is_camera_free:
+                    base = denoiser.decode(features, add(image, self._motion(t, condition, ())))
+                    guided = camera_free_guidance(uncond, base, prompt, scale, self.camera_free_scale)
+            if self.trajectory_scale != 1:
+                undrawn = denoiser.decode(features, image)
+                guided = trajectory_guidance(guided, prompt, undrawn, self.trajectory_scale)
+        return guided
+
+    def _step(self, x_t: Tensor, t: Tensor, earlier: Tensor, prediction: Tensor) -> Tensor:
+        """x_s (B, C, T, h, w) of a DDIM step from t to `earlier`, each (B,)."""
+        alpha, alpha_s = self._alphas(t), self._alphas(earlier)
+        x_0 = self._clean(x_t, t, prediction)
+        eps = (x_t - alpha**0.5 * x_0) / (1 - alpha) ** 0.5
+        return alpha_s**0.5 * x_0 + (1 - alpha_s) ** 0.5 * eps
+
+    def _estimate(self, x_t: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        """The consistency function (B, C, T, h, w): the clean latents, and x_t itself at t = 0."""
+        place: Any = t.view(-1, 1, 1, 1, 1)
+        kept, made = self.sampler.get_scalings_for_boundary_condition_discrete(place)
+        return kept * x_t + made * self._clean(x_t, t, prediction)
+
+    def _clean(self, x_t: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        kind: str = self.scheduler.config["prediction_type"]
+        return estimate_x_0(prediction.float(), x_t.float(), self._alphas(t), kind)
+
+    def _alphas(self, t: Tensor) -> Tensor:
+        """Cumulative alphas (B, 1, 1, 1, 1) float32 of timesteps (B,)."""
+        return self.scheduler.alphas_cumprod.to(t.device)[t].float().view(-1, 1, 1, 1, 1)
