@@ -14,13 +14,21 @@ from diffusers import LCMScheduler
 from imageconductor.models.adapters import DIFFUSERS_WEIGHTS_NAME
 
 FEW_STEP_FOLDER = "few_step_lora"
+FEW_STEP_DEFAULTS = {"steps": 4, "guidance_scale": 1.0, "trajectory_guidance_scale": 1.0}
+"""Settings of a job with the LoRA, which holds the guidance, in place of the model's."""
+
 MOST_STEPS = 8
 """At most so many steps are made with the LoRA where a model has one and nothing else is asked for."""
 
 
+def few_step_lora_path(folder: str | Path) -> Path:
+    """Where a model folder keeps the LoRA, if it has one."""
+    return Path(folder) / FEW_STEP_FOLDER / DIFFUSERS_WEIGHTS_NAME
+
+
 def find_few_step_lora(folder: str | Path) -> Path | None:
     """The file of a model folder; None = it has none."""
-    path = Path(folder) / FEW_STEP_FOLDER / DIFFUSERS_WEIGHTS_NAME
+    path = few_step_lora_path(folder)
     return path if path.is_file() else None
 
 

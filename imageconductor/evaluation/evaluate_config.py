@@ -32,6 +32,9 @@ class Method:
     base: str | None = None  # DreamBooth file that replaces the model's UNet, VAE and text encoder
     lora: list[str] = field(default_factory=list)  # style LoRAs of the UNet, each FILE or FILE:scale
     motion_lora: list[str] = field(default_factory=list)  # LoRAs of the motion modules, each FILE or FILE:scale
+    # The model's few-step LoRA makes the videos, in 4 steps without guidance where the settings do not say otherwise.
+    few_step: bool = False
+    num_inference_steps: int | None = None  # denoising steps; null = the evaluation's
     size: tuple[int, int] | None = None  # (W, H) of its videos; null = the evaluation's
     num_frames: int | None = None  # frames of its videos; null = the evaluation's
     # How a first frame gets that size: crop covers it and cuts off what is left over, resize stretches the picture.
@@ -42,8 +45,11 @@ class Method:
     def __post_init__(self) -> None:
         if (self.model is None) == (self.videos is None):
             raise ValueError(f"a method needs a model or videos, and not both; got {self.model} and {self.videos}")
-        if self.videos is not None and (self.base or self.lora or self.motion_lora):
-            raise ValueError(f"base and LoRAs need a model; the videos in {self.videos} are made already")
+        made_by = self.base, self.lora, self.motion_lora, self.few_step, self.num_inference_steps
+        if self.videos is not None and any(made_by):
+            raise ValueError(f"base, LoRAs and steps need a model; the videos in {self.videos} are made already")
+        if self.num_inference_steps is not None and self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}")
         if self.size is not None and min(self.size) < 1:
             raise ValueError(f"size must be positive, got {self.size[0]}x{self.size[1]}")
         if self.num_frames is not None and self.num_frames < 2:
@@ -69,8 +75,9 @@ class EvaluateConfig:
     model: str | None = None  # model folder to evaluate, one line of the tables, named after the folder
     videos: str | None = None  # folder of another method's videos, one more line, named after the folder
     # Further lines of the tables by name, each {videos: FOLDER}, or {model: FOLDER, base: FILE, lora: [FILE:scale],
-    # motion_lora: [FILE:scale]}; and, for videos of another format, size: [W, H], num_frames: N, fit: crop or resize,
-    # and frames: [i, ...], the numbers of its frames that stand for the evaluation's (null = all, spread evenly).
+    # motion_lora: [FILE:scale], few_step: true, num_inference_steps: N}; and, for videos of another format,
+    # size: [W, H], num_frames: N, fit: crop or resize, and frames: [i, ...], the numbers of its frames that stand for
+    # the evaluation's (null = all, spread evenly).
     methods: dict[str, Method] = field(default_factory=dict)
     # Tasks by name, each {requests: camera or object, control: camera, object, mixed, base or none,
     # camera_free_scale: X}; none given = camera and object, as in Table 1.

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from imageconductor.checkpoints.few_step import FEW_STEP_FOLDER, few_step_lora_path
 from imageconductor.checkpoints.model_folder import locate_model, read_sampling_defaults
 from imageconductor.checkpoints.reference_run import NOISE_PRIOR_NAME
 from imageconductor.evaluation.box_config import BoxEvaluateConfig, BoxMethod
@@ -38,7 +39,9 @@ _MOTION = "motion "
 
 def list_attached_files(method: Method) -> list[str]:
     """Files that a method puts on its model: base weights and LoRAs."""
-    loras = (parse_lora(text)[0] for text in (*method.lora, *method.motion_lora))
+    loras = [parse_lora(text)[0] for text in (*method.lora, *method.motion_lora)]
+    if method.few_step:
+        loras.append(str(few_step_lora_path(locate_model(method.model or ""))))
     return [*([method.base] if method.base else []), *loras]
 
 
@@ -62,6 +65,8 @@ def collect_settings(
     weights = _describe_files([*_list_weights(folder), *map(Path, list_attached_files(method))])
     settings = {key: getattr(config, key) for key in _SETTINGS}
     made_by = {key: getattr(method, key) for key in ("model", "videos", "base", "lora", "motion_lora")}
+    own = {"few_step": method.few_step, "num_inference_steps": method.num_inference_steps}
+    made_by |= {key: value for key, value in own.items() if value}
     settings |= {"size": wanted.size, "num_frames": wanted.num_frames, "method": made_by, "weights": weights}
     if wanted != drawn:
         settings |= {"fit": wanted.fit, "frames": wanted.frames, "requests_drawn_in": asdict(drawn)}
@@ -145,4 +150,5 @@ def _describe_files(paths: Iterable[Path]) -> dict[str, tuple[int, int]]:
 
 def _list_weights(folder: Path) -> list[Path]:
     """Weight files of a model; not the style LoRA beside it, which acts only if a method names it."""
-    return [path for path in folder.rglob("*.safetensors") if path.relative_to(folder).parts[0] != "style_lora"]
+    unused = "style_lora", FEW_STEP_FOLDER
+    return [path for path in folder.rglob("*.safetensors") if path.relative_to(folder).parts[0] not in unused]

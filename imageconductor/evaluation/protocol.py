@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from imageconductor.checkpoints.few_step import FEW_STEP_DEFAULTS
 from imageconductor.checkpoints.model_folder import locate_model
 from imageconductor.conditioning import Trajectories
 from imageconductor.evaluation.appearance import ClipScorer
@@ -202,7 +203,14 @@ class Evaluation:
 
     def _build_inputs(self, name: str, task: Task, request: Request) -> Inputs:
         """The request as `sample.py` would be asked for it."""
-        method, wanted = self.methods[name], self.formats[name]
+        method, wanted, config = self.methods[name], self.formats[name], self.config
+        asked = {
+            "steps": method.num_inference_steps or config.num_inference_steps,
+            "guidance_scale": config.guidance_scale,
+            "trajectory_guidance_scale": config.trajectory_guidance_scale,
+        }
+        if method.few_step:
+            asked = {key: FEW_STEP_DEFAULTS[key] if value is None else value for key, value in asked.items()}
         job = SampleJob(
             model=str(locate_model(method.model or "")),
             base=method.base,
@@ -211,15 +219,14 @@ class Evaluation:
             prompt=request.prompt,
             control=None if task.control == "none" else task.control,
             camera_free_scale=task.camera_free_scale,
-            guidance_scale=self.config.guidance_scale,
-            trajectory_guidance_scale=self.config.trajectory_guidance_scale,
-            steps=self.config.num_inference_steps,
+            few_step=method.few_step,
             num_frames=wanted.num_frames,
             width=wanted.size[0],
             height=wanted.size[1],
             seed=[request.seed],
             device=self.device,
-            dtype=self.config.dtype or ("float16" if self.device.startswith("cuda") else "float32"),
+            dtype=config.dtype or ("float16" if self.device.startswith("cuda") else "float32"),
+            **asked,
         )
         drawn = request.trajectories if task.control != "none" else Trajectories.empty(wanted.size, wanted.num_frames)
         return Inputs(job, Image.fromarray(request.image), drawn)

@@ -358,6 +358,7 @@ def _find_loras(job: SampleJob) -> tuple[list[tuple[str, float]], list[tuple[str
 
 def _with_defaults(job: SampleJob) -> SampleJob:
     """The job with its model as a local folder, and with the model's defaults and this machine's device."""
+    from imageconductor.checkpoints.few_step import FEW_STEP_DEFAULTS
     from imageconductor.checkpoints.model_folder import locate_model, read_sampling_defaults
 
     device = _check_device(job.device)
@@ -371,8 +372,8 @@ def _with_defaults(job: SampleJob) -> SampleJob:
     defaults = read_sampling_defaults(job.model)
     defaults["steps"] = defaults.pop("num_inference_steps")
     job = replace(job, few_step=takes_few_steps(job.model, job.few_step, job.steps or defaults["steps"]))
-    if job.few_step:  # guidance is in the LoRA
-        defaults |= {"steps": min(defaults["steps"], 4), "guidance_scale": 1.0, "trajectory_guidance_scale": 1.0}
+    if job.few_step:
+        defaults |= {**FEW_STEP_DEFAULTS, "steps": min(defaults["steps"], FEW_STEP_DEFAULTS["steps"])}
     if job.mix is not None:  # whose weights take its place
         defaults["trajectory_guidance_scale"] = 1.0
     del defaults["control"]  # depends on the trajectories

@@ -304,8 +304,8 @@ def test_the_configs_load(path, tmp_path, monkeypatch):
 
 
 def test_a_shape_that_the_model_cannot_make_is_refused_before_anything_is_written(tiny_model, tmp_path):
-    config = EvaluateConfig(model=str(tiny_model), num_scenes=1, device="cpu", num_frames=33)
-    with pytest.raises(ValueError, match=r"num_frames must be 1\.\.32"):
+    config = EvaluateConfig(model=str(tiny_model), num_scenes=1, device="cpu", size=(33, 32))
+    with pytest.raises(ValueError, match="width and height must be multiples of 2, got 33 x 32"):
         Evaluation(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

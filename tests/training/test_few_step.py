@@ -1,5 +1,7 @@
 """The stage `few_step`: its loss by diffusers' own schedulers and the sampler's guidance, and a run that learns."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,12 @@ from PIL import Image
 
 from imageconductor.checkpoints.few_step import find_few_step_lora
 from imageconductor.commands import assemble, sample
+from imageconductor.evaluation import protocol
+from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, Task
+from imageconductor.evaluation.protocol import Evaluation
 from imageconductor.models.adapters import active
 from imageconductor.sampling.branches import Control, GuidedDenoiser, plan
-from imageconductor.sampling.job import SampleJob, load_pipeline, prepare
+from imageconductor.sampling.job import SampleJob, load_pipeline, prepare, render
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 from imageconductor.training.run import run_stage
 from imageconductor.training.stage_configs import FewStepConfig
@@ -150,6 +155,26 @@ def test_the_command_makes_what_diffusers_own_loader_makes_of_the_file(model, tm
     theirs.scheduler = LCMScheduler.from_config(theirs.scheduler.config)
     given = {"image": image, "prompt": "a star", "seed": 7, "guidance_scale": 1.0, "output_type": "np"}
     assert np.allclose(ours(**given).frames, theirs(**given).frames, atol=1e-5)
+
+
+def test_an_evaluation_has_lines_with_and_without_it(model, tmp_path, monkeypatch):
+    lines = {"teacher": Method(str(model)), "two": Method(str(model), few_step=True, num_inference_steps=2)}
+    lines["default"] = Method(str(model), few_step=True)
+    config = EvaluateConfig(methods=lines, tasks={"camera": Task("camera", "camera")}, num_scenes=1, device="cpu")
+    made = []
+    monkeypatch.setattr(
+        protocol, "render", lambda pipe, inputs: made.append((pipe, inputs[0].job)) or render(pipe, inputs)
+    )
+    config.camera_presets = ["pan-left"]
+    Evaluation(config, tmp_path / "out").run()
+    (pipe, teacher), (_, two), (few, default) = made
+    assert (teacher.few_step, two.steps, default.steps) == (False, 2, 4)
+    assert (two.guidance_scale, default.trajectory_guidance_scale) == (1.0, 1.0)
+    assert isinstance(few.scheduler, LCMScheduler)
+    assert not isinstance(pipe.scheduler, LCMScheduler)
+    for name in lines:
+        made_with = json.loads((tmp_path / "out" / "videos" / name / "made_with.json").read_text())
+        assert any("few_step_lora" in path for path in made_with["weights"]) == (name != "teacher")
 
 
 def test_a_lora_of_another_model_is_not_carried_along(model, tmp_path):
