@@ -31,9 +31,9 @@ TINY = SmallModelConfig(
 TINY_WORLD = SpriteWorldConfig(size=(32, 32), num_frames=4)
 
 
-def tiny_networks(seed: int = 0, config: SmallModelConfig = TINY) -> Networks:
+def tiny_networks(seed: int = 0) -> Networks:
     """Untrained, but with every zero-initialised layer filled, so that each condition has an effect."""
-    networks = build_small_model(config, [" ".join(caption_words())], seed)
+    networks = build_small_model(TINY, [" ".join(caption_words())], seed)
     generator = torch.Generator().manual_seed(seed)
     for network in (networks.unet, networks.image_controlnet, networks.motion_controlnet):
         for parameter in network.parameters():
@@ -42,8 +42,8 @@ def tiny_networks(seed: int = 0, config: SmallModelConfig = TINY) -> Networks:
     return networks
 
 
-def tiny_pipeline(seed: int = 0, config: SmallModelConfig = TINY) -> ImageConductorPipeline:
-    networks = tiny_networks(seed, config)
+def tiny_pipeline(seed: int = 0) -> ImageConductorPipeline:
+    networks = tiny_networks(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     for adapter in Adapter:
         add_adapter(networks.motion_controlnet, adapter, rank=2)

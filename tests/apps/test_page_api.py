@@ -142,7 +142,7 @@ def test_memory_after_fifty_requests_is_that_after_five(tmp_path):
             memory = {}
             for count in range(1, 51):
                 client = connect("http://127.0.0.1:7871", tmp_path)  # a visitor each
-                quick = {"image": handle_file(PICTURE), "drawing": DRAWING, "steps": 1, "frames": 8}
+                quick = {"image": handle_file(PICTURE), "drawing": DRAWING, "steps": 1, "frames": 2}
                 client.predict(**quick, seed=count, api_name="/generate")
                 memory[count] = resident_mb(server.pid)
         finally:

@@ -59,7 +59,7 @@ def test_models_and_what_is_attached_to_them(tiny_model, tmp_path, refused):
         (f"lora: ['{damaged}:0.5']", f"method a: {damaged} is damaged or no safetensors file"),
         (f"base: {damaged}", f"method a: {damaged} is damaged or no safetensors file"),
         ("size: [33, 32]", "method a: width and height must be multiples of"),
-        ("num_frames: 64", "method a: num_frames must be 1..32"),
+        ("few_step: true", f"method a: no file at {tiny_model / 'few_step_lora' / 'pytorch_lora_weights.safetensors'}"),
     ):
         assert said in refused(f"methods={{a: {{model: {tiny_model}, {files}}}}}", *settings)
 

@@ -195,5 +195,5 @@ def test_its_gradient_brings_the_estimates_of_a_clip_together(configure, build):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, tiny_pipeline
 from safetensors.torch import load_file
 
 from imageconductor.data.clip_records import CorruptClipError
@@ -159,11 +158,11 @@ def test_an_optimiser_knows_its_groups(configure, build):
 
 
 @pytest.mark.slow
-def test_compiled_stages_learn_the_same(configure, build, losses, parameters, tmp_path):
-    model = tmp_path / "model"  # of one level, since compiling takes a time that grows with the layers
-    one_level = replace(TINY, block_out_channels=(16,), attention_at_full_resolution=True)
-    tiny_pipeline(config=one_level).save_pretrained(model)
-    plain = configure("camera_lora", model=str(model))
+def test_compiled_stages_learn_the_same(configure, build, losses, parameters, tmp_path, monkeypatch):
+    """By all of the compiler but its code generator, which takes minutes on a CPU; the GPU report has that."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))
+    plain = configure("camera_lora")
     compiled = replace(plain, torch_compile=True, output=str(tmp_path / "compiled"))
     stages = []
     for config in (plain, compiled):
