@@ -39,7 +39,8 @@ gpu-report: $(CORE) ## measure speed and memory on a GPU, 8 minutes; ARGS="--min
 
 chromium: # for the tests of pages, if this machine has none and lets us install it; without it they are skipped
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
-		{ [ "$$(id -u)" = 0 ] && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; } || \
+		{ [ "$$(id -u)" = 0 ] && export DEBIAN_FRONTEND=noninteractive && timeout 120 apt-get update -qq && \
+		timeout 240 apt-get install -y -qq chromium; } || \
 		echo "No chromium, so tests of pages are skipped: apt-get install chromium as root, or put another into PATH." >&2
 
 check: $(DEV) chromium ## what CI runs: formatting, lint, types, all tests that need no GPU or downloaded weights
