@@ -30,7 +30,7 @@ def estimate_x_0(prediction: Tensor, x_t: Tensor, alpha_cumprod: float | Tensor,
     raise ValueError(f"x_0 follows from predictions of epsilon, v or the sample, the scheduler has {prediction_type!r}")
 
 
-def predict_x_0(x_0: Tensor, x_t: Tensor, alpha_cumprod: float, prediction_type: str) -> Tensor:
+def prediction_of_x_0(x_0: Tensor, x_t: Tensor, alpha_cumprod: float, prediction_type: str) -> Tensor:
     """The prediction whose estimate of the clean latents is `x_0`; arguments as those of `estimate_x_0`.
 
     Returns:

@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,6 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from imageconductor.conditioning.flow_map import FlowMapConvention
+from imageconductor.models.adapters import Adapter
 from imageconductor.models.motion_module import (
     adopt_motion_modules_,
     attention_arguments,
@@ -31,6 +33,24 @@ from imageconductor.models.motion_module import (
 from imageconductor.models.text_attention import adopt_text_attention_
 
 _Net = TypeVar("_Net", bound="SparseControlNet")
+
+
+class Control(str, Enum):
+    """What the trajectories move."""
+
+    CAMERA = "camera"
+    OBJECT = "object"
+    MIXED = "mixed"  # theta_mixed of Eq. 2: both adapters; beyond the release
+    BASE = "base"  # theta_0: no adapter, camera and objects as stage 1 learned them
+
+
+ADAPTERS: dict[Control, tuple[str, ...]] = {
+    Control.CAMERA: (Adapter.CAMERA.value,),
+    Control.OBJECT: (Adapter.OBJECT.value,),
+    Control.MIXED: (Adapter.CAMERA.value, Adapter.OBJECT.value),
+    Control.BASE: (),
+}
+"""LoRAs of the motion ControlNet that act under each control."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from itertools import islice
 from typing import Literal, cast
 
@@ -30,8 +29,8 @@ from imageconductor.diffusion.guidance import (
     scene_guidance,
     trajectory_guidance,
 )
-from imageconductor.models.adapters import Adapter, merge_copy
-from imageconductor.models.controlnets import MotionControlNet, Residuals
+from imageconductor.models.adapters import merge_copy
+from imageconductor.models.controlnets import ADAPTERS, Control, MotionControlNet, Residuals
 from imageconductor.models.denoiser import Condition, Denoiser, add
 from imageconductor.models.gating import Gating
 from imageconductor.models.motion_unet import UNetFeatures
@@ -42,23 +41,6 @@ Text = Literal["uncond", "prompt", "no_scene"]
 """Negative prompt, prompt, and negative prompt without what the gates read."""
 
 Adapters = tuple[str, ...] | None
-
-
-class Control(str, Enum):
-    """What the trajectories move."""
-
-    CAMERA = "camera"
-    OBJECT = "object"
-    MIXED = "mixed"  # theta_mixed of Eq. 2: both adapters; beyond the release
-    BASE = "base"  # theta_0: no adapter, camera and objects as stage 1 learned them
-
-
-ADAPTERS: dict[Control, tuple[str, ...]] = {
-    Control.CAMERA: (Adapter.CAMERA.value,),
-    Control.OBJECT: (Adapter.OBJECT.value,),
-    Control.MIXED: (Adapter.CAMERA.value, Adapter.OBJECT.value),
-    Control.BASE: (),
-}
 
 
 @dataclass(frozen=True)

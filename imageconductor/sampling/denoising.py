@@ -245,30 +245,20 @@ def denoise(
 
 
 def denoise_windows(
-    pipe: Any,
-    noise: Tensor,
-    inputs: CallInputs,
-    conditions: Mapping[Text, Condition],
-    generators: Sequence[torch.Generator] | None,
-    eta: float,
-    callback: StepCallback | None,
-    residual_cache: ResidualCache | None = None,
+    pipe: Any, noise: Tensor, inputs: CallInputs, conditions: Mapping[Text, Condition], *given: Any
 ) -> Tensor:
     """Latents (B, C, T, h, w) of a video of several windows, each of which goes on from the one before.
 
     Every window is a run of all steps, in which a callback counts from 0; `pipe._window` is its number. Guidance that a
-    callback has switched off is on again, and the mix stays as it has set it. An interrupted run leaves noise in the
-    windows that it does not reach.
+    callback has switched off is on again, and the mix stays as it has set it. An interrupted run leaves the window as
+    it is, and noise in those that it does not reach.
 
     Args:
         pipe: As in `denoise`.
         noise: (B, C, T, h, w) float32, scaled.
         inputs: Of the call.
-        conditions: Of the whole video.
-        generators: As in `denoise`.
-        eta: As in `denoise`.
-        callback: As in `denoise`.
-        residual_cache: As in `denoise`.
+        conditions: Of the whole video, from `build_conditions`.
+        given: Generators, eta, callback and residual cache, as in `denoise`.
 
     Raises:
         ValueError: As `denoise`, or the scheduler does not say how noisy a timestep is.
@@ -279,21 +269,21 @@ def denoise_windows(
             "join: it has no alphas_cumprod; take another scheduler, or fewer frames"
         )
     sample, end = noise.clone(), 0
-    given = generators, eta, callback, residual_cache
+    flow = next(iter(conditions.values())).flow
     with pipe.progress_bar(total=pipe.num_timesteps * len(inputs.windows)) as bar:
         for pipe._window, frames in enumerate(inputs.windows):
             window = slice(frames.start, frames.stop)
             anchor = Anchor(sample[:, :, frames.start : end].clone()) if end else None
             if anchor is not None:
                 pipe.scheduler.set_timesteps(inputs.num_inference_steps, device=inputs.device)
-                pipe._guidance_scale = inputs.guidance_scale
-            read = condition_window(conditions, frames, draw_flow(pipe, inputs, frames), anchor)
+                pipe._guidance_scale, flow = inputs.guidance_scale, draw_flow(pipe, inputs, frames)
+            read = condition_window(conditions, frames, flow, anchor)
             made = denoise(pipe, noise[:, :, window], inputs, read, *given, anchor=anchor, bar=bar)
-            if pipe.interrupt:
-                break
             if anchor is not None:
                 made[:, :, 0] = anchor.latents[:, :, 0]  # of which the last step leaves a trace of noise
             sample[:, :, window], end = made, frames.stop
+            if pipe.interrupt:
+                break
     return sample
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, cast
 
@@ -24,7 +24,6 @@ from imageconductor.conditioning import (
 from imageconductor.config import check_finite
 from imageconductor.models.adapters import attached_adapters, describe_adapters
 from imageconductor.models.denoiser import Condition
-from imageconductor.models.motion_unet import MotionUNet
 from imageconductor.models.weights import refuse_non_finite
 from imageconductor.sampling.branches import ADAPTERS, Branch, Control, Text, plan
 from imageconductor.sampling.gate_inputs import (
@@ -78,14 +77,11 @@ class CallInputs:
     plan: Callable[[float, Mix | None, bool], tuple[Branch, ...]]
     mix: Mix | None
     adapters: tuple[str, ...]
-    boxes: list[Boxes] = field(default_factory=list)
-    first_frame_by: FirstFrame = "controlnet"
-    gated_fraction: float = 1.0
-    windows: tuple[range, ...] = ()
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "windows", self.windows or (range(self.num_frames),))
+    boxes: list[Boxes]
+    first_frame_by: FirstFrame
+    gated_fraction: float
+    windows: tuple[range, ...]
+    device: torch.device
 
 
 def check_inputs(
@@ -125,13 +121,12 @@ def check_inputs(
         }
     )
     defaults = SamplingDefaults(**pipe.sampling_defaults)
-    unet: MotionUNet = pipe.unet
     width, height = size[0] or defaults.width, size[1] or defaults.height
     num_frames = num_frames or defaults.num_frames
     steps = _given(num_inference_steps, defaults.num_inference_steps)
     if steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
-    most = unet.config.get("motion_max_seq_length")
+    most = pipe.unet.config.get("motion_max_seq_length")
     windows = split_frames(num_frames, choose_window(window_frames, defaults.num_frames, most), window_overlap)
     check_video_shape((width, height), len(windows[0]), pipe.vae_scale_factor, most)
     control = parse_control(_given(control, defaults.control))
@@ -164,23 +159,13 @@ def check_inputs(
     check_gate_scales(scene_guidance_scale, gated_fraction, bool(placed) or carrier != "controlnet")
     may_lack = {"trajectories", "image", "boxes"} if image is None else {"trajectories", "boxes"}
     prompts, negatives = _as_list(prompt), _as_list(_given(negative_prompt, defaults.negative_prompt))
-    given: dict[str, Sequence[Any]] = {
-        "image": images,
-        "prompt": prompts,
-        "negative_prompt": negatives,
-        "trajectories": drawn,
-        "boxes": placed,
-    }
-    count = max(map(len, given.values()))
-    for name, values in given.items():
-        if len(values) not in (1, count) and (len(values) or name not in may_lack):
-            raise ValueError(f"{name}: expected 1 or {count} of them, got {len(values)}")
+    given = {"image": images, "prompt": prompts, "negative_prompt": negatives, "trajectories": drawn, "boxes": placed}
     return CallInputs(
         images=images,
         trajectories=drawn,
         prompts=prompts,
         negative_prompts=negatives,
-        count=count,
+        count=_count(given, may_lack),
         size=(width, height),
         num_frames=num_frames,
         num_inference_steps=steps,
@@ -196,6 +181,15 @@ def check_inputs(
     )
 
 
+def _count(given: Mapping[str, Sequence[Any]], may_lack: Collection[str]) -> int:
+    """Number of conditions, from lists of which each has as many or one, or none where it may lack."""
+    count = max(map(len, given.values()))
+    for name, values in given.items():
+        if len(values) not in (1, count) and (len(values) or name not in may_lack):
+            raise ValueError(f"{name}: expected 1 or {count} of them, got {len(values)}")
+    return count
+
+
 def broadcast(values: list[Any], count: int) -> list[Any]:
     """`count` values, of which one may serve all."""
     return values * count if len(values) == 1 else values
@@ -203,6 +197,8 @@ def broadcast(values: list[Any], count: int) -> list[Any]:
 
 def build_conditions(pipe: Any, inputs: CallInputs) -> dict[Text, Condition]:
     """The condition of all videos for each text, on the device and in the dtype of the networks.
+
+    Of a video of several windows, it is that of the whole, but for the flow map, which is of the first window.
 
     Raises:
         ValueError: The text encoder, or the VAE, gives values that are not finite.
@@ -233,7 +229,7 @@ def build_conditions(pipe: Any, inputs: CallInputs) -> dict[Text, Condition]:
         ]
         if inputs.first_frame_by != "gates":
             keyframes, mask = (torch.cat(part).expand(count, -1, -1, -1, -1) for part in zip(*clips, strict=True))
-    flow = draw_flow(pipe, inputs, range(inputs.num_frames))
+    flow = draw_flow(pipe, inputs, inputs.windows[0])
     shared = Condition(texts["prompt"], keyframes, mask, flow, scene=scene, input_frame=scene)
     if inputs.boxes:
         placed = [one.cover_crop(inputs.size) for one in inputs.boxes]

@@ -97,6 +97,7 @@ class VideoPreview:
             "width": width,
             "height": height,
             "num_frames": num_frames,
+            "window_frames": max(2, num_frames),  # in one, as the clips are trained on
             **self.sampling,
         }
         output = pipe(**given, seed=seed, output_type="np")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from imageconductor.diffusion.clean_estimate import predict_x_0
+from imageconductor.diffusion.clean_estimate import prediction_of_x_0
 from imageconductor.models.denoiser import Condition
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Anchor:
             prediction_type: Of the scheduler.
         """
         count = self.latents.shape[2]
-        wanted = predict_x_0(self.latents, x_t[:, :, :count].float(), alpha_cumprod, prediction_type)
+        wanted = prediction_of_x_0(self.latents, x_t[:, :, :count].float(), alpha_cumprod, prediction_type)
         held = torch.lerp(prediction[:, :, :count].float(), wanted, self.weights.view(-1, 1, 1))
         return torch.cat([held.to(prediction.dtype), prediction[:, :, count:]], dim=2)
 

@@ -195,16 +195,18 @@ def test_a_callback_counts_in_each_window_and_acts_in_it_alone(pipe):
     assert seen == [(0, 0, SCALE), (0, 1, 1.0), (1, 0, SCALE), (1, 1, 1.0)]
 
 
-def test_an_interrupt_ends_all_windows(pipe):
+def test_an_interrupt_ends_all_windows_and_keeps_what_is_made(pipe):
     seen = []
 
     def on_step(pipe, step, _t, tensors):
         seen.append(step)
-        pipe._interrupt = True
+        pipe._interrupt = step == STEPS - 1
         return tensors
 
-    assert latents(pipe, callback_on_step_end=on_step).isfinite().all()
-    assert seen == [0]
+    given = noise(pipe)
+    made = latents(pipe, callback_on_step_end=on_step, latents=given)
+    assert seen == list(range(STEPS))
+    assert torch.equal(made[:, :, :WINDOW], latents(pipe, WINDOW, latents=given[:, :, :WINDOW]))
 
 
 def test_text_to_video_goes_on_from_its_own_latents(pipe):

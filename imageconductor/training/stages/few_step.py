@@ -25,7 +25,6 @@ from imageconductor.diffusion.clean_estimate import estimate_x_0
 from imageconductor.diffusion.guidance import camera_free_guidance, classifier_free_guidance, trajectory_guidance
 from imageconductor.diffusion.losses import pseudo_huber_loss
 from imageconductor.models.adapters import (
-    Adapter,
     activate,
     active,
     add_adapter,
@@ -33,20 +32,13 @@ from imageconductor.models.adapters import (
     lora_targets,
     save_for_diffusers,
 )
-from imageconductor.models.controlnets import Residuals
+from imageconductor.models.controlnets import ADAPTERS, Control, Residuals
 from imageconductor.models.denoiser import Condition, add
 from imageconductor.models.networks import Networks
 from imageconductor.training.stage_configs import FewStepConfig
 from imageconductor.training.stages.base import TrajectoryStage
 
 FEW_STEP = "few_step"
-_CAMERA, _OBJECT = Adapter.CAMERA.value, Adapter.OBJECT.value
-_ADAPTERS: dict[str, tuple[str, ...]] = {
-    "camera": (_CAMERA,),
-    "object": (_OBJECT,),
-    "mixed": (_CAMERA, _OBJECT),
-    "base": (),
-}
 
 
 class FewStepStage(TrajectoryStage):
@@ -72,6 +64,7 @@ class FewStepStage(TrajectoryStage):
         )
         self.controls, self.camera_free_scale = config.controls, config.camera_free_scale
         self.negative_prompt: str = defaults["negative_prompt"]
+        self._negative: Tensor | None = None  # (1, L, D)
         self.solver_steps, self.huber_width = config.solver_steps, config.huber_width
         self.sampler = few_step_scheduler(self.scheduler)
         self.preview_control = self.controls[0]
@@ -83,12 +76,12 @@ class FewStepStage(TrajectoryStage):
         """As `Stage.check`: the LoRAs of the controls, too."""
         super().check(config)
         for control in config.controls:
-            check_adapters(config.model, _ADAPTERS[control], f"control {control!r} of stage {FEW_STEP}")
+            check_adapters(config.model, ADAPTERS[Control(control)], f"control {control!r} of stage {FEW_STEP}")
 
     @property
     def acting(self) -> tuple[str, ...]:
         """LoRAs of the motion ControlNet under the control of the micro-step."""
-        return _ADAPTERS[self._control]
+        return ADAPTERS[Control(self._control)]
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> tuple[Tensor, Condition]:
@@ -149,20 +142,22 @@ class FewStepStage(TrajectoryStage):
             drawn: What both ControlNets add under it and the control.
         """
         denoiser, scale = self.denoiser, self.guidance_scale
-        negative = self.encode_text({"caption": [self.negative_prompt] * len(x_t)}, [False] * len(x_t))
-        without = replace(condition, text=negative)
-        is_camera_free = self.camera_free_scale is not None and self._control == "object"
+        if self._negative is None:
+            self._negative = self.encode_text({"caption": [self.negative_prompt]}, [False])
+        without = replace(condition, text=self._negative.expand(len(x_t), -1, -1))
+        camera_free_scale = self.camera_free_scale if self._control == "object" else None
         with active(self.unet):
             features = denoiser.encode(x_t, t, condition)
             prompt = guided = denoiser.decode(features, drawn)
-            if is_camera_free or scale > 1:
-                motion = self._motion(t, without, () if is_camera_free else self.acting)
+            if camera_free_scale is not None or scale > 1:
+                motion = self._motion(t, without, self.acting if camera_free_scale is None else ())
                 residuals = add(denoiser.image_residuals(t, without), motion)
                 uncond = denoiser.decode(denoiser.encode(x_t, t, without), residuals)
-                guided = classifier_free_guidance(uncond, prompt, scale)
-                if self.camera_free_scale is not None and is_camera_free:
+                if camera_free_scale is None:
+                    guided = classifier_free_guidance(uncond, prompt, scale)
+                else:
                     base = denoiser.decode(features, add(image, self._motion(t, condition, ())))
-                    guided = camera_free_guidance(uncond, base, prompt, scale, self.camera_free_scale)
+                    guided = camera_free_guidance(uncond, base, prompt, scale, camera_free_scale)
             if self.trajectory_scale != 1:
                 undrawn = denoiser.decode(features, image)
                 guided = trajectory_guidance(guided, prompt, undrawn, self.trajectory_scale)
