@@ -85,14 +85,14 @@ def print_report(kind: str, paths: list[Path]) -> None:
     for path in paths:
         measure("decode alone", decode, path)
         measure("decode, shrink, find cuts", find_cuts, path, config)
-        row, mp4 = measure("scan: the same, then read and encode", scan, Source(path.name, str(path)), config)
-        if mp4 is None:
+        row, files = measure("scan: the same, then read and encode", scan, Source(path.name, str(path)), config)
+        if not files:
             skipped += 1
             continue
-        clip = measure("decode the clip", decode_mp4, mp4)
+        clip = measure("decode the clip", decode_mp4, files["mp4"])
         measure("motion score (DIS)", motion_scores, [clip], config)
-        measure("annotate: decode, tracks (Lucas-Kanade)", annotate, [(row, mp4)], config)
-        sizes.append(len(mp4))
+        measure("annotate: decode, tracks (Lucas-Kanade)", annotate, [(row, files)], config)
+        sizes.append(len(files["mp4"]))
     total = sum(float(np.mean(seconds[name])) for name in seconds if name.startswith(("scan", "motion", "annotate")))
     print(f"\n{kind}: {len(paths)} videos, {skipped} without a clip; clips of {np.mean(sizes) / 1e3:.0f} kB")
     print(f"{'step':42} {'s a clip':>9} {'clips/s/core':>13}")

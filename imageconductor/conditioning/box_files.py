@@ -25,10 +25,12 @@ from scipy.interpolate import PchipInterpolator  # pyright: ignore[reportMissing
 
 from imageconductor.conditioning.checks import check_keys, check_number
 from imageconductor.conditioning.trajectory_json import MAX_FILE_FRAMES, abbreviate, as_list, check_size
-from imageconductor.files import read_text, write_text
+from imageconductor.files import read_text
 
 MAX_FILE_OBJECTS = 256
 """Largest number of objects that is read from a file."""
+
+_MAX_DETECTED_FRAMES = 1 << 20
 
 _LOG = logging.getLogger(__name__)
 _FILE_KEYS = ("width", "height", "num_frames", "objects", "note")
@@ -113,7 +115,9 @@ def read_boxes(path: Path, num_frames: int, name: str | None, max_objects: int |
     return check_boxes(content, num_frames, str(path), max_objects)
 
 
-def check_boxes(content: object, num_frames: int, source: str, max_objects: int | None = None) -> BoxFile:
+def check_boxes(
+    content: object, num_frames: int, source: str, max_objects: int | None = None, *, are_measured: bool = False
+) -> BoxFile:
     """The objects of our JSON form.
 
     Args:
@@ -121,6 +125,7 @@ def check_boxes(content: object, num_frames: int, source: str, max_objects: int 
         num_frames: T of the video, in which frames of a file that does not state its own number count.
         source: name at the start of messages.
         max_objects: largest number accepted; None = `MAX_FILE_OBJECTS`.
+        are_measured: boxes of a detector, which are cut at the frame and not refused; of those outside nothing is left.
 
     Raises:
         ValueError: malformed content; names source, object and frame.
@@ -133,8 +138,9 @@ def check_boxes(content: object, num_frames: int, source: str, max_objects: int 
         raise ValueError(f"{source}: lacks {', '.join(missing)}; boxes are read as {_FORM}")
     size = check_size((fields["width"], fields["height"]), source)
     counted = fields.get("num_frames", num_frames)
-    if not isinstance(counted, int) or isinstance(counted, bool) or not 1 <= counted <= MAX_FILE_FRAMES:
-        raise ValueError(f"{source}: num_frames must be a whole number from 1 to {MAX_FILE_FRAMES}, got {counted!r}")
+    most = _MAX_DETECTED_FRAMES if are_measured else MAX_FILE_FRAMES
+    if not isinstance(counted, int) or isinstance(counted, bool) or not 1 <= counted <= most:
+        raise ValueError(f"{source}: num_frames must be a whole number from 1 to {most}, got {counted!r}")
     if counted != num_frames:
         raise ValueError(f"{source}: its boxes are for {counted} frames, and the video has {num_frames}")
     objects = as_list(fields["objects"])
@@ -143,11 +149,14 @@ def check_boxes(content: object, num_frames: int, source: str, max_objects: int 
     limit = MAX_FILE_OBJECTS if max_objects is None else max_objects
     if len(objects) > limit:
         raise ValueError(f"{source}: {len(objects)} objects, at most {limit} are accepted; leave some out")
-    return BoxFile([_check_object(one, size, counted, f"{source}: object {n}") for n, one in enumerate(objects)], size)
+    checked = [
+        _check_object(one, size, counted, f"{source}: object {n}", are_measured) for n, one in enumerate(objects)
+    ]
+    return BoxFile(checked, size)
 
 
-def write_box_json(path: Path, objects: Sequence[BoxObject], size: tuple[int, int], num_frames: int) -> None:
-    """Writes our JSON form atomically, with a box or null for each frame."""
+def format_boxes(objects: Sequence[BoxObject], size: tuple[int, int], num_frames: int) -> str:
+    """Our JSON form, with a box or null for each frame."""
     entries = [
         {
             "name": one.name,
@@ -155,11 +164,10 @@ def write_box_json(path: Path, objects: Sequence[BoxObject], size: tuple[int, in
         }
         for one in objects
     ]
-    content = {"width": size[0], "height": size[1], "num_frames": num_frames, "objects": entries}
-    write_text(path, json.dumps(content))
+    return json.dumps({"width": size[0], "height": size[1], "num_frames": num_frames, "objects": entries})
 
 
-def _check_object(content: object, size: tuple[int, int], num_frames: int, where: str) -> BoxObject:
+def _check_object(content: object, size: tuple[int, int], num_frames: int, where: str, are_measured: bool) -> BoxObject:
     if not isinstance(content, dict):
         raise ValueError(f'{where} must be {{"name": ..., "boxes": [...]}}, got {abbreviate(content)}')
     fields = cast("dict[str, Any]", content)
@@ -178,8 +186,9 @@ def _check_object(content: object, size: tuple[int, int], num_frames: int, where
             'or say with "frames" which frames they belong to'
         )
     numbers = range(num_frames) if frames is None else frames
+    check = _cut_box if are_measured else _check_box
     checked = [
-        None if box is None else _check_box(as_list(box), size, f"{where}, frame {t}", box)
+        None if box is None else check(as_list(box), size, f"{where}, frame {t}", box)
         for t, box in zip(numbers, boxes, strict=True)
     ]
     values = np.asarray([[0.0] * 4 if box is None else box for box in checked], np.float64)
@@ -197,12 +206,22 @@ def _check_frames(frames: object, num_boxes: int, num_frames: int, where: str) -
     return tuple(numbers)
 
 
-def _check_box(values: list[Any] | None, size: tuple[int, int], where: str, given: object) -> list[float]:
+def _check_sides(values: list[Any] | None, where: str, given: object) -> list[float]:
     if values is None or len(values) != 4:
         raise ValueError(f"{where}: a box must be [x1, y1, x2, y2] or null, got {abbreviate(given)}")
     for key, value in zip(("x1", "y1", "x2", "y2"), values, strict=True):
         check_number(value, f"{where}: {key}")
-    x1, y1, x2, y2 = (float(value) for value in values)
+    return [float(value) for value in values]
+
+
+def _cut_box(values: list[Any] | None, size: tuple[int, int], where: str, given: object) -> list[float] | None:
+    """What of a measured box is inside of the frame; None if nothing is."""
+    cut = _cut(np.asarray(_check_sides(values, where, given)), size).tolist()
+    return cut if cut[0] < cut[2] and cut[1] < cut[3] else None
+
+
+def _check_box(values: list[Any] | None, size: tuple[int, int], where: str, given: object) -> list[float]:
+    x1, y1, x2, y2 = _check_sides(values, where, given)
     box = f"({x1:g}, {y1:g}, {x2:g}, {y2:g})"
     if x2 <= x1 or y2 <= y1:
         raise ValueError(f"{where}: the box {box} has no area; it needs x1 < x2 and y1 < y2")

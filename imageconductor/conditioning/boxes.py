@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imageconductor.conditioning.box_files import BoxObject, place_boxes, read_boxes, write_box_json
+from imageconductor.conditioning.box_files import BoxObject, format_boxes, place_boxes, read_boxes
 from imageconductor.conditioning.first_frame import cover_scale
 from imageconductor.conditioning.trajectories import Trajectories
 from imageconductor.conditioning.trajectory_json import BORDER_PX, check_size
+from imageconductor.files import write_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,9 +157,13 @@ class Boxes:
 
     def save(self, path: str | Path) -> None:
         """Writes our JSON form, with a box or null for each frame; `load` gives the same back."""
+        write_text(Path(path), self.encode().decode())
+
+    def encode(self) -> bytes:
+        """What `save` writes."""
         boxes, present = self.xyxy.cpu().numpy(), self.present.cpu().numpy()
         objects = [BoxObject(name, boxes[n], present[n]) for n, name in enumerate(self.names)]
-        write_box_json(Path(path), objects, self.size, self.num_frames)
+        return format_boxes(objects, self.size, self.num_frames).encode()
 
     def normalise(self) -> tuple[Tensor, Tensor]:
         """What the position network reads: (T, N, 4) float32 as fractions of the frame, (T, N) float32 present."""

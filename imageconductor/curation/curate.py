@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 from imageconductor import config as config_file
 from imageconductor.curation import executors
 from imageconductor.curation.curate_config import EXECUTION_FIELDS, CurateConfig, select_result_settings
+from imageconductor.curation.detections import find_detections
 from imageconductor.curation.executors import Failure, Workers
 from imageconductor.curation.motion_score import motion_threshold
 from imageconductor.curation.passes import Annotate, Scan, Score
@@ -56,6 +57,7 @@ SCHEMA = pa.schema(
         *((name, pa.float64()) for name in ("fps", "motion_score")),
         *((name, pa.string()) for name in ("tracker", "tracker_version")),
         *((name, pa.float64()) for name in ("track_length_px", "tracked_fraction")),
+        ("num_objects", pa.int32()),
     ]
 )
 """Schema of the index, whose columns are the fields of `Row`."""
@@ -76,6 +78,7 @@ def curate(config: CurateConfig) -> Counter[str]:
     config = _resolve_paths(config)
     check_writable(Path(config.output))
     sources = find_sources(config)
+    _check_boxes(config, sources)
     run = Run(config, Path(config.output).absolute())
     digest = _hash_sources(sources)
     _check_folder(run, digest)
@@ -90,6 +93,17 @@ def curate(config: CurateConfig) -> Counter[str]:
         shutil.rmtree(run.work, ignore_errors=True)
         table = pq.read_table(run.index, columns=["accepted", "reason"])
         return Counter("accepted" if row["accepted"] else row["reason"] for row in table.to_pylist())
+
+
+def _check_boxes(config: CurateConfig, sources: Sequence[Source]) -> None:
+    """Makes sure that boxes are known of some source, if a folder of them is named.
+
+    Raises:
+        FileNotFoundError: They are of none.
+    """
+    if config.boxes and not any(find_detections(config.boxes, source.id) for source in sources):
+        example = Path(config.boxes) / f"{sources[0].id}.json"
+        raise FileNotFoundError(f"boxes={config.boxes}: holds no file for any source, such as {example}")
 
 
 def _hash_sources(sources: Sequence[Source]) -> str:
@@ -225,5 +239,6 @@ def _resolve_paths(config: CurateConfig) -> CurateConfig:
     """The settings with absolute paths, since a cluster's processes start in another folder."""
     local = {name: getattr(config, name) for name in ("cotracker", "blip2")}
     local = {name: path for name, path in local.items() if Path(path).exists()}
-    files = {name: getattr(config, name) for name in ("input", "output", "videos", "raft_weights")} | local
+    named = ("input", "output", "videos", "raft_weights", "boxes")
+    files = {name: getattr(config, name) for name in named} | local
     return replace(config, **{name: str(Path(path).absolute()) for name, path in files.items() if path is not None})

@@ -39,6 +39,8 @@ class CurateConfig:
     cotracker_model: str = "cotracker3_offline"  # entry point of the repository; the weights are CC-BY-NC
     grid: int = 16  # tracked points along each side of the first frame; section 2.2
     min_tracked_fraction: float = 0.3  # clips whose points are visible in less of the frames are rejected
+    # Boxes of objects
+    boxes: str | None = None  # folder of what a detector found, ID.json for a source; null = clips have no boxes
     # Captions of sources that have none
     captioner: Literal["none", "blip2"] = "none"  # none leaves the caption empty
     blip2: str = "Salesforce/blip2-opt-2.7b"  # folder or hub name of BLIP-2
@@ -108,7 +110,7 @@ EXECUTION_FIELDS = (
 """Settings that change how a curation runs but not its result; they may differ when a run is continued."""
 
 _FOOTAGE_FIELDS = ("input", "output", "videos")  # footage may move; `find_sources` tells whether it is the same
-_NETWORK_FIELDS = ("raft_weights", "cotracker", "blip2")  # files of networks may move, but keep their names
+_FILE_FIELDS = ("raft_weights", "cotracker", "blip2", "boxes")  # may move, but keep their names
 _USED_WITH = {
     "raft_weights": ("flow", "raft"),
     "cotracker": ("tracker", "cotracker"),
@@ -120,11 +122,11 @@ _USED_WITH = {
 
 
 def select_result_settings(config: CurateConfig) -> dict[str, Any]:
-    """The settings that the result depends on, of networks' files the names alone."""
+    """The settings that the result depends on, of networks' files and of boxes the names alone."""
     settings = {
         name: value
         for name, value in vars(config).items()
         if name not in (*EXECUTION_FIELDS, *_FOOTAGE_FIELDS)
         and (name not in _USED_WITH or getattr(config, _USED_WITH[name][0]) == _USED_WITH[name][1])
     }
-    return settings | {name: Path(settings[name]).name for name in _NETWORK_FIELDS if name in settings}
+    return settings | {name: Path(settings[name]).name for name in _FILE_FIELDS if settings.get(name)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ _NUM_EXAMPLES = 12  # clips per gallery
 _FRAMES_PER_EXAMPLE = 4
 _TRAIL_FRAMES = 8  # length of the path drawn behind a point
 _COLUMNS = ["key", "source", "caption", "accepted", "shard", "reason", "detail", "interval", "motion_score"]
-_COLUMNS += ["track_length_px", "tracked_fraction", "camera_only", "scale"]
+_COLUMNS += ["track_length_px", "tracked_fraction", "camera_only", "scale", "num_objects"]
 _BINS = 24
 
 
@@ -75,6 +76,7 @@ def render_report(index: Path, run: Run) -> str:
             camera_only=pc.sum(accepted["camera_only"]).as_py() or 0,
             uncaptioned=pc.sum(pc.equal(accepted["caption"], "")).as_py() or 0,
             enlarged=pc.sum(pc.greater(accepted["scale"], 1)).as_py() or 0,
+            boxed=pc.sum(pc.greater(pc.fill_null(accepted["num_objects"], 0), 0)).as_py() or 0,
             reasons=reasons,
             examples=examples,
             charts=charts,
@@ -130,8 +132,13 @@ def _choose_examples(clips: pa.Table) -> list[dict[str, Any]]:
 def _accepted_figure(row: dict[str, Any], run: Run) -> dict[str, str]:
     with tarfile.open(run.output / row["shard"]) as tar:
         mp4, tracks = (_read_member(tar, f"{row['key']}.{ending}") for ending in ("mp4", "tracks.npz"))
+        has_boxes = row["num_objects"] is not None
+        objects = json.loads(_read_member(tar, f"{row['key']}.boxes.json"))["objects"] if has_boxes else []
+    clip = decode_mp4(mp4)
+    for one in objects:
+        _draw_boxes(clip, one)
     with np.load(io.BytesIO(tracks)) as arrays:
-        picture = _draw_strip(decode_mp4(mp4), arrays["points"].astype(np.float32), arrays["visible"])
+        picture = _draw_strip(clip, arrays["points"].astype(np.float32), arrays["visible"])
     return _figure(row, picture, f"{row['caption'] or 'no caption'}")
 
 
@@ -177,6 +184,16 @@ def _draw_track(picture: NDArray[np.uint8], points: NDArray[np.floating], visibl
     cv2.circle(picture, path[-1].tolist(), 2, (255, 70, 70), -1, cv2.LINE_AA)
 
 
+def _draw_boxes(clip: NDArray[np.uint8], one: dict[str, Any]) -> None:
+    """Draws an object of a `boxes.json` into the frames of its clip."""
+    for frame, box in zip(clip, one["boxes"], strict=True):
+        if box is not None:
+            x1, y1, x2, y2 = (round(value) for value in box)
+            cv2.rectangle(frame, (x1, y1), (x2 - 1, y2 - 1), (90, 230, 120), 1)
+            place = (x1 + 2, y1 + 12)
+            cv2.putText(frame, one["name"], place, cv2.FONT_HERSHEY_SIMPLEX, 0.4, (90, 230, 120), 1, cv2.LINE_AA)
+
+
 def _read_member(tar: tarfile.TarFile, name: str) -> bytes:
     file = tar.extractfile(name)
     if file is None:
@@ -201,7 +218,7 @@ figcaption { overflow-wrap: anywhere } pre { background: #f6f6f6; padding: 1rem;
 </style>
 <h1>{{ accepted }} of {{ total }} sources became clips</h1>
 <p>{{ camera_only }} of the clips show camera motion only; {{ uncaptioned }} have no caption;
-{{ enlarged }} are enlarged from smaller footage.</p>
+{{ enlarged }} are enlarged from smaller footage{% if boxed %}; {{ boxed }} show objects with boxes{% endif %}.</p>
 <h2>Outcomes</h2>
 <table>
 {% for reason, count in reasons %}<tr class="{{ 'accepted' if reason == 'accepted' else '' }}">

@@ -69,10 +69,10 @@ class Scan(_Pass):
         with atomic_path(self.run.scanned_clips(chunk)) as path, tarfile.open(path, "w") as tar:
             for source, result in zip(sources, workers.map(scan, [(s, self.config) for s in sources]), strict=True):
                 has_failed = isinstance(result, Failure)
-                row, mp4 = (_reject_failure(Row.from_source(source), result), None) if has_failed else result
-                if mp4 is not None:
-                    _add_member(tar, f"{row.key}.mp4", mp4)
-                    num_clips += 1
+                row, files = (_reject_failure(Row.from_source(source), result), {}) if has_failed else result
+                for ending, content in files.items():
+                    _add_member(tar, f"{row.key}.{ending}", content)
+                num_clips += bool(files)
                 _add_member(tar, f"{row.key}.json", json.dumps(asdict(row)).encode())
                 tick("failed" if has_failed else "rejected" if row.reason else "done")
             write_text(self.run.clip_count(chunk), str(num_clips))
@@ -98,7 +98,8 @@ class Score(_Pass):
 
     def work(self, chunk: int, workers: Workers, tick: Tick) -> None:
         """Scores the clips of a chunk."""
-        clips = [(row.key, mp4) for row, mp4 in _read_scanned(self.run.scanned_clips(chunk)) if mp4 is not None]
+        scanned = _read_scanned(self.run.scanned_clips(chunk))
+        clips = [(row.key, files["mp4"]) for row, files in scanned if files]
         results = workers.map_batches(score, [mp4 for _, mp4 in clips], self.config, size=self.batch_size)
         scores: dict[str, Any] = {}
         for (key, _), result in zip(clips, results, strict=True):
@@ -153,16 +154,16 @@ class Annotate(_Pass):
             write_index(shard)
         write_text(self.run.rows(chunk), "".join(json.dumps(asdict(row)) + "\n" for row in rows.values()))
 
-    def _filter_by_motion(self, chunk: int, tick: Tick) -> tuple[dict[str, Row], list[tuple[Row, bytes]]]:
-        """The rows of a chunk by key, and the (row, mp4) of the clips that move enough."""
+    def _filter_by_motion(self, chunk: int, tick: Tick) -> tuple[dict[str, Row], list[tuple[Row, dict[str, bytes]]]]:
+        """The rows of a chunk by key, and row and files of the clips that move enough."""
         scores = json.loads(self.run.scores(chunk).read_text())
         rows: dict[str, Row] = {}
-        taken: list[tuple[Row, bytes]] = []
-        for row, mp4 in _read_scanned(self.run.scanned_clips(chunk)):
-            rows[row.key] = row if mp4 is None else self._apply_score(row, scores[row.key])
-            if mp4 is not None and rows[row.key].reason is None:
-                taken.append((rows[row.key], mp4))
-            elif mp4 is not None:
+        taken: list[tuple[Row, dict[str, bytes]]] = []
+        for row, files in _read_scanned(self.run.scanned_clips(chunk)):
+            rows[row.key] = self._apply_score(row, scores[row.key]) if files else row
+            if files and rows[row.key].reason is None:
+                taken.append((rows[row.key], files))
+            elif files:
                 tick("rejected")
         return rows, taken
 
@@ -182,18 +183,19 @@ def _reject_failure(row: Row, failure: Failure) -> Row:
     return row.reject(failure.reason, failure.detail)
 
 
-def _read_scanned(path: Path) -> Iterator[tuple[Row, bytes | None]]:
-    """The rows of a scanned chunk in order, each with its encoded clip, None if there is none."""
-    mp4: bytes | None = None
+def _read_scanned(path: Path) -> Iterator[tuple[Row, dict[str, bytes]]]:
+    """The rows of a scanned chunk in order, each with the files of its clip by their endings, if it has one."""
+    files: dict[str, bytes] = {}
     with tarfile.open(path) as tar:
         for member in tar:
             file = tar.extractfile(member)
             content = file.read() if file else b""
-            if member.name.endswith(".mp4"):
-                mp4 = content
+            ending = member.name.partition(".")[2]  # A key is hexadecimal digits.
+            if ending != "json":
+                files[ending] = content
             else:
-                yield Row(**json.loads(content)), mp4
-                mp4 = None
+                yield Row(**json.loads(content)), files
+                files = {}
 
 
 def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from imageconductor.curation.captions import describe
 from imageconductor.curation.curate_config import CurateConfig
 from imageconductor.curation.cuts import Scene, choose_frames, find_longest, find_scenes
+from imageconductor.curation.detections import BoxesError, find_detections, read_detections
 from imageconductor.curation.footage import (
     Limits,
     Picture,
@@ -37,6 +38,9 @@ CUT_SIDE_PX = 96
 
 LOST_TRACKS = "lost tracks"
 """Reason of rejection where fewer than `min_tracked_fraction` of the points could be followed."""
+
+BAD_BOXES = "bad boxes"
+"""Reason of rejection where the file of a detector's boxes is malformed."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Row:
         tracker, tracker_version: The tracker that made the tracks.
         track_length_px: Mean length of the visible paths, in pixels of the clip.
         tracked_fraction: Fraction of points and frames in which a track is visible.
+        num_objects: Objects with boxes in the clip; None = nothing is known of them.
     """
 
     key: str
@@ -86,6 +91,7 @@ class Row:
     tracker_version: str | None = None
     track_length_px: float | None = None
     tracked_fraction: float | None = None
+    num_objects: int | None = None
 
     @classmethod
     def from_source(cls, source: Source) -> Row:
@@ -99,8 +105,11 @@ class Row:
         return replace(self, reason=reason, detail=detail[:300])
 
 
-def scan(source: Source, config: CurateConfig) -> tuple[Row, bytes | None]:
-    """The row of a source, and its clip encoded as mp4; None if the source is rejected."""
+def scan(source: Source, config: CurateConfig) -> tuple[Row, dict[str, bytes]]:
+    """The row of a source, and the files of its clip by their endings; none if the source is rejected.
+
+    They are mp4, and boxes.json where a detector's boxes are known.
+    """
     row = Row.from_source(source)
     try:
         row, times, scenes = _scan_scenes(row, source, config)
@@ -119,9 +128,16 @@ def scan(source: Source, config: CurateConfig) -> tuple[Row, bytes | None]:
             interval=interval,
             fps=fps,
         )
-        return row, encode_mp4(clip, fps)
+        files = {"mp4": encode_mp4(clip, fps)}
+        if config.boxes and (path := find_detections(config.boxes, source.id)):
+            footage = (row.width or 0, row.height or 0)
+            files["boxes.json"], count = read_detections(path, taken, footage, config.size)
+            row = replace(row, num_objects=count)
+        return row, files
     except Rejected as found:
-        return row.reject(found.reason, found.detail), None
+        return row.reject(found.reason, found.detail), {}
+    except BoxesError as error:
+        return row.reject(BAD_BOXES, str(error)), {}
 
 
 def _scan_scenes(row: Row, source: Source, config: CurateConfig) -> tuple[Row, list[float], list[Scene]]:
@@ -179,13 +195,15 @@ def score(mp4s: Sequence[bytes], config: CurateConfig) -> list[float]:
     return motion_scores([decode_mp4(mp4) for mp4 in mp4s], config)
 
 
-def annotate(clips: Sequence[tuple[Row, bytes]], config: CurateConfig) -> list[tuple[Row, dict[str, bytes] | None]]:
-    """Tracks and captions of encoded clips.
+def annotate(
+    clips: Sequence[tuple[Row, dict[str, bytes]]], config: CurateConfig
+) -> list[tuple[Row, dict[str, bytes] | None]]:
+    """Tracks and captions of clips as `scan` gives them.
 
     Returns:
         For each clip its row, and the files of its record by their endings (docs/data.md); None if it is rejected.
     """
-    pictures = [decode_mp4(mp4) for _, mp4 in clips]
+    pictures = [decode_mp4(files["mp4"]) for _, files in clips]
     tracker = build_tracker(config.tracker, config.cotracker, config.cotracker_model, config.device)
     grid = grid_points(config.size, config.grid)
     if isinstance(tracker, CoTracker):
@@ -199,8 +217,8 @@ def annotate(clips: Sequence[tuple[Row, bytes]], config: CurateConfig) -> list[t
         for i, caption in zip(uncaptioned, captions, strict=True):
             rows[i] = replace(rows[i], caption=caption)
     return [
-        (row, _build_record(row, mp4, *found) if row.accepted else None)
-        for row, (_, mp4), found in zip(rows, clips, tracks, strict=True)
+        (row, _build_record(row, files, *found) if row.accepted else None)
+        for row, (_, files), found in zip(rows, clips, tracks, strict=True)
     ]
 
 
@@ -219,12 +237,14 @@ def _add_tracks(row: Row, tracker: Tracker, points: NDArray[np.float64], visible
     return replace(row, accepted=True)
 
 
-def _build_record(row: Row, mp4: bytes, points: NDArray[np.float64], visible: NDArray[np.bool_]) -> dict[str, bytes]:
+def _build_record(
+    row: Row, files: dict[str, bytes], points: NDArray[np.float64], visible: NDArray[np.bool_]
+) -> dict[str, bytes]:
     """The files of a clip record by their endings."""
     info = asdict(row)
     for name in ("key", "accepted", "shard", "reason", "detail", "path"):
         del info[name]
-    return {"mp4": mp4, "tracks.npz": encode_tracks(points, visible), "json": json.dumps(info).encode()}
+    return {**files, "tracks.npz": encode_tracks(points, visible), "json": json.dumps(info).encode()}
 
 
 def grid_points(size: tuple[int, int], side: int) -> NDArray[np.float64]:

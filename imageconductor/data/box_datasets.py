@@ -1,9 +1,10 @@
-"""Public data sets of videos with boxes, as clips: GOT-10k and YouTube-VIS 2021.
+"""Videos with boxes, as clips: GOT-10k, YouTube-VIS 2021, and curated clip records.
 
 | data set | clip | boxes | caption |
 |---|---|---|---|
 | GOT-10k | `SPLIT/GOT-10k_*/NNNNNNNN.jpg` | one object, `groundtruth.txt` | class and motion of `meta_info.ini` |
 | YouTube-VIS 2021 | `SPLIT/JPEGImages/CLIP/*.jpg` | several, `SPLIT/instances.json` | `caption.json`, or the classes |
+| clip records | `KEY.mp4` | several, `KEY.boxes.json` | `KEY.json` |
 
 A clip holds what a clip record does, tracks apart: a key, a caption, frames and their rate; and boxes.
 """
@@ -24,9 +25,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from imageconductor.conditioning.box_files import check_boxes
 from imageconductor.conditioning.boxes import Boxes
 from imageconductor.conditioning.first_frame import load_image
-from imageconductor.data.clip_records import CorruptClipError
+from imageconductor.data.clip_records import ClipRecord, CorruptClipError
+from imageconductor.data.clips import open_video
+from imageconductor.data.videos import Video
 from imageconductor.files import natural_order, read_text
 
 _LOG = logging.getLogger(__name__)
@@ -47,14 +51,14 @@ class BoxClip:
     Attributes:
         key: its name in the data set.
         caption: what it shows.
-        pictures: its T frames, in order.
+        pictures: its T frames in order, or the video that holds them.
         fps: frames a second.
         boxes: of its objects in each frame.
     """
 
     key: str
     caption: str
-    pictures: tuple[Path, ...]
+    pictures: tuple[Path, ...] | Video
     fps: float
     boxes: Boxes
 
@@ -63,8 +67,10 @@ class BoxClip:
 
         Raises:
             FileNotFoundError: A picture is gone.
-            ValueError: A picture cannot be decoded.
+            ValueError: A picture, or the video, cannot be decoded.
         """
+        if isinstance(self.pictures, Video):
+            return self.pictures.frames(chosen)
         return np.stack([np.asarray(load_image(self.pictures[t])) for t in chosen])
 
 
@@ -165,6 +171,22 @@ def read_youtube_vis(
         raise ValueError(f"{folder / 'instances.json'} is not as YouTube-VIS has it: {error!r}") from error
     _LOG.info("%s: %d of %d clips have %d frames or more", folder, len(clips), len(content["videos"]), min_frames)
     return clips
+
+
+def read_box_record(record: ClipRecord) -> BoxClip:
+    """The clip of a record with `KEY.boxes.json`.
+
+    Raises:
+        CorruptClipError: A file is missing or malformed; names it.
+    """
+    video, info = open_video(record), record.info()
+    try:
+        content = json.loads(record.read("boxes.json"))
+        file = check_boxes(content, len(video), f"{record.key}.boxes.json")
+        boxes = Boxes.from_objects(file.objects, file.size, len(video))
+    except ValueError as error:
+        raise CorruptClipError(str(error)) from error
+    return BoxClip(record.key, info["caption"], video, video.fps, boxes)
 
 
 def _youtube_clip(

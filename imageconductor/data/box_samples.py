@@ -1,4 +1,4 @@
-"""Samples with boxes: windows of GOT-10k's and YouTube-VIS's clips, pictures with detections, and the sprite world."""
+"""Samples with boxes: windows of clips of GOT-10k, YouTube-VIS and curated shards, and pictures with detections."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from imageconductor.conditioning.box_files import BoxObject
 from imageconductor.conditioning.boxes import Boxes
 from imageconductor.conditioning.checks import check_keys
 from imageconductor.conditioning.first_frame import cover_scale
-from imageconductor.data.box_datasets import BoxClip, find_got10k, read_got10k, read_youtube_vis
-from imageconductor.data.clip_records import CorruptClipError
+from imageconductor.data.box_datasets import BoxClip, find_got10k, read_box_record, read_got10k, read_youtube_vis
+from imageconductor.data.clip_index import find_clips
+from imageconductor.data.clip_records import ClipRecord, CorruptClipError
 from imageconductor.files import read_text
 
 _MAX_ATTEMPTS = 100  # clips in a row that may be unusable
@@ -30,9 +31,10 @@ class BoxSamples:
     A sample holds pixel_values (3, T, H, W) uint8, no points, caption, key, and boxes of the largest objects.
 
     Args:
-        sources: Folders of GOT-10k or YouTube-VIS 2021 with their splits, or JSON lines of pictures with detections:
+        sources: Folders of GOT-10k or YouTube-VIS 2021 with their splits; folders, shards or patterns of shards of
+            clip records, of which those with boxes count; or JSON lines of pictures with detections:
             {"image": FILE, "caption": TEXT, "objects": [{"name": NAME, "box": [x1, y1, x2, y2]}]}.
-        split: Of the folders.
+        split: Of GOT-10k and YouTube-VIS.
         size: (W, H) that frames are cropped to.
         num_frames: Consecutive frames of a window.
         max_objects: Objects that are kept of a window, the largest.
@@ -92,9 +94,14 @@ class BoxSamples:
                 skipped.append(str(error))
         raise CorruptClipError(f"{_MAX_ATTEMPTS} clips in a row cannot be read; the last: {skipped[-1]}")
 
-    def _sample(self, entry: BoxClip | Path, random: np.random.Generator | None) -> dict[str, Any]:
-        clip = read_got10k(entry) if isinstance(entry, Path) else entry
+    def _sample(self, entry: _Entry, random: np.random.Generator | None) -> dict[str, Any]:
+        if isinstance(entry, ClipRecord):
+            clip = read_box_record(entry)
+        else:
+            clip = read_got10k(entry) if isinstance(entry, Path) else entry
         last = len(clip.pictures) - self.num_frames
+        if last < 0:
+            raise CorruptClipError(f"{clip.key}: {len(clip.pictures)} frames, {self.num_frames} are needed")
         start = 0 if random is None else int(random.integers(last + 1))
         chosen = range(start, start + self.num_frames)
         frames, boxes = _crop(clip, chosen, self.size, self.random_crop, self.min_box_area, random)
@@ -130,7 +137,7 @@ def _crop(
     pictures, whole = clip.frames(chosen), clip.boxes.at_frames(chosen)
     height, width = pictures.shape[1:3]
     if (width, height) != whole.size:
-        raise ValueError(f"{clip.pictures[0]} is {width}x{height}, its boxes are of {whole.size[0]}x{whole.size[1]}")
+        raise ValueError(f"{clip.key} is {width}x{height}, its boxes are of {whole.size[0]}x{whole.size[1]}")
     zoom = 1.0 if random is None or smallest == 1 else 1 / random.uniform(smallest, 1)
     scale = cover_scale(whole.size, size) * zoom
     free = (width * scale - size[0], height * scale - size[1])
@@ -149,20 +156,32 @@ def _within(box: tuple[float, ...], width: int, height: int) -> tuple[float, ...
     return max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(width)), min(box[3], float(height))
 
 
-def _key(entry: BoxClip | Path) -> str:
+_Entry = BoxClip | Path | ClipRecord
+
+
+def _key(entry: _Entry) -> str:
     return entry.name if isinstance(entry, Path) else entry.key
 
 
-def _list_clips(source: Path, split: str, num_frames: int) -> Sequence[BoxClip | Path]:
-    if source.is_file():
+def _list_clips(source: Path, split: str, num_frames: int) -> Sequence[_Entry]:
+    if source.is_file() and source.suffix != ".tar":
         if num_frames > 1:
             raise ValueError(f"{source} holds single pictures; num_frames must be 1, not {num_frames}")
         return _read_detections(source)
     if (source / split / "instances.json").is_file():
         return read_youtube_vis(source, split, min_frames=num_frames)
-    if not source.is_dir():
-        raise FileNotFoundError(f"no folder or file of boxes at {source}")
-    return find_got10k(source, split, num_frames)
+    if (source / split).is_dir():
+        return find_got10k(source, split, num_frames)
+    try:
+        records = [record for shard in find_clips([source]) for record in shard if "boxes.json" in record.parts]
+    except FileNotFoundError:
+        records = []
+    if not records:
+        raise FileNotFoundError(
+            f"no clips with boxes at {source}: expected a folder of GOT-10k or YouTube-VIS with its split {split}, "
+            "clip records with KEY.boxes.json, or JSON lines"
+        )
+    return records
 
 
 def _read_detections(path: Path) -> list[BoxClip]:

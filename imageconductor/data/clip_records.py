@@ -1,7 +1,8 @@
 """Clip records: the files of each clip, in a plain folder or in WebDataset shards; `clip_index.py` finds them.
 
 A record consists of the files of one key (docs/data.md): `KEY.mp4`, `KEY.tracks.npz` (points (N, F, 2) in the video's
-pixels, visible (N, F)) and `KEY.json` (caption and provenance). In a cache made by `scripts/cache_latents.py`,
+pixels, visible (N, F)) and `KEY.json` (caption and provenance); `KEY.boxes.json` holds boxes of objects in our JSON
+form (`conditioning.box_files`), if there are any. In a cache made by `scripts/cache_latents.py`,
 `KEY.latents.npz` (mean and std, (F, C, h, w)) and `KEY.text.npz` (text, (L, D)) replace the mp4.
 
 Torch is not imported here: the curation's processes, which write records, start faster without it.
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-PARTS = ("mp4", "tracks.npz", "json", "latents.npz", "text.npz")
+PARTS = ("mp4", "tracks.npz", "json", "latents.npz", "text.npz", "boxes.json")
 """Endings of the files of a record."""
 
 _HEADER_BYTES = 512

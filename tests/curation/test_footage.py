@@ -78,9 +78,9 @@ def test_every_place_of_every_container_is_found_again(name, codec, tmp_path):
 def test_a_stream_copied_cut_is_whole(start, tmp_path):
     footage.write(tmp_path / "long.mp4", footage.pan(0, 120, (0.5, 0)), g="25")
     ffmpeg("-ss", start, "-i", tmp_path / "long.mp4", "-c", "copy", tmp_path / "cut.mp4")
-    row, mp4 = scan(Source("cut", str(tmp_path / "cut.mp4")), CurateConfig("", ""))
+    row, files = scan(Source("cut", str(tmp_path / "cut.mp4")), CurateConfig("", ""))
     assert row.reason is None
-    assert mp4 is not None
+    assert set(files) == {"mp4"}
 
 
 def test_names_and_titles_that_are_not_utf8(tmp_path):
@@ -153,8 +153,8 @@ def test_an_unknown_codec_and_a_damaged_stream_are_told_apart(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    row, mp4 = scan(Source("gone", str(tmp_path / "gone.mp4")), CurateConfig("", ""))
-    assert (row.reason, mp4) == ("missing", None)
+    row, files = scan(Source("gone", str(tmp_path / "gone.mp4")), CurateConfig("", ""))
+    assert (row.reason, files) == ("missing", {})
 
 
 @pytest.mark.parametrize("count", [32, 33, 100, 600])
@@ -218,13 +218,13 @@ def test_realestate10k_as_video_and_as_frames(tmp_path):
     video, pictures = find_sources(config)
     assert (video.id, video.camera_only, video.start_s, video.end_s) == ("train/one", True, 2.0, 4.96)
     for source, count in ((video, 75), (pictures, 50)):
-        row, mp4 = scan(source, config)
+        row, files = scan(source, config)
         assert row.reason is None
         assert row.num_source_frames == count
         assert source.start_s <= row.start_s < row.end_s <= source.end_s + 1e-6
         start = round(row.start_s * 25)
         first = cv2.resize(clip[start], (384, 256), interpolation=cv2.INTER_CUBIC)
-        assert np.abs(decode_mp4(mp4)[0].astype(int) - first).mean() < 8
+        assert np.abs(decode_mp4(files["mp4"])[0].astype(int) - first).mean() < 8
 
 
 def test_frames_in_a_folder_are_shown_as_a_viewer_shows_them(tmp_path):
