@@ -30,7 +30,7 @@ from imageconductor.sampling.video import Frames, to_uint8
 logger = logging.getLogger(__name__)
 
 WEIGHT_FIELDS = (
-    *("model", "base", "lora", "motion_lora", "appearance_lora", "domain_adapter_scale", "few_step"),
+    *("model", "base", "lora", "motion_lora", "appearance_lora", "domain_adapter_scale", "few_step", "first_frame_by"),
     *("device", "dtype", "offload", "vae_tiling", "compile"),
 )
 """Settings of a job that say which weights are loaded, and how; jobs that agree in them share a pipeline."""

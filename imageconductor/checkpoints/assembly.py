@@ -27,8 +27,10 @@ from imageconductor.checkpoints.domain_adapter import DomainAdapter
 from imageconductor.checkpoints.few_step import FEW_STEP_FOLDER, find_few_step_lora
 from imageconductor.checkpoints.model_card import read_provenance
 from imageconductor.checkpoints.model_folder import (
+    SCENE_LORA_FOLDER,
     adapter_folder,
     adapter_names,
+    find_scene_lora,
     locate,
     locate_model,
     read_sampling_defaults,
@@ -57,6 +59,9 @@ class AssemblyConfig:
     object_lora: str | None = None  # trained: stage 3's folder
     object_gates: str | None = None  # trained: folder of the gates for boxes, SMCD's stage 1
     scene_gates: str | None = None  # trained: folder of the gates for the first frame, SMCD's stage 2
+    scene_lora: str | None = (
+        None  # folder of the LoRA that acts with them; null = scene_lora/ beside them, if there is one
+    )
     style_lora: str | None = None  # folder of a style LoRA that the model folder carries along
     few_step_lora: str | None = None  # trained: folder of the LoRA that stage few_step wrote, or another of its kind
     motion_module: str | None = None  # animatediff: v3_sd15_mm.ckpt, or diffusers' folder
@@ -114,6 +119,7 @@ def assemble(config: AssemblyConfig) -> Assembly:
         ValueError: A part does not fit; names its file and every key that is missing, left over or mis-shaped.
     """
     named = {"style_lora": config.style_lora, FEW_STEP_FOLDER: config.few_step_lora}
+    named[SCENE_LORA_FOLDER] = config.scene_lora or _beside_scene_gates(config)
     carried = {name: locate(folder) for name, folder in named.items() if folder is not None}
     for name, folder in carried.items():
         if not (folder / DIFFUSERS_WEIGHTS_NAME).is_file():
@@ -130,6 +136,12 @@ def assemble(config: AssemblyConfig) -> Assembly:
     record = {"recipe": asdict(config), "sources": {name: asdict(source) for name, source in sources.items()}}
     assembly.provenance["sources.json"] = json.dumps(record, indent=1)
     return assembly
+
+
+def _beside_scene_gates(config: AssemblyConfig) -> str | None:
+    """The LoRA that stage 2 wrote beside its gates."""
+    beside = None if config.scene_gates is None else locate(config.scene_gates).parent / SCENE_LORA_FOLDER
+    return None if beside is None or not beside.is_dir() else str(beside)
 
 
 def _downloaded(config: AssemblyConfig) -> tuple[Networks, dict[str, Source], Assembly]:
@@ -204,6 +216,8 @@ def _trained(config: AssemblyConfig) -> tuple[Networks, dict[str, Source], Assem
     kept = find_few_step_lora(root)  # which was distilled from the model as it was
     replaced = config.motion_controlnet or given
     carried = {} if kept is None or replaced else {FEW_STEP_FOLDER: kept.parent}
+    if config.scene_gates is None and (with_gates := find_scene_lora(root)):
+        carried[SCENE_LORA_FOLDER] = with_gates.parent
     return networks, sources, Assembly(networks, sampling, domain, provenance, carried)
 
 

@@ -7,6 +7,7 @@ NAME_lora/                   a LoRA of the motion ControlNet in peft's format, n
 domain_adapter/, style_lora/ LoRAs of the UNet
 few_step_lora/               a LoRA of the UNet for few steps without guidance (`few_step`)
 object_gates/, scene_gates/  gated attention for boxes and for the first frame, which a model may have or not
+scene_lora/                  a LoRA of the motion modules that was trained with the scene gates and acts with them
 sources.json, training/      where the weights come from (`model_card`)
 """
 
@@ -25,12 +26,19 @@ from imageconductor.checkpoints.domain_adapter import DomainAdapter
 from imageconductor.checkpoints.model_card import read_provenance
 from imageconductor.config import check_finite
 from imageconductor.files import find_shipped, write_text
-from imageconductor.models.adapters import WEIGHTS_NAME, adapter_parameters, describe_adapters, load_adapter
+from imageconductor.models.adapters import (
+    DIFFUSERS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    adapter_parameters,
+    describe_adapters,
+    load_adapter,
+)
 from imageconductor.models.controlnets import MotionControlNet
 from imageconductor.models.networks import GATES, Networks, is_text_to_video, load_network
 from imageconductor.models.weights import find_weights, read_checkpoint
 
 _SUFFIX = "_lora"
+SCENE_LORA_FOLDER = "scene_lora"
 
 # `import ... as`: diffusers answers a plain import of a missing package with "Run `pip install imageconductor`".
 PIPELINE_CODE = '''"""The pipeline for diffusers: DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)."""
@@ -134,6 +142,12 @@ def _text_to_video_defaults(folder: Path) -> SamplingDefaults:
     return SamplingDefaults(
         pixels, pixels, num_inference_steps=50, guidance_scale=9.0, negative_prompt="", control="base"
     )
+
+
+def find_scene_lora(folder: str | Path) -> Path | None:
+    """The file of a model folder's LoRA for its scene gates; None = it has none."""
+    path = Path(folder) / SCENE_LORA_FOLDER / DIFFUSERS_WEIGHTS_NAME
+    return path if path.is_file() else None
 
 
 def adapter_folder(folder: str | Path, name: str) -> Path:

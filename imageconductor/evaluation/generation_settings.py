@@ -18,7 +18,7 @@ from imageconductor.evaluation.learned_motion_config import LearnedMethod
 from imageconductor.evaluation.requests import Request
 from imageconductor.evaluation.video_format import VideoFormat
 from imageconductor.sampling.job import SampleJob
-from imageconductor.sampling.loras import find_lora, parse_lora, parse_noise_prior
+from imageconductor.sampling.loras import find_job_loras, find_lora, parse_lora, parse_noise_prior
 
 _SETTINGS = (
     "images",
@@ -130,7 +130,7 @@ def collect_box_settings(config: BoxEvaluateConfig, method: BoxMethod, job: Samp
         method: The method.
         job: Its settings, with its model's defaults.
     """
-    loras = [find_lora(text, "motion")[0] for text in method.motion_lora]
+    loras = [path for path, _ in find_job_loras(job)[1]]
     of_clips = ("dataset", "data", "split", "captions", "world", "frame_step", "seed")
     kept = ("negative_prompt", "guidance_scale", "trajectory_guidance_scale", "steps", "width", "height", "num_frames")
     settings: dict[str, Any] = {

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from imageconductor import config as config_file
 from imageconductor.conditioning.preset_names import CAMERA_PRESETS, OBJECT_PRESETS
-from imageconductor.sampling.loras import find_lora, parse_lora, parse_noise_prior, takes_few_steps
+from imageconductor.sampling.loras import find_job_loras, parse_lora, parse_noise_prior, takes_few_steps
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -221,11 +221,12 @@ def prepare(job: SampleJob) -> Inputs:
     has_scene = read_gate_config(job.model, "scene_gates") is not None
     carrier = choose_first_frame(job.first_frame_by, [] if image is None else [(0,)], boxes is not None, has_scene)
     check_gate_scales(job.scene_guidance_scale, job.gated_fraction, boxes is not None or carrier != "controlnet")
-    styles, motions = _find_loras(job)
+    job = replace(job, first_frame_by=carrier)
+    styles, motions = find_job_loras(job)
     check_loras(Path(job.model), [path for path, _ in styles], [path for path, _ in motions])
     if job.noise_prior is not None:
         check_noise_prior(parse_noise_prior(job.noise_prior)[0], read_latent_channels(job.model), num_frames)
-    job = replace(job, seed=job.seeds, num_videos=None, repeat=None, first_frame_by=carrier)
+    job = replace(job, seed=job.seeds, num_videos=None, repeat=None)
     return Inputs(job, None if image is None else cover_crop(image, size), trajectories, boxes)
 
 
@@ -247,7 +248,7 @@ def load_pipeline(job: SampleJob) -> ImageConductorPipeline:
     pipe = ImageConductorPipeline.from_pretrained(job.model, dtype=getattr(torch, cast(str, job.dtype)))
     if job.few_step:
         pipe.scheduler = few_step_scheduler(pipe.scheduler)
-    personalise(pipe, job.base, *_find_loras(job), job.domain_adapter_scale)
+    personalise(pipe, job.base, *find_job_loras(job), job.domain_adapter_scale)
     if job.vae_tiling:
         pipe.vae.enable_tiling()
     device = cast(str, job.device)
@@ -345,17 +346,6 @@ def call_arguments(inputs: Sequence[Inputs]) -> dict[str, Any]:
     }
 
 
-def _find_loras(job: SampleJob) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
-    """Files and scales of LoRAs of any of the UNet's layers, and of those of the motion modules."""
-    from imageconductor.checkpoints.few_step import find_few_step_lora
-
-    styles = [find_lora(text, "style") for text in job.lora]
-    styles += [find_lora(text, "appearance") for text in job.appearance_lora]
-    if job.few_step:
-        styles.append((str(find_few_step_lora(job.model)), 1.0))
-    return styles, [find_lora(text, "motion") for text in job.motion_lora]
-
-
 def _with_defaults(job: SampleJob) -> SampleJob:
     """The job with its model as a local folder, and with the model's defaults and this machine's device."""
     from imageconductor.checkpoints.few_step import FEW_STEP_DEFAULTS
@@ -364,7 +354,7 @@ def _with_defaults(job: SampleJob) -> SampleJob:
     device = _check_device(job.device)
     if job.base is not None and not Path(job.base).is_file():
         raise FileNotFoundError(f"no file at {job.base}")
-    _find_loras(job)
+    find_job_loras(job)
     if job.offload != "none" and device == "cpu":
         raise ValueError(f"offload {job.offload!r} keeps networks off the GPU, and the device is cpu; leave it out")
     dtype = job.dtype or ("float16" if device.startswith("cuda") else "float32")

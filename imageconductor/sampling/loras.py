@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from imageconductor import config as config_file
 from imageconductor.files import find_shipped
+
+if TYPE_CHECKING:
+    from imageconductor.sampling.job import SampleJob
 
 _NOISE_FRACTION = 0.3  # MotionDirector: 0.1 to 0.5 for a motion from one clip
 
@@ -46,6 +49,27 @@ def find_lora(text: str, kind: Literal["style", "motion", "appearance"]) -> tupl
     if not Path(path).exists():  # a folder of peft's is one too
         raise FileNotFoundError(f"no file at {path}")
     return path, scale
+
+
+def find_job_loras(job: SampleJob) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
+    """Files and scales of a job's LoRAs of any of the UNet's layers, and of those of the motion modules.
+
+    They are those that it names, and those of its model that go with few steps and with the scene gates.
+
+    Raises:
+        FileNotFoundError, ValueError: As `find_lora`.
+    """
+    from imageconductor.checkpoints.few_step import find_few_step_lora
+    from imageconductor.checkpoints.model_folder import find_scene_lora
+
+    styles = [find_lora(text, "style") for text in job.lora]
+    styles += [find_lora(text, "appearance") for text in job.appearance_lora]
+    motions = [find_lora(text, "motion") for text in job.motion_lora]
+    if job.few_step:
+        styles.append((str(find_few_step_lora(job.model)), 1.0))
+    if job.first_frame_by in ("gates", "both") and (path := find_scene_lora(job.model)):
+        motions.append((str(path), 1.0))
+    return styles, motions
 
 
 def takes_few_steps(model: str, asked: bool | None, steps: int) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from imageconductor.checkpoints.assembly import AssemblyConfig, assemble
+from imageconductor.commands import assemble as assemble_command
 from imageconductor.conditioning import Boxes
 from imageconductor.data.batches import collate
 from imageconductor.data.box_samples import BoxSamples, keep_largest
 from imageconductor.models.gating import gate_scalars
+from imageconductor.sampling.job import SampleJob, load_pipeline, prepare, render
+from imageconductor.sampling.loras import find_job_loras
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 from imageconductor.training import checkpointing
 from imageconductor.training.run import check_inputs, run_stage
@@ -140,7 +144,7 @@ def test_a_killed_run_is_the_uninterrupted_one(configure, tmp_path):
     for name in ("parameters",):
         a, b = (checkpointing.latest(Path(run.output)).tensors[name] for run in (whole, halves))
         assert all(torch.equal(a[key], b[key]) for key in a)
-    assert (Path(halves.output) / "motion_lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert (Path(halves.output) / "scene_lora" / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_trained_gates_join_the_model_and_play(configure, tiny_model, tmp_path):
@@ -159,6 +163,34 @@ def test_trained_gates_join_the_model_and_play(configure, tiny_model, tmp_path):
     sources = json.loads((tmp_path / "model" / "sources.json").read_text())["sources"]
     assert {"object_gates", "scene_gates"} <= sources.keys()
     assert (tmp_path / "model" / "training" / "scene_gates.yaml").is_file()
+
+
+def test_the_lora_of_the_scene_gates_goes_into_the_model_and_acts_where_they_act(configure, tiny_model, tmp_path):
+    run = Path(configure("scene_gates", learns_object_gates=True, learning_rate=1e-2).output)
+    run_stage(configure("scene_gates", learns_object_gates=True, learning_rate=1e-2))
+    parts = [f"{name}={run / name}" for name in ("object_gates", "scene_gates")]
+    recipe = ["--config", "configs/model/boxes.yaml", f"model={tiny_model}", "dtype=float32", *parts, "--output"]
+    assert assemble_command.main([*recipe, str(tmp_path / "model")]) == 0
+    some_boxes(4).save(tmp_path / "boxes.json")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    drawn = SampleJob(model=str(tmp_path / "model"), image=str(tmp_path / "red.png"), num_frames=4, device="cpu")
+    boxed = replace(drawn, boxes=str(tmp_path / "boxes.json"))
+    own = (str(tmp_path / "model" / "scene_lora" / "pytorch_lora_weights.safetensors"), 1.0)
+    for job, loras in ((drawn, []), (replace(boxed, first_frame_by="controlnet"), []), (boxed, [own])):
+        inputs = prepare(replace(job, steps=1, seed=[1]))
+        assert find_job_loras(inputs.job)[1] == loras
+    videos = []
+    for _ in range(2):
+        videos.append(render(load_pipeline(inputs.job), [inputs])[0][0])
+        shutil.rmtree(tmp_path / "model" / "scene_lora", ignore_errors=True)
+    assert (videos[0] != videos[1]).any()
+    # Other gates come without the LoRA, which was trained with those that they replace.
+    shutil.copytree(run / "scene_gates", tmp_path / "others")
+    assert assemble_command.main([*recipe, str(tmp_path / "again")]) == 0
+    again = ["--config", "configs/model/boxes.yaml", f"model={tmp_path / 'again'}", "object_gates=null"]
+    assert assemble_command.main([*again, "scene_gates=null", "--output", str(tmp_path / "kept")]) == 0
+    assert assemble_command.main([*again, f"scene_gates={tmp_path / 'others'}", "--output", str(tmp_path / "new")]) == 0
+    assert [(tmp_path / name / "scene_lora").is_dir() for name in ("kept", "new")] == [True, False]
 
 
 def test_gates_of_another_model_are_refused(tiny_model, object_gates, tmp_path):

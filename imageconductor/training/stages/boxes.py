@@ -21,7 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imageconductor.checkpoints.model_folder import check_controlnets, check_shape, read_gate_config
+from imageconductor.checkpoints.model_folder import (
+    SCENE_LORA_FOLDER,
+    check_controlnets,
+    check_shape,
+    read_gate_config,
+)
 from imageconductor.conditioning.boxes import stack_boxes
 from imageconductor.conditioning.first_frame import keyframe_condition
 from imageconductor.data.batches import Samples
@@ -248,13 +253,13 @@ class SceneGatesStage(BoxStage):
         return x_0, Condition(self.draw_text(batch, generators), **fields, **self.encode_boxes(batch, generators))
 
     def save(self, folder: Path) -> None:
-        """Writes scene_gates, motion_lora with the LoRA of the motion modules, and object_gates if they learned."""
+        """Writes scene_gates, scene_lora with the LoRA of the motion modules, and object_gates if they learned."""
         assert self.scene_gates is not None
         self.scene_gates.save_pretrained(folder / "scene_gates")
         if self.saves_objects and self.object_gates is not None:
             self.object_gates.save_pretrained(folder / "object_gates")
         if self.has_lora:
-            save_for_diffusers(self.unet, MOTION, folder / "motion_lora")
+            save_for_diffusers(self.unet, MOTION, folder / SCENE_LORA_FOLDER)
 
 
 def _keep(dropout: float, generators: Sequence[torch.Generator], like: Tensor) -> Tensor:
