@@ -52,6 +52,12 @@ class Family:
         layers = {key.removesuffix(".weight") for key in self.shapes}
         return {rename_motion_modules(f"{layer}.").removesuffix("."): layer for layer in layers}
 
+    @property
+    def ported_layers(self) -> list[str]:
+        """Layers of ours that carry the spatial LoRA of MotionDirector's port: all of the spatial transformers."""
+        ours = {layer: name for name, layer in self.published_names.items()}
+        return [ours[layer] for layer in self.meta["placement_tiny"]["spatial"]["names"]]
+
     def expected(self) -> dict[str, torch.Tensor]:
         return load_file(FOLDER / f"{self.prefix}expected.safetensors")
 

@@ -26,10 +26,11 @@ MODELSCOPE_SCHEDULER = DDIMScheduler(beta_schedule="scaled_linear", set_alpha_to
 
 @pytest.fixture(scope="module")
 def unet():
-    """AnimateDiff's UNet with both LoRAs attached; none acts."""
+    """AnimateDiff's UNet with all LoRAs attached; none acts."""
     unet = animatediff_unet()
     for name, target_set in (("spatial", "appearance"), ("temporal", "motion")):
         attach_adapter(unet, name, ANIMATEDIFF.lora_state(name, lora_targets(unet, target_set)))
+    attach_adapter(unet, "ported", ANIMATEDIFF.lora_state("spatial", ANIMATEDIFF.ported_layers))
     activate(unet)
     return unet
 
@@ -94,7 +95,10 @@ def test_all_frames(unet, x, reference, name, adapters):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "adapters"), [("base_F1", ()), ("md_rule/spatial_pred_F1", ("spatial",))])
+@pytest.mark.parametrize(
+    ("name", "adapters"),
+    [("base_F1", ()), ("md_rule/spatial_pred_F1", ("spatial",)), ("port_rule/spatial_pred_F1", ("ported",))],
+)
 def test_one_frame_without_motion_modules(unet, x, reference, name, adapters):
     frame = ANIMATEDIFF.config["spatial_frame"]
     one = x["noisy"][:, :, frame : frame + 1]

@@ -17,7 +17,7 @@ from test_parity_md import ANIMATEDIFF_SCHEDULER, MODELSCOPE_SCHEDULER
 
 from imageconductor.checkpoints.reference_run import load_noise_prior, save_noise_prior
 from imageconductor.commands import train as train_command
-from imageconductor.models.adapters import adapter_parameters
+from imageconductor.models.adapters import adapter_parameters, lora_targets
 from imageconductor.models.motion_unet import TextToVideoUNet
 from imageconductor.models.networks import Networks
 from imageconductor.training.engines import refuse_parts
@@ -34,6 +34,10 @@ def family(request):
 
 @pytest.fixture
 def stage(configure, family):
+    return build_stage(configure, family)
+
+
+def build_stage(configure, family):
     """The stage on the seeded UNet, with the seeded LoRAs and without dropout."""
     config = configure("motion_director", appearance="shared", lora_rank=family.config["rank"], lora_dropout=0.0)
     if family is ANIMATEDIFF:
@@ -105,6 +109,32 @@ def test_one_step_is_the_published_one(stage, family, checkpoints):
     for name, norm in recorded(record, "grad_norms_Ltemp_temporal").items():
         assert temporal[name] == pytest.approx(norm, rel=1e-4, abs=1e-7), name
     assert gradients(stage, family, "appearance") == spatial, "L_temp must not teach the appearance LoRA"
+
+
+@pytest.mark.parametrize("family", [ANIMATEDIFF], ids=["animatediff"], indirect=True)
+def test_one_step_with_the_layers_of_its_port(configure, family, monkeypatch):
+    """The port puts the appearance LoRA on every layer of the spatial transformers; its losses are the same."""
+    monkeypatch.setattr(
+        "imageconductor.training.stages.motion_director.lora_targets",
+        lambda unet, kind: family.ported_layers if kind == "appearance" else lora_targets(unet, kind),
+    )
+    stage, record = build_stage(configure, family), family.meta["step"]["port_rule"]
+    terms = losses_of(stage, family)
+    for term, name in (("spatial", "L_sp"), ("temporal", "L_org"), ("debiased", "L_ad")):
+        assert terms[term].item() == pytest.approx(record[name], rel=1e-5), name
+    assert (terms["temporal"] + terms["debiased"]).item() == pytest.approx(record["L_temp"], rel=1e-5)
+    terms["spatial"].backward()
+    spatial = total(gradients(stage, family, "appearance"))
+    assert spatial == pytest.approx(record["grad_norm_Lsp_on_spatial"], rel=1e-4)
+    assert total(gradients(stage, family, "motion")) == record["grad_norm_Lsp_on_temporal"] == 0
+    (terms["temporal"] + terms["debiased"]).backward()
+    motion = total(gradients(stage, family, "motion"))
+    assert motion == pytest.approx(record["grad_norm_Ltemp_on_temporal"], rel=1e-4)
+    # In the port L_temp has a gradient on the spatial LoRA as well (`grad_norm_Ltemp_on_spatial`); here it has none.
+    assert total(gradients(stage, family, "appearance")) == spatial
+    without = losses_of(stage, family, drops_appearance=True)
+    for value, name in ((without["temporal"] + without["debiased"], "L_temp"), (without["temporal"], "L_org")):
+        assert value.item() == pytest.approx(record["spatial_dropped"][name], rel=1e-5), name
 
 
 def test_a_step_without_the_appearance_path(stage, family):
