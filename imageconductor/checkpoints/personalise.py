@@ -123,6 +123,16 @@ def _is_published_list(pipe: Any, path: str | Path) -> bool:
     return Path(path).suffix == ".pt" and isinstance(pipe.unet, TextToVideoUNet)
 
 
+def networks_without_weights(folder: Path) -> Any:
+    """UNet and text encoder of a model folder on the meta device, which are all that `read_style_lora` looks at."""
+    unet: Any = TextToVideoUNet if is_text_to_video(folder) else MotionUNet
+    with torch.device("meta"):
+        return SimpleNamespace(
+            unet=unet.from_config(unet.load_config(folder / "unet")),
+            text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
+        )
+
+
 def check_loras(folder: Path, loras: Sequence[str], motion_loras: Sequence[str]) -> None:
     """Makes sure that style and motion LoRAs fit the model of a folder; none of its weights is read.
 
@@ -131,12 +141,7 @@ def check_loras(folder: Path, loras: Sequence[str], motion_loras: Sequence[str])
     """
     if not loras and not motion_loras:
         return
-    unet: Any = TextToVideoUNet if is_text_to_video(folder) else MotionUNet
-    with torch.device("meta"):
-        networks = SimpleNamespace(
-            unet=unet.from_config(unet.load_config(folder / "unet")),
-            text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
-        )
+    networks = networks_without_weights(folder)
     for read, paths in ((read_style_lora, loras), (read_motion_lora, motion_loras)):
         for path in paths:
             read(networks, path)

@@ -1,4 +1,4 @@
-"""The folder of a `motion_director` run, as sampling reads it.
+"""The folder of a `motion_director` run, or of a checkpoint in it, as sampling reads it.
 
 motion_lora/           LoRA of the motion modules, pytorch_lora_weights.safetensors as diffusers writes it
 appearance_lora/       LoRA of the spatial layers, or a folder KEY/ with one for each reference clip
@@ -23,7 +23,7 @@ NOISE_PRIOR_NAME = "noise_prior.safetensors"
 
 
 def find_reference_lora(path: Path, kind: Kind) -> Path:
-    """A LoRA file or folder as it is; of a run folder its motion or appearance LoRA.
+    """A LoRA file or folder as it is; of a run folder, or a checkpoint in it, its motion or appearance LoRA.
 
     Raises:
         FileNotFoundError: There is nothing, or a run without such a LoRA.
@@ -31,11 +31,12 @@ def find_reference_lora(path: Path, kind: Kind) -> Path:
     """
     if not path.exists():
         raise FileNotFoundError(f"no file at {path}")
-    if path.is_file() or (any(path.glob("*.safetensors")) and not (path / "config.yaml").is_file()):
-        return path
     part = path / f"{kind}_lora"
     if (part / DIFFUSERS_WEIGHTS_NAME).is_file():
         return part
+    is_run = (path / "config.yaml").is_file() or (path / "state.json").is_file()
+    if path.is_file() or (any(path.glob("*.safetensors")) and not is_run):
+        return path
     if own := sorted(folder.parent.name for folder in part.glob(f"*/{DIFFUSERS_WEIGHTS_NAME}")):
         raise ValueError(f"{path} has an appearance LoRA for each clip; choose one, e.g. {part / own[0]}")
     raise FileNotFoundError(f"{path} holds no {kind} LoRA: {part / DIFFUSERS_WEIGHTS_NAME} is missing")

@@ -1,8 +1,9 @@
-"""Makes a model folder from its parts, once; writes a folder's networks as the authors' files; or uploads a folder.
+"""Makes a model folder from its parts; writes its networks as the authors' files, or a LoRA of it; or uploads it.
 
     imageconductor assemble --config configs/model/image_conductor_v1.yaml --output models/image_conductor_v1
     imageconductor assemble --config configs/model/trained.yaml --output models/mine
     imageconductor assemble --export published --model models/sprites --output exported
+    imageconductor assemble --export animatediff --model models/mine --lora runs/md --output motion.ckpt
     imageconductor assemble --push-to-hub organisation/name --model models/mine --results results/results.json
 
 docs/weights.md says which files to download. A part that does not fit is refused with every key that is missing, left
@@ -27,19 +28,33 @@ if TYPE_CHECKING:
     from imageconductor.checkpoints.assembly import Assembly
 
 
+LORA_FORMATS = ("animatediff", "diffusers", "kohya")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and gives its exit code: see `run_command`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=find_shipped, metavar="FILE", help="recipe; configs/model holds those we know")
-    parser.add_argument("--export", choices=["published"], help="write a folder's networks under the published names")
+    parser.add_argument(
+        "--export",
+        choices=["published", *LORA_FORMATS],
+        help="write a folder's networks under the published names, or a LoRA of its UNet in another tool's format",
+    )
+    parser.add_argument(
+        "--lora",
+        type=Path,
+        metavar="PATH",
+        help="with --export animatediff, diffusers or kohya: a LoRA's file or folder, a run of motion_director, or a "
+        "checkpoint in it",
+    )
     parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload a folder, with a card that sums it up")
     parser.add_argument("--model", type=find_shipped, metavar="FOLDER", help="with --export and --push-to-hub")
-    parser.add_argument("--format", choices=["safetensors", "ckpt"], default="safetensors", help="with --export")
+    parser.add_argument("--format", choices=["safetensors", "ckpt"], help="with --export published; safetensors")
     parser.add_argument(
         "--results", type=Path, metavar="FILE", help="with --push-to-hub: imageconductor evaluate's figures"
     )
     parser.add_argument("--private", action="store_true", help="with --push-to-hub: a new repository is private")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="new folder")
+    parser.add_argument("--output", type=Path, metavar="PATH", help="new folder; new file of a LoRA")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes one setting of the recipe")
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -50,19 +65,25 @@ def act(args: argparse.Namespace) -> None:
     """Does what the options ask for, and prints where the result is."""
     output: Path | None = args.output
     if [bool(args.config), bool(args.export), bool(args.push_to_hub)].count(True) != 1:
-        raise ValueError("give one of --config FILE, --export published and --push-to-hub ORG/NAME")
+        raise ValueError("give one of --config FILE, --export FORMAT and --push-to-hub ORG/NAME")
     if bool(args.model) == bool(args.config):
         raise ValueError("--model FOLDER goes with --export and --push-to-hub")
+    if bool(args.lora) != (args.export in LORA_FORMATS):
+        raise ValueError(f"--lora PATH goes with --export {', '.join(LORA_FORMATS)}")
+    if args.format and args.export != "published":
+        raise ValueError("--format goes with --export published; the suffix of --output tells that of a LoRA")
     if args.push_to_hub:
         print(push(args.model, args.push_to_hub, args.results, args.private))
         return
     if output is None:
         raise ValueError("--output DIR is missing")
-    check_writable(output)
     if output.exists():
         raise ValueError(f"{output} exists; name another --output")
-    if args.export:
-        export(args.model, args.format, output)
+    check_writable(output)
+    if args.export == "published":
+        export(args.model, args.format or "safetensors", output)
+    elif args.export:
+        export_lora(args.model, args.lora, args.export, output)
     else:
         assemble_folder(args.config, args.overrides, output)
     print(output)
@@ -104,6 +125,44 @@ def export(model: Path, form: str, output: Path) -> None:
                 save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
         for name in adapters:
             shutil.copyfile(adapter_folder(model, name) / WEIGHTS_NAME, folder / f"{name}_lora.safetensors")
+
+
+def export_lora(model: Path, lora: Path, form: str, output: Path) -> None:
+    """Writes a LoRA of a folder's UNet for another tool.
+
+    Args:
+        model: Folder of the model that it is for; no weights are read.
+        lora: File or folder; a run of motion_director stands for its motion LoRA in AnimateDiff's format, and for its
+            appearance LoRA in kohya's.
+        form: One of `LORA_FORMATS`.
+        output: New file.
+
+    Raises:
+        FileNotFoundError: There is no such LoRA.
+        ValueError: It does not fit the model, the format is not for its layers, or a run has two.
+    """
+    from imageconductor.checkpoints.model_folder import read_sampling_defaults
+    from imageconductor.checkpoints.motion_director import export_appearance_lora, export_motion_lora
+    from imageconductor.checkpoints.personalise import networks_without_weights, read_motion_lora, read_style_lora
+    from imageconductor.checkpoints.reference_run import find_reference_lora
+
+    read_sampling_defaults(model)
+    if form == "diffusers" and (parts := sorted(part.name for part in lora.glob("*_lora"))):
+        raise ValueError(f"{lora} holds {' and '.join(parts)}; name one of them, --lora {lora / parts[0]}")
+    is_motion = form == "animatediff"
+    path = find_reference_lora(lora, "motion" if is_motion else "appearance")
+    fitted = (read_motion_lora if is_motion else read_style_lora)(networks_without_weights(model), path)
+    if others := fitted.keys() - {"unet"}:
+        raise ValueError(f"{path} has layers of the {others.pop()}, which are not written; it can be used as it is")
+    pairs = fitted["unet"]
+    if form == "kohya":
+        export_appearance_lora(output, pairs, "kohya")
+    elif is_motion:
+        export_motion_lora(output, pairs)
+    elif any(".attentions." in layer for layer in pairs):
+        export_appearance_lora(output, pairs)
+    else:
+        export_motion_lora(output, pairs, "diffusers")
 
 
 def load(model: Path) -> Any:

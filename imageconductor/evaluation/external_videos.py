@@ -23,7 +23,7 @@ def check_complete(method: str, expected: Sequence[Path]) -> None:
     if missing := [path for path in expected if not path.is_file()]:
         raise FileNotFoundError(
             f"method {method} lacks {len(missing)} of {len(expected)} videos, the first one is {missing[0]}; "
-            "scripts/evaluate.py export-requests writes what they are made from: name them TASK/KEY.mp4"
+            "imageconductor evaluate export-requests writes what they are made from: name them TASK/KEY.mp4"
         )
 
 

@@ -30,13 +30,25 @@ class Checkpoint:
     optimizer: dict[str, Any]  # states of "optimizer" and, in fp16, of the loss "scaler"
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], optimizer: Any, keep: int) -> Path:
-    """Writes `folder/checkpoint-STEP`, which appears when it is complete, and removes all but the last `keep`."""
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    optimizer: Any,
+    keep: int,
+    write: Callable[[Path], None] | None = None,
+) -> Path:
+    """Writes `folder/checkpoint-STEP`, which appears when it is complete, and removes all but the last `keep`.
+
+    `write` may put more into it.
+    """
     target = folder / f"{_PREFIX}{step:08d}"
     with atomic_folder(target, replace=True) as path:
         for group, state in tensors.items():
             save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path / f"{group}.safetensors")
         torch.save(optimizer, path / "optimizer.pt")
+        if write is not None:
+            write(path)
         (path / "state.json").write_text(json.dumps({"step": step, "groups": sorted(tensors)}))
     for old in _folders(folder)[:-keep]:
         shutil.rmtree(old)

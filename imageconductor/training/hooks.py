@@ -157,10 +157,11 @@ class Save:
         config: Of the run.
         engine: That holds parameters and optimiser.
         average: Of the parameters.
+        stage: What learns; its LoRAs are written into the checkpoint where every process holds them whole.
     """
 
-    def __init__(self, config: LoopConfig, engine: Replicated, average: WeightAverage):
-        self.config, self.engine, self.average = config, engine, average
+    def __init__(self, config: LoopConfig, engine: Replicated, average: WeightAverage, stage: Stage):
+        self.config, self.engine, self.average, self.stage = config, engine, average, stage
 
     def __call__(self, state: TrainState) -> None:
         """Saves the step if its time has come."""
@@ -175,7 +176,12 @@ class Save:
         averages = {"ema": average} if (average := self.average.named()) else {}
         groups, states = self.engine.gather_state({"parameters": self.engine.parameters, **averages})
         if is_main:
-            checkpointing.save(Path(config.output), state.step, groups, states, config.keep_checkpoints)
+            write = self._write_loras if self.stage.learns_loras and not self.engine.saves_together else None
+            checkpointing.save(Path(config.output), state.step, groups, states, config.keep_checkpoints, write)
+
+    def _write_loras(self, folder: Path) -> None:
+        with self.average.in_place():
+            self.stage.save(folder)
 
 
 class ShowPreview:

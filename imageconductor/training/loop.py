@@ -80,7 +80,7 @@ def train(
     if accelerator.is_main_process:
         remove_partial(output)  # of a run that was killed while it wrote
     log = Log(config, engine, lr_scheduler, state, stage)
-    save = Save(config, engine, average)
+    save = Save(config, engine, average, stage)
     hooks = (
         Validate(config, engine, average, stage, module, held_out),
         log,

@@ -335,7 +335,7 @@ def test_other_bad_input(published, animatediff, stable_diffusion, tmp_path, cap
         ([*recipe, "--output", tmp_path / "there"], "exists; name another --output"),
         ([*recipe, "unett=x", "--output", tmp_path / "a"], "did you mean 'unet'"),
         ([*recipe, "unet=null", "--output", tmp_path / "a"], "recipe published needs unet"),
-        (["--output", tmp_path / "a"], "give one of --config FILE, --export published"),
+        (["--output", tmp_path / "a"], "give one of --config FILE, --export FORMAT"),
         (["--export", "published", "--model", tmp_path, "--output", tmp_path / "a"], "is no model folder"),
         (
             [*animatediff_recipe(animatediff, stable_diffusion, **swapped), "--output", tmp_path / "a"],

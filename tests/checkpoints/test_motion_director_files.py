@@ -19,7 +19,9 @@ from imageconductor.checkpoints.motion_director import (
 )
 from imageconductor.checkpoints.personalise import load_motion_lora, load_style_lora, read_motion_lora, read_style_lora
 from imageconductor.checkpoints.published import rename_motion_modules
+from imageconductor.commands import assemble
 from imageconductor.models.adapters import (
+    DIFFUSERS_WEIGHTS_NAME,
     active,
     adapter_pairs,
     adapter_parameters,
@@ -308,7 +310,9 @@ def test_what_we_write_acts_alike_here_and_in_diffusers(name, tmp_path):
         return  # Of diffusers' own pipelines none reads these keys.
     pipe = tiny_pipeline()
     parts = {part: pipe.components[part] for part in ("vae", "text_encoder", "tokenizer", "scheduler")}
-    unet = UNetMotionModel.from_config({k: v for k, v in pipe.unet.config.items() if k != "motion_norm_num_groups"})
+    unet = UNetMotionModel.from_config(
+        {k: v for k, v in pipe.unet.config.items() if k not in ("motion_norm_num_groups", "first_frame_warp")}
+    )
     for each in (pipe, AnimateDiffPipeline(**parts, unet=unet, motion_adapter=None)):
         each.load_lora_weights(path, adapter_name="one")
         assert_acts_as(each.unet, pairs)
@@ -334,6 +338,44 @@ def test_a_trained_adapter_is_exported_as_it_acts(tmp_path):
         assert_acts_as(other.unet, adapter_pairs(pipe.unet, target_set), target_set)
     with pytest.raises(ValueError, match="has no third LoRA"):
         adapter_pairs(pipe.unet, "third")
+
+
+def test_the_command_writes_the_loras_of_a_run_and_of_its_checkpoints(tiny_model, tmp_path, capsys):
+    pipe = tiny_pipeline()
+    pairs = {kind: uneven_lora(pipe.unet, kind) for kind in ("motion", "appearance")}
+    run = tmp_path / "run"
+    for folder in (run, run / "checkpoint-00000002"):
+        for kind, export in (("motion", export_motion_lora), ("appearance", export_appearance_lora)):
+            (folder / f"{kind}_lora").mkdir(parents=True)
+            export(folder / f"{kind}_lora" / DIFFUSERS_WEIGHTS_NAME, pairs[kind], "diffusers")
+
+    def export(form, lora, output, code=0):
+        given = ["--export", form, "--model", str(tiny_model), "--lora", str(lora), "--output", str(tmp_path / output)]
+        assert assemble.main(given) == code
+        return tmp_path / output if code == 0 else capsys.readouterr().err
+
+    for form, lora, output, kind in (
+        ("animatediff", run, "motion.ckpt", "motion"),
+        ("animatediff", run / "checkpoint-00000002", "half.safetensors", "motion"),
+        ("kohya", run, "look.safetensors", "appearance"),
+        ("diffusers", run / "motion_lora", "theirs.safetensors", "motion"),
+        ("diffusers", tmp_path / "look.safetensors", "again.safetensors", "appearance"),
+    ):
+        path, fresh = export(form, lora, output), tiny_pipeline()
+        (load_motion_lora if kind == "motion" else load_style_lora)(fresh, path, "one")
+        assert_acts_as(fresh.unet, pairs[kind])
+    for form, lora, output, said in (
+        ("diffusers", run, "a.safetensors", "holds appearance_lora and motion_lora; name one of them"),
+        ("kohya", run / "motion_lora", "a.safetensors", "is no layer of a spatial transformer"),
+        ("animatediff", run / "appearance_lora", "a.ckpt", "is no motion LoRA"),
+        ("kohya", run, "a.ckpt", "must end with .safetensors"),
+        ("kohya", tmp_path / "nothing", "a.safetensors", "no file at"),
+        ("kohya", run, "look.safetensors", "exists; name another --output"),
+    ):
+        assert said in export(form, lora, output, code=2)
+    assert assemble.main(["--export", "kohya", "--model", str(tiny_model), "--output", str(tmp_path / "b")]) == 2
+    assert "--lora PATH goes with --export animatediff, diffusers, kohya" in capsys.readouterr().err
+    assert not (tmp_path / "a.safetensors").exists()
 
 
 def test_what_a_format_has_no_place_for_is_refused(unet, unet3d, tmp_path):

@@ -15,11 +15,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_parity_md import ANIMATEDIFF_SCHEDULER, MODELSCOPE_SCHEDULER
 
-from imageconductor.checkpoints.reference_run import load_noise_prior, save_noise_prior
+from imageconductor.checkpoints.reference_run import find_reference_lora, load_noise_prior, save_noise_prior
 from imageconductor.commands import train as train_command
-from imageconductor.models.adapters import adapter_parameters, lora_targets
+from imageconductor.models.adapters import DIFFUSERS_WEIGHTS_NAME, adapter_parameters, lora_targets
 from imageconductor.models.motion_unet import TextToVideoUNet
 from imageconductor.models.networks import Networks
+from imageconductor.sampling.job import SampleJob, prepare
+from imageconductor.sampling.loras import find_job_loras
 from imageconductor.training.engines import refuse_parts
 from imageconductor.training.loop import train
 from imageconductor.training.run import check_inputs, run_stage
@@ -177,6 +179,28 @@ def test_windows_of_one_video_share_its_appearance(configure, build, reference_c
     stage, _ = build(configure("motion_director", data=both, num_frames=3))
     assert stage.appearances == ["appearance_left-0", "appearance_right-0"]
     assert stage.appearance_of["right-1"] == "appearance_right-0"
+
+
+def test_a_checkpoint_holds_the_loras_of_its_step_ready_to_be_played(configure, tiny_model, tmp_path):
+    settings = {"save_every": 2, "ema_decay": 0.5, "appearance": "shared"}
+    long = configure("motion_director", output=str(tmp_path / "long"), max_steps=4, **settings)
+    short = configure("motion_director", output=str(tmp_path / "short"), max_steps=2, **settings)
+    for config in (long, short):
+        run_stage(config)
+    half = tmp_path / "long" / "checkpoint-00000002"
+    for kind in ("motion", "appearance"):
+        path = find_reference_lora(half, kind)
+        assert path == half / f"{kind}_lora"
+        found, expected = (
+            load_file(folder / DIFFUSERS_WEIGHTS_NAME) for folder in (path, tmp_path / "short" / path.name)
+        )
+        assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    shown = {"model": str(tiny_model), "prompt": "a", "steps": 1, "num_frames": 4, "device": "cpu"}
+    job = prepare(SampleJob(**shown, motion_lora=[f"{half}:0.5"], appearance_lora=[str(half)])).job
+    assert find_job_loras(job) == ([(str(half / "appearance_lora"), 1.0)], [(str(half / "motion_lora"), 0.5)])
+    shutil.rmtree(half / "motion_lora")
+    with pytest.raises(FileNotFoundError, match="holds no motion LoRA"):
+        find_reference_lora(half, "motion")
 
 
 def test_other_clips_get_another_noise_prior(configure, reference_clips, tmp_path):

@@ -56,6 +56,7 @@ class Stage(nn.Module):
         validated: Loss that is measured on held-out clips.
         learns_in_parts: Whether a step may reach only some of what learns.
         can_be_split: Whether FSDP and DeepSpeed can split its weights.
+        learns_loras: Whether all that it writes are LoRAs, which its checkpoints then hold as well, ready to be played.
     """
 
     name: ClassVar[str]
@@ -66,6 +67,7 @@ class Stage(nn.Module):
     validated: ClassVar[str] = "denoising"
     learns_in_parts: ClassVar[bool] = False
     can_be_split: ClassVar[bool] = True
+    learns_loras: ClassVar[bool] = False
 
     def __init__(self, networks: Networks, config: StageConfig):
         super().__init__()

@@ -46,6 +46,7 @@ class FewStepStage(TrajectoryStage):
 
     name = FEW_STEP
     Config = FewStepConfig
+    learns_loras = True
     validated = "consistency"
 
     def __init__(self, networks: Networks, config: FewStepConfig):

@@ -61,6 +61,7 @@ class CameraLoraStage(TrajectoryStage):
 
     name = "camera_lora"
     Config = CameraLoraConfig
+    learns_loras = True
     preview_control = "camera"
     adapters = (CAMERA,)
 
@@ -79,6 +80,7 @@ class ObjectLoraStage(TrajectoryStage):
 
     name = "object_lora"
     Config = ObjectLoraConfig
+    learns_loras = True
     preview_control = "object"
     adapters = (CAMERA, OBJECT)  # theta_mixed = theta_0 + sg[camera] + object: the camera LoRA acts, and is frozen.
 

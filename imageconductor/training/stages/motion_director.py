@@ -76,6 +76,7 @@ class MotionDirectorStage(Stage):
 
     name = "motion_director"
     Config = MotionDirectorConfig
+    learns_loras = True
     dropouts = ("text_dropout", "appearance_dropout")
     learns_in_parts = True
 

@@ -30,6 +30,7 @@ class StyleLoraStage(Stage):
 
     name = "style_lora"
     Config = StyleLoraConfig
+    learns_loras = True
 
     def __init__(self, networks: Networks, config: StyleLoraConfig):
         super().__init__(networks, config)
