@@ -1,7 +1,8 @@
-"""Optimisers: AdamW, AdamW with 8-bit moments, or Muon for matrices beside AdamW for the rest."""
+"""Optimisers: AdamW, AdamW with 8-bit moments, or Muon for weights beside AdamW for the rest."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -47,18 +48,61 @@ def build_optimizer(
     return AdamW8bit(plain)
 
 
-class MuonAndAdamW(torch.optim.Optimizer):
-    """PyTorch's Muon for the matrices, its AdamW for convolutions, norms, biases and embeddings (time's too), as one.
+_ENDS = re.compile(r"(^|\.)conv_(in|out)\.")  # first and last convolution of a network, or of a condition's embedding
 
-    Muon's steps are scaled to the size of AdamW's, so one learning rate serves both.
+
+class MuonOfFilters(torch.optim.Optimizer):
+    """PyTorch's Muon, which takes matrices only, for filters (out, in, h, w) of convolutions as matrices (out, h*w*in).
+
+    Args:
+        filters: What learns.
+        settings: `lr` and `weight_decay`.
+    """
+
+    def __init__(self, filters: list[nn.Parameter], **settings: float):
+        super().__init__(filters, dict(settings))
+        matrices = [nn.Parameter(_as_matrix(p.detach()).clone()) for p in filters]
+        self.inner = torch.optim.Muon(matrices, **settings, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Changes the weights; a closure is not supported."""
+        del closure
+        (shown,), (group,) = self.param_groups, self.inner.param_groups
+        group |= {name: value for name, value in shown.items() if name != "params"}
+        pairs = list(zip(shown["params"], group["params"], strict=True))
+        for filters, matrix in pairs:
+            matrix.copy_(_as_matrix(filters))
+            matrix.grad = None if filters.grad is None else _as_matrix(filters.grad)
+            if filters in self.state:
+                self.inner.state[matrix] = self.state[filters]
+        self.inner.step()
+        for filters, matrix in pairs:
+            out, into, height, width = filters.shape
+            filters.copy_(matrix.view(out, height, width, into).permute(0, 3, 1, 2))
+            if matrix in self.inner.state:
+                self.state[filters] = self.inner.state[matrix]
+
+
+def _as_matrix(filters: torch.Tensor) -> torch.Tensor:
+    return filters.permute(0, 2, 3, 1).flatten(1)
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """PyTorch's Muon for weights of linear layers and 2D convolutions, its AdamW for the rest, as one.
+
+    The rest are norms, biases, embeddings (time's too), convolutions of other dimensions, and a network's first and
+    last convolution, as is usual with Muon. Muon's steps are scaled to the size of AdamW's, so one learning rate serves
+    both.
 
     Args:
         groups: Each with `params`, parameters by name, `lr` and `weight_decay` (decoupled).
 
     Raises:
-        ValueError: PyTorch is older than 2.9, or no parameter is a matrix.
+        ValueError: PyTorch is older than 2.9, or no parameter is for Muon.
 
-    Source: Jordan et al., 2024; the scale is that of Liu et al., 2025 ("Muon is scalable for LLM training").
+    Source: Jordan et al., 2024, filters as matrices too; the scale is that of Liu et al., 2025 ("Muon is scalable for
+    LLM training").
     """
 
     def __init__(self, groups: Iterable[Mapping[str, Any]]):
@@ -68,15 +112,19 @@ class MuonAndAdamW(torch.optim.Optimizer):
         for group in groups:
             named: Mapping[str, nn.Parameter] = group["params"]
             settings: dict[str, Any] = {key: value for key, value in group.items() if key != "params"}
-            matrices = [p for name, p in named.items() if p.ndim == 2 and "embedding" not in name]
-            chosen = {id(p) for p in matrices}
+            weights = {name: p for name, p in named.items() if "embedding" not in name}
+            matrices = [p for p in weights.values() if p.ndim == 2]
+            filters = [p for name, p in weights.items() if p.ndim == 4 and not _ENDS.search(name)]
+            chosen = {id(p) for p in (*matrices, *filters)}
             others = [p for p in named.values() if id(p) not in chosen]
             if matrices:
                 self.parts.append(torch.optim.Muon(matrices, **settings, adjust_lr_fn="match_rms_adamw"))
+            if filters:
+                self.parts.append(MuonOfFilters(filters, **settings))
             if others:
                 self.parts.append(torch.optim.AdamW(others, **settings, fused=True))
-        if not any(isinstance(part, torch.optim.Muon) for part in self.parts):
-            raise ValueError("optimizer=muon finds no matrix among what learns; use optimizer=adamw")
+        if not any(isinstance(part, (torch.optim.Muon, MuonOfFilters)) for part in self.parts):
+            raise ValueError("optimizer=muon finds no weight for it among what learns; use optimizer=adamw")
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share()
 

@@ -22,7 +22,7 @@ class LoopConfig:
     max_minutes: float | None = None
     batch_size: int = 4  # clips per process and micro-step
     gradient_accumulation_steps: int = 1  # micro-steps whose gradients are added up for one step
-    # adamw_8bit: the extra `lowmem`, CUDA only. muon: Muon for matrices, AdamW for the rest; PyTorch 2.9 or newer.
+    # adamw_8bit: the extra `lowmem`, CUDA only. muon: Muon for weights, AdamW for the rest; PyTorch 2.9 or newer.
     optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
     learning_rate: float = 1e-4  # paper C.1
     lr_schedule: str = "constant_with_warmup"  # diffusers' names: constant, linear, cosine, ...

@@ -17,10 +17,13 @@ class Net(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(5, 4)
         self.conv = nn.Conv1d(4, 4, 1)
-        self.linear = nn.Linear(4, 3)
+        self.conv_in = nn.Conv2d(4, 4, 1)
+        self.filters = nn.Conv2d(4, 6, (3, 1), padding=(1, 0))
+        self.linear = nn.Linear(6, 3)
 
     def forward(self, tokens):
-        return self.linear(self.conv(self.embedding(tokens).mT).mT)
+        features = self.conv(self.embedding(tokens).mT)[..., None]
+        return self.linear(self.filters(self.conv_in(features))[..., 0].mT)
 
 
 def one_group(net):
@@ -35,19 +38,53 @@ def learn(net, *optimizers, steps=3):
             optimizer.zero_grad()
 
 
+class Apart(Net):
+    """The same with the filters as a matrix of its own."""
+
+    def __init__(self, like):
+        super().__init__()
+        self.load_state_dict(like.state_dict())
+        self.matrix = nn.Parameter(like.filters.weight.detach().permute(0, 2, 3, 1).reshape(6, 12).clone())
+
+    def forward(self, tokens):
+        filters = self.matrix.view(6, 3, 1, 4).permute(0, 3, 1, 2)
+        features = self.conv_in(self.conv(self.embedding(tokens).mT)[..., None])
+        return self.linear(nn.functional.conv2d(features, filters, self.filters.bias, padding=(1, 0))[..., 0].mT)
+
+
 @muon
-def test_it_is_muon_for_matrices_and_adamw_for_the_rest():
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_it_is_muon_for_matrices_and_filters_and_adamw_for_the_rest(layout):
     torch.manual_seed(0)
-    together = Net()
-    apart = copy.deepcopy(together)
+    together = Net().to(memory_format=layout)
+    apart = Apart(together)
     learn(together, MuonAndAdamW([one_group(together)]))
-    rest = [parameter for name, parameter in apart.named_parameters() if name != "linear.weight"]
+    weights = ("linear.weight", "matrix")
+    rest = [p for name, p in apart.named_parameters() if name not in (*weights, "filters.weight")]
     learn(
         apart,
-        torch.optim.Muon([apart.linear.weight], **SETTINGS, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon([apart.linear.weight, apart.matrix], **SETTINGS, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, **SETTINGS, fused=True),
     )
-    for (name, one), other in zip(together.named_parameters(), apart.parameters(), strict=True):
+    found = dict(together.named_parameters())
+    filters = found.pop("filters.weight").permute(0, 2, 3, 1).reshape(6, 12)
+    torch.testing.assert_close(filters, apart.matrix, rtol=1e-4, atol=1e-6)
+    for name, one in found.items():
+        torch.testing.assert_close(one, apart.get_parameter(name), rtol=1e-4, atol=1e-6, msg=name)
+
+
+@muon
+def test_it_goes_on_from_its_saved_state():
+    torch.manual_seed(0)
+    whole = Net()
+    halves = copy.deepcopy(whole)
+    learn(whole, MuonAndAdamW([one_group(whole)]), steps=5)
+    first = MuonAndAdamW([one_group(halves)])
+    learn(halves, first, steps=2)
+    second = MuonAndAdamW([one_group(halves)])
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    learn(halves, second, steps=3)
+    for (name, one), other in zip(whole.named_parameters(), halves.parameters(), strict=True):
         assert torch.equal(one, other), name
 
 
@@ -65,7 +102,7 @@ def test_a_learning_rate_set_from_outside_reaches_both():
 
 @muon
 def test_without_a_matrix_it_is_refused():
-    with pytest.raises(ValueError, match="no matrix"):
+    with pytest.raises(ValueError, match="finds no weight"):
         MuonAndAdamW([one_group(nn.Conv1d(2, 2, 1))])
 
 
