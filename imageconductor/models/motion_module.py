@@ -27,6 +27,7 @@ class MotionModule(AnimateDiffTransformer3D):
     """
 
     is_bypassed = False  # True: the features pass unchanged, see `motion_modules_bypassed`
+    first_frame_warp: nn.Module | None  # acts first; of the up path of small UNets that have it
 
     def forward(
         self,
@@ -53,6 +54,8 @@ class MotionModule(AnimateDiffTransformer3D):
         del encoder_hidden_states, timestep, class_labels, cross_attention_kwargs
         if self.is_bypassed:
             return hidden_states
+        if self.first_frame_warp is not None:
+            hidden_states = self.first_frame_warp(hidden_states, num_frames)
         height, width = hidden_states.shape[-2:]
         sequence = rearrange(self.norm(hidden_states), "(b t) c h w -> (b h w) t c", t=num_frames)
         sequence = self.proj_in(sequence)
@@ -77,6 +80,7 @@ def adopt_motion_modules_(model: nn.Module, norm_num_groups: int | None = None) 
             continue
         # The classes differ in `forward` alone, so the instance can change class and keep its parameters.
         module.__class__ = MotionModule
+        module.first_frame_warp = None
         if norm_num_groups is not None:
             channels = module.norm.num_channels
             if channels % norm_num_groups:

@@ -14,9 +14,10 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 from diffusers.models.unets.unet_motion_model import UNetMotionModel, UNetMotionOutput
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from imageconductor.models.controlnets import Residuals
+from imageconductor.models.first_frame_warp import add_first_frame_warp_
 from imageconductor.models.gating import Gating, open_gate_places_
 from imageconductor.models.motion_module import (
     adopt_motion_modules_,
@@ -146,8 +147,10 @@ class TwoHalves:
                 num_frames=features.num_frames,
                 **arguments,
             )
-        hidden = self.conv_out(F.silu(self.conv_norm_out(hidden)))
-        return rearrange(hidden, "(b t) c h w -> b c t h w", t=features.num_frames)
+        output = self.conv_out(F.silu(self.conv_norm_out(hidden)))
+        if hasattr(self, "linear_out"):
+            output = output + self.linear_out(hidden)
+        return rearrange(output, "(b t) c h w -> b c t h w", t=features.num_frames)
 
     def forward(
         self,
@@ -184,17 +187,26 @@ class MotionUNet(TwoHalves, UNetMotionModel):  # pyright: ignore[reportIncompati
     Args:
         args: As diffusers' `UNetMotionModel`.
         motion_norm_num_groups: Groups of the motion modules' norm; None = `norm_num_groups`.
+        first_frame_warp: Whether the up path also reads the first frame at places that it chooses, and the output also
+            depends on the features linearly. AnimateDiff's does neither; it is for small networks.
         kwargs: As diffusers' `UNetMotionModel`.
     """
 
-    def __init__(self, *args: Any, motion_norm_num_groups: int | None = None, **kwargs: Any):
+    def __init__(
+        self, *args: Any, motion_norm_num_groups: int | None = None, first_frame_warp: bool = False, **kwargs: Any
+    ):
         super().__init__(*args, **kwargs)
-        self.register_to_config(motion_norm_num_groups=motion_norm_num_groups)
+        self.register_to_config(motion_norm_num_groups=motion_norm_num_groups, first_frame_warp=first_frame_warp)
         adopt_motion_modules_(self, motion_norm_num_groups)
+        if first_frame_warp:
+            self.linear_out = nn.Conv2d(self.conv_norm_out.num_channels, self.config["out_channels"], 1)
+            add_first_frame_warp_(self, self.config["motion_num_attention_heads"], self.config["norm_num_groups"])
         open_gate_places_(self)
         adopt_text_attention_(self)
 
-    __init__.__signature__ = signature_with(UNetMotionModel.__init__, motion_norm_num_groups=None)  # type: ignore
+    __init__.__signature__ = signature_with(  # type: ignore
+        UNetMotionModel.__init__, motion_norm_num_groups=None, first_frame_warp=False
+    )
 
 
 class TextToVideoUNet(TwoHalves, PeftAdapterMixin, UNet3DConditionModel):  # pyright: ignore[reportIncompatibleMethodOverride]

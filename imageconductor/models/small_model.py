@@ -40,6 +40,8 @@ class SmallModelConfig:
     text_length: int = 48  # tokens
     # Spatial attention in the UNet's first level, as SD-1.5 has it: it carries texture to where it goes.
     attention_at_full_resolution: bool = False
+    # The up path reads the first frame at places that it chooses; a small UNet learns in minutes to carry content so.
+    first_frame_warp: bool = False
     prediction_type: Literal["epsilon", "v_prediction"] = (
         "v_prediction"  # learns faster from scratch than epsilon, with zero terminal SNR
     )
@@ -112,6 +114,7 @@ def build_small_model(config: SmallModelConfig, captions: Iterable[str], seed: i
             motion_max_seq_length=config.motion_max_seq_length,
             norm_num_groups=config.norm_num_groups,
             use_motion_mid_block=False,
+            first_frame_warp=config.first_frame_warp,
         )
         vae_scale_factor = 2 ** (len(config.autoencoder_channels) - 1)
         image_controlnet = ImageControlNet.from_unet(unet, conditioning_channels=config.latent_channels)

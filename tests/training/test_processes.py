@@ -141,7 +141,7 @@ def test_a_model_is_built_in_parts_by_two_processes_on_a_machine_with_few_packag
            num_attention_heads: 2, text_width: 16, text_layers: 1}
         autoencoder: {max_steps: 2000, batch_size: 4, crop: 32}
         decoder: {max_steps: 2000, batch_size: 4, crop: 32, decoder_only: true, adversarial_weight: 0.1}
-        foundation: [configs/train/sprites/foundation_spacing1_dense.yaml]
+        foundation: [configs/train/sprites/foundation_dense.yaml]
         stages: [configs/train/sprites/camera_lora.yaml, configs/train/sprites/object_lora.yaml]
         """
     )
@@ -155,7 +155,7 @@ def test_a_model_is_built_in_parts_by_two_processes_on_a_machine_with_few_packag
     assert not output.exists()
     run(arguments)
     assert (output / "object_lora" / "adapter_model.safetensors").is_file()
-    start = json.loads((runs / "foundation_spacing1_dense" / "environment.jsonl").read_text().splitlines()[-1])
+    start = json.loads((runs / "foundation_dense" / "environment.jsonl").read_text().splitlines()[-1])
     assert start["settings"]["batch_size"] == 8  # half of the recipe's
     assert start["clips_per_step"] == 16
 
