@@ -44,5 +44,5 @@ def test_a_gpu_takes_more_clips_and_processes_share_them(recipe, tmp_path, monke
 def test_the_weights_leave_room_for_the_adapters_within_50_mb(recipe):
     networks = build_small_model(recipe.model, ["a"])
     size = sum(2 * p.numel() for network in networks.modules.values() for p in network.parameters())
-    assert 40e6 < size < 46e6
+    assert 40e6 < size < 46.5e6
     assert networks.vae_scale_factor == 8
