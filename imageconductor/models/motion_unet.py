@@ -200,6 +200,8 @@ class MotionUNet(TwoHalves, UNetMotionModel):  # pyright: ignore[reportIncompati
         adopt_motion_modules_(self, motion_norm_num_groups)
         if first_frame_warp:
             self.linear_out = nn.Conv2d(self.conv_norm_out.num_channels, self.config["out_channels"], 1)
+            nn.init.zeros_(self.linear_out.weight)
+            nn.init.zeros_(self.linear_out.bias)  # type: ignore[arg-type]
             add_first_frame_warp_(self, self.config["motion_num_attention_heads"], self.config["norm_num_groups"])
         open_gate_places_(self)
         adopt_text_attention_(self)

@@ -56,7 +56,7 @@ class AutoencoderConfig:
 def train_autoencoder(
     vae: Any, data: Dataset[dict[str, Any]], config: AutoencoderConfig, runs: Path, num_workers: int = 0
 ) -> int:
-    """Trains `vae` in place, continuing what `runs` holds, and sets its `scaling_factor` to 1 / std of the latents.
+    """Trains `vae` in place, continuing what `runs` holds, centres its latents and sets their `scaling_factor`, 1 / std.
 
     Args:
         vae: AutoencoderKL; its parameters are trained, or those of its decoder, with the factor as it was.
@@ -131,8 +131,19 @@ def train_autoencoder(
     with torch.no_grad():
         clips = torch.cat([data[config.max_steps + i]["pixel_values"] for i in range(8)])
         latents = vae.encode(scale_pixels(clips.transpose(1, 2).flatten(0, 1).to(device))).latent_dist.mean
-    vae.register_to_config(scaling_factor=1 / latents.std().item())
+        centre_latents_(vae, latents.mean((0, 2, 3)))
+    vae.register_to_config(scaling_factor=1 / latents.sub(latents.mean((0, 2, 3), keepdim=True)).std().item())
     return done
+
+
+def centre_latents_(vae: Any, mean: Tensor) -> None:
+    """Takes a constant (C,) off the latents, in place; what they decode to stays.
+
+    A model that predicts latents would have to learn the constant, by biases that move a learning rate a step.
+    """
+    vae.quant_conv.bias.data[: len(mean)] -= mean
+    decoding = vae.post_quant_conv
+    decoding.bias.data += decoding.weight.data.flatten(1) @ mean
 
 
 def _save(runs: Path, step: int, vae: Any, optimizer: Any, judge: PatchDiscriminator | None) -> None:
