@@ -56,7 +56,7 @@ class AutoencoderConfig:
 def train_autoencoder(
     vae: Any, data: Dataset[dict[str, Any]], config: AutoencoderConfig, runs: Path, num_workers: int = 0
 ) -> int:
-    """Trains `vae` in place, continuing what `runs` holds, centres its latents and sets their `scaling_factor`, 1 / std.
+    """Trains `vae` in place, continuing what `runs` holds, and then settles its latents and sets their scale, 1 / std.
 
     Args:
         vae: AutoencoderKL; its parameters are trained, or those of its decoder, with the factor as it was.
@@ -130,20 +130,35 @@ def train_autoencoder(
         return done
     with torch.no_grad():
         clips = torch.cat([data[config.max_steps + i]["pixel_values"] for i in range(8)])
-        latents = vae.encode(scale_pixels(clips.transpose(1, 2).flatten(0, 1).to(device))).latent_dist.mean
-        centre_latents_(vae, latents.mean((0, 2, 3)))
-    vae.register_to_config(scaling_factor=1 / latents.sub(latents.mean((0, 2, 3), keepdim=True)).std().item())
+        frames = scale_pixels(clips.transpose(1, 2).flatten(0, 1).to(device))
+        settle_latents_(vae, frames)
+        vae.register_to_config(scaling_factor=1 / vae.encode(frames).latent_dist.mean.std().item())
     return done
 
 
-def centre_latents_(vae: Any, mean: Tensor) -> None:
-    """Takes a constant (C,) off the latents, in place; what they decode to stays.
+_NO_NOISE = -30.0  # log variance; diffusers allows no less
 
-    A model that predicts latents would have to learn the constant, by biases that move a learning rate a step.
+
+@torch.no_grad()
+def settle_latents_(vae: Any, frames: Tensor) -> None:
+    """Takes constants and noise out of the latents, in place; what they decode to stays as it is, or nearly so.
+
+    A model that is trained on latents has to predict all of them. Each channel is centred, the posterior loses its
+    noise, and channels that were more noise than anything else, which a decoder has learned to leave alone, are zero.
+
+    Args:
+        vae: AutoencoderKL.
+        frames: (B, 3, H, W) in [-1, 1], on which channels are judged.
     """
-    vae.quant_conv.bias.data[: len(mean)] -= mean
-    decoding = vae.post_quant_conv
-    decoding.bias.data += decoding.weight.data.flatten(1) @ mean
+    posterior = vae.encode(frames).latent_dist
+    mean = posterior.mean.mean((0, 2, 3))
+    carries = posterior.mean.var((0, 2, 3)) > posterior.std.square().mean((0, 2, 3))
+    decoding, encoding, count = vae.post_quant_conv, vae.quant_conv, len(mean)
+    decoding.bias += decoding.weight.flatten(1) @ mean
+    encoding.weight[:count] *= carries.view(-1, 1, 1, 1)
+    encoding.bias[:count] = torch.where(carries, encoding.bias[:count] - mean, 0.0)
+    encoding.weight[count:] = 0.0
+    encoding.bias[count:] = _NO_NOISE
 
 
 def _save(runs: Path, step: int, vae: Any, optimizer: Any, judge: PatchDiscriminator | None) -> None:
@@ -199,7 +214,7 @@ def carrying_error(shifted: Tensor, encoded: Tensor) -> Tensor:
         encoded: (B, C, h, w), latents of the pixels there. The outermost are left out: they have seen another border.
     """
     inner = (..., slice(1, -1), slice(1, -1))
-    return F.mse_loss(shifted[inner], encoded[inner]) / encoded[inner].detach().var()
+    return F.mse_loss(shifted[inner], encoded[inner]) / encoded[inner].detach().var((0, 2, 3)).mean()
 
 
 def _crop(frames: Tensor, size: int, generator: torch.Generator) -> Tensor:

@@ -8,7 +8,13 @@ import torch
 from imageconductor.data.batches import Batches, SpriteSamples, scale_pixels
 from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
 from imageconductor.models.networks import Networks
-from imageconductor.training.autoencoder import AutoencoderConfig, carrying_error, shift, train_autoencoder
+from imageconductor.training.autoencoder import (
+    AutoencoderConfig,
+    carrying_error,
+    settle_latents_,
+    shift,
+    train_autoencoder,
+)
 from imageconductor.training.patch_discriminator import PatchDiscriminator
 
 
@@ -23,6 +29,30 @@ def test_who_learns(decoder_only, tiny_model, tmp_path):
     learned = {key.split(".")[0] for key, value in vae.state_dict().items() if not torch.equal(value, before[key])}
     assert learned == ({"decoder"} if decoder_only else {"encoder", "quant_conv", "post_quant_conv", "decoder"})
     assert (vae.config["scaling_factor"] == factor) == decoder_only
+    if not decoder_only:
+        frames = scale_pixels(torch.cat([data[4 + i]["pixel_values"].transpose(1, 2).flatten(0, 1) for i in range(8)]))
+        with torch.no_grad():
+            latents = vae.encode(frames).latent_dist.mean * vae.config["scaling_factor"]
+            assert vae.encode(frames).latent_dist.std.max() < 1e-6
+        torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-3)
+        assert latents.std() == pytest.approx(1, abs=1e-3)
+
+
+@torch.no_grad()
+def test_settled_latents_have_no_constant_no_noise_and_no_idle_channel(tiny_model):
+    vae, frames = Networks.load(tiny_model).vae, torch.rand(2, 3, 32, 32) * 2 - 1
+    vae.quant_conv.bias[:4] += torch.tensor([0.5, -2.0, 0.0, 3.0])
+    vae.quant_conv.bias[4:] = torch.tensor([-12.0, 4.0, -12.0, -12.0])  # The second channel is noise,
+    vae.post_quant_conv.weight[:, 1] = 0  # and its decoder does not look at it.
+    before = vae.encode(frames).latent_dist.mean
+    decoded = vae.decode(before).sample
+    settle_latents_(vae, frames)
+    after = vae.encode(frames).latent_dist
+    expected = before - before.mean((0, 2, 3), keepdim=True)
+    expected[:, 1] = 0
+    torch.testing.assert_close(after.mean, expected, rtol=1e-4, atol=1e-5)
+    assert after.std.max() < 1e-6
+    torch.testing.assert_close(vae.decode(after.mean).sample, decoded, rtol=1e-4, atol=1e-4)
 
 
 def test_shifted_latents_belong_to_the_pixels_they_are_paired_with():
