@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from imageconductor.conditioning.preset_names import CAMERA_PRESETS, OBJECT_PRESETS
+from imageconductor.sampling.shortcuts import NO_SHORTCUTS, Shortcuts
 
 RequestSet = Literal["camera", "object"]
 FrechetName = Literal["fid", "fvd", "frechet_small"]
@@ -34,6 +35,8 @@ class Method:
     motion_lora: list[str] = field(default_factory=list)  # LoRAs of the motion modules, each FILE or FILE:scale
     # The model's few-step LoRA makes the videos, in 4 steps without guidance where the settings do not say otherwise.
     few_step: bool = False
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # part of the steps in which guidance acts
+    controlnet_interval: int = 1  # steps that share an evaluation of the ControlNets
     num_inference_steps: int | None = None  # denoising steps; null = the evaluation's
     size: tuple[int, int] | None = None  # (W, H) of its videos; null = the evaluation's
     num_frames: int | None = None  # frames of its videos; null = the evaluation's
@@ -50,6 +53,9 @@ class Method:
             raise ValueError(f"base, LoRAs and steps need a model; the videos in {self.videos} are made already")
         if self.num_inference_steps is not None and self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}")
+        shortcuts = Shortcuts(self.guidance_interval, self.controlnet_interval)
+        if self.videos is not None and shortcuts != NO_SHORTCUTS:
+            raise ValueError(f"intervals need a model; the videos in {self.videos} are made already")
         if self.size is not None and min(self.size) < 1:
             raise ValueError(f"size must be positive, got {self.size[0]}x{self.size[1]}")
         if self.num_frames is not None and self.num_frames < 2:

@@ -19,6 +19,7 @@ from imageconductor.evaluation.requests import Request
 from imageconductor.evaluation.video_format import VideoFormat
 from imageconductor.sampling.job import SampleJob
 from imageconductor.sampling.loras import find_job_loras, find_lora, parse_lora, parse_noise_prior
+from imageconductor.sampling.shortcuts import NO_SHORTCUTS
 
 _SETTINGS = (
     "images",
@@ -67,6 +68,8 @@ def collect_settings(
     made_by = {key: getattr(method, key) for key in ("model", "videos", "base", "lora", "motion_lora")}
     own = {"few_step": method.few_step, "num_inference_steps": method.num_inference_steps}
     made_by |= {key: value for key, value in own.items() if value}
+    shortcuts = {key: getattr(method, key) for key in ("guidance_interval", "controlnet_interval")}
+    made_by |= {key: value for key, value in shortcuts.items() if value != getattr(NO_SHORTCUTS, key)}
     settings |= {"size": wanted.size, "num_frames": wanted.num_frames, "method": made_by, "weights": weights}
     if wanted != drawn:
         settings |= {"fit": wanted.fit, "frames": wanted.frames, "requests_drawn_in": asdict(drawn)}

@@ -220,6 +220,8 @@ class Evaluation:
             control=None if task.control == "none" else task.control,
             camera_free_scale=task.camera_free_scale,
             few_step=method.few_step,
+            guidance_interval=method.guidance_interval,
+            controlnet_interval=method.controlnet_interval,
             num_frames=wanted.num_frames,
             width=wanted.size[0],
             height=wanted.size[1],

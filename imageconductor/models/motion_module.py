@@ -4,7 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,7 @@ def adopt_motion_modules_(model: nn.Module, norm_num_groups: int | None = None) 
             continue
         # The classes differ in `forward` alone, so the instance can change class and keep its parameters.
         module.__class__ = MotionModule
-        module.first_frame_warp = None
+        cast(Any, module).first_frame_warp = None
         if norm_num_groups is not None:
             channels = module.norm.num_channels
             if channels % norm_num_groups:

@@ -89,6 +89,7 @@ class TwoHalves:
     up_blocks: Any
     conv_norm_out: Any
     conv_out: Any
+    linear_out: Any  # where there is one
 
     def encode(
         self, sample: Tensor, timestep: Tensor | int, encoder_hidden_states: Tensor, gating: Gating | None = None

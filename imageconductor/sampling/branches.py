@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -147,6 +148,7 @@ class GuidedDenoiser:
         branches: From `plan`.
         conditions: For the negative prompt and the prompt, that of P videos; pictures may be of P*K videos, K for each.
         cache: Of ControlNet outputs, as this call uses it; None = all are evaluated.
+        holds_residuals: Whether outputs of the ControlNets are kept for steps that reuse them.
     """
 
     def __init__(
@@ -155,8 +157,10 @@ class GuidedDenoiser:
         branches: Sequence[Branch],
         conditions: Mapping[Text, Condition],
         cache: CallCache | None = None,
+        holds_residuals: bool = False,
     ):
         self.denoiser, self.branches, self.cache = denoiser, branches, cache
+        self.holds_residuals = holds_residuals
         self.texts: list[Text] = list(dict.fromkeys(branch.text for branch in branches))
         self._of_text: dict[Text, Condition] = {**conditions, "no_scene": conditions["uncond"].without_scene()}
         # What the ControlNets read, which see neither boxes nor the gates' first frame.
@@ -172,6 +176,7 @@ class GuidedDenoiser:
         self._merged_set = sets[0] if self.merges else None
         self._merged: MotionControlNet | None = None
         self._contents: dict[tuple[Adapters, tuple[Text, ...]], Content] = {}
+        self._held: dict[tuple[Any, ...], Residuals | None] = {}
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Weighted sum of the branches' predictions.
@@ -194,7 +199,12 @@ class GuidedDenoiser:
         return total
 
     def predict(
-        self, x_t: Tensor, t: Tensor, time: float | None = None, also: Sequence[Adapters] = ()
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        time: float | None = None,
+        also: Sequence[Adapters] = (),
+        reuses: bool = False,
     ) -> dict[tuple[Text, Adapters], Tensor]:
         """Prediction (P*K, C, T, h, w) of each branch, by text and adapters.
 
@@ -203,7 +213,10 @@ class GuidedDenoiser:
             t: () int64.
             time: t as a number of the host, which spares waiting for the device where a cache asks for it.
             also: Adapters under which the prompt is evaluated besides, where no branch does it.
+            reuses: Whether held outputs of the ControlNets are taken, where there are some.
         """
+        if not reuses:
+            self._held.clear()
         videos, num_frames = x_t.shape[0], x_t.shape[2]
         per_condition = videos // self.num_conditions
         if self.cache is not None and time is None:
@@ -214,7 +227,7 @@ class GuidedDenoiser:
         gating = self._gating_of(condition, num_frames)
         with rows_repeated(self.denoiser.unet, self._repetitions(self.texts, "input_frame")):
             features = self.denoiser.encode(x_t.repeat(len(self.texts), 1, 1, 1, 1), t, condition, gating)
-        image = self._image_residuals(t, time)
+        image = self._hold((), lambda: self._image_residuals(t, time))
 
         def rows_of(residuals: Residuals | None, texts: Sequence[Text], name: Text) -> Residuals | None:
             if residuals is None:
@@ -226,7 +239,7 @@ class GuidedDenoiser:
         def parts(evaluations: Sequence[tuple[Adapters, tuple[Text, ...]]]) -> Iterator[_Part]:
             for adapters, texts in evaluations:
                 read: tuple[Text, ...] = tuple(dict.fromkeys(_control_text(name) for name in texts))
-                motion = self._motion_residuals(adapters, read, t, time)
+                motion = self._hold((adapters, read), partial(self._motion_residuals, adapters, read, t, time))
                 for name in texts:
                     row, control = self.texts.index(name), _control_text(name)
                     of_image = rows_of(image, self._control_texts, control)
@@ -239,6 +252,15 @@ class GuidedDenoiser:
             for evaluations in (self._evaluations, self._more_evaluations(also))
             for key, output in self._decode(parts(evaluations), max(1, len(self.texts) // videos))
         }
+
+    def _hold(self, key: tuple[Any, ...], evaluate: Callable[[], Residuals | None]) -> Residuals | None:
+        """What a ControlNet gave under this key before, or gives now."""
+        if key in self._held:
+            return self._held[key]
+        residuals = evaluate()
+        if self.holds_residuals:
+            self._held[key] = residuals
+        return residuals
 
     def _decode(self, parts: Iterator[_Part], count: int) -> Iterator[tuple[tuple[Text, Adapters], Tensor]]:
         """Predictions of the parts, `count` of them in a call; no more are put together before they are needed."""

@@ -219,14 +219,17 @@ def denoise(
         for index, t in enumerate(timesteps[start:], start):
             if pipe.interrupt:
                 break
-            asked = pipe.guidance_scale, pipe.mix, index < inputs.gated_fraction * len(times)
+            guides = inputs.shortcuts.guides(index, len(times))
+            asked = pipe.guidance_scale, pipe.mix, index < inputs.gated_fraction * len(times), guides
             if predict is None or asked != planned:
                 predict, planned = None, asked  # the one before may hold a copy of a network
-                predict = GuidedDenoiser(networks, inputs.plan(*asked), _acting(conditions, asked[2]), cache)
+                holds = inputs.shortcuts.controlnet_interval > 1
+                predict = GuidedDenoiser(networks, inputs.plan(*asked), _acting(conditions, asked[2]), cache, holds)
             x_t = pipe.scheduler.scale_model_input(sample, t)
             shows_branches = pipe._shows_branches
             also = list(estimates.branches.values()) if shows_branches else []
-            predictions = predict.predict(x_t.to(pipe.unet.dtype), t, times[index], also)
+            reuses = inputs.shortcuts.reuses(index)
+            predictions = predict.predict(x_t.to(pipe.unet.dtype), t, times[index], also, reuses)
             prediction = predict.guide(predictions)  # Eq. 5, or classifier-free guidance
             if anchor is not None:
                 kind, alpha = pipe.scheduler.config["prediction_type"], _alpha_cumprod(pipe.scheduler, times[index])

@@ -33,6 +33,7 @@ from imageconductor.sampling.gate_inputs import (
     choose_first_frame,
     encode_boxes,
 )
+from imageconductor.sampling.shortcuts import NO_SHORTCUTS, Shortcuts
 from imageconductor.sampling.windows import choose_window, split_frames
 
 Picture = Image.Image | Mapping[int, Image.Image]
@@ -55,13 +56,14 @@ class CallInputs:
         num_frames: T.
         num_inference_steps: Denoising steps.
         guidance_scale: lambda_cfg; at most 1 = off.
-        plan: Evaluations of the model in each step, by guidance scale, mix, and whether gates act.
+        plan: Evaluations of the model in each step, by guidance scale, mix, and whether gates and guidance act.
         mix: Weights of the motion controls; None = one control.
         adapters: LoRAs that the motion ControlNet has.
         boxes: Of length 1 or `count`; none without boxes.
         first_frame_by: What carries the picture of frame 0.
         gated_fraction: Of the steps, in which gates act.
         windows: Frames of each window; a single one for a video of at most the model's number of frames.
+        shortcuts: Work that is left out in some of the steps.
         device: Of the call; diffusers walks through all modules to find it.
     """
 
@@ -74,13 +76,14 @@ class CallInputs:
     num_frames: int
     num_inference_steps: int
     guidance_scale: float
-    plan: Callable[[float, Mix | None, bool], tuple[Branch, ...]]
+    plan: Callable[[float, Mix | None, bool, bool], tuple[Branch, ...]]
     mix: Mix | None
     adapters: tuple[str, ...]
     boxes: list[Boxes]
     first_frame_by: FirstFrame
     gated_fraction: float
     windows: tuple[range, ...]
+    shortcuts: Shortcuts
     device: torch.device
 
 
@@ -105,6 +108,7 @@ def check_inputs(
     gated_fraction: float = 1.0,
     window_frames: int | None = None,
     window_overlap: int | None = None,
+    shortcuts: Shortcuts = NO_SHORTCUTS,
 ) -> CallInputs:
     """The inputs of a call; `pipe` is the pipeline, the rest are its arguments, with `size` = (width, height).
 
@@ -138,16 +142,19 @@ def check_inputs(
     if weights is not None:
         plan(control, scale, camera_free_scale, _given(trajectory_guidance_scale, 1.0), bool(drawn), weights)
 
-    def branches(scale: float, mix: Mix | None, is_gated: bool) -> tuple[Branch, ...]:
-        scene_scale = scene_guidance_scale if is_gated else 1.0
+    def branches(scale: float, mix: Mix | None, is_gated: bool, is_guided: bool) -> tuple[Branch, ...]:
+        scene_scale = scene_guidance_scale if is_gated and is_guided else 1.0
+        scale = scale if is_guided else 1.0
         if mix is not None:
             if drawn:
                 _check_adapters(pipe, mix)
             return plan(control, scale, has_trajectories=bool(drawn), mix=mix, scene_guidance_scale=scene_scale)
+        if not is_guided:
+            return plan(control, has_trajectories=bool(drawn), guidance_scale=1.0)
         trajectory_scale = _given(trajectory_guidance_scale, defaults.trajectory_guidance_scale)
         return plan(control, scale, camera_free_scale, trajectory_scale, bool(drawn), None, scene_scale)
 
-    branches(scale, weights, True)  # raises where the scales do not go together
+    branches(scale, weights, True, True)  # raises where the scales do not go together
     if drawn:
         _check_trajectories(drawn, num_frames)
         _check_adapters(pipe, [control] if weights is None else weights)
@@ -177,6 +184,7 @@ def check_inputs(
         first_frame_by=carrier,
         gated_fraction=gated_fraction,
         windows=windows,
+        shortcuts=shortcuts,
         device=pipe._execution_device,
     )
 

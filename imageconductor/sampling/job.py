@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from imageconductor import config as config_file
 from imageconductor.conditioning.preset_names import CAMERA_PRESETS, OBJECT_PRESETS
 from imageconductor.sampling.loras import find_job_loras, parse_lora, parse_noise_prior, takes_few_steps
+from imageconductor.sampling.shortcuts import Shortcuts
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -72,6 +73,9 @@ class SampleJob:
     # what carries the first frame; default: both where boxes are given and the model has scene gates, else controlnet
     first_frame_by: Literal["controlnet", "gates", "both"] | None = None
     gated_fraction: float = 1.0  # of the steps, in which boxes and the gates' first frame act
+    # part of the steps in which guidance acts, 0 1 = all; quicker, and another video (docs/results.md)
+    guidance_interval: tuple[float, float] = field(default=(0.0, 1.0), metadata={"metavar": ("START", "STOP")})
+    controlnet_interval: int = 1  # steps that share an evaluation of the ControlNets; above 1 quicker, another video
     # model folder, or organisation/name on the hub
     model: str = field(default="models/sprites", metadata=_FOLDER)
     # DreamBooth model in Stable Diffusion's own layout, in place of spatial layers, VAE and text encoder
@@ -133,6 +137,7 @@ class SampleJob:
             self.camera_free_scale is not None or self.trajectory_guidance_scale not in (None, 1)
         ):
             raise ValueError(f"mix {self.mix} excludes camera_free_scale and trajectory_guidance_scale; leave them out")
+        Shortcuts(self.guidance_interval, self.controlnet_interval)
         if self.compile and self.offload != "none":
             raise ValueError(f"compile and offload {self.offload!r} exclude each other")
         for text in (*self.lora, *self.motion_lora, *self.appearance_lora):
@@ -333,6 +338,8 @@ def call_arguments(inputs: Sequence[Inputs]) -> dict[str, Any]:
         "scene_guidance_scale": job.scene_guidance_scale,
         "first_frame_by": job.first_frame_by,
         "gated_fraction": job.gated_fraction,
+        "guidance_interval": job.guidance_interval,
+        "controlnet_interval": job.controlnet_interval,
         "num_inference_steps": job.steps,
         "num_frames": job.num_frames,
         "window_frames": job.window_frames,

@@ -35,6 +35,7 @@ from imageconductor.sampling.inputs import (
 from imageconductor.sampling.model_pipeline import ModelPipeline
 from imageconductor.sampling.output import OUTPUT_TYPES, ImageConductorOutput, convert_frames
 from imageconductor.sampling.residual_cache import ResidualCache
+from imageconductor.sampling.shortcuts import Shortcuts
 
 
 class ImageConductorPipeline(ModelPipeline):
@@ -132,6 +133,8 @@ class ImageConductorPipeline(ModelPipeline):
         scene_guidance_scale: float = 1.0,
         first_frame_by: str | None = None,
         gated_fraction: float = 1.0,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
+        controlnet_interval: int = 1,
         num_inference_steps: int | None = None,
         num_frames: int | None = None,
         window_frames: int | None = None,
@@ -178,6 +181,9 @@ class ImageConductorPipeline(ModelPipeline):
             first_frame_by: "controlnet", "gates" or "both" carry the picture of frame 0; None = both where boxes are
                 given and the model has scene gates, else the ControlNet.
             gated_fraction: Of the steps, in which gates act; the last ones are then the model's without them.
+            guidance_interval: Part of the steps in which guidance acts; the others cost half or less, and the video is
+                another one.
+            controlnet_interval: The ControlNets are evaluated in every so manieth step only; another video, too.
             num_inference_steps: Denoising steps.
             num_frames: T, any number: more than `window_frames` are made in windows of so many, each of which goes on
                 from the one before.
@@ -234,6 +240,7 @@ class ImageConductorPipeline(ModelPipeline):
             num_frames=num_frames,
             window_frames=window_frames,
             window_overlap=window_overlap,
+            shortcuts=Shortcuts(guidance_interval, controlnet_interval),
             size=(width, height),
         )
         if seeds:

@@ -59,7 +59,7 @@ class MuonOfFilters(torch.optim.Optimizer):
         settings: `lr` and `weight_decay`.
     """
 
-    def __init__(self, filters: list[nn.Parameter], **settings: float):
+    def __init__(self, filters: list[nn.Parameter], **settings: Any):
         super().__init__(filters, dict(settings))
         matrices = [nn.Parameter(_as_matrix(p.detach()).clone()) for p in filters]
         self.inner = torch.optim.Muon(matrices, **settings, adjust_lr_fn="match_rms_adamw")

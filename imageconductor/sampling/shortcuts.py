@@ -1,0 +1,46 @@
+"""What a call may leave out at the price of another video, off by default; docs/results.md has the price."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from imageconductor.config import check_finite
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """Work that is left out in some of the steps.
+
+    Attributes:
+        guidance_interval: Part of the steps, from 0 to 1, in which guidance acts; in the others the prompt alone is
+            evaluated, under the LoRAs of the control (Kynkaanniemi et al., 2024, for classifier-free guidance).
+        controlnet_interval: The ControlNets are evaluated in every so manieth step, and what they gave serves the steps
+            behind it; 1 = in every step.
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    guidance_interval: Sequence[float] = (0.0, 1.0)
+    controlnet_interval: int = 1
+
+    def __post_init__(self) -> None:
+        check_finite({"guidance_interval": list(self.guidance_interval)})
+        start, stop = self.guidance_interval
+        if not 0 <= start <= stop <= 1:
+            raise ValueError(f"guidance_interval must be two fractions 0 <= START <= STOP <= 1, got {start:g} {stop:g}")
+        if self.controlnet_interval < 1:
+            raise ValueError(f"controlnet_interval must be at least 1, got {self.controlnet_interval}")
+
+    def guides(self, step: int, num_steps: int) -> bool:
+        """Whether guidance acts in a step; it begins at step / num_steps."""
+        start, stop = self.guidance_interval
+        return start * num_steps <= step < stop * num_steps
+
+    def reuses(self, step: int) -> bool:
+        """Whether a step takes the outputs of the ControlNets from the one before."""
+        return step % self.controlnet_interval != 0
+
+
+NO_SHORTCUTS = Shortcuts()
