@@ -153,6 +153,7 @@ def settle_latents_(vae: Any, frames: Tensor) -> None:
     posterior = vae.encode(frames).latent_dist
     mean = posterior.mean.mean((0, 2, 3))
     carries = posterior.mean.var((0, 2, 3)) > posterior.std.square().mean((0, 2, 3))
+    carries |= ~carries.any()  # an autoencoder that has hardly learned
     decoding, encoding, count = vae.post_quant_conv, vae.quant_conv, len(mean)
     decoding.bias += decoding.weight.flatten(1) @ mean
     encoding.weight[:count] *= carries.view(-1, 1, 1, 1)
@@ -214,7 +215,7 @@ def carrying_error(shifted: Tensor, encoded: Tensor) -> Tensor:
         encoded: (B, C, h, w), latents of the pixels there. The outermost are left out: they have seen another border.
     """
     inner = (..., slice(1, -1), slice(1, -1))
-    return F.mse_loss(shifted[inner], encoded[inner]) / encoded[inner].detach().var((0, 2, 3)).mean()
+    return F.mse_loss(shifted[inner], encoded[inner]) / encoded[inner].var((0, 2, 3)).mean()
 
 
 def _crop(frames: Tensor, size: int, generator: torch.Generator) -> Tensor:

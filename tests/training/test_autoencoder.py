@@ -89,7 +89,7 @@ def test_latents_that_move_with_the_pixels_have_no_carrying_error():
 def test_the_encoder_learns_latents_that_move_with_the_pixels(tiny_model, tmp_path):
     samples = SpriteSamples(SpriteWorldConfig(size=(32, 32), num_frames=1), [SpriteSet.MIXED])
     left = []
-    for weight in (0.0, 3.0):
+    for weight in (0.0, 30.0):
         vae = Networks.load(tiny_model).vae
         config = AutoencoderConfig(
             max_steps=40, batch_size=4, crop=32, learning_rate=3e-3, equivariance=1.0, latent_equivariance=weight
