@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from imageconductor.conditioning.preset_names import CAMERA_PRESETS, OBJECT_PRESETS
+from imageconductor.data.sprite_world import SpriteWorldConfig
 from imageconductor.sampling.shortcuts import NO_SHORTCUTS, Shortcuts
 
 RequestSet = Literal["camera", "object"]
@@ -101,6 +102,9 @@ class EvaluateConfig:
     num_scenes: int = 16  # sprite scenes in each set
     world_seed: int = 10_000  # seed of the sprite scenes; training uses 0, so these are held out
     style: Literal["colour", "ink"] = "colour"  # look of the sprite scenes
+    # What sprite scenes are made of: the world of the model. Its size, length, kind, seed, look and words
+    # for motion are those of the evaluation.
+    world: SpriteWorldConfig = field(default_factory=SpriteWorldConfig)
     num_points: int = 4  # tracks of a camera request with motions=own: background points of the sprite scene
     size: tuple[int, int] | None = None  # (W, H) of the videos; null = the model's, 384 x 256 where there is none
     num_frames: int | None = None  # frames of each video; null = the model's number, 16 where there is no model

@@ -64,7 +64,7 @@ def collect_settings(
     """
     folder = locate_model(method.model or "")
     weights = _describe_files([*_list_weights(folder), *map(Path, list_attached_files(method))])
-    settings = {key: getattr(config, key) for key in _SETTINGS}
+    settings = {key: getattr(config, key) for key in _SETTINGS} | {"world": asdict(config.world)}
     made_by = {key: getattr(method, key) for key in ("model", "videos", "base", "lora", "motion_lora")}
     own = {"few_step": method.few_step, "num_inference_steps": method.num_inference_steps}
     made_by |= {key: value for key, value in own.items() if value}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ def describe_reference(config: EvaluateConfig, distance: FrechetName, wanted: Vi
     if config.reference is not None:
         videos: Any = [describe_file(path) for path in list_reference_files(config)]
     else:
-        videos = [config.world_seed, config.num_reference, config.style]
+        videos = [config.world_seed, config.num_reference, config.style, asdict(config.world)]
     return {
         "network": [distance, None if weights is None else describe_file(weights)],
         "shape": [*wanted.size, wanted.num_judged, config.reference_stride],

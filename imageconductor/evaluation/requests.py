@@ -110,9 +110,8 @@ def build_world(
         seed: Seed of the scenes; None = the evaluation's `world_seed`.
     """
     seed = config.world_seed if seed is None else seed
-    return SpriteWorldConfig(
-        size=size, num_frames=num_frames, kind=kind, seed=seed, caption_motion_prob=0, style=config.style
-    )
+    own = {"size": size, "num_frames": num_frames, "kind": kind, "seed": seed, "style": config.style}
+    return replace(config.world, **own, caption_motion_prob=0)
 
 
 def render_frames(scene: Scene) -> NDArray[np.uint8]:

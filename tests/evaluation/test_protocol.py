@@ -16,6 +16,7 @@ from PIL import Image
 from imageconductor import config as config_file
 from imageconductor.commands.evaluate import main
 from imageconductor.conditioning import Trajectories, camera_preset
+from imageconductor.data.sprite_world import SpriteWorldConfig
 from imageconductor.data.trackers import LucasKanadeTracker
 from imageconductor.evaluation import protocol
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, Task
@@ -124,6 +125,18 @@ def test_requests_are_held_out_and_repeat(tmp_path):
     assert "moves" not in first[0].prompt
     more = build_requests(replace(scene_config(tmp_path), num_scenes=5), "object", SIZE, FRAMES)
     assert [(r.key, r.seed) for r in more[:3]] == [(r.key, r.seed) for r in first]
+
+
+@pytest.mark.parametrize("motions", ["own", "presets"])
+def test_scenes_are_of_the_stated_world(motions, tmp_path):
+    world = SpriteWorldConfig(shapes=("heart",), patterns=("dotted",), min_sprites=2, caption_motion_prob=1.0, seed=5)
+    config = replace(scene_config(tmp_path), motions=motions, world=world)
+    for kind in ("camera", "object"):
+        for request in build_requests(config, kind, SIZE, FRAMES):
+            assert request.prompt.count("dotted") >= 2
+            assert request.prompt.count("heart") == 2
+            assert not any(word in request.prompt for word in ("camera", "moves"))
+            assert request.image.shape == (*SIZE[::-1], 3)
 
 
 def test_presets_on_sprite_scenes_keep_the_background_off_the_dragged_path():
