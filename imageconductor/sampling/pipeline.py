@@ -183,7 +183,7 @@ class ImageConductorPipeline(ModelPipeline):
             gated_fraction: Of the steps, in which gates act; the last ones are then the model's without them.
             guidance_interval: Part of the steps in which guidance acts; the others cost half or less, and the video is
                 another one.
-            controlnet_interval: The ControlNets are evaluated in every so manieth step only; another video, too.
+            controlnet_interval: Steps that share an evaluation of the ControlNets; above 1, another video too.
             num_inference_steps: Denoising steps.
             num_frames: T, any number: more than `window_frames` are made in windows of so many, each of which goes on
                 from the one before.

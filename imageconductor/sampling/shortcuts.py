@@ -15,8 +15,7 @@ class Shortcuts:
     Attributes:
         guidance_interval: Part of the steps, from 0 to 1, in which guidance acts; in the others the prompt alone is
             evaluated, under the LoRAs of the control (Kynkaanniemi et al., 2024, for classifier-free guidance).
-        controlnet_interval: The ControlNets are evaluated in every so manieth step, and what they gave serves the steps
-            behind it; 1 = in every step.
+        controlnet_interval: Steps that share an evaluation of the ControlNets, that of the first of them; 1 = none do.
 
     Raises:
         ValueError: A value is out of its range.
