@@ -59,9 +59,7 @@ class AssemblyConfig:
     object_lora: str | None = None  # trained: stage 3's folder
     object_gates: str | None = None  # trained: folder of the gates for boxes, SMCD's stage 1
     scene_gates: str | None = None  # trained: folder of the gates for the first frame, SMCD's stage 2
-    scene_lora: str | None = (
-        None  # folder of the LoRA that acts with them; null = scene_lora/ beside them, if there is one
-    )
+    scene_lora: str | None = None  # folder of the LoRA that acts with them; null = scene_lora/ beside them, if any
     style_lora: str | None = None  # folder of a style LoRA that the model folder carries along
     few_step_lora: str | None = None  # trained: folder of the LoRA that stage few_step wrote, or another of its kind
     motion_module: str | None = None  # animatediff: v3_sd15_mm.ckpt, or diffusers' folder
