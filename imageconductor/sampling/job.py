@@ -73,7 +73,7 @@ class SampleJob:
     # what carries the first frame; default: both where boxes are given and the model has scene gates, else controlnet
     first_frame_by: Literal["controlnet", "gates", "both"] | None = None
     gated_fraction: float = 1.0  # of the steps, in which boxes and the gates' first frame act
-    # part of the steps in which guidance acts, 0 1 = all; quicker, and another video (docs/results.md)
+    # part of the steps in which guidance acts, 0 1 = all; quicker, and another video
     guidance_interval: tuple[float, float] = field(default=(0.0, 1.0), metadata={"metavar": ("START", "STOP")})
     controlnet_interval: int = 1  # steps that share an evaluation of the ControlNets; above 1 quicker, another video
     # model folder, or organisation/name on the hub

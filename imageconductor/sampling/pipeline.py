@@ -181,8 +181,8 @@ class ImageConductorPipeline(ModelPipeline):
             first_frame_by: "controlnet", "gates" or "both" carry the picture of frame 0; None = both where boxes are
                 given and the model has scene gates, else the ControlNet.
             gated_fraction: Of the steps, in which gates act; the last ones are then the model's without them.
-            guidance_interval: Part of the steps in which guidance acts; the others cost half or less, and the video is
-                another one.
+            guidance_interval: Part of the steps in which guidance acts; the others evaluate the prompt alone, and
+                the video is another one.
             controlnet_interval: Steps that share an evaluation of the ControlNets; above 1, another video too.
             num_inference_steps: Denoising steps.
             num_frames: T, any number: more than `window_frames` are made in windows of so many, each of which goes on

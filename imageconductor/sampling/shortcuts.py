@@ -1,4 +1,4 @@
-"""What a call may leave out at the price of another video, off by default; docs/results.md has the price."""
+"""What a call may leave out at the price of another video; off by default, and the price has not been measured yet."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def build_optimizer(
     return AdamW8bit(plain)
 
 
-_ENDS = re.compile(r"(^|\.)conv_(in|out)\.")  # first and last convolution of a network, or of a condition's embedding
+_ENDS = re.compile(r"(^|\.)conv_(in|out)\.")  # first and last convolution of a network
 
 
 class MuonOfFilters(torch.optim.Optimizer):
