@@ -25,7 +25,9 @@ class FlowMapConvention:
     Attributes:
         kernel_size: odd width of the Gaussian's support, pixels.
         sigma_px: its standard deviation.
-        normalisation: "sum", the kernel sums to 1; "peak", its centre is 1, so values are displacements in pixels.
+        normalisation: "sum", the kernel sums to 1; "peak", its centre is 1, so values are displacements in pixels;
+            "average", as "peak", and where kernels of several tracks add up to more than 1 their weighted average, so
+            that many tracks of one motion say the same as one.
         accumulate: whether the value of step i is p_{i+1} - p_0 (the paper's text) instead of p_{i+1} - p_i (the
             release); both are written at the start of step i.
         still_drift_px: distance in x and in y over which a still track is drawn to move during the clip, as in the
@@ -35,7 +37,7 @@ class FlowMapConvention:
 
     kernel_size: int = 99
     sigma_px: float = 10.0
-    normalisation: Literal["sum", "peak"] = "sum"
+    normalisation: Literal["sum", "peak", "average"] = "sum"
     accumulate: bool = False
     still_drift_px: float = 1.0
     scale: float = 1.0
@@ -45,8 +47,8 @@ class FlowMapConvention:
             raise ValueError(f"kernel_size must be odd and positive, got {self.kernel_size}")
         if not 0 < self.sigma_px < math.inf:
             raise ValueError(f"sigma_px must be positive, got {self.sigma_px}")
-        if self.normalisation not in ("sum", "peak"):
-            raise ValueError(f'normalisation must be "sum" or "peak", got {self.normalisation!r}')
+        if self.normalisation not in ("sum", "peak", "average"):
+            raise ValueError(f'normalisation must be "sum", "peak" or "average", got {self.normalisation!r}')
         if not 0 <= self.still_drift_px < math.inf:
             raise ValueError(f"still_drift_px must not be negative, got {self.still_drift_px}")
         if not 0 < self.scale < math.inf:
@@ -83,7 +85,7 @@ def flow_map(
     """
     _check_shapes(points, visible, still)
     width, height = size
-    pixels, displacements = _steps(points, visible, size, convention, still)
+    pixels, displacements, written = _steps(points, visible, size, convention, still)
     kernel = (convention.kernel_size, convention.sigma_px, convention.normalisation)
     g_x = _filter_matrix(width, *kernel, points.device).to(displacements.dtype)
     g_y = _filter_matrix(height, *kernel, points.device).to(displacements.dtype)
@@ -93,6 +95,9 @@ def flow_map(
         x, y = pixels[:, :, i].unbind(-1)
         rows = displacements[:, :, i].mT[..., None] * g_y[y][:, None]  # (B, 2, N, H)
         out[:, :, i + 1] = rows.mT @ g_x[x][:, None]
+        if convention.normalisation == "average":
+            weights = (written[:, :, i, None] * g_y[y]).mT @ g_x[x]  # (B, H, W)
+            out[:, :, i + 1] /= weights[:, None].clamp(min=1)
     return out
 
 
@@ -112,8 +117,11 @@ def build_flow_map(
 
 def _steps(
     points: Tensor, visible: Tensor, size: tuple[int, int], convention: FlowMapConvention, still: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Pixels (B, N, T - 1, 2) int64 and displacements (B, N, T - 1, 2), which are zero for steps that are left out."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels (B, N, T - 1, 2) int64, displacements (B, N, T - 1, 2), and (B, N, T - 1) bool, steps that are drawn.
+
+    Displacements of steps that are left out are zero.
+    """
     points = points.to(_precision(points.device))
     written = inside(points[:, :, :-1], size) & visible[:, :, :-1] & visible[:, :, 1:]
     if still is not None:
@@ -126,7 +134,7 @@ def _steps(
     # A still point on the border drifts out of the frame but is written at its pixel to the end.
     pixels = pixels.minimum(pixels.new_tensor(size) - 1)
     written = written & ~_overwritten(pixels, written, size[0])
-    return pixels, displacements.where(written[..., None], 0.0)
+    return pixels, displacements.where(written[..., None], 0.0), written
 
 
 def _overwritten(pixels: Tensor, written: Tensor, width: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -60,13 +60,17 @@ class Residuals:
     Attributes:
         down: One tensor a skip connection, each (B*T, C_i, h_i, w_i).
         mid: (B*T, C, h, w).
+        pictures: (B*T, C, h, w), latents of the given frames as the image ControlNet read them, for a UNet that reads
+            them itself (`first_frame_warp`); None = no pictures.
     """
 
     down: tuple[Tensor, ...]
     mid: Tensor
+    pictures: Tensor | None = None
 
     def __add__(self, other: Residuals) -> Residuals:
-        return Residuals(tuple(a + b for a, b in zip(self.down, other.down, strict=True)), self.mid + other.mid)
+        down = tuple(a + b for a, b in zip(self.down, other.down, strict=True))
+        return Residuals(down, self.mid + other.mid, other.pictures if self.pictures is None else self.pictures)
 
     def repeat_videos(self, count: int, num_frames: int) -> Residuals:
         """Residuals for `count` videos of each condition: B*T rows become B*count*T, copies next to each other."""
@@ -77,7 +81,8 @@ class Residuals:
             videos = rearrange(x, "(b t) c h w -> b t c h w", t=num_frames)
             return videos.repeat_interleave(count, dim=0).flatten(0, 1)
 
-        return Residuals(tuple(repeat(x) for x in self.down), repeat(self.mid))
+        pictures = None if self.pictures is None else repeat(self.pictures)
+        return Residuals(tuple(repeat(x) for x in self.down), repeat(self.mid), pictures)
 
     @staticmethod
     def stack(parts: Sequence[Residuals]) -> Residuals:
@@ -85,12 +90,16 @@ class Residuals:
         if len(parts) == 1:
             return parts[0]
         down = tuple(torch.cat(x) for x in zip(*(part.down for part in parts), strict=True))
-        return Residuals(down, torch.cat([part.mid for part in parts]))
+        pictures = [part.pictures for part in parts if part.pictures is not None]
+        if pictures and len(pictures) < len(parts):
+            raise ValueError("pictures are given in some of the residuals and not in others")
+        return Residuals(down, torch.cat([part.mid for part in parts]), torch.cat(pictures) if pictures else None)
 
     def videos(self, start: int, stop: int, num_frames: int) -> Residuals:
         """Residuals of the videos start..stop-1 of the batch, as views."""
         rows = slice(start * num_frames, stop * num_frames)
-        return Residuals(tuple(x[rows] for x in self.down), self.mid[rows])
+        pictures = None if self.pictures is None else self.pictures[rows]
+        return Residuals(tuple(x[rows] for x in self.down), self.mid[rows], pictures)
 
 
 class SparseControlNet(SparseControlNetModel):
@@ -184,7 +193,9 @@ class ImageControlNet(SparseControlNet):
             condition: (B or 1, C, T, h, w), scaled latents, zero on frames that are not given.
             mask: (B or 1, 1, T, h, w), 1 on frames that are given.
         """
-        return self.residuals(timestep, encoder_hidden_states, torch.cat([condition, mask.to(condition)], dim=1))
+        residuals = self.residuals(timestep, encoder_hidden_states, torch.cat([condition, mask.to(condition)], dim=1))
+        pictures = condition.expand(len(encoder_hidden_states), -1, -1, -1, -1)
+        return replace(residuals, pictures=rearrange(pictures, "b c t h w -> (b t) c h w"))
 
 
 class MotionControlNet(SparseControlNet):

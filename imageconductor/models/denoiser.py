@@ -112,7 +112,7 @@ class Denoiser:
     scene_gates: SceneGates | None = None
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """eps_theta(x_t, t, c), or v where the scheduler predicts v: (B, C, T, h, w).
+        """eps_theta(x_t, t, c), or v or x_0 where the scheduler predicts that: (B, C, T, h, w).
 
         Autograd follows only what learns, and what comes after it: with a frozen UNet its up path, not its down path.
 

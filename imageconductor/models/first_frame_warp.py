@@ -1,4 +1,4 @@
-"""What a small UNet has beyond AnimateDiff's: its up path reads the first frame at places that it chooses."""
+"""What a small UNet has beyond AnimateDiff's: it reads the first frame at places that it chooses."""
 
 from __future__ import annotations
 
@@ -38,19 +38,48 @@ class FirstFrameWarp(nn.Module):
 
     def forward(self, hidden: Tensor, num_frames: int) -> Tensor:
         """Features (B*T, C, h, w) with what the first frame holds elsewhere."""
-        height, width = hidden.shape[-2:]
         normed = self.norm(hidden)
         values = self.values(hidden[::num_frames]).unflatten(1, (self.num_heads, -1))
         values = values.repeat_interleave(num_frames, dim=0).flatten(0, 1)
         offsets = self.offsets(normed).unflatten(1, (self.num_heads, 2)).flatten(0, 1)
-        with torch.autocast(hidden.device.type, enabled=False):  # Places need float32.
-            read = F.grid_sample(
-                values.float(),
-                _identity_grid(height, width, hidden.device) + offsets.float().movedim(1, -1) * (2 / _PLACES_OF_UNIT),
-                padding_mode="border",
-                align_corners=False,
-            )
+        read = _read(values, offsets)
         return hidden + self.merge(read.to(hidden.dtype).reshape(hidden.shape))
+
+
+class WarpedOutput(nn.Module):
+    """The output as a mean of what the network paints and the first frame's latents, read at learned offsets.
+
+    Each place has weights that add up to 1: one for the painting, and one for each of a few places to read from. What
+    is carried therefore arrives unharmed by the network's width; what the first frame does not show is painted.
+
+    Args:
+        channels: Of the features that the weights and offsets follow from.
+        num_reads: Places that a place can choose from.
+    """
+
+    def __init__(self, channels: int, num_reads: int = 4):
+        super().__init__()
+        self.num_reads = num_reads
+        self.choose = nn.Conv2d(channels, 3 * num_reads + 1, 3, padding=1)
+        nn.init.normal_(self.choose.weight, std=0.01)  # All reads would learn the same from zeros.
+
+    def forward(self, features: Tensor, painted: Tensor, pictures: Tensor | None, num_frames: int) -> Tensor:
+        """The output (B*T, C, h, w).
+
+        Args:
+            features: (B*T, D, h, w).
+            painted: (B*T, C, h, w), clean latents.
+            pictures: (B*T, C, h, w), latents of the given frames; only first frames are read. None = none is given,
+                and what is painted is the output.
+            num_frames: T.
+        """
+        if pictures is None:
+            return painted
+        offsets, logits = self.choose(features).split([2 * self.num_reads, self.num_reads + 1], dim=1)
+        first = pictures[::num_frames].repeat_interleave(num_frames * self.num_reads, dim=0)
+        read = _read(first, offsets.unflatten(1, (self.num_reads, 2)).flatten(0, 1)).unflatten(0, (-1, self.num_reads))
+        weights = logits.float().softmax(dim=1)[:, :, None]
+        return (weights[:, 0] * painted.float() + (weights[:, 1:] * read).sum(1)).to(painted.dtype)
 
 
 def add_first_frame_warp_(unet: nn.Module, num_heads: int, norm_num_groups: int) -> None:
@@ -59,6 +88,14 @@ def add_first_frame_warp_(unet: nn.Module, num_heads: int, norm_num_groups: int)
         for module in block.motion_modules:
             assert isinstance(module, MotionModule)
             module.first_frame_warp = FirstFrameWarp(module.norm.num_channels, num_heads, norm_num_groups)
+
+
+def _read(pictures: Tensor, offsets: Tensor) -> Tensor:
+    """Pictures (N, C, h, w) read at offsets (N, 2, h, w) from each place, x first: (N, C, h, w) float32."""
+    height, width = pictures.shape[-2:]
+    with torch.autocast(pictures.device.type, enabled=False):  # Places need float32.
+        places = offsets.float().movedim(1, -1) * (2 / _PLACES_OF_UNIT) + _identity_grid(height, width, offsets.device)
+        return F.grid_sample(pictures.float(), places, padding_mode="border", align_corners=False)
 
 
 def _identity_grid(height: int, width: int, device: torch.device) -> Tensor:

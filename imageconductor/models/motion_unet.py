@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from imageconductor.models.controlnets import Residuals
-from imageconductor.models.first_frame_warp import add_first_frame_warp_
+from imageconductor.models.first_frame_warp import WarpedOutput, add_first_frame_warp_
 from imageconductor.models.gating import Gating, open_gate_places_
 from imageconductor.models.motion_module import (
     adopt_motion_modules_,
@@ -89,7 +89,8 @@ class TwoHalves:
     up_blocks: Any
     conv_norm_out: Any
     conv_out: Any
-    linear_out: Any  # where there is one
+    linear_out: Any  # these two where there is a `first_frame_warp`
+    warped_out: Any
 
     def encode(
         self, sample: Tensor, timestep: Tensor | int, encoder_hidden_states: Tensor, gating: Gating | None = None
@@ -148,9 +149,11 @@ class TwoHalves:
                 num_frames=features.num_frames,
                 **arguments,
             )
-        output = self.conv_out(F.silu(self.conv_norm_out(hidden)))
-        if hasattr(self, "linear_out"):
-            output = output + self.linear_out(hidden)
+        normed = F.silu(self.conv_norm_out(hidden))
+        output = self.conv_out(normed)
+        if hasattr(self, "warped_out"):
+            pictures = None if residuals is None else residuals.pictures
+            output = self.warped_out(normed, output + self.linear_out(hidden), pictures, features.num_frames)
         return rearrange(output, "(b t) c h w -> b c t h w", t=features.num_frames)
 
     def forward(
@@ -188,8 +191,9 @@ class MotionUNet(TwoHalves, UNetMotionModel):  # pyright: ignore[reportIncompati
     Args:
         args: As diffusers' `UNetMotionModel`.
         motion_norm_num_groups: Groups of the motion modules' norm; None = `norm_num_groups`.
-        first_frame_warp: Whether the up path also reads the first frame at places that it chooses, and the output also
-            depends on the features linearly. AnimateDiff's does neither; it is for small networks.
+        first_frame_warp: Whether the up path and the output, which is then x_0, also read the first frame at places
+            that they choose, and the output depends on the features linearly too. AnimateDiff's does nothing of the
+            kind; it is for small networks.
         kwargs: As diffusers' `UNetMotionModel`.
     """
 
@@ -203,6 +207,7 @@ class MotionUNet(TwoHalves, UNetMotionModel):  # pyright: ignore[reportIncompati
             self.linear_out = nn.Conv2d(self.conv_norm_out.num_channels, self.config["out_channels"], 1)
             nn.init.zeros_(self.linear_out.weight)
             nn.init.zeros_(self.linear_out.bias)  # type: ignore[arg-type]
+            self.warped_out = WarpedOutput(self.conv_norm_out.num_channels)
             add_first_frame_warp_(self, self.config["motion_num_attention_heads"], self.config["norm_num_groups"])
         open_gate_places_(self)
         adopt_text_attention_(self)

@@ -40,11 +40,10 @@ class SmallModelConfig:
     text_length: int = 48  # tokens
     # Spatial attention in the UNet's first level, as SD-1.5 has it: it carries texture to where it goes.
     attention_at_full_resolution: bool = False
-    # The up path reads the first frame at places that it chooses; a small UNet learns in minutes to carry content so.
+    # The UNet reads the first frame at places that it chooses; a small one learns in minutes to carry content so.
     first_frame_warp: bool = False
-    prediction_type: Literal["epsilon", "v_prediction"] = (
-        "v_prediction"  # learns faster from scratch than epsilon, with zero terminal SNR
-    )
+    # "v_prediction" and "sample" learn faster from scratch than "epsilon", with zero terminal SNR.
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     # Accumulated, as the paper's text has it: each frame tells how far things have come (docs/decisions.md, 21).
     flow_map: dict[str, float | int | str | bool] = field(
         default_factory=lambda: {
@@ -61,6 +60,8 @@ class SmallModelConfig:
         for width in (*self.autoencoder_channels, *self.block_out_channels):
             if width % self.norm_num_groups:
                 raise ValueError(f"norm_num_groups {self.norm_num_groups} does not divide {width} channels")
+        if self.first_frame_warp and self.prediction_type != "sample":
+            raise ValueError(f'first_frame_warp needs prediction_type "sample", got {self.prediction_type!r}')
 
 
 def build_small_model(config: SmallModelConfig, captions: Iterable[str], seed: int = 0) -> Networks:
@@ -119,7 +120,7 @@ def build_small_model(config: SmallModelConfig, captions: Iterable[str], seed: i
         vae_scale_factor = 2 ** (len(config.autoencoder_channels) - 1)
         image_controlnet = ImageControlNet.from_unet(unet, conditioning_channels=config.latent_channels)
         motion_controlnet = MotionControlNet.from_unet(unet, vae_scale_factor, flow_map=dict(config.flow_map))
-    zero_snr = config.prediction_type == "v_prediction"
+    zero_snr = config.prediction_type != "epsilon"
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

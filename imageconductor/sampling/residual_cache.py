@@ -36,6 +36,7 @@ class _Entry:
     """Kept tensors, and where and in which precision they were computed."""
 
     kept: tuple[Tensor, ...]
+    has_pictures: bool
     device: torch.device
     dtype: torch.dtype
 
@@ -44,8 +45,10 @@ class _Entry:
         return sum(x.nbytes for x in self.kept)
 
     def restore(self) -> Residuals:
-        *down, mid = (x.to(self.device, self.dtype, non_blocking=True) for x in self.kept)
-        return Residuals(tuple(down), mid)
+        tensors = [x.to(self.device, self.dtype, non_blocking=True) for x in self.kept]
+        pictures = tensors.pop() if self.has_pictures else None
+        *down, mid = tensors
+        return Residuals(tuple(down), mid, pictures)
 
 
 class ResidualCache:
@@ -106,10 +109,11 @@ class ResidualCache:
             return entry.restore()
         self.misses += 1
         residuals = evaluate()
-        tensors = (*residuals.down, residuals.mid)
+        pictures = () if residuals.pictures is None else (residuals.pictures,)
+        tensors = (*residuals.down, residuals.mid, *pictures)
         if self._make_room(sum(x.numel() * (self.dtype or x.dtype).itemsize for x in tensors)):
             kept = tuple(self._copy(x) for x in tensors)
-            self._entries[key] = _Entry(kept, residuals.mid.device, residuals.mid.dtype)
+            self._entries[key] = _Entry(kept, bool(pictures), residuals.mid.device, residuals.mid.dtype)
         return residuals
 
     def _make_room(self, size: int) -> bool:

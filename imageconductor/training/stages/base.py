@@ -129,11 +129,13 @@ class Stage(nn.Module):
         return {"denoising": denoising_loss(prediction, self.target(x_0, t, eps))}  # Eqs. 1 and 3
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """eps_theta(x_t, t, c), or v where the scheduler predicts v: (B, C, T, h, w)."""
+        """eps_theta(x_t, t, c), or what else the scheduler predicts: (B, C, T, h, w)."""
         return self.denoiser(x_t, t, condition)
 
     def target(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """What the prediction ought to be: the noise, or v."""
+        """What the prediction ought to be: the noise, v or x_0."""
+        if self.scheduler.config["prediction_type"] == "sample":
+            return x_0
         if self.scheduler.config["prediction_type"] == "v_prediction":
             return self.scheduler.get_velocity(x_0, eps, t)
         return eps
