@@ -25,17 +25,20 @@ def slow_flow_map(points, visible, size, convention):
     out = np.zeros((2, num_frames, height, width))
     kernel = cv2.getGaussianKernel(convention.kernel_size, convention.sigma_px)
     kernel = kernel @ kernel.T
-    if convention.normalisation == "peak":
+    if convention.normalisation != "sum":
         kernel /= kernel.max()
     for i in range(num_frames - 1):
+        written = np.zeros((height, width))
         for track, seen in zip(points.tolist(), visible.tolist(), strict=True):
             (x, y), (to_x, to_y) = track[i], track[i + 1]
             if not (seen[i] and seen[i + 1] and 0 <= x < width and 0 <= y < height):
                 continue
             from_x, from_y = track[0] if convention.accumulate else track[i]
             out[:, i + 1, int(y), int(x)] = [to_x - from_x, to_y - from_y]
+            written[int(y), int(x)] = 1
+        weights = np.maximum(cv2.filter2D(written, -1, kernel), 1) if convention.normalisation == "average" else 1
         for channel in range(2):
-            out[channel, i + 1] = cv2.filter2D(out[channel, i + 1], -1, kernel)
+            out[channel, i + 1] = cv2.filter2D(out[channel, i + 1], -1, kernel) / weights
     return torch.from_numpy(out * convention.scale).float()
 
 
@@ -52,7 +55,7 @@ def test_published_flow_maps(case):
 @given(
     size=st.tuples(st.integers(1, 24), st.integers(1, 24)),
     kernel_size=st.sampled_from([1, 3, 9, 21]),
-    normalisation=st.sampled_from(["sum", "peak"]),
+    normalisation=st.sampled_from(["sum", "peak", "average"]),
     accumulate=st.booleans(),
     seed=st.integers(0, 2**16),
 )
@@ -70,6 +73,23 @@ def test_the_separable_filter_equals_the_slow_one(size, kernel_size, normalisati
 
 def test_no_track_gives_zeros():
     assert build_flow_map(Trajectories.empty((20, 10), 4), RELEASE).equal(torch.zeros(1, 2, 4, 10, 20))
+
+
+def test_on_average_many_tracks_of_one_motion_say_the_same_as_one():
+    convention = FlowMapConvention(kernel_size=13, sigma_px=2.0, normalisation="average")
+    steps = torch.tensor([[0.0, 0.0], [3.0, -2.0]])
+    starts = torch.cartesian_prod(torch.arange(10.0, 22), torch.arange(10.0, 22))
+    crowd = starts[:, None] + steps
+    alone, together = (
+        flow_map(points[None], torch.ones(1, len(points), 2, dtype=torch.bool), (32, 32), convention)
+        for points in (crowd[66:67], crowd)
+    )
+    x, y = starts[66].long()
+    torch.testing.assert_close(alone[0, :, 1, y, x], steps[1])
+    torch.testing.assert_close(together[0, :, 1, 10:22, 10:22], steps[1].view(2, 1, 1).expand(2, 12, 12))
+    still = torch.tensor([[[16.0, 16.0], [16.0, 16.0]]])
+    held = flow_map(torch.cat([crowd[66:67], still])[None], torch.ones(1, 2, 2, dtype=torch.bool), (32, 32), convention)
+    assert held[0, :, 1, y, x].abs().sum() < alone[0, :, 1, y, x].abs().sum(), "a still track beside it holds it back"
 
 
 def test_shift_the_track_and_the_field_shifts():

@@ -1,4 +1,4 @@
-"""The up path of a small UNet reads the first frame at places that it chooses."""
+"""The up path and the output of a small UNet read the first frame at places that they choose."""
 
 from dataclasses import replace
 
@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from imageconductor.models.first_frame_warp import FirstFrameWarp
+from imageconductor.models.first_frame_warp import FirstFrameWarp, WarpedOutput
 from imageconductor.models.motion_module import motion_modules_bypassed
 from imageconductor.models.motion_unet import MotionUNet
 from imageconductor.models.small_model import SmallModelConfig, build_small_model
 
-SMALL = SmallModelConfig(
-    (8, 8), 4, (8, 16), 1, 2, 4, 16, text_width=8, text_layers=1, text_length=8, first_frame_warp=True
-)
+SIZES = {"text_width": 8, "text_layers": 1, "text_length": 8}
+SMALL = SmallModelConfig((8, 8), 4, (8, 16), 1, 2, 4, 16, **SIZES, first_frame_warp=True, prediction_type="sample")
 
 
 def reading_warp(*offsets):
@@ -65,7 +64,61 @@ def test_half_precision_keeps_places():
     assert (read[..., :60] - x[..., 3:63].float()).abs().max() < 0.1
 
 
-@pytest.fixture(scope="module")
+def choosing(offset, logits, num_reads=2):
+    """An output that reads the first frame at one offset (x, y), in parts of the frame, by fixed weights."""
+    output = WarpedOutput(4, num_reads)
+    with torch.no_grad():
+        output.choose.weight.zero_()
+        places = torch.tensor(offset).repeat(num_reads) * 16
+        output.choose.bias.copy_(torch.cat([places, torch.tensor(logits)]))
+    return output
+
+
+def test_an_output_is_painted_or_read_from_the_first_picture_by_weights_that_add_up_to_one():
+    features, painted, pictures = torch.randn(6, 4, 5, 8), torch.randn(6, 3, 5, 8), torch.randn(6, 3, 5, 8)
+    first = pictures[[0, 0, 0, 3, 3, 3]]
+    with torch.no_grad():
+        copied = choosing((0.0, 0.0), [-50.0, 0.0, 0.0])(features, painted, pictures, 3)
+        torch.testing.assert_close(copied, first)
+        moved = choosing((-2 / 8, 0.0), [-50.0, 0.0, 0.0])(features, painted, pictures, 3)
+        torch.testing.assert_close(moved[..., 2:], first[..., :-2])
+        half = choosing((0.0, 0.0), [0.0, 0.0, -50.0])(features, painted, pictures, 3)
+        torch.testing.assert_close(half, (painted + first) / 2)
+        assert choosing((0.0, 0.0), [-50.0, 0.0, 0.0])(features, painted, None, 3) is painted
+
+
+def test_reads_learn_to_differ():
+    output = WarpedOutput(4)
+    features, painted, pictures = torch.randn(2, 4, 6, 6), torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6, 6)
+    output(features, painted, pictures, 2).square().sum().backward()
+    read = output.choose.weight.grad[:8].unflatten(0, (4, 2))
+    assert all(not torch.allclose(read[0], other) for other in read[1:])
+
+
+def test_pictures_reach_the_output_whatever_is_added_stacked_or_repeated(networks):
+    unet, image, motion = networks.unet, networks.image_controlnet, networks.motion_controlnet
+    with torch.no_grad():
+        unet.warped_out.choose.weight.zero_()
+        unet.warped_out.choose.bias.copy_(torch.tensor([0.0] * 8 + [-50.0] + [0.0] * 4))
+        pictures, mask = torch.randn(2, 4, 3, 8, 8), torch.ones(2, 1, 3, 8, 8)
+        t, text = torch.tensor(500), torch.zeros(2, 4, 8)
+        given = image(t, text, pictures, mask) + motion(t, text, torch.zeros(1, 2, 3, 16, 16))
+        features = unet.encode(torch.randn(2, 4, 3, 8, 8), t, text)
+        copies = pictures[:, :, :1].expand_as(pictures)
+        torch.testing.assert_close(unet.decode(features, given), copies)
+        parts = [given.videos(i, i + 1, 3) for i in (1, 0)]
+        torch.testing.assert_close(unet.decode(features, given.stack(parts)), copies.flip(0))
+        torch.testing.assert_close(unet.decode(features, parts[1].repeat_videos(2, 3)), copies[[0, 0]])
+        with pytest.raises(ValueError, match="pictures are given in some"):
+            given.stack([given, replace(given, pictures=None)])
+
+
+def test_only_a_network_that_predicts_x_0_can_have_it():
+    with pytest.raises(ValueError, match="prediction_type \"sample\", got 'epsilon'"):
+        replace(SMALL, prediction_type="epsilon")
+
+
+@pytest.fixture
 def networks():
     return build_small_model(SMALL, ["a word"], seed=1)
 
@@ -108,6 +161,6 @@ def test_a_saved_unet_keeps_it_and_others_have_none(networks, tmp_path):
     torch.testing.assert_close(predict(loaded, x), predict(networks.unet, x))
     assert sum("first_frame_warp" in key for key in loaded.state_dict()) == 4 * 8
     plain = build_small_model(replace(SMALL, first_frame_warp=False), ["a word"], seed=1)
-    assert not any("first_frame_warp" in key or "linear_out" in key for key in plain.unet.state_dict())
+    assert not any(name in key for key in plain.unet.state_dict() for name in ("warp", "linear_out"))
     for controlnet in (networks.image_controlnet, networks.motion_controlnet):
         assert not any("first_frame_warp" in key for key in controlnet.state_dict())

@@ -1,5 +1,7 @@
 """ControlNet outputs that are kept between calls: what is found again, what is not, and how memory is shared out."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -116,6 +118,18 @@ def test_half_precision_is_nearly_the_same_and_half_as_large(pipe):
     found = run(pipe, half)
     assert not torch.equal(found, expected)
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_pictures_are_kept_too():
+    cache = ResidualCache()
+    cache.begin_call([1.0])
+    evaluated = replace(entry(2.0), pictures=torch.full((3,), 5.0))
+    for _ in range(2):
+        found = cache.residuals(("image",), 1.0, lambda: evaluated)
+        assert found.pictures.tolist() == [5.0] * 3
+        assert found.mid.tolist() == [2.0, 2.0]
+        assert [x.tolist() for x in found.down] == [[2.0, 2.0]]
+    assert cache.hits == 1
 
 
 def entry(value=0.0):

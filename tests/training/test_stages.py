@@ -20,12 +20,13 @@ def generators(count=1):
     return [torch.Generator().manual_seed(i) for i in range(count)]
 
 
-def test_a_loss_is_that_of_the_noise_or_of_v(configure, build):
+def test_a_loss_is_that_of_the_noise_of_v_or_of_x_0(configure, build):
     stage, data = build(configure("camera_lora"))
     x_0, condition = stage.encode(data[0], generators())
     eps = torch.randn_like(x_0)
     prediction = stage.denoise(stage.scheduler.add_noise(x_0, eps, T), T, condition)
-    for kind, target in (("epsilon", eps), ("v_prediction", stage.scheduler.get_velocity(x_0, eps, T))):
+    velocity = stage.scheduler.get_velocity(x_0, eps, T)
+    for kind, target in (("epsilon", eps), ("v_prediction", velocity), ("sample", x_0)):
         stage.scheduler.register_to_config(prediction_type=kind)
         expected = (prediction - target).square().mean()
         torch.testing.assert_close(stage.loss_terms(x_0, T, eps, condition), {"denoising": expected})
