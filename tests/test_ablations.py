@@ -81,8 +81,8 @@ def test_two_variants_are_trained_and_measured(tiny_model, tmp_path, capsys):
 def test_a_stage_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="there is no stage 'camera'; there are camera_lora"):
         AblationConfig({"a": Variant(["camera.seed=1"])}, {"camera_lora": "x.yaml"})
-    config = AblationConfig({"a": Variant()}, {"first": "configs/train/sprites/foundation_detail.yaml"})
+    config = AblationConfig({"a": Variant()}, {"first": "configs/train/sprites/foundation_whole.yaml"})
     with pytest.raises(
-        ValueError, match=r"foundation_detail\.yaml is for foundation, not for one of motion_controlnet, "
+        ValueError, match=r"foundation_whole\.yaml is for foundation, not for one of motion_controlnet, "
     ):
         build_stage_configs(config, Variant(), 0)

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from diffusers.optimization import get_scheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from imageconductor.data.batches import scale_pixels
 from imageconductor.training import checkpointing
+from imageconductor.training.optimizers import MuonAndAdamW
 from imageconductor.training.patch_discriminator import PatchDiscriminator
 
 
@@ -31,8 +32,10 @@ class AutoencoderConfig:
     batch_size: int = 16  # crops a step
     frames_per_clip: int = 1  # frames of other clips teach more than others of the same clip
     crop: int = 32  # pixels; many small crops teach more in the same time than few whole frames
+    crop_candidates: int = 1  # random crops of a frame, of which the one with the most detail is taken
     whole_frames_from: float = 0.9  # fraction of the steps after which whole frames are seen
-    learning_rate: float = 5e-4  # AdamW's, falling by a cosine
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for linear layers and convolutions, AdamW for the rest
+    learning_rate: float = 5e-4  # falling by a cosine
     # Fraction of the steps that decode latents between latent pixels, against pixels shifted as far: motion then moves
     # latents without changing them (EQ-VAE, Kouzelis et al., 2025).
     equivariance: float = 0.0
@@ -49,6 +52,8 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         if self.batch_size % self.frames_per_clip:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of frames_per_clip")
+        if self.crop_candidates < 1:
+            raise ValueError(f"crop_candidates must be at least 1, got {self.crop_candidates}")
         if not 0 <= self.equivariance <= 1:
             raise ValueError(f"equivariance must lie in [0, 1], got {self.equivariance}")
 
@@ -72,7 +77,7 @@ def train_autoencoder(
     vae.to(device, memory_format=torch.channels_last).train().requires_grad_(not config.decoder_only)
     vae.decoder.requires_grad_(True)
     parameters = {name: parameter for name, parameter in vae.named_parameters() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = _build_optimizer(parameters, config)
     judge = PatchDiscriminator(config.learning_rate, config.seed).to(device) if config.adversarial_weight else None
     start = _restore(runs, vae, optimizer, judge)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=50, num_training_steps=config.max_steps)
@@ -88,7 +93,7 @@ def train_autoencoder(
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         frames = sample_frames(batch["pixel_values"], config.frames_per_clip, generator)
         if step < config.whole_frames_from * config.max_steps:
-            frames = _crop(frames, config.crop, generator)
+            frames = _crop(frames, config.crop, config.crop_candidates, generator)
         else:
             frames = frames[: max(1, len(frames) * config.crop**2 // (frames.shape[-1] * frames.shape[-2]))]
         frames = scale_pixels(frames.to(device, memory_format=torch.channels_last))
@@ -218,6 +223,22 @@ def carrying_error(shifted: Tensor, encoded: Tensor) -> Tensor:
     return F.mse_loss(shifted[inner], encoded[inner]) / encoded[inner].var((0, 2, 3)).mean()
 
 
-def _crop(frames: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    top, left = (int(torch.randint(max(1, side - size + 1), (), generator=generator)) for side in frames.shape[-2:])
-    return frames[..., top : top + size, left : left + size]
+def _crop(frames: Tensor, size: int, num_candidates: int, generator: torch.Generator) -> Tensor:
+    """A square of each frame: of a few random ones the one whose neighbouring rows differ most."""
+    squares = []
+    for frame in frames:
+        found = []
+        for _ in range(num_candidates):
+            top, left = (
+                int(torch.randint(max(1, side - size + 1), (), generator=generator)) for side in frame.shape[1:]
+            )
+            found.append(frame[:, top : top + size, left : left + size])
+        detail = [square.float().diff(dim=1).abs().mean() for square in found]
+        squares.append(found[int(torch.stack(detail).argmax())])
+    return torch.stack(squares)
+
+
+def _build_optimizer(parameters: dict[str, nn.Parameter], config: AutoencoderConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "muon":
+        return MuonAndAdamW([{"params": parameters, "lr": config.learning_rate, "weight_decay": 0.0}])
+    return torch.optim.AdamW(parameters.values(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)

@@ -10,6 +10,7 @@ from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
 from imageconductor.models.networks import Networks
 from imageconductor.training.autoencoder import (
     AutoencoderConfig,
+    _crop,
     carrying_error,
     settle_latents_,
     shift,
@@ -18,13 +19,14 @@ from imageconductor.training.autoencoder import (
 from imageconductor.training.patch_discriminator import PatchDiscriminator
 
 
-@pytest.mark.parametrize("decoder_only", [False, True])
-def test_who_learns(decoder_only, tiny_model, tmp_path):
+@pytest.mark.parametrize(("decoder_only", "optimizer"), [(False, "adamw"), (True, "adamw"), (True, "muon")])
+def test_who_learns(decoder_only, optimizer, tiny_model, tmp_path):
     """Under `decoder_only` the latents stay what they are, to the bit, and so does their scale."""
     vae = Networks.load(tiny_model).vae
     before, factor = copy.deepcopy(vae.state_dict()), vae.config["scaling_factor"]
     data = Batches(SpriteSamples(SpriteWorldConfig(size=(32, 32), num_frames=4), [SpriteSet.MIXED]), 4)
-    config = AutoencoderConfig(decoder_only=decoder_only, max_steps=4, batch_size=4, crop=16, learning_rate=1e-2)
+    settings = {"max_steps": 4, "batch_size": 4, "crop": 16, "learning_rate": 1e-2, "optimizer": optimizer}
+    config = AutoencoderConfig(decoder_only=decoder_only, **settings)
     train_autoencoder(vae, data, config, tmp_path)
     learned = {key.split(".")[0] for key, value in vae.state_dict().items() if not torch.equal(value, before[key])}
     assert learned == ({"decoder"} if decoder_only else {"encoder", "quant_conv", "post_quant_conv", "decoder"})
@@ -53,6 +55,16 @@ def test_settled_latents_have_no_constant_no_noise_and_no_idle_channel(tiny_mode
     torch.testing.assert_close(after.mean, expected, rtol=1e-4, atol=1e-5)
     assert after.std.max() < 1e-6
     torch.testing.assert_close(vae.decode(after.mean).sample, decoded, rtol=1e-4, atol=1e-4)
+
+
+def test_of_several_crops_the_one_with_the_most_detail_is_taken():
+    frames = torch.zeros(2, 3, 32, 32)
+    frames[0, :, 20:24, 20:24] = frames[1, :, 4:8, 4:8] = 1.0
+    found = [_crop(frames, 8, count, torch.Generator().manual_seed(1)) for count in (1, 200)]
+    assert found[1].shape == (2, 3, 8, 8)
+    assert found[0].sum() < found[1].sum() == 2 * 3 * 16, "each frame has its own crop, and the best holds the square"
+    with pytest.raises(ValueError, match="crop_candidates must be at least 1, got 0"):
+        AutoencoderConfig(crop_candidates=0)
 
 
 def test_shifted_latents_belong_to_the_pixels_they_are_paired_with():

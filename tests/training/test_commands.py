@@ -83,7 +83,7 @@ REFUSED = {
     ),
     "an old name": (
         None,
-        ["--config", f"{SPRITES}/foundation_detail.yaml", "steered=true"],
+        ["--config", f"{SPRITES}/foundation_whole.yaml", "steered=true"],
         ["unknown key 'steered'; it is called 'train_motion_controlnet' now"],
     ),
     "no stage": (None, ["max_steps=3"], ["does not say its stage; add stage=one of foundation, motion_controlnet"]),
