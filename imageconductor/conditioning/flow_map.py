@@ -26,8 +26,10 @@ class FlowMapConvention:
         kernel_size: odd width of the Gaussian's support, pixels.
         sigma_px: its standard deviation.
         normalisation: "sum", the kernel sums to 1; "peak", its centre is 1, so values are displacements in pixels;
-            "average", as "peak", and where kernels of several tracks add up to more than 1 their weighted average, so
-            that many tracks of one motion say the same as one.
+            "average", the displacements' average, weighted by kernels whose centre is 1, so that many tracks of one
+            motion say the same as one.
+        least_weight: of an average: where kernels add up to less, values fall with them to 0. A smaller one widens the
+            surroundings in which a track's displacement is written in full.
         accumulate: whether the value of step i is p_{i+1} - p_0 (the paper's text) instead of p_{i+1} - p_i (the
             release); both are written at the start of step i.
         still_drift_px: distance in x and in y over which a still track is drawn to move during the clip, as in the
@@ -41,6 +43,7 @@ class FlowMapConvention:
     accumulate: bool = False
     still_drift_px: float = 1.0
     scale: float = 1.0
+    least_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
@@ -53,6 +56,8 @@ class FlowMapConvention:
             raise ValueError(f"still_drift_px must not be negative, got {self.still_drift_px}")
         if not 0 < self.scale < math.inf:
             raise ValueError(f"scale must be positive, got {self.scale}")
+        if not 0 < self.least_weight <= 1:
+            raise ValueError(f"least_weight must lie in (0, 1], got {self.least_weight}")
 
 
 def flow_map(
@@ -97,7 +102,7 @@ def flow_map(
         out[:, :, i + 1] = rows.mT @ g_x[x][:, None]
         if convention.normalisation == "average":
             weights = (written[:, :, i, None] * g_y[y]).mT @ g_x[x]  # (B, H, W)
-            out[:, :, i + 1] /= weights[:, None].clamp(min=1)
+            out[:, :, i + 1] /= weights[:, None].clamp(min=convention.least_weight)
     return out
 
 
