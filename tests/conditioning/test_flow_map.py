@@ -36,7 +36,8 @@ def slow_flow_map(points, visible, size, convention):
             from_x, from_y = track[0] if convention.accumulate else track[i]
             out[:, i + 1, int(y), int(x)] = [to_x - from_x, to_y - from_y]
             written[int(y), int(x)] = 1
-        weights = np.maximum(cv2.filter2D(written, -1, kernel), 1) if convention.normalisation == "average" else 1
+        least = convention.least_weight
+        weights = np.maximum(cv2.filter2D(written, -1, kernel), least) if convention.normalisation == "average" else 1
         for channel in range(2):
             out[channel, i + 1] = cv2.filter2D(out[channel, i + 1], -1, kernel) / weights
     return torch.from_numpy(out * convention.scale).float()
@@ -57,10 +58,11 @@ def test_published_flow_maps(case):
     kernel_size=st.sampled_from([1, 3, 9, 21]),
     normalisation=st.sampled_from(["sum", "peak", "average"]),
     accumulate=st.booleans(),
+    least_weight=st.sampled_from([0.1, 1.0]),
     seed=st.integers(0, 2**16),
 )
-def test_the_separable_filter_equals_the_slow_one(size, kernel_size, normalisation, accumulate, seed):
-    convention = FlowMapConvention(kernel_size, 2.5, normalisation, accumulate, scale=0.5)
+def test_the_separable_filter_equals_the_slow_one(size, kernel_size, normalisation, accumulate, least_weight, seed):
+    convention = FlowMapConvention(kernel_size, 2.5, normalisation, accumulate, scale=0.5, least_weight=least_weight)
     generator = torch.Generator().manual_seed(seed)
     # Wider than the frame, so that some steps start outside, and crowded, so that some share a pixel.
     points = (torch.rand(2, 8, 4, 2, generator=generator, dtype=torch.float64) * 1.4 - 0.2) * torch.tensor(size)
@@ -90,6 +92,14 @@ def test_on_average_many_tracks_of_one_motion_say_the_same_as_one():
     still = torch.tensor([[[16.0, 16.0], [16.0, 16.0]]])
     held = flow_map(torch.cat([crowd[66:67], still])[None], torch.ones(1, 2, 2, dtype=torch.bool), (32, 32), convention)
     assert held[0, :, 1, y, x].abs().sum() < alone[0, :, 1, y, x].abs().sum(), "a still track beside it holds it back"
+
+
+def test_a_small_least_weight_writes_a_displacement_in_full_around_its_track():
+    convention = FlowMapConvention(49, 8.0, "average", least_weight=0.1)
+    drawn = build_flow_map(Trajectories.from_tracks([[[40, 40], [45, 38]]], (80, 80), 2), convention)[0, :, 1, 40]
+    torch.testing.assert_close(drawn[:, 23:58], torch.tensor([[5.0], [-2.0]]).expand(2, 35))  # 17 px to each side
+    assert 0 < drawn[0, 62] < 2.6, "where the kernel is below a tenth, values fall"
+    assert drawn[0, 65] == 0
 
 
 def test_shift_the_track_and_the_field_shifts():
