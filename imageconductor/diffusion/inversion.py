@@ -26,7 +26,7 @@ def ddim_inversion(
         num_steps: Evaluations of the model.
 
     Raises:
-        ValueError: The model predicts neither noise nor v.
+        ValueError: The model predicts neither noise nor v nor x_0.
     """
     inverse = cast(Any, DDIMInverseScheduler).from_config(scheduler.config)
     inverse.set_timesteps(num_steps, device=x_0.device)
@@ -37,15 +37,15 @@ def ddim_inversion(
         before = inverse.alphas_cumprod[t - stride] if t >= stride else inverse.initial_alpha_cumprod
         signal, noise = before.sqrt(), (1 - before).sqrt()
         new_signal, new_noise = inverse.alphas_cumprod[t].sqrt(), (1 - inverse.alphas_cumprod[t]).sqrt()
-        if kind == "epsilon":
-            eps = output
+        if kind in ("epsilon", "sample"):  # From x_0 follows the noise that the model sees in what it is given for x_t.
+            eps = output if kind == "epsilon" else (sample - new_signal * output) / new_noise
             clean = (sample - noise * eps) / signal
         elif kind == "v_prediction":  # v = new_signal eps - new_noise clean, sample = signal clean + noise eps
             scale = signal * new_signal + noise * new_noise
             eps = (signal * output + new_noise * sample) / scale
             clean = (new_signal * sample - noise * output) / scale
         else:
-            raise ValueError(f"only predictions of noise or v can be inverted, the scheduler has {kind!r}")
+            raise ValueError(f"only predictions of noise, v or x_0 can be inverted, the scheduler has {kind!r}")
         sample = new_signal * clean + new_noise * eps
     return sample
 

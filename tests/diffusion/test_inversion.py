@@ -28,6 +28,28 @@ def test_sampling_leads_back_from_the_inverted_noise(prediction_type):
     assert torch.allclose(sample, x_0, atol=5e-2)
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_latents_of_a_standard_normal_world_are_their_own_noise(prediction_type):
+    """There E[x_0 | x_t] = sqrt(alpha) x_t, so that the deterministic way from x_0 to noise goes nowhere."""
+    scheduler = DDIMScheduler(beta_schedule="linear", prediction_type=prediction_type, clip_sample=False)
+    x_0 = torch.randn(1, 4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+
+    def predict(x_t, t):
+        alpha = scheduler.alphas_cumprod[t]
+        return {"epsilon": (1 - alpha).sqrt() * x_t, "v_prediction": 0 * x_t, "sample": alpha.sqrt() * x_t}[
+            prediction_type
+        ]
+
+    assert torch.allclose(ddim_inversion(predict, x_0, scheduler, 100), x_0, rtol=0.02, atol=0)
+
+
+def test_what_cannot_be_inverted_is_told():
+    scheduler = DDIMScheduler()
+    scheduler.register_to_config(prediction_type="flow")
+    with pytest.raises(ValueError, match="noise, v or x_0 can be inverted, the scheduler has 'flow'"):
+        ddim_inversion(torch.add, torch.zeros(1, 4, 1, 2, 2), scheduler, 5)
+
+
 def test_a_prior_keeps_the_variance_and_is_resized_frame_by_frame():
     generator = torch.Generator().manual_seed(0)
     noise, inverted = (torch.randn(2, 4, 3, 16, 16, generator=generator) for _ in range(2))
