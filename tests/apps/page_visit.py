@@ -11,10 +11,15 @@ PLAYS = "([video]) => { const v = document.querySelector(video); return !!v && v
 
 
 def put(page, name, value):
-    """A number in a field or beside a slider."""
+    """A number in a field or beside a slider; once more where a part that has just unfolded put its own there."""
     field = page.locator(f"#{name} input[type=number]").first
-    field.fill(str(value))
-    field.press("Tab")
+    for _ in range(20):
+        field.fill(str(value))
+        field.press("Tab")
+        page.wait_for_timeout(50)
+        if field.input_value() == str(value):
+            return
+    raise AssertionError(f"#{name} does not keep {value}")
 
 
 def says(page, name, text):

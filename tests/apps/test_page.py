@@ -13,6 +13,7 @@ from imageconductor.commands import sample
 from imageconductor.sampling.job import SampleJob
 
 pytest.importorskip("gradio", reason="gradio is not installed: make test-web installs it")
+expect = pytest.importorskip("playwright.sync_api").expect
 
 from imageconductor.apps.limits import Limits
 from imageconductor.apps.server import serve
@@ -47,8 +48,7 @@ def test_a_video_of_the_contact_sheet_is_refined_with_all_steps(page):
     put(page, "sheet-count", 3)
     finish(page, "make-sheet")
     thumbnails = page.locator("#sheet button:has(img)")
-    thumbnails.nth(2).wait_for()
-    assert thumbnails.count() == 3
+    expect(thumbnails).to_have_count(3)
     thumbnails.nth(1).click()
     says(page, "refine", "Make seed 2 with all steps")
     refined = fetch(page, finish(page, "refine"))
