@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -62,15 +62,32 @@ class Residuals:
         mid: (B*T, C, h, w).
         pictures: (B*T, C, h, w), latents of the given frames as the image ControlNet read them, for a UNet that reads
             them itself (`first_frame_warp`); None = no pictures.
+        displacements: (B*T, 2, h, w), how far what is at a place has come since frame 0, as the flow map tells it, in
+            widths and heights of the frame, x first, for such a UNet; 0 = nothing is told, None = none at all.
     """
 
     down: tuple[Tensor, ...]
     mid: Tensor
     pictures: Tensor | None = None
+    displacements: Tensor | None = None
 
     def __add__(self, other: Residuals) -> Residuals:
-        down = tuple(a + b for a, b in zip(self.down, other.down, strict=True))
-        return Residuals(down, self.mid + other.mid, other.pictures if self.pictures is None else self.pictures)
+        return Residuals(
+            tuple(a + b for a, b in zip(self.down, other.down, strict=True)),
+            self.mid + other.mid,
+            other.pictures if self.pictures is None else self.pictures,
+            other.displacements if self.displacements is None else self.displacements,
+        )
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that there are."""
+        return (*self.down, self.mid, *(x for x in (self.pictures, self.displacements) if x is not None))
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> Residuals:
+        """Residuals of which every tensor is changed alike."""
+        pictures, displacements = (None if x is None else change(x) for x in (self.pictures, self.displacements))
+        return Residuals(tuple(change(x) for x in self.down), change(self.mid), pictures, displacements)
 
     def repeat_videos(self, count: int, num_frames: int) -> Residuals:
         """Residuals for `count` videos of each condition: B*T rows become B*count*T, copies next to each other."""
@@ -81,8 +98,7 @@ class Residuals:
             videos = rearrange(x, "(b t) c h w -> b t c h w", t=num_frames)
             return videos.repeat_interleave(count, dim=0).flatten(0, 1)
 
-        pictures = None if self.pictures is None else repeat(self.pictures)
-        return Residuals(tuple(repeat(x) for x in self.down), repeat(self.mid), pictures)
+        return self.apply(repeat)
 
     @staticmethod
     def stack(parts: Sequence[Residuals]) -> Residuals:
@@ -93,13 +109,19 @@ class Residuals:
         pictures = [part.pictures for part in parts if part.pictures is not None]
         if pictures and len(pictures) < len(parts):
             raise ValueError("pictures are given in some of the residuals and not in others")
-        return Residuals(down, torch.cat([part.mid for part in parts]), torch.cat(pictures) if pictures else None)
+        displacements = None
+        told = next((part.displacements for part in parts if part.displacements is not None), None)
+        if told is not None:
+            nothing = told.new_zeros(1, *told.shape[1:])
+            displacements = torch.cat(
+                [nothing.expand(len(x.mid), -1, -1, -1) if x.displacements is None else x.displacements for x in parts]
+            )
+        mid = torch.cat([part.mid for part in parts])
+        return Residuals(down, mid, torch.cat(pictures) if pictures else None, displacements)
 
     def videos(self, start: int, stop: int, num_frames: int) -> Residuals:
         """Residuals of the videos start..stop-1 of the batch, as views."""
-        rows = slice(start * num_frames, stop * num_frames)
-        pictures = None if self.pictures is None else self.pictures[rows]
-        return Residuals(tuple(x[rows] for x in self.down), self.mid[rows], pictures)
+        return self.apply(lambda x: x[start * num_frames : stop * num_frames])
 
 
 class SparseControlNet(SparseControlNetModel):
@@ -246,10 +268,18 @@ class MotionControlNet(SparseControlNet):
 
         Source: pixel-unshuffled per frame, channel = c*f*f + dy*f + dx, as the published modules.
         """
-        frames = F.pixel_unshuffle(rearrange(flow, "b c t h w -> (b t) c h w"), self.unshuffle_factor)
-        return self.residuals(
+        pictures = rearrange(flow, "b c t h w -> (b t) c h w")
+        frames = F.pixel_unshuffle(pictures, self.unshuffle_factor)
+        residuals = self.residuals(
             timestep, encoder_hidden_states, rearrange(frames, "(b t) c h w -> b c t h w", t=flow.shape[2])
         )
+        convention = self.flow_convention
+        if not convention.accumulate or convention.normalisation == "sum":
+            return residuals  # These values are no displacements since frame 0.
+        side = pictures.new_tensor(pictures.shape[:-3:-1]).view(2, 1, 1) * convention.scale
+        displacements = F.avg_pool2d(pictures / side, self.unshuffle_factor)
+        copies = len(encoder_hidden_states) // len(flow)
+        return replace(residuals, displacements=displacements.repeat(copies, 1, 1, 1))
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Writes the network without its LoRAs, which have files of their own (`adapters.save_adapter`).

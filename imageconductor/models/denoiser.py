@@ -200,7 +200,7 @@ class Denoiser:
             return residuals
         has_flow = condition.has_flow.repeat_interleave(condition.flow.shape[2])
         has_flow = has_flow.to(residuals.mid.dtype).view(-1, 1, 1, 1)
-        return Residuals(tuple(has_flow * x for x in residuals.down), has_flow * residuals.mid)
+        return residuals.apply(lambda x: has_flow * x)
 
     def decode(self, features: UNetFeatures, residuals: Residuals | None) -> Tensor:
         """Prediction (B, C, T, h, w) of the UNet's second half."""

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imageconductor.models.controlnets import Residuals
 from imageconductor.models.motion_module import MotionModule
 
 _PLACES_OF_UNIT = 16
@@ -50,34 +51,39 @@ class WarpedOutput(nn.Module):
     """The output as a mean of what the network paints and the first frame's latents, read at learned offsets.
 
     Each place has weights that add up to 1: one for the painting, and one for each of a few places to read from. What
-    is carried therefore arrives unharmed by the network's width; what the first frame does not show is painted.
+    is carried therefore arrives unharmed by the network's width; what the first frame does not show is painted. One
+    read begins where the flow map says that a place has come from, the others at the place itself.
 
     Args:
         channels: Of the features that the weights and offsets follow from.
         num_reads: Places that a place can choose from.
     """
 
-    def __init__(self, channels: int, num_reads: int = 4):
+    def __init__(self, channels: int, num_reads: int = 5):
         super().__init__()
         self.num_reads = num_reads
         self.choose = nn.Conv2d(channels, 3 * num_reads + 1, 3, padding=1)
         nn.init.normal_(self.choose.weight, std=0.01)  # All reads would learn the same from zeros.
 
-    def forward(self, features: Tensor, painted: Tensor, pictures: Tensor | None, num_frames: int) -> Tensor:
+    def forward(self, features: Tensor, painted: Tensor, residuals: Residuals | None, num_frames: int) -> Tensor:
         """The output (B*T, C, h, w).
 
         Args:
             features: (B*T, D, h, w).
             painted: (B*T, C, h, w), clean latents.
-            pictures: (B*T, C, h, w), latents of the given frames; only first frames are read. None = none is given,
-                and what is painted is the output.
+            residuals: With pictures, of which only first frames are read, and displacements. Without pictures what is
+                painted is the output.
             num_frames: T.
         """
-        if pictures is None:
+        if residuals is None or residuals.pictures is None:
             return painted
         offsets, logits = self.choose(features).split([2 * self.num_reads, self.num_reads + 1], dim=1)
-        first = pictures[::num_frames].repeat_interleave(num_frames * self.num_reads, dim=0)
-        read = _read(first, offsets.unflatten(1, (self.num_reads, 2)).flatten(0, 1)).unflatten(0, (-1, self.num_reads))
+        offsets = offsets.float().unflatten(1, (self.num_reads, 2))
+        if residuals.displacements is not None:
+            along = offsets[:, :1] - _PLACES_OF_UNIT * residuals.displacements[:, None]
+            offsets = torch.cat([along, offsets[:, 1:]], dim=1)
+        first = residuals.pictures[::num_frames].repeat_interleave(num_frames * self.num_reads, dim=0)
+        read = _read(first, offsets.flatten(0, 1)).unflatten(0, (-1, self.num_reads))
         weights = logits.float().softmax(dim=1)[:, :, None]
         return (weights[:, 0] * painted.float() + (weights[:, 1:] * read).sum(1)).to(painted.dtype)
 

@@ -152,8 +152,7 @@ class TwoHalves:
         normed = F.silu(self.conv_norm_out(hidden))
         output = self.conv_out(normed)
         if hasattr(self, "warped_out"):
-            pictures = None if residuals is None else residuals.pictures
-            output = self.warped_out(normed, output + self.linear_out(hidden), pictures, features.num_frames)
+            output = self.warped_out(normed, output + self.linear_out(hidden), residuals, features.num_frames)
         return rearrange(output, "(b t) c h w -> b c t h w", t=features.num_frames)
 
     def forward(

@@ -33,22 +33,18 @@ Content = tuple[Hashable, ...]
 
 @dataclass(frozen=True)
 class _Entry:
-    """Kept tensors, and where and in which precision they were computed."""
+    """What is kept, and where and in which precision it was computed."""
 
-    kept: tuple[Tensor, ...]
-    has_pictures: bool
+    kept: Residuals
     device: torch.device
     dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
-        return sum(x.nbytes for x in self.kept)
+        return sum(x.nbytes for x in self.kept.tensors)
 
     def restore(self) -> Residuals:
-        tensors = [x.to(self.device, self.dtype, non_blocking=True) for x in self.kept]
-        pictures = tensors.pop() if self.has_pictures else None
-        *down, mid = tensors
-        return Residuals(tuple(down), mid, pictures)
+        return self.kept.apply(lambda x: x.to(self.device, self.dtype, non_blocking=True))
 
 
 class ResidualCache:
@@ -109,11 +105,8 @@ class ResidualCache:
             return entry.restore()
         self.misses += 1
         residuals = evaluate()
-        pictures = () if residuals.pictures is None else (residuals.pictures,)
-        tensors = (*residuals.down, residuals.mid, *pictures)
-        if self._make_room(sum(x.numel() * (self.dtype or x.dtype).itemsize for x in tensors)):
-            kept = tuple(self._copy(x) for x in tensors)
-            self._entries[key] = _Entry(kept, bool(pictures), residuals.mid.device, residuals.mid.dtype)
+        if self._make_room(sum(x.numel() * (self.dtype or x.dtype).itemsize for x in residuals.tensors)):
+            self._entries[key] = _Entry(residuals.apply(self._copy), residuals.mid.device, residuals.mid.dtype)
         return residuals
 
     def _make_room(self, size: int) -> bool:

@@ -283,12 +283,12 @@ def test_frames_pass_at_the_pace_of_the_video(desk):
         const look = (now) => {
             const frame = Number(output.textContent.match(/[0-9]+/)[0]);
             if (!seen.length || seen[seen.length - 1][1] !== frame) seen.push([now - began, frame]);
-            if (now - began < 1000) requestAnimationFrame(look); else resolve(seen.slice(1)); // from the first change on
+            if (now - began < 1000) requestAnimationFrame(look); else resolve(seen.slice(1));
         };
         document.querySelector("#first .play").click();
         requestAnimationFrame(look);
     })"""
-    seen = desk.page.evaluate(script)
+    seen = desk.page.evaluate(script)  # from the first change on
     desk.find(".play").click()
     (first, frame), (last, later) = seen[0], seen[-1]
     passed = (later - frame) % FRAMES + FRAMES * round(

@@ -13,12 +13,12 @@ from imageconductor.commands import sample
 from imageconductor.sampling.job import SampleJob
 
 pytest.importorskip("gradio", reason="gradio is not installed: make test-web installs it")
-expect = pytest.importorskip("playwright.sync_api").expect
 
 from imageconductor.apps.limits import Limits
 from imageconductor.apps.server import serve
 
 pytestmark = pytest.mark.web
+expect = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
 
 
 @pytest.fixture(scope="module")

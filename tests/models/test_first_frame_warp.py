@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from imageconductor.conditioning.flow_map import flow_map
+from imageconductor.models.controlnets import Residuals
+from imageconductor.models.denoiser import Condition
 from imageconductor.models.first_frame_warp import FirstFrameWarp, WarpedOutput
 from imageconductor.models.motion_module import motion_modules_bypassed
 from imageconductor.models.motion_unet import MotionUNet
@@ -74,9 +77,15 @@ def choosing(offset, logits, num_reads=2):
     return output
 
 
+def showing(pictures, displacements=None):
+    """Residuals that hold nothing else."""
+    return Residuals((), torch.zeros(()), pictures, displacements)
+
+
 def test_an_output_is_painted_or_read_from_the_first_picture_by_weights_that_add_up_to_one():
     features, painted, pictures = torch.randn(6, 4, 5, 8), torch.randn(6, 3, 5, 8), torch.randn(6, 3, 5, 8)
     first = pictures[[0, 0, 0, 3, 3, 3]]
+    pictures = showing(pictures)
     with torch.no_grad():
         copied = choosing((0.0, 0.0), [-50.0, 0.0, 0.0])(features, painted, pictures, 3)
         torch.testing.assert_close(copied, first)
@@ -87,11 +96,25 @@ def test_an_output_is_painted_or_read_from_the_first_picture_by_weights_that_add
         assert choosing((0.0, 0.0), [-50.0, 0.0, 0.0])(features, painted, None, 3) is painted
 
 
+def test_the_first_read_begins_where_the_flow_map_says_that_a_place_has_come_from():
+    features, painted, pictures = torch.randn(2, 4, 5, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
+    displacements = torch.tensor([2 / 8, -1 / 5]).view(1, 2, 1, 1) * torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)
+    given = showing(pictures, displacements.expand(-1, -1, 5, 8))
+    with torch.no_grad():
+        came = choosing((0.0, 0.0), [-50.0, 0.0, -50.0])(features, painted, given, 2)
+        torch.testing.assert_close(came[0], pictures[0])
+        torch.testing.assert_close(came[1, :, :-1, 2:], pictures[0, :, 1:, :-2])
+        further = choosing((-1 / 8, 0.0), [-50.0, 0.0, -50.0])(features, painted, given, 2)
+        torch.testing.assert_close(further[1, :, :-1, 3:], pictures[0, :, 1:, :-3])
+        other = choosing((0.0, 0.0), [-50.0, -50.0, 0.0])(features, painted, given, 2)
+        torch.testing.assert_close(other, pictures[[0, 0]])
+
+
 def test_reads_learn_to_differ():
     output = WarpedOutput(4)
     features, painted, pictures = torch.randn(2, 4, 6, 6), torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6, 6)
-    output(features, painted, pictures, 2).square().sum().backward()
-    read = output.choose.weight.grad[:8].unflatten(0, (4, 2))
+    output(features, painted, showing(pictures), 2).square().sum().backward()
+    read = output.choose.weight.grad[:10].unflatten(0, (5, 2))
     assert all(not torch.allclose(read[0], other) for other in read[1:])
 
 
@@ -99,7 +122,7 @@ def test_pictures_reach_the_output_whatever_is_added_stacked_or_repeated(network
     unet, image, motion = networks.unet, networks.image_controlnet, networks.motion_controlnet
     with torch.no_grad():
         unet.warped_out.choose.weight.zero_()
-        unet.warped_out.choose.bias.copy_(torch.tensor([0.0] * 8 + [-50.0] + [0.0] * 4))
+        unet.warped_out.choose.bias.copy_(torch.tensor([0.0] * 10 + [-50.0] + [0.0] * 5))
         pictures, mask = torch.randn(2, 4, 3, 8, 8), torch.ones(2, 1, 3, 8, 8)
         t, text = torch.tensor(500), torch.zeros(2, 4, 8)
         given = image(t, text, pictures, mask) + motion(t, text, torch.zeros(1, 2, 3, 16, 16))
@@ -111,6 +134,44 @@ def test_pictures_reach_the_output_whatever_is_added_stacked_or_repeated(network
         torch.testing.assert_close(unet.decode(features, parts[1].repeat_videos(2, 3)), copies[[0, 0]])
         with pytest.raises(ValueError, match="pictures are given in some"):
             given.stack([given, replace(given, pictures=None)])
+
+
+@pytest.mark.parametrize(
+    ("convention", "told"),
+    [
+        ({"accumulate": True, "normalisation": "average", "scale": 0.125, "least_weight": 1e-6}, True),
+        ({"accumulate": True, "normalisation": "peak"}, True),
+        ({"normalisation": "peak"}, False),
+        ({"accumulate": True, "normalisation": "sum"}, False),
+    ],
+)
+def test_displacements_are_those_drawn_and_only_of_conventions_that_tell_them(convention, told):
+    settings = {"sigma_px": 1.0, "kernel_size": 9, "still_drift_px": 0.0} | convention
+    motion = build_small_model(replace(SMALL, flow_map=settings), ["a word"], seed=1).motion_controlnet
+    points = torch.tensor([[5.0, 9.0], [6.0, 11.0], [9.0, 9.0]])[None, None]  # in a video of 16 x 16
+    flow = flow_map(points, torch.ones(1, 1, 3, dtype=torch.bool), (16, 16), motion.flow_convention)
+    with torch.no_grad():
+        residuals = motion(torch.tensor(500), torch.zeros(2, 4, 8), flow)
+    if not told:
+        assert residuals.displacements is None
+        return
+    videos = residuals.displacements.unflatten(0, (2, 3))
+    assert torch.equal(videos[0], videos[1])
+    assert not videos[:, 0].any()
+    if convention["normalisation"] == "average":  # a latent pixel of 2 x 2, in full within about 5 px
+        torch.testing.assert_close(videos[0, 1, :, 4, 2], torch.tensor([1.0, 2.0]) / 16)
+        torch.testing.assert_close(videos[0, 2, :, 5, 3], torch.tensor([4.0, 0.0]) / 16)
+
+
+def test_rows_without_a_flow_map_are_told_nothing(networks):
+    t, text, flow = torch.tensor(500), torch.zeros(2, 4, 8), torch.randn(2, 2, 3, 16, 16)
+    condition = Condition(text, None, None, flow, has_flow=torch.tensor([1.0, 0.0]))
+    with torch.no_grad():
+        told = networks.denoiser.motion_residuals(t, condition)
+    assert told.displacements[:3].any()
+    assert not told.displacements[3:].any()
+    stacked = Residuals.stack([told, replace(told, displacements=None)]).displacements
+    assert torch.equal(stacked, torch.cat([told.displacements, torch.zeros_like(told.displacements)]))
 
 
 def test_only_a_network_that_predicts_x_0_can_have_it():

@@ -120,13 +120,14 @@ def test_half_precision_is_nearly_the_same_and_half_as_large(pipe):
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
 
-def test_pictures_are_kept_too():
+def test_pictures_and_displacements_are_kept_too():
     cache = ResidualCache()
     cache.begin_call([1.0])
-    evaluated = replace(entry(2.0), pictures=torch.full((3,), 5.0))
+    evaluated = replace(entry(2.0), pictures=torch.full((3,), 5.0), displacements=torch.full((1,), 7.0))
     for _ in range(2):
         found = cache.residuals(("image",), 1.0, lambda: evaluated)
         assert found.pictures.tolist() == [5.0] * 3
+        assert found.displacements.tolist() == [7.0]
         assert found.mid.tolist() == [2.0, 2.0]
         assert [x.tolist() for x in found.down] == [[2.0, 2.0]]
     assert cache.hits == 1
