@@ -31,7 +31,9 @@ class FlowMapConvention:
         least_weight: of an average: where kernels add up to less, values fall with them to 0. A smaller one widens the
             surroundings in which a track's displacement is written in full.
         accumulate: whether the value of step i is p_{i+1} - p_0 (the paper's text) instead of p_{i+1} - p_i (the
-            release); both are written at the start of step i.
+            release).
+        at_end: whether the value of step i, which is frame i + 1's, is written where the point is in that frame,
+            p_{i+1}, instead of where it was before, p_i (the release).
         still_drift_px: distance in x and in y over which a still track is drawn to move during the clip, as in the
             release; at 0 a still track only overwrites others.
         scale: factor on the displacement.
@@ -44,6 +46,7 @@ class FlowMapConvention:
     still_drift_px: float = 1.0
     scale: float = 1.0
     least_weight: float = 1.0
+    at_end: bool = False
 
     def __post_init__(self) -> None:
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
@@ -70,8 +73,9 @@ def flow_map(
 ) -> Tensor:
     """Flow maps of a batch of clips, given as tensors of points, drawn on their device.
 
-    Step i, from p_i to p_{i+1}, is written into frame i + 1 at the truncated pixel of p_i. It is left out if p_i lies
-    outside the frame or either end is invisible. If two tracks write the same pixel of a frame, the later one wins.
+    Step i, from p_i to p_{i+1}, is written into frame i + 1 at the truncated pixel of p_i, or of p_{i+1} where the
+    convention says so. It is left out if that point lies outside the frame or either end is invisible. If two tracks
+    write the same pixel of a frame, the later one wins.
 
     Args:
         points: (B, N, T, 2) float, xy in pixels of `size`.
@@ -128,14 +132,15 @@ def _steps(
     Displacements of steps that are left out are zero.
     """
     points = points.to(_precision(points.device))
-    written = inside(points[:, :, :-1], size) & visible[:, :, :-1] & visible[:, :, 1:]
+    steps = slice(1, None) if convention.at_end else slice(None, -1)
+    written = inside(points[:, :, steps], size) & visible[:, :, :-1] & visible[:, :, 1:]
     if still is not None:
         ramp = torch.linspace(0, convention.still_drift_px, points.shape[2], device=points.device, dtype=points.dtype)
         points = points + still[:, :, None, None] * ramp[:, None]
     start = points[:, :, :1] if convention.accumulate else points[:, :, :-1]
     displacements = (points[:, :, 1:] - start) * convention.scale
     # Invisible points may be NaN, which has no pixel and survives a product with zero.
-    pixels = points[:, :, :-1].where(written[..., None], 0.0).long()
+    pixels = points[:, :, steps].where(written[..., None], 0.0).long()
     # A still point on the border drifts out of the frame but is written at its pixel to the end.
     pixels = pixels.minimum(pixels.new_tensor(size) - 1)
     written = written & ~_overwritten(pixels, written, size[0])

@@ -31,11 +31,12 @@ def slow_flow_map(points, visible, size, convention):
         written = np.zeros((height, width))
         for track, seen in zip(points.tolist(), visible.tolist(), strict=True):
             (x, y), (to_x, to_y) = track[i], track[i + 1]
-            if not (seen[i] and seen[i + 1] and 0 <= x < width and 0 <= y < height):
+            at_x, at_y = (to_x, to_y) if convention.at_end else (x, y)
+            if not (seen[i] and seen[i + 1] and 0 <= at_x < width and 0 <= at_y < height):
                 continue
             from_x, from_y = track[0] if convention.accumulate else track[i]
-            out[:, i + 1, int(y), int(x)] = [to_x - from_x, to_y - from_y]
-            written[int(y), int(x)] = 1
+            out[:, i + 1, int(at_y), int(at_x)] = [to_x - from_x, to_y - from_y]
+            written[int(at_y), int(at_x)] = 1
         least = convention.least_weight
         weights = np.maximum(cv2.filter2D(written, -1, kernel), least) if convention.normalisation == "average" else 1
         for channel in range(2):
@@ -59,10 +60,15 @@ def test_published_flow_maps(case):
     normalisation=st.sampled_from(["sum", "peak", "average"]),
     accumulate=st.booleans(),
     least_weight=st.sampled_from([0.1, 1.0]),
+    at_end=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_the_separable_filter_equals_the_slow_one(size, kernel_size, normalisation, accumulate, least_weight, seed):
-    convention = FlowMapConvention(kernel_size, 2.5, normalisation, accumulate, scale=0.5, least_weight=least_weight)
+def test_the_separable_filter_equals_the_slow_one(
+    size, kernel_size, normalisation, accumulate, least_weight, at_end, seed
+):
+    convention = FlowMapConvention(
+        kernel_size, 2.5, normalisation, accumulate, scale=0.5, least_weight=least_weight, at_end=at_end
+    )
     generator = torch.Generator().manual_seed(seed)
     # Wider than the frame, so that some steps start outside, and crowded, so that some share a pixel.
     points = (torch.rand(2, 8, 4, 2, generator=generator, dtype=torch.float64) * 1.4 - 0.2) * torch.tensor(size)
@@ -156,6 +162,14 @@ def test_accumulated_values_count_from_the_first_frame():
     drawn = Trajectories.from_tracks([[[2, 3], [12, 3]]], (16, 16), 6)
     values = build_flow_map(drawn, FlowMapConvention(normalisation="peak", kernel_size=1, accumulate=True))
     assert [values[0, 0, i + 1, 3, 2 + 2 * i].item() for i in range(5)] == [2, 4, 6, 8, 10]
+
+
+def test_values_at_the_end_of_a_step_lie_where_the_point_is_in_their_frame():
+    points = torch.tensor([[[2.0, 3.0], [5.0, 3.0], [11.0, 3.0]], [[9.0, 8.0], [14.0, 8.0], [17.0, 8.0]]])[None]
+    convention = FlowMapConvention(1, normalisation="peak", accumulate=True, at_end=True)
+    values = flow_map(points, torch.ones(1, 2, 3, dtype=torch.bool), (16, 16), convention)[0, 0]
+    written = [[frame, y, x, values[frame, y, x].item()] for frame, y, x in values.nonzero().tolist()]
+    assert written == [[1, 3, 5, 3], [1, 8, 14, 5], [2, 3, 11, 9]]  # The second track has left in the last frame.
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
