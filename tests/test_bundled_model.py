@@ -19,20 +19,19 @@ from imageconductor.sampling.pipeline import ImageConductorPipeline
 def test_it_loads_and_makes_a_video():
     inputs = prepare(load_job(sample.DEFAULT_CONFIG))
     assert inputs.trajectories.num_tracks == 2
-    assert inputs.image.size == (64, 64)
+    assert inputs.image.size == (128, 128)
     pipe = ImageConductorPipeline.from_pretrained(inputs.job.model)
     assert attached_adapters(pipe.motion_controlnet) == ("camera", "object")
     pipe.set_progress_bar_config(disable=True)
     frames = pipe(inputs.image, inputs.trajectories, num_inference_steps=1, output_type="pt").frames
-    assert frames.shape == (1, 16, 3, 64, 64)
+    assert frames.shape == (1, 16, 3, 128, 128)
     assert frames.std() > 0.05
 
 
-SCHEDULERS = {
+SCHEDULERS = {  # that take predictions of x_0; ancestral Euler refuses them
     "DDIMScheduler": {},
     "DPMSolverMultistepScheduler": {},  # DPM++ 2M
     "EulerDiscreteScheduler": {},
-    "EulerAncestralDiscreteScheduler": {},
     "UniPCMultistepScheduler": {},
     "LCMScheduler": {"original_inference_steps": 1000},
 }
@@ -48,9 +47,9 @@ def test_it_makes_a_sane_video_with_each_usual_scheduler(name):
     tracks, job = inputs.trajectories, inputs.job
     video = pipe(inputs.image, tracks, job.prompt, seed=1, num_inference_steps=6, output_type="np").frames[0]
     assert psnr(video[0], np.asarray(inputs.image) / 255) > 25
-    ends = tracks.points[:, -1].round().int()  # the yellow square has come to the end of its track
-    yellow = video[-1, ends[0, 1], ends[0, 0]]
-    assert yellow[:2].min() > yellow[2] + 0.3
+    for (x, y), channel in zip(tracks.points[:, -1].round().int().tolist(), (0, 1), strict=True):
+        sprite = video[-1, y - 6 : y + 7, x - 6 : x + 7].mean((0, 1))  # The red square and the green heart have come.
+        assert sprite[channel] > np.delete(sprite, channel).max() + 0.2
 
 
 def test_its_style_lora_fits_it_and_acts():

@@ -31,30 +31,31 @@ class SpriteSet(str, Enum):
 
 @dataclass(frozen=True)
 class SpriteWorldConfig:
-    """Settings of one endless set of clips.
+    """Settings of one endless set of clips; the defaults are the bundled model's world.
 
     Lengths are fractions of the frame's shorter side; ranges are (low, high) over a whole clip.
     """
 
-    size: tuple[int, int] = (64, 64)  # (W, H) in pixels
+    size: tuple[int, int] = (128, 128)  # (W, H) in pixels
     num_frames: int = 16  # frames per clip
     kind: SpriteSet = SpriteSet.MIXED  # what moves: camera, object (the sprites), or mixed (both)
-    min_sprites: int = 1  # a clip has min_sprites..max_sprites sprites, each number equally likely
-    max_sprites: int = 2  # at most 3
-    shapes: tuple[str, ...] = SHAPE_NAMES  # shapes of the sprites
-    colours: tuple[str, ...] = tuple(SPRITE_COLOURS)  # colours of the sprites, each at most once in a clip
-    patterns: tuple[str, ...] = ()  # patterns on the sprites: striped, checked, dotted; none = plain sprites
-    keep_clear: bool = False  # sprites stay whole in view and clear of each other during the whole clip
-    background_contrast: float = 1.0  # in (0, 1]; less brings the background's two colours nearer to each other
+    min_sprites: int = 2  # a clip has min_sprites..max_sprites sprites, each number equally likely
+    max_sprites: int = 3  # at most 3
+    shapes: tuple[str, ...] = ("circle", "square", "triangle", "star", "heart")  # shapes of the sprites
+    # Colours of the sprites, each at most once in a clip.
+    colours: tuple[str, ...] = ("red", "orange", "yellow", "green", "blue", "purple")
+    patterns: tuple[str, ...] = PATTERN_NAMES  # patterns on the sprites: striped, checked, dotted; none = plain sprites
+    keep_clear: bool = True  # sprites stay whole in view and clear of each other during the whole clip
+    background_contrast: float = 0.5  # in (0, 1]; less brings the background's two colours nearer to each other
     camera_pan: tuple[float, float] = (0.15, 0.35)  # range of a pan, as a fraction of the shorter side
     camera_zoom: tuple[float, float] = (1.2, 1.5)  # range of the zoom ratio, at least 1; half of the zooms go out
     camera_roll_deg: tuple[float, float] = (12.0, 28.0)  # range of a roll in degrees, in either direction
-    sprite_radius: tuple[float, float] = (0.09, 0.15)  # range of the radii, as fractions of the shorter side
+    sprite_radius: tuple[float, float] = (0.12, 0.18)  # range of the radii, as fractions of the shorter side
     sprite_travel: tuple[float, float] = (0.15, 0.4)  # range of the distances that sprites move, as such fractions
     sprite_growth: tuple[float, float] = (1.0, 1.0)  # range of the ratio by which sprites grow; half of them shrink
-    still_prob: float = 0.15  # mixed set: probability that the camera, or any sprite but the first, stays still
+    still_prob: float = 0.4  # mixed set: probability that the camera, or any sprite but the first, stays still
     caption_motion_prob: float = 0.5  # probability that a caption also names the motion
-    grid: int = 8  # tracked points along each side of the first frame
+    grid: int = 16  # tracked points along each side of the first frame
     seed: int = 0  # seed of the set; another one gives a validation set
     style: Literal["colour", "ink"] = "colour"  # ink: the same brightness in blue ink on cream paper
 

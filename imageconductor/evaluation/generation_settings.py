@@ -11,7 +11,6 @@ from typing import Any
 from imageconductor.checkpoints.few_step import FEW_STEP_FOLDER, few_step_lora_path
 from imageconductor.checkpoints.model_folder import locate_model, read_sampling_defaults
 from imageconductor.checkpoints.reference_run import NOISE_PRIOR_NAME
-from imageconductor.data.sprite_world import SpriteWorldConfig
 from imageconductor.evaluation.box_config import BoxEvaluateConfig, BoxMethod
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, RequestSet
 from imageconductor.evaluation.fixed_requests import FixedRequests
@@ -66,8 +65,7 @@ def collect_settings(
     folder = locate_model(method.model or "")
     weights = _describe_files([*_list_weights(folder), *map(Path, list_attached_files(method))])
     settings = {key: getattr(config, key) for key in _SETTINGS}
-    if config.world != SpriteWorldConfig():
-        settings |= {"world": asdict(config.world)}
+    settings["world"] = asdict(config.world)
     made_by = {key: getattr(method, key) for key in ("model", "videos", "base", "lora", "motion_lora")}
     own = {"few_step": method.few_step, "num_inference_steps": method.num_inference_steps}
     made_by |= {key: value for key, value in own.items() if value}

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from imageconductor.data.sprite_world import SpriteWorldConfig
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, FrechetName
 from imageconductor.evaluation.frechet import Statistics, collect_statistics
 from imageconductor.evaluation.input_checks import network_file
@@ -64,9 +63,7 @@ def describe_reference(config: EvaluateConfig, distance: FrechetName, wanted: Vi
     if config.reference is not None:
         videos: Any = [describe_file(path) for path in list_reference_files(config)]
     else:
-        videos = [config.world_seed, config.num_reference, config.style]
-        if config.world != SpriteWorldConfig():
-            videos.append(asdict(config.world))
+        videos = [config.world_seed, config.num_reference, config.style, asdict(config.world)]
     return {
         "network": [distance, None if weights is None else describe_file(weights)],
         "shape": [*wanted.size, wanted.num_judged, config.reference_stride],

@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 from imageconductor.data.batches import scale_pixels
 from imageconductor.training import checkpointing
 from imageconductor.training.optimizers import MuonAndAdamW
-from imageconductor.training.patch_discriminator import PatchDiscriminator
 
 
 @dataclass
@@ -42,8 +41,6 @@ class AutoencoderConfig:
     # Of what such shifted latents differ, in parts of their variance, from those of the shifted pixels: a model that
     # carries content must predict the latter.
     latent_equivariance: float = 0.0
-    # Of a patch discriminator that learns along and keeps edges sharp, as a fraction of the reconstruction's gradient.
-    adversarial_weight: float = 0.0
     kl_weight: float = 1e-6  # of the posterior's divergence from a standard normal distribution
     mixed_precision: Literal["no", "bf16"] = "no"
     seed: int = 0  # of frames, crops, shifts and noise
@@ -78,8 +75,7 @@ def train_autoencoder(
     vae.decoder.requires_grad_(True)
     parameters = {name: parameter for name, parameter in vae.named_parameters() if parameter.requires_grad}
     optimizer = _build_optimizer(parameters, config)
-    judge = PatchDiscriminator(config.learning_rate, config.seed).to(device) if config.adversarial_weight else None
-    start = _restore(runs, vae, optimizer, judge)
+    start = _restore(runs, vae, optimizer)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=50, num_training_steps=config.max_steps)
     for _ in range(start):
         optimizer._opt_called = True  # type: ignore[attr-defined]
@@ -106,8 +102,6 @@ def train_autoencoder(
             decoded = vae.decode(latents).sample.float()
             again = vae.encode(frames).latent_dist.mean if is_shifted and config.latent_equivariance else None
         loss = F.l1_loss(decoded, frames) + F.mse_loss(decoded, frames)
-        if judge is not None:
-            loss = loss + config.adversarial_weight * judge.decoder_loss(decoded, loss, vae.decoder.conv_out.weight)
         if again is not None:
             loss = loss + config.latent_equivariance * carrying_error(latents.float(), again.float())
         loss = loss + config.kl_weight * posterior.kl().mean()
@@ -118,15 +112,13 @@ def train_autoencoder(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if judge is not None:
-            judge.learn(frames, decoded)
         if step % 10 == 0 and not is_shifted:
             psnr = -10 * torch.log10((decoded.detach() - frames).square().mean() / 4)
             bar.set_postfix(loss=f"{loss.item():.4f}", psnr=f"{psnr.item():.1f} dB")
         done = step + 1
         is_over = done == config.max_steps or time.monotonic() >= end
         if done % config.save_every == 0 or is_over:
-            _save(runs, done, vae, optimizer, judge)
+            _save(runs, done, vae, optimizer)
         if is_over:
             break
 
@@ -167,23 +159,17 @@ def settle_latents_(vae: Any, frames: Tensor) -> None:
     encoding.bias[count:] = _NO_NOISE
 
 
-def _save(runs: Path, step: int, vae: Any, optimizer: Any, judge: PatchDiscriminator | None) -> None:
-    tensors, states = {"parameters": vae.state_dict()}, {"autoencoder": optimizer.state_dict()}
-    if judge is not None:
-        tensors, states = tensors | {"judge": judge.state_dict()}, states | {"judge": judge.optimizer.state_dict()}
-    checkpointing.save(runs, step, tensors, states, keep=1)
+def _save(runs: Path, step: int, vae: Any, optimizer: Any) -> None:
+    checkpointing.save(runs, step, {"parameters": vae.state_dict()}, {"autoencoder": optimizer.state_dict()}, keep=1)
 
 
-def _restore(runs: Path, vae: Any, optimizer: Any, judge: PatchDiscriminator | None) -> int:
+def _restore(runs: Path, vae: Any, optimizer: Any) -> int:
     """Puts the latest checkpoint back, and gives its step; 0 without one."""
     checkpoint = checkpointing.latest(runs)
     if checkpoint is None:
         return 0
     vae.load_state_dict(checkpoint.tensors["parameters"])
     optimizer.load_state_dict(checkpoint.optimizer["autoencoder"])
-    if judge is not None and "judge" in checkpoint.tensors:
-        judge.load_state_dict(checkpoint.tensors["judge"])
-        judge.optimizer.load_state_dict(checkpoint.optimizer["judge"])
     return checkpoint.step
 
 

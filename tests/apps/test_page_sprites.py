@@ -43,7 +43,7 @@ def test_stopped_in_mid_run_the_next_request_is_whole(page):
     assert page.locator("#live .ic-figure img").count() == 0  # every ninth step has a picture
     page.click("#stop")
     says(page, "live", "Stopped")
-    assert np.array_equal(fetch(page, generate(page, steps=2)), first)
+    assert np.array_equal(fetch(page, generate(page, steps=4)), first)
 
 
 def test_the_mixing_board_shows_branches_and_its_sliders_act(page):

@@ -41,7 +41,8 @@ def test_points_of_a_growing_sprite_stay_on_its_pattern():
     world = SpriteWorldConfig(
         size=(128, 128),
         kind=SpriteSet.OBJECT,
-        keep_clear=True,
+        min_sprites=1,
+        max_sprites=1,
         patterns=("striped",),
         sprite_growth=(1.5, 1.8),
         sprite_radius=(0.12, 0.15),

@@ -16,6 +16,7 @@ from imageconductor.data.sprite_world import SPRITE_COLOURS, SpriteSet, SpriteWo
 from imageconductor.data.sprites import SpriteDataset, caption_words, sample_scene
 
 PATTERNED = SpriteWorldConfig(
+    size=(64, 64),
     min_sprites=2,
     max_sprites=3,
     shapes=("circle", "star"),
@@ -28,12 +29,12 @@ PATTERNED = SpriteWorldConfig(
 
 
 def test_the_defaults_draw_the_clips_that_the_bundled_model_was_trained_and_measured_on():
-    scene = sample_scene(SpriteWorldConfig(max_sprites=3), 4)
-    assert scene.caption == "a red square and an orange heart on a teal and yellow checked background"
-    assert [item.radius for item in scene.sprites] == pytest.approx([8.6299, 9.0912], abs=1e-4)
+    scene = sample_scene(SpriteWorldConfig(), 4)
+    expected = "a dotted orange circle and a checked purple heart on a navy and gray cloudy background"
+    assert scene.caption == expected
+    assert [item.radius for item in scene.sprites] == pytest.approx([23.0117, 22.0556], abs=1e-4)
     ends = [item.path[-1] for item in scene.sprites]
-    assert np.array(ends) == pytest.approx(np.array([[35.164, 31.630], [24.946, 12.416]]), abs=1e-3)
-    assert {item.pattern for item in scene.sprites} == {None}
+    assert np.array(ends) == pytest.approx(np.array([[95.960, 41.430], [32.184, 90.305]]), abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", list(SpriteSet))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,17 @@ import torch
 from imageconductor.data.backgrounds import BACKGROUND_COLOURS, Background, sample_background
 from imageconductor.data.scenes import Scene, Sprite, render, rotation
 from imageconductor.data.shapes import EXTENT, SHAPES, signed_distance
-from imageconductor.data.sprite_world import SPRITE_COLOURS, SpriteSet, SpriteWorldConfig
+from imageconductor.data.sprite_world import SHAPE_NAMES, SPRITE_COLOURS, SpriteSet, SpriteWorldConfig
 from imageconductor.data.sprites import SpriteDataset, caption_words, captions, sample_scene
 
 T = 8
+
+
+def crowd(**settings: Any) -> SpriteWorldConfig:
+    """A world in which all that can occur does: plain sprites may cover each other, leave the frame, or be alone."""
+    everything = {"shapes": SHAPE_NAMES, "colours": tuple(SPRITE_COLOURS), "patterns": (), "background_contrast": 1.0}
+    places = {"size": (64, 64), "min_sprites": 1, "max_sprites": 2, "keep_clear": False, "sprite_radius": (0.09, 0.15)}
+    return SpriteWorldConfig(**{**everything, **places, "still_prob": 0.15, "grid": 8, **settings})
 
 
 def black() -> Background:
@@ -84,7 +92,7 @@ def test_a_background_feature_is_where_its_track_is_said_to_be(camera):
 
 
 def test_visible_centres_show_their_colour_and_hidden_ones_do_not():
-    config = SpriteWorldConfig(max_sprites=3)
+    config = crowd(max_sprites=3)
     agree, hidden = [], 0
     for index in range(60):
         scene = sample_scene(config, index)
@@ -100,17 +108,17 @@ def test_visible_centres_show_their_colour_and_hidden_ones_do_not():
 
 
 def test_the_same_index_is_the_same_clip_in_any_batch():
-    data = SpriteDataset(SpriteWorldConfig(max_sprites=3, seed=5))
+    data = SpriteDataset(crowd(max_sprites=3, seed=5))
     batch = data.batch([3, 11, 4])
     for row, index in enumerate([3, 11, 4]):
-        item = SpriteDataset(SpriteWorldConfig(max_sprites=3, seed=5))[index]
+        item = SpriteDataset(crowd(max_sprites=3, seed=5))[index]
         for name in ("pixel_values", "points", "visible"):
             assert torch.equal(item[name], batch[name][row])
         assert (item["caption"], item["key"]) == (batch["caption"][row], batch["key"][row])
 
 
 def test_index_seed_and_set_each_change_the_clip():
-    base = SpriteWorldConfig()
+    base = crowd()
     videos = [render([sample_scene(base, 0)]), render([sample_scene(base, 1)])]
     videos += [render([sample_scene(dataclasses.replace(base, seed=1), 0)])]
     videos += [render([sample_scene(dataclasses.replace(base, kind=SpriteSet.OBJECT), 0)])]
@@ -121,13 +129,13 @@ def test_no_global_randomness_is_used():
     torch.manual_seed(0)
     np.random.seed(0)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    SpriteDataset(SpriteWorldConfig())[0]
+    SpriteDataset(crowd())[0]
     assert torch.equal(before[0], torch.get_rng_state())
     assert (before[1] == np.random.get_state()[1]).all()
 
 
 def test_samples_have_the_shapes_and_ranges_of_the_contract():
-    config = SpriteWorldConfig(size=(96, 64), num_frames=5, grid=4)
+    config = crowd(size=(96, 64), num_frames=5, grid=4)
     batch = SpriteDataset(config, length=9).batch([0, 8])
     assert batch["pixel_values"].shape == (2, 3, 5, 64, 96)
     assert batch["pixel_values"].dtype == torch.uint8
@@ -141,7 +149,7 @@ def test_samples_have_the_shapes_and_ranges_of_the_contract():
 
 
 def test_in_the_camera_set_sprites_and_background_share_one_similarity():
-    data = SpriteDataset(SpriteWorldConfig(kind=SpriteSet.CAMERA))
+    data = SpriteDataset(crowd(kind=SpriteSet.CAMERA))
     for index in range(20):
         scene = data.scene(index)
         points, _ = scene.track(data.grid_points)
@@ -156,7 +164,7 @@ def test_in_the_camera_set_sprites_and_background_share_one_similarity():
 def test_the_camera_is_the_identity_in_frame_0_and_moves_plainly_after_it():
     for kind in SpriteSet:
         for index in range(40):
-            scene = sample_scene(SpriteWorldConfig(kind=kind), index)
+            scene = sample_scene(crowd(kind=kind), index)
             assert (scene.camera[0] == np.eye(2, 3)).all()
             if kind == SpriteSet.OBJECT:
                 assert (scene.camera == np.eye(2, 3)).all()
@@ -167,7 +175,7 @@ def test_the_camera_is_the_identity_in_frame_0_and_moves_plainly_after_it():
 
 def test_in_the_object_set_pixels_away_from_the_sprites_never_change():
     for index in range(10):
-        scene = sample_scene(SpriteWorldConfig(kind=SpriteSet.OBJECT, max_sprites=3), index)
+        scene = sample_scene(crowd(kind=SpriteSet.OBJECT, max_sprites=3), index)
         video = render([scene])[0]
         y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
         far = torch.ones(64, 64, dtype=torch.bool)
@@ -181,7 +189,7 @@ def test_in_the_object_set_pixels_away_from_the_sprites_never_change():
 
 def test_a_moving_camera_is_visible_in_every_part_of_the_frame():
     for index in range(40):
-        scene = sample_scene(SpriteWorldConfig(kind=SpriteSet.CAMERA), index)
+        scene = sample_scene(crowd(kind=SpriteSet.CAMERA), index)
         video = render([dataclasses.replace(scene, sprites=())])[0].float()
         change = (video - video[:, :1]).abs().amax((0, 1))
         blocks = torch.nn.functional.max_pool2d(change[None], 16)
@@ -216,7 +224,7 @@ def test_leaving_the_frame_hides_a_point_and_coming_back_shows_it():
 
 def test_sprites_start_inside_the_frame_and_apart():
     for index in range(200):
-        scene = sample_scene(SpriteWorldConfig(max_sprites=3), index)
+        scene = sample_scene(crowd(max_sprites=3), index)
         assert 1 <= len(scene.sprites) <= 3
         y, x = np.mgrid[-1:65, -1:65]
         pixels = torch.from_numpy(np.stack([x, y], axis=-1).reshape(-1, 2)).double()
@@ -233,14 +241,14 @@ def test_sprites_start_inside_the_frame_and_apart():
 
 
 def test_most_sprites_stay_in_view():
-    scenes = [sample_scene(SpriteWorldConfig(kind=kind), index) for kind in SpriteSet for index in range(60)]
+    scenes = [sample_scene(crowd(kind=kind), index) for kind in SpriteSet for index in range(60)]
     inside = [((c > 0) & (c < 63)).all() for scene in scenes for c in scene.object_centres()[0]]
     assert np.mean(inside) > 0.95
 
 
 @pytest.mark.parametrize("kind", list(SpriteSet))
 def test_captions_name_exactly_what_is_in_the_scene(kind):
-    config = SpriteWorldConfig(kind=kind, max_sprites=3, caption_motion_prob=1.0)
+    config = crowd(kind=kind, max_sprites=3, caption_motion_prob=1.0)
     vocabulary = set(caption_words())
     for index in range(200):
         scene = sample_scene(config, index)
@@ -256,14 +264,14 @@ def test_captions_name_exactly_what_is_in_the_scene(kind):
 
 
 def test_motion_words_are_stated_as_often_as_asked_and_change_nothing_else():
-    silent, chatty = (SpriteWorldConfig(caption_motion_prob=p) for p in (0.0, 1.0))
+    silent, chatty = (crowd(caption_motion_prob=p) for p in (0.0, 1.0))
     assert not any("camera" in text for text in captions(silent, 50))
     assert all("camera" in text for text in captions(chatty, 50))
     assert torch.equal(render([sample_scene(silent, 7)]), render([sample_scene(chatty, 7)]))
 
 
 def test_motion_words_tell_the_truth():
-    config = SpriteWorldConfig(kind=SpriteSet.CAMERA)
+    config = crowd(kind=SpriteSet.CAMERA)
     seen = set()
     for index in range(300):
         scene = sample_scene(config, index)
@@ -287,7 +295,7 @@ def test_motion_words_tell_the_truth():
         if "returns" in words:
             assert scene.camera[-1] == pytest.approx(np.eye(2, 3), abs=1e-9)
     assert len(seen) == 8
-    moving = [item for i in range(60) for item in sample_scene(SpriteWorldConfig(kind=SpriteSet.OBJECT), i).sprites]
+    moving = [item for i in range(60) for item in sample_scene(crowd(kind=SpriteSet.OBJECT), i).sprites]
     for item in moving:
         shift = item.path[-1] - item.path[0]
         if item.motion in ("moves left", "moves right"):
@@ -316,7 +324,7 @@ def test_backgrounds_stay_apart_from_any_sprite_colours():
         ("sprite_radius", (0.0, 0.1)),
         ("caption_motion_prob", 1.5),
         ("kind", "zoo"),
-        ("min_sprites", 3),
+        ("min_sprites", 4),
         ("shapes", ()),
         ("shapes", ("blob",)),
         ("colours", ("red",)),
@@ -332,16 +340,16 @@ def test_impossible_settings_are_refused_by_value(field, value):
 
 def test_render_refuses_scenes_of_different_sizes():
     with pytest.raises(ValueError, match="one size"):
-        render([sample_scene(SpriteWorldConfig(), 0), sample_scene(SpriteWorldConfig(size=(32, 32)), 0)])
+        render([sample_scene(crowd(), 0), sample_scene(crowd(size=(32, 32)), 0)])
 
 
 def test_ink_keeps_the_brightness_and_has_two_colours():
-    scene = sample_scene(SpriteWorldConfig(), 3)
+    scene = sample_scene(crowd(), 3)
     coloured, ink = (render([dataclasses.replace(scene, style=style)])[0].double() for style in ("colour", "ink"))
     brightness = 0.299 * coloured[0] + 0.587 * coloured[1] + 0.114 * coloured[2]
     expected = [low + (high - low) * brightness / 255 for low, high in ((28, 246), (36, 238), (84, 216))]
     assert (ink - torch.stack(expected)).abs().max() < 1.6
-    drawn = SpriteDataset(SpriteWorldConfig(style="ink"), 4)[3]["pixel_values"]
+    drawn = SpriteDataset(crowd(style="ink"), 4)[3]["pixel_values"]
     assert torch.equal(drawn.double(), ink)
 
 

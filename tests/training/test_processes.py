@@ -140,7 +140,7 @@ def test_a_model_is_built_in_parts_by_two_processes_on_a_machine_with_few_packag
           {autoencoder_channels: [8, 8, 8], latent_channels: 4, block_out_channels: [16, 16], norm_num_groups: 4,
            num_attention_heads: 2, text_width: 16, text_layers: 1}
         autoencoder: {max_steps: 2000, batch_size: 4, crop: 32}
-        decoder: {max_steps: 2000, batch_size: 4, crop: 32, decoder_only: true, adversarial_weight: 0.1}
+        decoder: {max_steps: 2000, batch_size: 4, crop: 32, decoder_only: true}
         foundation: [configs/train/sprites/foundation_dense.yaml]
         stages: [configs/train/sprites/camera_lora.yaml, configs/train/sprites/object_lora.yaml]
         """
