@@ -43,7 +43,11 @@ def test_a_file_that_states_points_alone_is_the_curve_of_the_release(num_frames,
 
 def test_the_bundled_drawing_is_where_it_was():
     points = Trajectories.load(ASSETS / "sprites.json", 16).points[0, [1, 5, 9]]
-    was = [[24.21917845117845, 40.69066666666667], [29.457912457912457, 45.88888888888889], [35.22836363636363, 46.984]]
+    was = [
+        [79.50399999999999, 78.07977425044093],
+        [71.84615384615384, 88.37389770723104],
+        [62.05292307692307, 93.24495238095237],
+    ]
     torch.testing.assert_close(points, torch.tensor(was, dtype=torch.float64), rtol=0, atol=1e-12)
 
 

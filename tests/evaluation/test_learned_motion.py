@@ -344,5 +344,5 @@ def test_configs_that_cannot_be(work, tmp_path):
     methods = {"a": LearnedMethod(f"{work}/model"), "b": LearnedMethod("models/sprites")}
     motion = LearnedMotion([f"{work}/clips/left"], ["p"])
     config = LearnedMotionConfig(methods=methods, motions={"m": motion}, device="cpu")
-    with pytest.raises(ValueError, match="a 32x32x4 and b 64x64x16; set size and num_frames"):
+    with pytest.raises(ValueError, match="a 32x32x4 and b 128x128x16; set size and num_frames"):
         LearnedMotionEvaluation(config, tmp_path / "out")

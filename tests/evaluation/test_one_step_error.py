@@ -35,7 +35,8 @@ def test_sources_are_the_inverse_of_tracks(kind):
 
 def test_a_warped_first_frame_shows_what_the_later_frames_show():
     for index in range(4):
-        scene = sample_scene(replace(WORLD, kind=SpriteSet.CAMERA, sprite_radius=(0.2, 0.25)), index)
+        plain = {"patterns": (), "min_sprites": 1, "max_sprites": 2, "keep_clear": False, "background_contrast": 1.0}
+        scene = sample_scene(replace(WORLD, kind=SpriteSet.CAMERA, sprite_radius=(0.2, 0.25), **plain), index)
         frames = render([scene])[0].float()
         sources, _ = scene.sources()
         inside = ((sources >= 0) & (sources <= torch.tensor([95.0, 63.0]))).all(-1)

@@ -129,7 +129,7 @@ def test_requests_are_held_out_and_repeat(tmp_path):
 
 @pytest.mark.parametrize("motions", ["own", "presets"])
 def test_scenes_are_of_the_stated_world(motions, tmp_path):
-    world = SpriteWorldConfig(shapes=("heart",), patterns=("dotted",), min_sprites=2, caption_motion_prob=1.0, seed=5)
+    world = SpriteWorldConfig(shapes=("heart",), patterns=("dotted",), max_sprites=2, caption_motion_prob=1.0, seed=5)
     config = replace(scene_config(tmp_path), motions=motions, world=world)
     for kind in ("camera", "object"):
         for request in build_requests(config, kind, SIZE, FRAMES):

@@ -210,7 +210,7 @@ def test_gates_of_another_model_are_refused(tiny_model, object_gates, tmp_path):
         ("scene_gates", {"object_gates": None}, FileNotFoundError, "has no object gates; name those of a run"),
         ("scene_gates", {"object_gates": "nowhere"}, FileNotFoundError, "no object gates at nowhere"),
         ("scene_gates", {"max_objects": 3}, ValueError, "are made for 4 objects, absent ones included"),
-        ("object_gates", {"max_objects": 1}, ValueError, "up to world.max_sprites=2 objects, more than max_objects=1"),
+        ("object_gates", {"max_objects": 1}, ValueError, "up to world.max_sprites=3 objects, more than max_objects=1"),
         ("object_gates", {"data": ["nowhere"]}, FileNotFoundError, "no clips with boxes at nowhere"),
     ],
 )

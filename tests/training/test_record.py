@@ -43,7 +43,7 @@ REFUSED = {
     "learning rate": ({"learning_rate": 1e-3}, "learning_rate=0.01, now 0.001"),
     "clips per step": ({"batch_size": 3}, "clips_per_step=1, now 3"),
     "data": ({"sets": ["camera"]}, 'sets=["mixed"], now ["camera"]'),
-    "world": ({"still": 0.5}, "world.still_prob=0.15, now 0.5"),
+    "world": ({"still": 0.5}, "world.still_prob=0.4, now 0.5"),
     "precision": ({"mixed_precision": "bf16"}, "mixed_precision=no, now bf16"),
     "length of a cosine": ({"lr_schedule": "cosine", "max_steps": 9}, "max_steps=2, now 9"),
     "model": ({"model": "elsewhere"}, "now elsewhere"),
