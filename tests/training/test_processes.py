@@ -135,7 +135,7 @@ def test_a_model_is_built_in_parts_by_two_processes_on_a_machine_with_few_packag
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         """
-        world: {size: [32, 32], num_frames: 4, grid: 4, max_sprites: 1}
+        world: {size: [32, 32], num_frames: 4, grid: 4, min_sprites: 1, max_sprites: 1}
         model:
           {autoencoder_channels: [8, 8, 8], latent_channels: 4, block_out_channels: [16, 16], norm_num_groups: 4,
            num_attention_heads: 2, text_width: 16, text_layers: 1}
