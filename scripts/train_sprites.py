@@ -21,12 +21,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import PartialState
+from omegaconf import OmegaConf
 from PIL import Image
 
 from imageconductor.checkpoints.assembly import AssemblyConfig, assemble
 from imageconductor.command_line import finite_float, parse_command_line
 from imageconductor.commands.assemble import write_model_folder
 from imageconductor.conditioning.flow_map import FlowMapConvention
+from imageconductor.config import read_yaml
 from imageconductor.data.batches import Batches, SpriteSamples, scale_pixels
 from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
 from imageconductor.data.sprites import caption_words, captions
@@ -333,12 +335,19 @@ def finish(recipe: SpriteRecipe, runs: Path, model: Path, made: dict[str, Path])
     before = sorted((Path(recipe.start) / "training").glob("*.yaml")) if recipe.start is not None else []
     configs = [runs / Path(path).stem / "config.yaml" for path in [*recipe.foundation, *recipe.stages]]
     provenance = {f"training/{path.name}": path.read_text() for path in before}
-    provenance |= {f"training/{path.parent.name}.yaml": path.read_text() for path in configs}
+    provenance |= {f"training/{path.parent.name}.yaml": describe_part(path) for path in configs}
     assembly.provenance = provenance
     output = Path(recipe.output)
     write_model_folder(assembly, output, replace=True)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"{output} ({size / 1e6:.1f} MB)")
+
+
+def describe_part(path: Path) -> str:
+    """The configuration of a part as one process would take it: `batch_size` is all clips of a step."""
+    settings = read_yaml(path)
+    settings["batch_size"] *= PartialState().num_processes
+    return OmegaConf.to_yaml(OmegaConf.create(settings))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a small UNet has beyond AnimateDiff's: it reads the first frame at places that it chooses."""
+"""What a small UNet has beyond AnimateDiff's: it reads the first frame at places that it chooses or is told."""
 
 from __future__ import annotations
 
@@ -86,6 +86,46 @@ class WarpedOutput(nn.Module):
         read = _read(first, offsets.flatten(0, 1)).unflatten(0, (-1, self.num_reads))
         weights = logits.float().softmax(dim=1)[:, :, None]
         return (weights[:, 0] * painted.float() + (weights[:, 1:] * read).sum(1)).to(painted.dtype)
+
+
+class WarpedSkips(nn.Module):
+    """The first frame's latents, moved as the flow map tells, joined to the skip connections of their resolution.
+
+    A flow map reaches further than the shape that is dragged, so each place has to decide between what would arrive and
+    what was there. Here it sees both before the up path ends, and not only when the output mixes them.
+
+    Args:
+        latent_channels: C.
+        channels: D, of the skip connections.
+        num_skips: How many have the latents' resolution; they come first.
+    """
+
+    def __init__(self, latent_channels: int, channels: int, num_skips: int):
+        super().__init__()
+        self.compare = nn.Conv2d(2 * latent_channels + 2, channels, 3, padding=1)
+        self.add = nn.ModuleList(nn.Conv2d(channels, channels, 1) for _ in range(num_skips))
+        for layer in self.add:
+            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def forward(self, skips: tuple[Tensor, ...], residuals: Residuals | None, num_frames: int) -> tuple[Tensor, ...]:
+        """The skip connections, those of the latents' resolution changed.
+
+        Args:
+            skips: Each (B*T, D_i, h_i, w_i).
+            residuals: With pictures, of which only first frames are read, and displacements. Without pictures nothing
+                is changed, without displacements the first frame is joined as it is.
+            num_frames: T.
+        """
+        if residuals is None or residuals.pictures is None:
+            return skips
+        first = residuals.pictures[::num_frames].repeat_interleave(num_frames, dim=0)
+        offsets = residuals.displacements
+        offsets = first.new_zeros(len(first), 2, *first.shape[2:]) if offsets is None else _PLACES_OF_UNIT * offsets
+        seen = torch.cat([_read(first, -offsets), first.float(), offsets.float()], dim=1)
+        told = F.silu(self.compare(seen.to(skips[0].dtype)))
+        joined = (skip + layer(told) for skip, layer in zip(skips, self.add, strict=False))
+        return (*joined, *skips[len(self.add) :])
 
 
 def add_first_frame_warp_(unet: nn.Module, num_heads: int, norm_num_groups: int) -> None:

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from imageconductor.models.controlnets import Residuals
-from imageconductor.models.first_frame_warp import WarpedOutput, add_first_frame_warp_
+from imageconductor.models.first_frame_warp import WarpedOutput, WarpedSkips, add_first_frame_warp_
 from imageconductor.models.gating import Gating, open_gate_places_
 from imageconductor.models.motion_module import (
     adopt_motion_modules_,
@@ -91,6 +91,7 @@ class TwoHalves:
     conv_out: Any
     linear_out: Any  # these two where there is a `first_frame_warp`
     warped_out: Any
+    warped_skips: Any  # where there are any
 
     def encode(
         self, sample: Tensor, timestep: Tensor | int, encoder_hidden_states: Tensor, gating: Gating | None = None
@@ -131,6 +132,8 @@ class TwoHalves:
                 raise ValueError(f"the UNet has {len(skips)} skip connections, got {len(residuals.down)} residuals")
             skips = tuple(skip + residual for skip, residual in zip(skips, residuals.down, strict=True))
             hidden = hidden + residuals.mid
+        if hasattr(self, "warped_skips"):
+            skips = self.warped_skips(skips, residuals, features.num_frames)
 
         attends = attention_arguments(features.text, features.gating)
         for block in self.up_blocks:
@@ -193,14 +196,22 @@ class MotionUNet(TwoHalves, UNetMotionModel):  # pyright: ignore[reportIncompati
         first_frame_warp: Whether the up path and the output, which is then x_0, also read the first frame at places
             that they choose, and the output depends on the features linearly too. AnimateDiff's does nothing of the
             kind; it is for small networks.
+        first_frame_skips: Whether skip connections are joined by the first frame's latents, moved as the flow map
+            tells; for small networks too.
         kwargs: As diffusers' `UNetMotionModel`.
     """
 
     def __init__(
-        self, *args: Any, motion_norm_num_groups: int | None = None, first_frame_warp: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        motion_norm_num_groups: int | None = None,
+        first_frame_warp: bool = False,
+        first_frame_skips: bool = False,
+        **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.register_to_config(motion_norm_num_groups=motion_norm_num_groups, first_frame_warp=first_frame_warp)
+        own = {"first_frame_warp": first_frame_warp, "first_frame_skips": first_frame_skips}
+        self.register_to_config(motion_norm_num_groups=motion_norm_num_groups, **own)
         adopt_motion_modules_(self, motion_norm_num_groups)
         if first_frame_warp:
             self.linear_out = nn.Conv2d(self.conv_norm_out.num_channels, self.config["out_channels"], 1)
@@ -208,11 +219,15 @@ class MotionUNet(TwoHalves, UNetMotionModel):  # pyright: ignore[reportIncompati
             nn.init.zeros_(self.linear_out.bias)  # type: ignore[arg-type]
             self.warped_out = WarpedOutput(self.conv_norm_out.num_channels)
             add_first_frame_warp_(self, self.config["motion_num_attention_heads"], self.config["norm_num_groups"])
+        if first_frame_skips:
+            layers = self.config["layers_per_block"]
+            count = 1 + (layers if isinstance(layers, int) else layers[0])  # of the latents' resolution
+            self.warped_skips = WarpedSkips(self.config["in_channels"], self.config["block_out_channels"][0], count)
         open_gate_places_(self)
         adopt_text_attention_(self)
 
     __init__.__signature__ = signature_with(  # type: ignore
-        UNetMotionModel.__init__, motion_norm_num_groups=None, first_frame_warp=False
+        UNetMotionModel.__init__, motion_norm_num_groups=None, first_frame_warp=False, first_frame_skips=False
     )
 
 

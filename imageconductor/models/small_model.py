@@ -42,6 +42,8 @@ class SmallModelConfig:
     attention_at_full_resolution: bool = False
     # The UNet reads the first frame at places that it chooses; a small one learns in minutes to carry content so.
     first_frame_warp: bool = False
+    # Its skip connections see what the flow map says would arrive.
+    first_frame_skips: bool = False
     # "v_prediction" and "sample" learn faster from scratch than "epsilon", with zero terminal SNR.
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     # Accumulated, as the paper's text has it: each frame tells how far things have come (docs/decisions.md, 21).
@@ -116,6 +118,7 @@ def build_small_model(config: SmallModelConfig, captions: Iterable[str], seed: i
             norm_num_groups=config.norm_num_groups,
             use_motion_mid_block=False,
             first_frame_warp=config.first_frame_warp,
+            first_frame_skips=config.first_frame_skips,
         )
         vae_scale_factor = 2 ** (len(config.autoencoder_channels) - 1)
         image_controlnet = ImageControlNet.from_unet(unet, conditioning_channels=config.latent_channels)

@@ -157,7 +157,8 @@ class TrajectoryConfig(TrainConfig):
     """Settings of stages that see trajectories."""
 
     motion_controlnet: str | None = None  # folder of a motion ControlNet to start from, e.g. a dense run's
-    trajectories: Literal["dense", "sparse"] = "sparse"  # every visible track of a clip, or 1..max_tracks of them
+    # Every visible track of a clip, 1..max_tracks of them by their motion, or as many whose motions differ.
+    trajectories: Literal["dense", "sparse", "distinct"] = "sparse"
     max_tracks: int = 8  # upper limit of n, section 2.2
 
     def __post_init__(self) -> None:

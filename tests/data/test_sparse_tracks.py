@@ -80,3 +80,32 @@ def test_a_still_clip_shows_visible_tracks_and_draws_repeat():
     assert torch.equal(drawn[3], sample_sparse(points, visible, 8, generator(3)))
     visible[:] = False
     assert not sample_sparse(points, visible, 8, generator()).any()
+
+
+def told(points, visible, count, *, distinct):
+    """Fraction of 200 draws of `count` tracks at most that hold one of the last ten tracks, which move apart."""
+    drawn = [sample_sparse(points, visible, count, generator(seed), distinct=distinct)[0] for seed in range(200)]
+    return torch.stack([keep[-10:].any() for keep in drawn]).float().mean().item()
+
+
+def test_distinct_tracks_tell_a_small_motion_beside_a_large_one():
+    points, visible = tracks(*[20.0] * 90, *[12.0] * 10)
+    assert told(points, visible, 4, distinct=False) < 0.25
+    assert told(points, visible, 4, distinct=True) > 0.7  # all but a quarter of the draws have two tracks or more
+
+
+def test_a_track_that_is_covered_or_leaves_is_not_taken_for_another_motion():
+    points, visible = tracks(*[20.0] * 90, *[12.0] * 10)
+    visible[0, :60, 1:] = False
+    points[~visible] = torch.nan
+    points[0, 60:, 0] = 0.0
+    assert told(points, visible, 4, distinct=True) > 0.7
+
+
+def test_distinct_tracks_are_as_many_as_others_and_never_still_ones():
+    points, visible = tracks(*[1.0] * 20, *[0.0] * 20)
+    for seed in range(80):
+        plain, keep = (sample_sparse(points, visible, 8, generator(seed), distinct=d)[0] for d in (False, True))
+        assert keep.sum() == plain.sum()
+        assert not keep[20:].any()
+    assert sample_sparse(points[:, :5], visible[:, :5], 64, generator(1), distinct=True).all()

@@ -9,13 +9,15 @@ from torch import nn
 from imageconductor.conditioning.flow_map import flow_map
 from imageconductor.models.controlnets import Residuals
 from imageconductor.models.denoiser import Condition
-from imageconductor.models.first_frame_warp import FirstFrameWarp, WarpedOutput
+from imageconductor.models.first_frame_warp import FirstFrameWarp, WarpedOutput, WarpedSkips
 from imageconductor.models.motion_module import motion_modules_bypassed
 from imageconductor.models.motion_unet import MotionUNet
 from imageconductor.models.small_model import SmallModelConfig, build_small_model
 
 SIZES = {"text_width": 8, "text_layers": 1, "text_length": 8}
-SMALL = SmallModelConfig((8, 8), 4, (8, 16), 1, 2, 4, 16, **SIZES, first_frame_warp=True, prediction_type="sample")
+READS = {"first_frame_warp": True, "first_frame_skips": True, "prediction_type": "sample"}
+SMALL = SmallModelConfig((8, 8), 4, (8, 16), 1, 2, 4, 16, **SIZES, **READS)
+PLAIN = replace(SMALL, first_frame_warp=False, first_frame_skips=False)
 
 
 def reading_warp(*offsets):
@@ -118,6 +120,50 @@ def test_reads_learn_to_differ():
     assert all(not torch.allclose(read[0], other) for other in read[1:])
 
 
+def comparing():
+    """Two skip connections to which what would arrive and what was there are added."""
+    skips = WarpedSkips(1, 2, 2)
+    with torch.no_grad():
+        skips.compare.weight.zero_()
+        skips.compare.weight[[0, 1], [0, 1], 1, 1] = 1.0
+        skips.compare.bias.fill_(20.0)  # where SiLU is the identity
+        for layer in skips.add:
+            layer.weight.copy_(torch.eye(2)[..., None, None])
+            layer.bias.fill_(-20.0)
+    return skips
+
+
+def test_skip_connections_see_what_would_arrive_beside_what_was_there():
+    pictures = torch.rand(4, 1, 5, 8)
+    own, coarse = torch.zeros(4, 2, 5, 8), torch.zeros(4, 2, 2, 4)
+    displacements = torch.tensor([2 / 8, -1 / 5]).view(1, 2, 1, 1).repeat(4, 1, 5, 8)
+    with torch.no_grad():
+        first, second, rest = comparing()((own, own, coarse), showing(pictures, displacements), 2)
+        alone = comparing()((own, own, coarse), showing(pictures), 2)[0]
+    there = pictures[[0, 0, 2, 2]]
+    torch.testing.assert_close(first[:, :1, :-1, 2:], there[:, :, 1:, :-2], atol=1e-5, rtol=0)
+    torch.testing.assert_close(first[:, 1:], there, atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone, there.expand(-1, 2, -1, -1), atol=1e-5, rtol=0)
+    assert torch.equal(first, second)
+    assert rest is coarse
+
+
+def test_untrained_skip_connections_are_as_they_were(networks):
+    unet, (x, pictures) = networks.unet, torch.randn(2, 2, 4, 3, 8, 8)
+    assert len(unet.warped_skips.add) == 2  # conv_in and the one layer of the first level
+    t, text, mask = torch.tensor(500), torch.zeros(2, 4, 8), torch.ones(2, 1, 3, 8, 8)
+    with torch.no_grad():
+        given = networks.image_controlnet(t, text, pictures, mask)
+        features = unet.encode(x, t, text)
+        before = unet.decode(features, given)
+        unet.warped_skips.add[0].weight.normal_()
+        assert not torch.allclose(unet.decode(features, given), before)
+        blind = unet.decode(features, replace(given, pictures=None))
+        del unet.warped_skips
+        torch.testing.assert_close(unet.decode(features, given), before)
+        torch.testing.assert_close(unet.decode(features, replace(given, pictures=None)), blind)
+
+
 def test_pictures_reach_the_output_whatever_is_added_stacked_or_repeated(networks):
     unet, image, motion = networks.unet, networks.image_controlnet, networks.motion_controlnet
     with torch.no_grad():
@@ -203,7 +249,7 @@ def test_only_a_videos_own_first_frame_is_read(networks):
 
 
 def test_where_motion_modules_are_bypassed_so_is_the_warp(networks):
-    plain = build_small_model(replace(SMALL, first_frame_warp=False), ["a word"], seed=1).unet
+    plain = build_small_model(PLAIN, ["a word"], seed=1).unet
     state = {key: value for key, value in networks.unet.state_dict().items() if key in plain.state_dict()}
     plain.load_state_dict(state)
     with torch.no_grad():
@@ -221,7 +267,7 @@ def test_a_saved_unet_keeps_it_and_others_have_none(networks, tmp_path):
     x = torch.randn(1, 4, 3, 8, 8)
     torch.testing.assert_close(predict(loaded, x), predict(networks.unet, x))
     assert sum("first_frame_warp" in key for key in loaded.state_dict()) == 4 * 8
-    plain = build_small_model(replace(SMALL, first_frame_warp=False), ["a word"], seed=1)
+    plain = build_small_model(PLAIN, ["a word"], seed=1)
     assert not any(name in key for key in plain.unet.state_dict() for name in ("warp", "linear_out"))
     for controlnet in (networks.image_controlnet, networks.motion_controlnet):
         assert not any("first_frame_warp" in key for key in controlnet.state_dict())

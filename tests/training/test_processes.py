@@ -158,6 +158,7 @@ def test_a_model_is_built_in_parts_by_two_processes_on_a_machine_with_few_packag
     start = json.loads((runs / "foundation_dense" / "environment.jsonl").read_text().splitlines()[-1])
     assert start["settings"]["batch_size"] == 8  # half of the recipe's
     assert start["clips_per_step"] == 16
+    assert "\nbatch_size: 16\n" in (output / "training" / "foundation_dense.yaml").read_text()
 
 
 # What accelerate makes of configs/accelerate/fsdp.yaml and deepspeed.yaml.

@@ -244,7 +244,7 @@ class TrajectoryStage(Stage):
         if config.motion_controlnet is not None:
             networks.motion_controlnet = load_network("motion_controlnet", Path(config.motion_controlnet))
         super().__init__(networks, config)
-        self.is_sparse, self.max_tracks = config.trajectories == "sparse", config.max_tracks
+        self.trajectories, self.max_tracks = config.trajectories, config.max_tracks
 
     @classmethod
     def check(cls, config: Any) -> None:
@@ -264,7 +264,9 @@ class TrajectoryStage(Stage):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Flow map (B, 2, T, H, W) of every clip, as the motion ControlNet wants it drawn; every clip has one."""
         device, points, visible = self.unet.device, batch["points"], batch["visible"]
-        if self.is_sparse:  # Before they are on the GPU, which would have to be waited for.
-            visible = visible & sample_sparse(points, visible, self.max_tracks, generators)[..., None]
+        if self.trajectories != "dense":  # Before they are on the GPU, which would have to be waited for.
+            distinct = self.trajectories == "distinct"
+            shown = sample_sparse(points, visible, self.max_tracks, generators, distinct=distinct)
+            visible = visible & shown[..., None]
         sent = send(points, device), send(visible, device)
         return flow_map(*sent, size, self.motion_controlnet.flow_convention), None
