@@ -82,7 +82,7 @@ def test_a_motion_is_saved_and_played_on_another_picture(page, tmp_path):
     page.wait_for_function("() => document.querySelector('#control input:checked').value == 'camera'")
     generate(page)
     drawn = json.loads(download(page, "get-trajectories", tmp_path).read_text())["tracks"]
-    assert np.abs(np.array(drawn[0]["points"][0]) - [19.875, 18.375]).max() <= 0.25  # (81, 75) of 128 x 128 in 32 x 32
+    assert np.abs(np.array(drawn[0]["points"][0]) - [15.375, 21.375]).max() <= 0.25  # (63, 87) of 128 x 128 in 32 x 32
     (tmp_path / "other.json").write_text('{"tracks": []}')
     page.set_input_files("#presets input[type=file]", tmp_path / "other.json")
     says(page, "error-preset", "other.json is no motion preset")
