@@ -35,7 +35,7 @@ def test_one_click_makes_a_video_that_plays_in_a_loop(page):
 
 
 def test_stopped_in_mid_run_the_next_request_is_whole(page):
-    first = fetch(page, generate(page))
+    first = fetch(page, generate(page, steps=4))
     put(page, "steps", 90)
     page.click("#generate")
     says(page, "live", "Step 2 of 90")

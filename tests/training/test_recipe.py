@@ -24,7 +24,7 @@ def test_every_phase_takes_the_recipes_world_and_a_share_of_its_steps(recipe, tm
         assert config.output == str(tmp_path / Path(path).stem)
         assert tried.max_steps == max(2, round(config.max_steps / 100))
     spacings = [stage_config(path, recipe, 1, tmp_path, tmp_path).max_frame_spacing for path in recipe.foundation]
-    assert spacings == [5, 5, None]  # far and near, then whole clips
+    assert spacings == [5, 5, None, None]  # far and near, then whole clips
 
 
 def test_a_gpu_takes_more_clips_and_processes_share_them(recipe, tmp_path, monkeypatch):
