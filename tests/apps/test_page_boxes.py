@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import tiny_gates, tiny_pipeline
+from page_visit import put
 
 pytest.importorskip("gradio", reason="gradio is not installed: make test-web installs it")
 
@@ -72,7 +73,7 @@ def test_drawn_boxes_reach_the_video_its_files_and_a_preset(page, tmp_path):
     page.locator("#editor [aria-label=Frame]").fill("3")
     pull(page, (0.3, 0.4), (0.6, 0.7))
     page.click("#advanced button.label-wrap")
-    page.locator("#scene-guidance input[type=number]").fill("2")
+    put(page, "scene-guidance", 2)
     page.locator("#first-frame-by label", has_text="its ControlNet").click()
     generate(page, 1)
     found = json.loads(download(page, "get-boxes", tmp_path).read_text())
