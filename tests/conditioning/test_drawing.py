@@ -1,7 +1,6 @@
 """What a drawing may state beside its points: when and how fast, between which frames, what it moves, the camera."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from scipy.interpolate import PchipInterpolator
 from imageconductor.conditioning import FlowMapConvention, Trajectories, build_flow_map, camera_motion
 from imageconductor.conditioning.trajectories import inside
 
-ASSETS = Path(__file__).parents[2] / "assets"
 SIZE = (64, 48)
 CORNER = [[10, 8], [40, 8], [40, 38]]
 
@@ -41,8 +39,10 @@ def test_a_file_that_states_points_alone_is_the_curve_of_the_release(num_frames,
     assert drawn.control is None
 
 
-def test_the_bundled_drawing_is_where_it_was():
-    points = Trajectories.load(ASSETS / "sprites.json", 16).points[0, [1, 5, 9]]
+def test_a_drawing_of_an_earlier_release_is_where_it_was(tmp_path):
+    path = tmp_path / "walk.json"
+    path.write_text('{"width": 128, "height": 128, "tracks": [{"points": [[81, 75], [66, 92], [42, 96]]}]}')
+    points = Trajectories.load(path, 16).points[0, [1, 5, 9]]
     was = [
         [79.50399999999999, 78.07977425044093],
         [71.84615384615384, 88.37389770723104],
