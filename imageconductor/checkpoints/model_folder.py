@@ -259,6 +259,12 @@ def read_vae_scale_factor(folder: str | Path) -> int:
     return 2 ** (len(_read_part_config(folder, "vae")["block_out_channels"]) - 1)
 
 
+def reads_first_frame(folder: str | Path) -> bool:
+    """Whether the UNet of a folder that was checked reads the first frame along displacements; only small ones do."""
+    config = _read_part_config(folder, "unet")
+    return bool(config.get("first_frame_warp") or config.get("first_frame_skips"))
+
+
 def read_latent_channels(folder: str | Path) -> int:
     """Channels of the latents, of a folder that was checked."""
     return _read_part_config(folder, "unet")["in_channels"]

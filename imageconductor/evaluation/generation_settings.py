@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from imageconductor.checkpoints.few_step import FEW_STEP_FOLDER, few_step_lora_path
-from imageconductor.checkpoints.model_folder import locate_model, read_sampling_defaults
+from imageconductor.checkpoints.model_folder import locate_model, read_gate_config, read_sampling_defaults
 from imageconductor.checkpoints.reference_run import NOISE_PRIOR_NAME
 from imageconductor.evaluation.box_config import BoxEvaluateConfig, BoxMethod
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, RequestSet
@@ -143,6 +143,7 @@ def collect_box_settings(config: BoxEvaluateConfig, method: BoxMethod, job: Samp
         **{key: getattr(job, key) for key in (*kept, "dtype", "first_frame_by")},
         "method": asdict(method) | {"model": job.model},
         "weights": _describe_files([*_list_weights(Path(job.model)), *map(Path, loras)]),
+        "gates": read_gate_config(str(job.model), "object_gates"),
     }
     return json.loads(json.dumps(settings, default=str))
 

@@ -62,8 +62,8 @@ class Residuals:
         mid: (B*T, C, h, w).
         pictures: (B*T, C, h, w), latents of the given frames as the image ControlNet read them, for a UNet that reads
             them itself (`first_frame_warp`); None = no pictures.
-        displacements: (B*T, 2, h, w), how far what is at a place has come since frame 0, as the flow map tells it, in
-            widths and heights of the frame, x first, for such a UNet; 0 = nothing is told, None = none at all.
+        displacements: (B*T, 2, h, w), how far what is at a place has come since frame 0, as flow map or boxes tell it,
+            in widths and heights of the frame, x first, for such a UNet; 0 = nothing is told, None = none at all.
     """
 
     down: tuple[Tensor, ...]

@@ -4,7 +4,7 @@
 |---|---|
 | (x_t, t, text, boxes, first frame of the scene gates) | `encode`: the UNet's down path and mid block, with gates |
 | (t, text, pictures) and (t, text, trajectories, adapters) | `residuals`: the ControlNets, which do not see x_t |
-| both | `decode`: the UNet's up path |
+| both | `decode`: the UNet's up path, with gates |
 
 Training calls the whole, sampling the parts, so that branches of the guidance share what they have in common. A new
 attachment is a field of `Condition`, None when absent, and a line here.
@@ -153,13 +153,14 @@ class Denoiser:
         has_scene = condition.scene is not None or condition.input_frame is not None
         if condition.boxes is None and not has_scene:
             return None
-        object_tokens = scene_tokens = input_features = None
+        object_tokens = scene_tokens = input_features = box_motion = None
         if condition.boxes is not None:
             if self.object_gates is None:
                 raise ValueError("boxes are given, and the model has no object gates (object_gates/ in its folder)")
             if condition.present is None or condition.names is None:
                 raise ValueError("boxes need `present` and `names` beside them")
             object_tokens = self.object_gates(condition.boxes, condition.present, condition.names)
+            box_motion = self.object_gates.motion(condition.boxes, condition.present)
         if has_scene:
             if self.scene_gates is None:
                 raise ValueError("a scene is given, and the model has no scene gates (scene_gates/ in its folder)")
@@ -171,6 +172,7 @@ class Denoiser:
             scene_tokens,
             input_features,
             is_parallel=self.scene_gates is not None and self.scene_gates.is_parallel,
+            box_motion=box_motion,
         )
 
     def residuals(self, t: Tensor, condition: Condition) -> Residuals | None:

@@ -52,7 +52,7 @@ class WarpedOutput(nn.Module):
 
     Each place has weights that add up to 1: one for the painting, and one for each of a few places to read from. What
     is carried therefore arrives unharmed by the network's width; what the first frame does not show is painted. One
-    read begins where the flow map says that a place has come from, the others at the place itself.
+    read begins where flow map or boxes say that a place has come from, the others at the place itself.
 
     Args:
         channels: Of the features that the weights and offsets follow from.
@@ -89,7 +89,7 @@ class WarpedOutput(nn.Module):
 
 
 class WarpedSkips(nn.Module):
-    """The first frame's latents, moved as the flow map tells, joined to the skip connections of their resolution.
+    """The first frame's latents, moved as flow map or boxes tell, joined to the skip connections of their resolution.
 
     A flow map reaches further than the shape that is dragged, so each place has to decide between what would arrive and
     what was there. Here it sees both before the up path ends, and not only when the output mixes them.

@@ -6,7 +6,8 @@
 | `SceneGates` | first-frame encoder, gated cross-attention for each place, input branch | `scene_gates/` |
 
 A place is a spatial transformer block of the UNet, between its self-attention and its attention to the text
-(`gating.py`). All gates begin closed, and the UNet then computes exactly what it computes without them.
+(`gating.py`). All gates begin closed, and the UNet then computes exactly what it computes without them; but for
+`tells_motion`, which small models have, and which acts from the start.
 
 Source: SMCD, "Animate Your Motion" (arXiv 2403.10179); gates and position network are GLIGEN's (arXiv 2301.07093).
 """
@@ -26,6 +27,8 @@ from diffusers.models.embeddings import GLIGENTextBoundingboxProjection, get_fou
 from torch import Tensor, nn
 
 from imageconductor.models.gating import Place, gate_places
+
+_FREQUENCIES = 8  # of a box's Fourier features, published
 
 MAX_OBJECTS = 8
 """Objects to which a clip is padded by default, as in SMCD's second stage."""
@@ -54,21 +57,41 @@ class PositionNetwork(GLIGENTextBoundingboxProjection):
 
 
 class ObjectGate(GatedSelfAttentionDense):
-    """Gated self-attention over a frame's features and the tokens of its boxes; weights are diffusers'."""
+    """Gated self-attention over a frame's features and the tokens of its boxes; weights are diffusers'.
+
+    Args:
+        width: C, of the features.
+        token_dim: D, of the tokens.
+        heads: Of the attention.
+        head_dim: Their width.
+        knows_places: Features are told where they are, as boxes are (`ObjectGates`).
+    """
 
     alpha_attn: nn.Parameter
     alpha_dense: nn.Parameter
 
-    def forward(self, hidden: Tensor, tokens: Tensor, scale: float = 1.0) -> Tensor:  # type: ignore[override]
+    def __init__(self, width: int, token_dim: int, heads: int, head_dim: int, knows_places: bool = False):
+        super().__init__(width, token_dim, heads, head_dim)
+        self.place = nn.Linear(8 * _FREQUENCIES, width) if knows_places else None
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, tokens: Tensor, scale: float = 1.0, size: tuple[int, int] | None = None
+    ) -> Tensor:
         """Features (B*T, hw, C) that have attended to the boxes.
 
         Args:
-            hidden: (B*T, hw, C).
+            hidden: (B*T, hw, C), row by row.
             tokens: (B*T, N, D), absent objects included, which take part by their null tokens.
             scale: Multiplies both gates.
+            size: (h, w) of the latents, of which the features are a halving; a gate that knows its places needs it.
         """
         count, tokens = hidden.shape[1], self.linear(tokens)
-        attended = self.attn(self.norm1(torch.cat([hidden, tokens], dim=1)))[:, :count]
+        normed = self.norm1(torch.cat([hidden, tokens], dim=1))
+        if self.place is not None:
+            told = get_fourier_embeds_from_boundingbox(_FREQUENCIES, _place_boxes(count, size, hidden.device))
+            told = self.place(told.to(hidden.dtype))
+            normed = normed + F.pad(told, (0, 0, 0, tokens.shape[1]))
+        attended = self.attn(normed)[:, :count]
         hidden = hidden + scale * self.alpha_attn.tanh() * attended
         return hidden + scale * self.alpha_dense.tanh() * self.ff(self.norm2(hidden))
 
@@ -170,11 +193,18 @@ class ObjectGates(ModelMixin, ConfigMixin):
     Every clip is padded to `max_objects` with absent objects, in training and inference alike: their null tokens take
     part in the attention, so that their number matters.
 
+    A small UNet learns to follow boxes only if it is told what a large one works out by itself; published gates have
+    none of it (docs/decisions.md, 45).
+
     Args:
         places: (width, heads, head width) by place.
         text_dim: Width of the class names' text features.
         token_dim: Width of the tokens.
         max_objects: To which clips are padded.
+        knows_places: A feature is told where in the frame it is, by the Fourier features of its place's box.
+        knows_first_boxes: An object's token also tells its box in the first frame.
+        tells_motion: A UNet that reads the first frame along displacements (`first_frame_warp`, `first_frame_skips`) is
+            told that what is in a box has come with it, whether gates are open or closed.
     """
 
     config: Any
@@ -186,17 +216,31 @@ class ObjectGates(ModelMixin, ConfigMixin):
         text_dim: int = 768,
         token_dim: int = 768,
         max_objects: int = MAX_OBJECTS,
+        knows_places: bool = False,
+        knows_first_boxes: bool = False,
+        tells_motion: bool = False,
     ):
         super().__init__()
-        self.max_objects = max_objects
+        self.max_objects, self.tells_motion = max_objects, tells_motion
         self.position_net = PositionNetwork(text_dim, token_dim)
-        self.gates = nn.ModuleDict({name: ObjectGate(p[0], token_dim, p[1], p[2]) for name, p in places.items()})
+        self.first_position_net = PositionNetwork(text_dim, token_dim) if knows_first_boxes else None
+        self.gates = nn.ModuleDict(
+            {name: ObjectGate(p[0], token_dim, p[1], p[2], knows_places) for name, p in places.items()}
+        )
 
     @classmethod
     def from_unet(
-        cls, unet: Any, places: Sequence[str] | None = None, *, max_objects: int = MAX_OBJECTS, seed: int = 0
+        cls,
+        unet: Any,
+        places: Sequence[str] | None = None,
+        *,
+        max_objects: int = MAX_OBJECTS,
+        seed: int = 0,
+        **settings: bool,
     ) -> ObjectGates:
         """Closed gates for a UNet, as many as it has places or those that are named; tokens are as wide as its text.
+
+        `settings` are of the class.
 
         Raises:
             ValueError: The UNet has no such place, or `max_objects` is not positive.
@@ -206,7 +250,7 @@ class ObjectGates(ModelMixin, ConfigMixin):
         width = unet.config["cross_attention_dim"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(_sizes(gate_places(unet, places)), width, width, max_objects)
+            return cls(_sizes(gate_places(unet, places)), width, width, max_objects, **settings)
 
     def forward(self, boxes: Tensor, present: Tensor, names: Tensor) -> Tensor:
         """Tokens (B*T, max_objects, D) of the objects in each frame.
@@ -230,11 +274,19 @@ class ObjectGates(ModelMixin, ConfigMixin):
             raise ValueError(f"{count} objects, the model takes at most {self.max_objects}; leave some out")
         boxes, names = (F.pad(x, (0, 0, 0, missing)) for x in (boxes, names))
         present = F.pad(present.to(self.dtype), (0, missing))
-        return self.position_net(
-            boxes=boxes.flatten(0, 1),
-            masks=present.flatten(0, 1),
-            positive_embeddings=names.repeat_interleave(num_frames, dim=0),
-        )
+        told = names.repeat_interleave(num_frames, dim=0)
+        tokens = self.position_net(boxes.flatten(0, 1), present.flatten(0, 1), told)
+        if self.first_position_net is not None:
+            first = self.first_position_net(boxes[:, 0], present[:, 0], names)
+            tokens = tokens + first.repeat_interleave(num_frames, dim=0)
+        return tokens
+
+    def motion(self, boxes: Tensor, present: Tensor) -> Tensor | None:
+        """`Gating.box_motion` of boxes (B, T, N, 4) and present (B, T, N); None if there is none, or it is not told."""
+        if not self.tells_motion or not boxes.shape[2]:
+            return None
+        there = (present * present[:, :1]).unsqueeze(-1).to(boxes.dtype)
+        return torch.cat([boxes[:, :1].expand_as(boxes), boxes, there], dim=-1).flatten(0, 1)
 
 
 class SceneGates(ModelMixin, ConfigMixin):
@@ -312,6 +364,27 @@ class SceneGates(ModelMixin, ConfigMixin):
                 is_first = torch.arange(len(features), device=features.device) % num_frames == 0
                 features = features * is_first.view(-1, 1, 1, 1)
         return tokens, features
+
+
+def _place_boxes(count: int, size: tuple[int, int] | None, device: torch.device | str = "cpu") -> Tensor:
+    """(1, hw, 4): each place as a box, xyxy as fractions of the frame.
+
+    Args:
+        count: Places of a level, hw.
+        size: (h, w) of the latents, which each level halves, rounding up.
+        device: Of the boxes.
+
+    Raises:
+        ValueError: There is no level of so many places, or no size.
+    """
+    height, width = size or (0, 0)
+    while height * width > count:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    if height * width != count:
+        raise ValueError(f"latents of {size} have no level of {count} places, which gates that know theirs need")
+    rows, columns = (torch.arange(side, device=device) / side for side in (height, width))
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.stack([x, y, x + 1 / width, y + 1 / height], dim=-1).reshape(1, count, 4)
 
 
 def _sizes(places: Mapping[str, Place]) -> dict[str, list[int]]:

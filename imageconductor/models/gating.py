@@ -2,7 +2,8 @@
 
 A place is a spatial transformer block, behind whose self-attention diffusers calls the block's `fuser`. Our UNets have
 one at every place that asks the evaluation's `Gating` for its gate. No gate is a part of the UNet, so that its weights
-and files stay those of the base; without a `Gating` the fuser is not called.
+and files stay those of the base; without a `Gating` the fuser is not called. A UNet that reads the first frame along
+displacements may also be told those of the boxes (`Gating.tell`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
+from imageconductor.models.controlnets import Residuals
+
 _PARTS = ("down_blocks", "mid_block", "up_blocks")
-_OF_FRAMES = ("object_tokens", "scene_tokens", "input_features")
+_EDGE = 1e-3
+"""A box that comes as near to an edge of the frame, as a fraction of it, ends there."""
+_OF_FRAMES = ("object_tokens", "scene_tokens", "input_features", "box_motion")
 
 
 class Place(NamedTuple):
@@ -98,6 +103,9 @@ class Gating:
         input_features: (B*T, C_0, h, w), which are added behind `conv_in`; None = nothing.
         is_parallel: Both gates of a place read the same features, and both changes are added.
         scale: Multiplies every gate.
+        size: (h, w) of the latents, which the UNet states; gates that know their places need it.
+        box_motion: (B*T, N, 9), an object's box in frame 0, its box now, each xyxy as fractions of the frame, and 1 if
+            it is seen in both, for a UNet that reads the first frame along displacements; None = boxes tell it nothing.
     """
 
     object_gates: Mapping[str, Any]
@@ -107,18 +115,29 @@ class Gating:
     input_features: Tensor | None = None
     is_parallel: bool = False
     scale: float = 1.0
+    size: tuple[int, int] | None = None
+    box_motion: Tensor | None = None
 
     def act(self, place: str, hidden: Tensor) -> Tensor:
         """Features (B*T, hw, C) of a place behind its gates: boxes first, then the first frame."""
         before, gated = hidden, hidden
         if self.object_tokens is not None and place in self.object_gates:
-            gated = self.object_gates[place](hidden, self.object_tokens, self.scale)
+            gated = self.object_gates[place](hidden, self.object_tokens, self.scale, self.size)
         if self.scene_tokens is None or place not in self.scene_gates:
             return gated
         gate = self.scene_gates[place]
         if not self.is_parallel:
             return gate(gated, self.scene_tokens, self.scale)
         return gated + (gate(before, self.scene_tokens, self.scale) - before)
+
+    def tell(self, residuals: Residuals | None) -> Residuals | None:
+        """Residuals whose displacements are those of the boxes where there are boxes."""
+        if self.box_motion is None or residuals is None or residuals.pictures is None:
+            return residuals
+        told, covered = box_displacements(self.box_motion, residuals.pictures.shape[-2:])
+        if residuals.displacements is not None:
+            told = torch.where(covered, told, residuals.displacements)
+        return replace(residuals, displacements=told)
 
     def rows(self, rows: slice) -> Gating:
         """The same for some of the B*T frames."""
@@ -131,6 +150,40 @@ class Gating:
         tensors = {name: [getattr(part, name) for part in parts] for name in _OF_FRAMES}
         joined = {name: None if values[0] is None else torch.cat(values) for name, values in tensors.items()}
         return replace(parts[0], **joined)
+
+
+def box_displacements(box_motion: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """How far what is at a place has come since frame 0, if boxes carry their content: shifted, and scaled with them.
+
+    A box that ends at an edge of the frame shows a part of its object: the side within the frame is what has moved, and
+    the scale along this axis that along the other. Of boxes that overlap the smaller one counts.
+
+    Args:
+        box_motion: (B*T, N, 9), as `Gating.box_motion`.
+        size: (h, w), places.
+
+    Returns:
+        (B*T, 2, h, w) float32 in widths and heights of the frame, x first, 0 outside of all boxes, and (B*T, 1, h, w)
+        bool, whether a place is inside one, reckoned with half a place on each side.
+    """
+    height, width = size
+    y, x = ((torch.arange(side, device=box_motion.device) + 0.5) / side for side in (height, width))
+    places = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[None, None]  # (1, 1, h, w, 2)
+    low_0, high_0, low, high = box_motion[..., :8].float()[:, :, None, None].split(2, dim=-1)
+    half = places.new_tensor([0.5 / width, 0.5 / height])
+    inside = ((places >= low - half) & (places <= high + half)).all(-1) & (box_motion[..., 8, None, None] > 0.5)
+    sides_0, sides = ((b - a).clamp(min=1e-6) for a, b in ((low_0, high_0), (low, high)))
+    ends_low, ends_high = torch.minimum(low_0, low) < _EDGE, torch.maximum(high_0, high) > 1 - _EDGE
+    cut = ends_low ^ ends_high
+    ratio = sides_0 / sides
+    ratio = torch.where(cut, torch.where(cut.flip(-1), 1.0, ratio.flip(-1)), ratio)
+    held_0, held = (torch.where(cut & ends_low, b, a) for a, b in ((low_0, high_0), (low, high)))
+    within = torch.minimum(torch.maximum(places, low), high)
+    displacements = within - (held_0 + (within - held) * ratio)  # (B*T, N, h, w, 2)
+    smallest = sides.prod(-1).expand_as(inside).masked_fill(~inside, torch.inf).argmin(1, keepdim=True)
+    covered = inside.any(1, keepdim=True)
+    chosen = displacements.gather(1, smallest[..., None].expand(-1, -1, -1, -1, 2))[:, 0].movedim(-1, 1)
+    return chosen * covered, covered
 
 
 def gate_scalars(network: nn.Module) -> dict[str, nn.Parameter]:

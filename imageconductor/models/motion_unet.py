@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,8 +112,10 @@ class TwoHalves:
         emb = emb.repeat_interleave(num_frames, dim=0)
 
         hidden = self.conv_in(rearrange(sample, "b c t h w -> (b t) c h w"))
-        if gating is not None and gating.input_features is not None:
-            hidden = hidden + gating.input_features
+        if gating is not None:
+            gating = replace(gating, size=(sample.shape[3], sample.shape[4]))
+            if gating.input_features is not None:
+                hidden = hidden + gating.input_features
         if hasattr(self, "transformer_in"):
             enter = self.transformer_in
             hidden = run_layer(self, enter, enter.forward, hidden, num_frames=num_frames, return_dict=False)[0]
@@ -127,6 +129,8 @@ class TwoHalves:
     def decode(self, features: UNetFeatures, residuals: Residuals | None = None) -> Tensor:
         """Model output (B, C, T, h, w) of the up path, the residuals added to the features it reads."""
         skips, hidden = features.skips, features.mid
+        if features.gating is not None:
+            residuals = features.gating.tell(residuals)
         if residuals is not None:
             if len(residuals.down) != len(skips):
                 raise ValueError(f"the UNet has {len(skips)} skip connections, got {len(residuals.down)} residuals")
@@ -196,8 +200,8 @@ class MotionUNet(TwoHalves, UNetMotionModel):  # pyright: ignore[reportIncompati
         first_frame_warp: Whether the up path and the output, which is then x_0, also read the first frame at places
             that they choose, and the output depends on the features linearly too. AnimateDiff's does nothing of the
             kind; it is for small networks.
-        first_frame_skips: Whether skip connections are joined by the first frame's latents, moved as the flow map
-            tells; for small networks too.
+        first_frame_skips: Whether skip connections are joined by the first frame's latents, moved as flow map or
+            boxes tell; for small networks too.
         kwargs: As diffusers' `UNetMotionModel`.
     """
 

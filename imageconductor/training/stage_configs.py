@@ -135,6 +135,11 @@ class BoxStageConfig(TrainConfig):
     # Places of fresh gates among the UNet's spatial transformer blocks, or beginnings of their names, such as
     # [mid_block, up_blocks_1]; null = all, 16 in Stable Diffusion 1.5.
     places: list[str] | None = None
+    fresh_object_gates: bool = False  # true: begin anew where the model has object gates
+    # Of fresh object gates, for small models (docs/decisions.md, 45); published gates have none of it.
+    knows_places: bool = False  # features are told where in the frame they are
+    knows_first_boxes: bool = False  # an object's token also tells its box in the first frame
+    tells_motion: bool = False  # a UNet that reads the first frame (`first_frame_warp`) is told what boxes carry
     boxes_dropout: float = 0.1  # probability that all objects of a clip are absent, published
     # Of the scalars that open the gates; null = learning_rate. Until they open, nothing else has a gradient.
     gate_learning_rate: float | None = None
@@ -143,7 +148,7 @@ class BoxStageConfig(TrainConfig):
     lr_schedule: str = "constant"  # published; diffusers' names: constant, linear, cosine, ...
     weight_decay: float = 1e-2  # published; not of the gates' scalars
 
-    FIXED = TrainConfig.FIXED | {"max_objects", "places"}
+    FIXED = TrainConfig.FIXED | {"max_objects", "places", "knows_places", "knows_first_boxes", "tells_motion"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,6 +158,12 @@ class BoxStageConfig(TrainConfig):
             raise ValueError("data must be a list; clips with boxes are drawn evenly from all sources")
         if self.gate_learning_rate is not None and self.gate_learning_rate <= 0:
             raise ValueError(f"gate_learning_rate must be positive, got {self.gate_learning_rate}")
+        if self.fresh_object_gates and self.object_gates is not None:
+            raise ValueError(
+                f"fresh_object_gates=true begins anew, and object_gates={self.object_gates} goes on from some"
+            )
+        if self.knows_first_boxes and self.num_frames == 1:
+            raise ValueError("knows_first_boxes=true tells nothing of single frames; take clips, num_frames=16")
         if not 0 < self.random_crop <= 1:
             raise ValueError(f"random_crop must lie in (0, 1], got {self.random_crop}")
         check_fractions(self, "boxes_dropout", "min_box_area")
@@ -171,6 +182,8 @@ class ObjectGatesConfig(BoxStageConfig):
         super().__post_init__()
         if self.first_frame and self.num_frames == 1:
             raise ValueError("first_frame=true would show all of a single frame; take clips, num_frames=16")
+        if self.tells_motion and not self.first_frame:
+            raise ValueError("tells_motion=true moves a first frame that is not shown; set first_frame=true")
 
 
 @dataclass
@@ -201,6 +214,8 @@ class SceneGatesConfig(BoxStageConfig):
             raise ValueError(f"motion_lora_rank must not be negative, got {self.motion_lora_rank}")
         if not self.encoder_channels or min(self.encoder_channels) < 1 or self.encoder_blocks < 1:
             raise ValueError("encoder_channels and encoder_blocks must be positive")
+        if self.tells_motion and self.first_frame_by == "gates":
+            raise ValueError("tells_motion=true moves the first frame of the image ControlNet; set first_frame_by=both")
         check_fractions(self, "scene_dropout", "input_dropout")
 
 

@@ -10,6 +10,8 @@ from imageconductor.conditioning.flow_map import flow_map
 from imageconductor.models.controlnets import Residuals
 from imageconductor.models.denoiser import Condition
 from imageconductor.models.first_frame_warp import FirstFrameWarp, WarpedOutput, WarpedSkips
+from imageconductor.models.gated_attention import ObjectGates
+from imageconductor.models.gating import box_displacements
 from imageconductor.models.motion_module import motion_modules_bypassed
 from imageconductor.models.motion_unet import MotionUNet
 from imageconductor.models.small_model import SmallModelConfig, build_small_model
@@ -271,3 +273,68 @@ def test_a_saved_unet_keeps_it_and_others_have_none(networks, tmp_path):
     assert not any(name in key for key in plain.unet.state_dict() for name in ("warp", "linear_out"))
     for controlnet in (networks.image_controlnet, networks.motion_controlnet):
         assert not any("first_frame_warp" in key for key in controlnet.state_dict())
+
+
+MOVED, GROWN = [0.25, 0.25, 0.5, 0.5], [0.25, 0.5, 0.75, 1.0]
+
+
+def test_what_is_in_a_box_has_come_with_it_and_grown_with_it():
+    motion = torch.tensor([[[*MOVED, *GROWN, 1.0]]])
+    told, covered = box_displacements(motion, (16, 16))
+    torch.testing.assert_close(told[0, :, 9, 5], torch.tensor([11 / 32 - 19 / 64, 19 / 32 - 19 / 64]))
+    torch.testing.assert_close(told[0, :, 15, 11], torch.tensor([23 / 32 - 31 / 64, 31 / 32 - 31 / 64]))
+    assert covered[0, 0].nonzero().min(0).values.tolist() == [7, 3], "half a place more on each side"
+    assert covered[0, 0].nonzero().max(0).values.tolist() == [15, 12]
+    assert not told[~covered.expand_as(told)].any()
+
+
+def test_the_smaller_of_two_boxes_counts_and_an_absent_one_does_not():
+    still = [0.25, 0.5, 0.5, 0.75]
+    both = torch.tensor([[[*MOVED, *GROWN, 1.0], [*still, *still, 1.0]]])
+    told, _ = box_displacements(both, (16, 16))
+    assert not told[0, :, 8:12, 4:8].any()
+    assert told[0, :, 14, 10].all()
+    both[0, 1, 8] = 0
+    assert torch.equal(box_displacements(both, (16, 16))[0], box_displacements(both[:, :1], (16, 16))[0])
+
+
+def test_an_object_that_leaves_the_frame_does_not_shrink():
+    """Its box is cut at the edge; a box thinner than a place carries what is in it and no more."""
+    first, leaving = [0.5, 0.25, 0.8, 0.5], [0.9, 0.25, 1.0, 0.5]
+    told, _ = box_displacements(torch.tensor([[[*first, *leaving, 1.0]]]), (16, 32))
+    torch.testing.assert_close(told[0, 0, 6, 29:], torch.full((3,), 0.4))
+    assert not told[0, 1].abs().max() > 1e-6
+    entering, came = [0.0, 0.25, 0.1, 0.5], [0.2, 0.2, 0.5, 0.7]
+    told, _ = box_displacements(torch.tensor([[[*entering, *came, 1.0]]]), (16, 32))
+    torch.testing.assert_close(told[0, 0, 6, 15], torch.tensor(15.5 / 32 - (0.1 - (0.5 - 15.5 / 32) / 2)))
+    told, _ = box_displacements(torch.tensor([[[*MOVED, 0.6, 0.25, 0.6001, 0.5, 1.0]]]), (16, 16))
+    assert told.abs().max() < 0.4
+
+
+@torch.no_grad()
+def test_boxes_move_the_first_frame_and_leave_the_rest_to_trajectories():
+    networks = build_small_model(SMALL, ["a word"], seed=1)
+    gates = ObjectGates.from_unet(networks.unet, max_objects=2, tells_motion=True)
+    denoiser = replace(networks.denoiser, object_gates=gates)
+    boxes = torch.tensor([[MOVED], [GROWN]])[None]
+    condition = Condition(
+        torch.randn(1, 3, 8),
+        torch.randn(1, 4, 2, 8, 8),
+        torch.ones(1, 1, 2, 8, 8),
+        boxes=boxes,
+        present=torch.ones(1, 2, 1),
+        names=torch.randn(1, 1, 8),
+    )
+    gating = denoiser.gating(condition, 2)
+    told = torch.full((2, 2, 8, 8), 0.5)
+    residuals = replace(denoiser.residuals(torch.tensor(5), condition), displacements=told)
+    covered = box_displacements(gating.box_motion, (8, 8))[1].expand_as(told)
+    both = gating.tell(residuals).displacements
+    assert (both[~covered] == 0.5).all()
+    assert torch.equal(both[covered], box_displacements(gating.box_motion, (8, 8))[0][covered])
+    x_t = torch.randn(1, 4, 2, 8, 8)
+    by_boxes = denoiser(x_t, torch.tensor(5), condition)
+    plain = denoiser(x_t, torch.tensor(5), replace(condition, boxes=None, present=None, names=None))
+    assert not torch.equal(by_boxes, plain), "gates are closed, and the boxes act"
+    gates.tells_motion = False
+    assert torch.equal(denoiser(x_t, torch.tensor(5), condition), plain)

@@ -9,7 +9,7 @@ from conftest import open_gates, tiny_gates, tiny_networks, tiny_pipeline
 
 from imageconductor.checkpoints.model_folder import load_gates, save_gates
 from imageconductor.models.denoiser import Condition, Denoiser
-from imageconductor.models.gated_attention import ObjectGates, SceneGates
+from imageconductor.models.gated_attention import ObjectGates, SceneGates, _place_boxes
 from imageconductor.models.gating import gate_places, gate_scalars, gate_values
 from imageconductor.models.motion_module import motion_modules_bypassed
 from imageconductor.models.motion_unet import MotionUNet, UNetFeatures
@@ -223,6 +223,40 @@ def test_gates_at_some_places_alone(unet):
         ObjectGates.from_unet(unet, ["nowhere"])
     with pytest.raises(ValueError, match="max_objects must be at least 1"):
         ObjectGates.from_unet(unet, max_objects=0)
+
+
+@torch.no_grad()
+def test_gates_may_be_told_their_places_and_first_boxes(unet, tmp_path):
+    plain = open_gates(ObjectGates.from_unet(unet, max_objects=4))
+    told = open_gates(ObjectGates.from_unet(unet, max_objects=4, knows_places=True, knows_first_boxes=True))
+    c = condition()
+    alike = torch.ones(1, 5 * 7, 32)  # features of latents of 9x13 after a halving; each place has the same
+    for gates, knows in ((plain, False), (told, True)):
+        name = next(name for name, place in gate_places(unet).items() if place.width == 32)
+        tokens = gates(c.boxes, c.present, c.names)[:1]
+        changed = gates.gates[name](alike, tokens, size=(9, 13))[0]
+        assert bool((changed - changed[0]).abs().max() > 1e-3) == knows
+        boxes = c.boxes.clone()
+        boxes[0, 0] = boxes[0, 0] * 0.5
+        moved = gates(boxes, c.present, c.names) - gates(c.boxes, c.present, c.names)
+        assert moved[0].any()
+        assert bool(moved[1:T].any()) == knows, "the other frames of the clip"
+        assert not moved[T:].any(), "the other clip"
+    with pytest.raises(ValueError, match="no level of 34 places"):
+        told.gates[name](alike[:, :34], tokens, size=(9, 13))
+
+    x = noisy()
+    told.save_pretrained(tmp_path / "object_gates")
+    again = ObjectGates.from_pretrained(tmp_path / "object_gates")
+    c = replace(c, scene=None, input_frame=None)
+    assert torch.equal(denoiser(unet, again)(x, T_STEP, c), denoiser(unet, told)(x, T_STEP, c))
+
+
+def test_places_are_told_as_boxes_row_by_row():
+    boxes = _place_boxes(35, (9, 13))[0]
+    assert torch.allclose(boxes[0], torch.tensor([0, 0, 1 / 7, 1 / 5]))
+    assert torch.allclose(boxes[8], torch.tensor([1 / 7, 1 / 5, 2 / 7, 2 / 5]))
+    assert torch.allclose(boxes[-1, 2:], torch.ones(2))
 
 
 def test_what_the_model_has_no_gates_for_is_told(unet):

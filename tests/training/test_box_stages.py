@@ -210,6 +210,13 @@ def test_gates_of_another_model_are_refused(tiny_model, object_gates, tmp_path):
         ("scene_gates", {"object_gates": None}, FileNotFoundError, "has no object gates; name those of a run"),
         ("scene_gates", {"object_gates": "nowhere"}, FileNotFoundError, "no object gates at nowhere"),
         ("scene_gates", {"max_objects": 3}, ValueError, "are made for 4 objects, absent ones included"),
+        ("scene_gates", {"knows_places": True}, ValueError, "knows_places=true is of fresh gates, and those at .* go"),
+        (
+            "scene_gates",
+            {"tells_motion": True},
+            ValueError,
+            "for a UNet that reads the first frame, and that of .* does",
+        ),
         ("object_gates", {"max_objects": 1}, ValueError, "up to world.max_sprites=3 objects, more than max_objects=1"),
         ("object_gates", {"data": ["nowhere"]}, FileNotFoundError, "no clips with boxes at nowhere"),
     ],
@@ -224,6 +231,9 @@ def test_what_is_missing_is_told_before_weights_are_read(configure, stage, chang
     ("changes", "message"),
     [
         ({"first_frame": True}, "would show all of a single frame"),
+        ({"knows_first_boxes": True}, "knows_first_boxes=true tells nothing of single frames"),
+        ({"tells_motion": True}, "moves a first frame that is not shown; set first_frame=true"),
+        ({"fresh_object_gates": True, "object_gates": "some"}, "begins anew, and object_gates=some goes on"),
         ({"max_objects": 0}, "max_objects must be at least 1"),
         ({"data": {"a": 1}}, "data must be a list"),
         ({"gate_learning_rate": -1.0}, "gate_learning_rate must be positive"),
@@ -338,6 +348,15 @@ def test_gates_of_the_folder_are_the_ones_that_act(configure, build, object_gate
     saved = load_file(object_gates / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(stage.object_gates.state_dict()[key], value) for key, value in saved.items())
     assert not any(p.requires_grad for p in stage.object_gates.parameters())
+
+
+def test_fresh_gates_begin_anew_where_the_model_has_some(configure, build, gated_model):
+    own, _ = build(configure("object_gates", model=str(gated_model), max_objects=4))
+    fresh = configure("object_gates", model=str(gated_model), fresh_object_gates=True, knows_places=True, max_objects=5)
+    anew, _ = build(fresh)
+    assert own.measures()["object_gates"] > 0
+    assert anew.measures()["object_gates"] == 0
+    assert (anew.object_gates.config.knows_places, anew.object_gates.max_objects) == (True, 5)
 
 
 def test_joint_training_begins_from_fresh_gates_and_saves_both(configure):

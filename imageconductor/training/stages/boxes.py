@@ -26,6 +26,7 @@ from imageconductor.checkpoints.model_folder import (
     check_controlnets,
     check_shape,
     read_gate_config,
+    reads_first_frame,
 )
 from imageconductor.conditioning.boxes import stack_boxes
 from imageconductor.conditioning.first_frame import keyframe_condition
@@ -48,6 +49,7 @@ from imageconductor.training.stage_configs import BoxStageConfig, ObjectGatesCon
 from imageconductor.training.stages.base import ParameterGroup, Stage
 
 MOTION = "motion"
+_OF_FRESH_GATES = ("knows_places", "knows_first_boxes", "tells_motion")
 
 
 class BoxStage(Stage):
@@ -271,20 +273,35 @@ def _object_gates(networks: Networks, config: ObjectGatesConfig | SceneGatesConf
     """Object gates of the folder that is named, or the model's, or fresh ones."""
     if config.object_gates is not None:
         return load_network("object_gates", Path(config.object_gates))
-    if networks.object_gates is not None:
+    if networks.object_gates is not None and not config.fresh_object_gates:
         return networks.object_gates
-    return ObjectGates.from_unet(networks.unet, config.places, max_objects=config.max_objects, seed=config.seed)
+    return ObjectGates.from_unet(
+        networks.unet,
+        config.places,
+        max_objects=config.max_objects,
+        seed=config.seed,
+        **{name: getattr(config, name) for name in _OF_FRESH_GATES},
+    )
 
 
 def _check_gates(config: ObjectGatesConfig | SceneGatesConfig) -> None:
-    """Makes sure that gates to go on from are there and take as many objects as the samples will have."""
+    """Makes sure that gates to go on from are there and are as the settings say, or that fresh ones can be."""
     folder = Path(config.object_gates or Path(config.model) / "object_gates")
     if config.object_gates is not None and not folder.is_dir():
         raise FileNotFoundError(f"no object gates at {folder}; train stage object_gates first")
+    if config.tells_motion and not reads_first_frame(config.model):
+        raise ValueError(
+            f"tells_motion=true is for a UNet that reads the first frame, and that of {config.model} does not"
+        )
     settings = read_gate_config(folder.parent, folder.name)
-    if settings is None:
+    if settings is None or config.fresh_object_gates:
         return
     find_weights(folder)
+    if missing := [name for name in _OF_FRESH_GATES if getattr(config, name) and not settings.get(name)]:
+        raise ValueError(
+            f"{missing[0]}=true is of fresh gates, and those at {folder} go without it; set fresh_object_gates=true to "
+            "begin anew"
+        )
     count = settings["max_objects"]
     if count != config.max_objects:
         raise ValueError(
