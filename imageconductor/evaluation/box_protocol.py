@@ -37,11 +37,11 @@ from imageconductor.evaluation.frechet import load_network
 from imageconductor.evaluation.generation_settings import collect_box_settings, merge_with_record
 from imageconductor.evaluation.input_checks import agree_on_shape, check_clip, check_output, network_file
 from imageconductor.evaluation.motion import psnr
-from imageconductor.evaluation.processes import own_part, show_progress, start_processes
 from imageconductor.evaluation.score_files import identify_file, is_scored, write_score
 from imageconductor.evaluation.scores import run_instruments
 from imageconductor.evaluation.video_files import read_video, write_video
 from imageconductor.files import remove_partial, write_text
+from imageconductor.processes import own_part, show_progress, start_processes
 from imageconductor.sampling.branches import ADAPTERS, Control
 from imageconductor.sampling.gate_inputs import check_boxes, check_gate_scales, choose_first_frame
 from imageconductor.sampling.job import Inputs, SampleJob, load_pipeline, prepare, render

@@ -38,11 +38,11 @@ from imageconductor.evaluation.input_checks import (
 from imageconductor.evaluation.learned_motion_config import LearnedMotionConfig, VideoRequest
 from imageconductor.evaluation.learned_motion_summary import summarise_learned_motion
 from imageconductor.evaluation.motion_fidelity import TrackSet, fidelity_to_references, track_grid
-from imageconductor.evaluation.processes import own_part, show_progress, start_processes
 from imageconductor.evaluation.score_files import identify_file, is_scored, write_score
 from imageconductor.evaluation.scores import run_instruments
 from imageconductor.evaluation.video_files import read_video, write_video
 from imageconductor.files import remove_partial, write_text
+from imageconductor.processes import own_part, show_progress, start_processes
 from imageconductor.sampling.job import Inputs, SampleJob, load_pipeline, prepare, render
 from imageconductor.sampling.video import upscale_for_viewing
 

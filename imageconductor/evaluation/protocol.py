@@ -41,7 +41,6 @@ from imageconductor.evaluation.input_checks import (
     check_output,
     check_references,
 )
-from imageconductor.evaluation.processes import own_part, show_progress, start_processes
 from imageconductor.evaluation.reference_statistics import collect_own_part, locate_statistics
 from imageconductor.evaluation.request_files import write_requests
 from imageconductor.evaluation.requests import Request, build_sets
@@ -51,6 +50,7 @@ from imageconductor.evaluation.summary import summarise_evaluation
 from imageconductor.evaluation.video_files import read_video, write_video
 from imageconductor.evaluation.video_format import fit_requests, resolve_formats
 from imageconductor.files import remove_partial, write_text
+from imageconductor.processes import own_part, show_progress, start_processes
 from imageconductor.sampling.job import Inputs, SampleJob, load_pipeline, render
 from imageconductor.sampling.video import upscale_for_viewing
 

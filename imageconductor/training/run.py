@@ -9,6 +9,7 @@ from typing import Any
 from imageconductor.data.batches import Batches
 from imageconductor.files import check_writable
 from imageconductor.models.networks import Networks
+from imageconductor.processes import start_processes
 from imageconductor.training.loop import Preview, TrainState, train
 from imageconductor.training.record import check_continuation
 from imageconductor.training.stages.registry import find_stage
@@ -33,6 +34,7 @@ def run_stage(config: StageConfig, previews: PreviewFactory | None = None) -> Tr
     """
     stage_class = find_stage(config.stage)
     check_inputs(config)
+    start_processes()
     data = Batches(stage_class.build_samples(config), config.batch_size)
     shows_previews = previews is not None and config.preview_every
     held_out = stage_class.read_held_out(config) if config.validation_every else []

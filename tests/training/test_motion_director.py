@@ -328,7 +328,7 @@ def test_two_processes_equal_one_that_accumulates(tiny_model, reference_clips, t
     common = ["stage=motion_director", f"model={tiny_model}", f"data=[{reference_clips}]", "size=[32,32]"]
     common += ["num_frames=4", "fps=null", "lora_rank=2", "lora_dropout=0", "max_steps=3", "learning_rate=0.01"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     two = [*launcher, *common, f"output={tmp_path}/two"]
     subprocess.run(two, env=environment, check=True, capture_output=True, timeout=300)
     one = [*common, "gradient_accumulation_steps=2", f"output={tmp_path}/one"]

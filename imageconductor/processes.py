@@ -1,4 +1,4 @@
-"""The processes that share the work of an evaluation, and their progress bars."""
+"""The processes that share the work of a training or an evaluation, and their progress bars."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
 
-def start_processes(device: str | None) -> PartialState:
-    """The processes that share the work; on CPUs, accelerate lets them know of each other only if `cpu` is set."""
+def start_processes(device: str | None = None) -> PartialState:
+    """The processes that share the work; on CPUs, accelerate lets them know of each other only if `cpu` is set.
+
+    Without it each would train the whole, and all would write into one folder.
+    """
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     return PartialState(cpu=device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not has_gpu)
 
