@@ -73,15 +73,18 @@ class MiniatureConfig:
             raise ValueError(f"there must be a seed and a prompt, got seeds={self.seeds}, prompts={self.prompts}")
 
 
-# Shape, colour and background colours of the reference clips; prompts have others.
+_SIDE = 128  # pixels of a frame, the bundled model's
+_OUTLINE = 0.28  # its brightness, as a fraction of the sprite's
+_NEAR = 60  # distance in RGB at which a pixel still has a colour
+# Pattern, colour, shape and background colours of the reference clips; prompts have other colours and shapes.
 _CLIPS = (
-    ("star", "red", ("gray", "navy")),
-    ("square", "yellow", ("navy", "teal")),
-    ("heart", "cyan", ("brown", "gray")),
-    ("triangle", "purple", ("teal", "brown")),
+    ("dotted", "red", "star", ("gray", "navy")),
+    ("striped", "yellow", "square", ("navy", "teal")),
+    ("checked", "purple", "star", ("brown", "gray")),
+    ("dotted", "yellow", "square", ("teal", "brown")),
 )
-_CLIP_BACKGROUNDS = {colour for _, _, colours in _CLIPS for colour in colours}
-_PROMPT_SHAPES, _PROMPT_COLOURS = ("circle", "cross", "diamond"), ("green", "blue", "orange", "pink")
+_CLIP_BACKGROUNDS = {colour for *_, colours in _CLIPS for colour in colours}
+_PROMPT_SHAPES, _PROMPT_COLOURS = ("circle", "triangle", "heart"), ("green", "blue", "orange")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,25 +124,32 @@ def _load_settings(config: MiniatureConfig) -> MotionDirectorConfig:
     return settings
 
 
-def _scene(shape: str, colour: str, allowed: Callable[[tuple[str, str]], bool], motion: str | None, seed: int) -> Any:
-    """A sprite on a background whose colours are allowed; it moves from the middle of the frame, or stays there."""
+def _scene(
+    pattern: str, colour: str, shape: str, allowed: Callable[[set[str]], bool], motion: str | None, seed: int
+) -> Any:
+    """A sprite on a background whose colours are allowed; it moves around the middle of the frame, or stays there."""
     from imageconductor.data.backgrounds import sample_background
     from imageconductor.data.scenes import Scene, Sprite
-    from imageconductor.data.sprite_world import SPRITE_COLOURS
+    from imageconductor.data.sprite_world import SPRITE_COLOURS, SpriteWorldConfig
 
-    side = 64
     rng = np.random.default_rng([seed, 77])
+    contrast = SpriteWorldConfig().background_contrast
     while True:
-        background, colours = sample_background(rng, side, {colour: SPRITE_COLOURS[colour]})
-        if allowed(colours):
+        background, colours = sample_background(rng, _SIDE, {colour: SPRITE_COLOURS[colour]}, contrast)
+        if allowed(set(colours)):
             break
-    path = np.full((16, 2), (side - 1) / 2) + (side * MOTIONS[motion] if motion else 0)
-    outline = tuple((0.28 * np.array(SPRITE_COLOURS[colour])).tolist())
-    sprite = Sprite(shape, colour, outline, 0.14 * side, 0.0, path)
-    article, ground = ("an" if colour[0] in "aeiou" else "a"), ("an" if colours[0][0] in "aeiou" else "a")
-    caption = f"{article} {colour} {shape} on {ground} {colours[0]} and {colours[1]} {background.pattern} background"
+    path = np.full((16, 2), (_SIDE - 1) / 2) + (_SIDE * MOTIONS[motion] if motion else 0)
+    outline = tuple((_OUTLINE * np.array(SPRITE_COLOURS[colour])).tolist())
+    sprite = Sprite(shape, colour, outline, 0.15 * _SIDE, 0.0, path, pattern=pattern)
+    ground = ("an" if colours[0][0] in "aeiou" else "a") + f" {colours[0]} and {colours[1]} {background.pattern}"
     camera = np.tile(np.eye(2, 3), (16, 1, 1))
-    return Scene((side, side), camera, (sprite,), background, caption)
+    return Scene((_SIDE, _SIDE), camera, (sprite,), background, f"a {sprite.name} on {ground} background")
+
+
+def _clip_scene(number: int, motion: str) -> Any:
+    """The scene of a reference clip."""
+    *look, colours = _CLIPS[number]
+    return _scene(*look, lambda found: found == set(colours), motion, number)
 
 
 def write_clips(config: MiniatureConfig, motion: str, count: int) -> Path:
@@ -150,8 +160,8 @@ def write_clips(config: MiniatureConfig, motion: str, count: int) -> Path:
     folder = Path(config.output) / "clips" / f"{motion}-{count}"
     if not folder.is_dir():
         with atomic_folder(folder) as new:
-            for number, (shape, colour, colours) in enumerate(_CLIPS[:count]):
-                scene = _scene(shape, colour, lambda found, own=colours: set(found) == set(own), motion, number)
+            for number in range(count):
+                scene = _clip_scene(number, motion)
                 (new / f"clip{number}.txt").write_text(scene.caption)
                 write_mp4(new / f"clip{number}.mp4", render([scene])[0].permute(1, 2, 3, 0).numpy(), 8)
     return folder
@@ -159,9 +169,17 @@ def write_clips(config: MiniatureConfig, motion: str, count: int) -> Path:
 
 def prompt_scenes(count: int, motion: str | None = None) -> list[Any]:
     """Scenes of the prompts' shapes, colours and backgrounds, none of which a reference clip has."""
-    pairs = [(shape, colour) for shape in _PROMPT_SHAPES for colour in _PROMPT_COLOURS]
+    from imageconductor.data.shapes import PATTERN_NAMES
+
+    looks = [(colour, shape) for shape in _PROMPT_SHAPES for colour in _PROMPT_COLOURS]
     return [
-        _scene(*pairs[n % len(pairs)], lambda found: not _CLIP_BACKGROUNDS & set(found), motion, 1000 + n)
+        _scene(
+            PATTERN_NAMES[n % len(PATTERN_NAMES)],
+            *looks[n % len(looks)],
+            lambda found: not _CLIP_BACKGROUNDS & found,
+            motion,
+            1000 + n,
+        )
         for n in range(count)
     ]
 
@@ -245,28 +263,38 @@ def _appearance_loras(run: Path | None) -> list[str]:
 def measure_video(video: NDArray[np.uint8], scene: Any, motion: str, count: int) -> dict[str, float]:
     """Motion and appearance of one video (T, H, W, 3).
 
-    Pixels are named after the nearest colour of the sprites and backgrounds; the sprite is the colour of sprites with
-    most pixels, and its place in a frame their mean.
+    The sprite has the colour of sprites that most pixels are near to. They, and those near its outline's colour, are
+    its pixels, and its place in a frame is their mean. The background is that of a clip if its mean colour is nearer to
+    a clip's than to the prompt's.
     """
-    from imageconductor.data.backgrounds import BACKGROUND_COLOURS
+    from imageconductor.data.scenes import render
     from imageconductor.data.sprite_world import SPRITE_COLOURS
     from imageconductor.evaluation.motion_fidelity import displacement_cosine
 
-    names = [*SPRITE_COLOURS, *(f"background {name}" for name in BACKGROUND_COLOURS)]
-    palette = np.array([*SPRITE_COLOURS.values(), *BACKGROUND_COLOURS.values()], np.float32)
-    nearest = np.linalg.norm(video[..., None, :].astype(np.float32) - palette, axis=-1).argmin(-1)  # (T, H, W)
-    counts = np.bincount(nearest.ravel(), minlength=len(names))
-    best = int(counts[: len(SPRITE_COLOURS)].argmax())
-    mask = nearest == best
-    ground = {name: counts[names.index(f"background {name}")] for name in BACKGROUND_COLOURS}
-    of_clips = sum(ground[name] for name in {c for _, _, pair in _CLIPS[:count] for c in pair})
+    clips = [_clip_scene(number, motion) for number in range(count)]
+    names, palette = list(SPRITE_COLOURS), np.array([*SPRITE_COLOURS.values()], np.float32)
+    distances = np.linalg.norm(video[..., None, :].astype(np.float32) - palette, axis=-1)  # (T, H, W, colours)
+    near = distances.min(-1) < _NEAR
+    best = int(np.bincount(distances.argmin(-1)[near], minlength=len(names)).argmax())
+    outline = np.linalg.norm(video.astype(np.float32) - _OUTLINE * palette[best], axis=-1) < _NEAR / 2
+    mask = np.stack([_fill(frame) for frame in near & (distances.argmin(-1) == best) | outline])
+    around = video[~mask].mean(0)
+    pictures = [render([one], [0])[0, :, 0].permute(1, 2, 0).numpy() for one in (scene, *clips)]
+    from_others = [np.linalg.norm(picture.mean((0, 1)) - around) for picture in pictures]
     return {
         "cosine": displacement_cosine(MOTIONS[motion], _centres(mask)),
         "prompt_colour": float(names[best] == scene.sprites[0].colour),
         "prompt_shape": float(_nearest_shape(mask) == scene.sprites[0].shape),
-        "clip_colour": float(names[best] in {colour for _, colour, _ in _CLIPS[:count]}),
-        "clip_background": float(of_clips / max(1, sum(ground.values()))),
+        "clip_colour": float(names[best] in {clip.sprites[0].colour for clip in clips}),
+        "clip_background": float(np.argmin(from_others) > 0),
     }
+
+
+def _fill(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """A sprite's pixels (H, W) with what lies between them."""
+    from scipy.ndimage import binary_closing, binary_fill_holes
+
+    return binary_fill_holes(binary_closing(np.pad(mask, 4), iterations=3))[4:-4, 4:-4]
 
 
 def _centres(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -284,7 +312,7 @@ def _nearest_shape(mask: NDArray[np.bool_]) -> str:
     import torch
 
     from imageconductor.data.shapes import signed_distance
-    from imageconductor.data.sprite_world import SHAPE_NAMES
+    from imageconductor.data.sprite_world import SpriteWorldConfig
 
     areas = mask.sum((1, 2))
     frame = mask[int(np.argsort(areas)[len(areas) // 2])]
@@ -293,7 +321,7 @@ def _nearest_shape(mask: NDArray[np.bool_]) -> str:
         return ""
     y, x = np.mgrid[: frame.shape[0], : frame.shape[1]]
     scores = {}
-    for shape in SHAPE_NAMES:
+    for shape in SpriteWorldConfig().shapes:
         points = torch.from_numpy(np.stack([x - columns.mean(), y - rows.mean()], axis=-1))
         unit = float((signed_distance(shape, points / 16) < 0).sum()) / 256  # area at radius 1
         inside = (signed_distance(shape, points / math.sqrt(len(rows) / unit)) < 0).numpy()
@@ -322,8 +350,7 @@ def write_results(config: MiniatureConfig, cells: dict[tuple[str, int, str, int]
     write_text(output / "results.md", "\n".join(lines) + "\n")
     shown = []
     for motion in config.motions:
-        scene = _scene(*_CLIPS[0][:2], lambda found: set(found) == set(_CLIPS[0][2]), motion, 0)
-        shown.append((f"{motion}: reference clip", render([scene])[0].permute(1, 2, 3, 0).numpy()))
+        shown.append((f"{motion}: reference clip", render([_clip_scene(0, motion)])[0].permute(1, 2, 3, 0).numpy()))
         for method in config.methods:
             run = f"{motion}-{method}" if METHODS[method] is None else f"{motion}-{config.clips[0]}-{method}"
             name = f"{run.replace(' ', '_')}-{config.seeds[0]}"
