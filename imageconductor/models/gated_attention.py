@@ -275,9 +275,9 @@ class ObjectGates(ModelMixin, ConfigMixin):
         boxes, names = (F.pad(x, (0, 0, 0, missing)) for x in (boxes, names))
         present = F.pad(present.to(self.dtype), (0, missing))
         told = names.repeat_interleave(num_frames, dim=0)
-        tokens = self.position_net(boxes.flatten(0, 1), present.flatten(0, 1), told)
+        tokens = self.position_net(boxes=boxes.flatten(0, 1), masks=present.flatten(0, 1), positive_embeddings=told)
         if self.first_position_net is not None:
-            first = self.first_position_net(boxes[:, 0], present[:, 0], names)
+            first = self.first_position_net(boxes=boxes[:, 0], masks=present[:, 0], positive_embeddings=names)
             tokens = tokens + first.repeat_interleave(num_frames, dim=0)
         return tokens
 
