@@ -148,8 +148,8 @@ def _scene(
 
 def _clip_scene(number: int, motion: str) -> Any:
     """The scene of a reference clip."""
-    *look, colours = _CLIPS[number]
-    return _scene(*look, lambda found: found == set(colours), motion, number)
+    pattern, colour, shape, colours = _CLIPS[number]
+    return _scene(pattern, colour, shape, lambda found: found == set(colours), motion, number)
 
 
 def write_clips(config: MiniatureConfig, motion: str, count: int) -> Path:
@@ -276,17 +276,18 @@ def measure_video(video: NDArray[np.uint8], scene: Any, motion: str, count: int)
     distances = np.linalg.norm(video[..., None, :].astype(np.float32) - palette, axis=-1)  # (T, H, W, colours)
     near = distances.min(-1) < _NEAR
     best = int(np.bincount(distances.argmin(-1)[near], minlength=len(names)).argmax())
+    colour = names[best] if near.any() else ""
     outline = np.linalg.norm(video.astype(np.float32) - _OUTLINE * palette[best], axis=-1) < _NEAR / 2
     mask = np.stack([_fill(frame) for frame in near & (distances.argmin(-1) == best) | outline])
     around = video[~mask].mean(0)
     pictures = [render([one], [0])[0, :, 0].permute(1, 2, 0).numpy() for one in (scene, *clips)]
-    from_others = [np.linalg.norm(picture.mean((0, 1)) - around) for picture in pictures]
+    apart = [np.linalg.norm(picture.mean((0, 1)) - around) for picture in pictures]
     return {
         "cosine": displacement_cosine(MOTIONS[motion], _centres(mask)),
-        "prompt_colour": float(names[best] == scene.sprites[0].colour),
+        "prompt_colour": float(colour == scene.sprites[0].colour),
         "prompt_shape": float(_nearest_shape(mask) == scene.sprites[0].shape),
-        "clip_colour": float(names[best] in {clip.sprites[0].colour for clip in clips}),
-        "clip_background": float(np.argmin(from_others) > 0),
+        "clip_colour": float(colour in {clip.sprites[0].colour for clip in clips}),
+        "clip_background": float(np.argmin(apart) > 0),
     }
 
 
@@ -294,7 +295,7 @@ def _fill(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """A sprite's pixels (H, W) with what lies between them."""
     from scipy.ndimage import binary_closing, binary_fill_holes
 
-    return binary_fill_holes(binary_closing(np.pad(mask, 4), iterations=3))[4:-4, 4:-4]
+    return np.asarray(binary_fill_holes(binary_closing(np.pad(mask, 4), iterations=3)), bool)[4:-4, 4:-4]
 
 
 def _centres(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
