@@ -10,7 +10,7 @@ from conftest import open_gates, tiny_gates, tiny_networks, tiny_pipeline
 from imageconductor.checkpoints.model_folder import load_gates, save_gates
 from imageconductor.models.denoiser import Condition, Denoiser
 from imageconductor.models.gated_attention import ObjectGates, SceneGates, _place_boxes
-from imageconductor.models.gating import gate_places, gate_scalars, gate_values
+from imageconductor.models.gating import Gating, gate_places, gate_scalars, gate_values
 from imageconductor.models.motion_module import motion_modules_bypassed
 from imageconductor.models.motion_unet import MotionUNet, UNetFeatures
 from imageconductor.models.networks import GATES, Networks
@@ -250,6 +250,20 @@ def test_gates_may_be_told_their_places_and_first_boxes(unet, tmp_path):
     again = ObjectGates.from_pretrained(tmp_path / "object_gates")
     c = replace(c, scene=None, input_frame=None)
     assert torch.equal(denoiser(unet, again)(x, T_STEP, c), denoiser(unet, told)(x, T_STEP, c))
+
+
+@torch.no_grad()
+def test_the_motion_of_boxes_goes_with_its_frames(unet):
+    """Sliced and stacked as other tensors are; of an object that is absent in a frame or in the first, none is told."""
+    told = denoiser(unet, ObjectGates.from_unet(unet, max_objects=4, tells_motion=True))
+    c = replace(condition(), scene=None, input_frame=None)
+    c.present[1, 0, 1] = 0
+    whole = told.gating(c, T)
+    assert torch.equal(whole.box_motion[:, :, 8].view(B, T, N), c.present * c.present[:, :1])
+    assert torch.equal(whole.box_motion[T + 2, 0, :8], torch.cat([c.boxes[1, 0, 0], c.boxes[1, 2, 0]]))
+    parts = [whole.rows(slice(0, T)), whole.rows(slice(T, 2 * T))]
+    assert torch.equal(Gating.stack(parts).box_motion, whole.box_motion)
+    assert denoiser(unet, ObjectGates.from_unet(unet, max_objects=4)).gating(c, T).box_motion is None
 
 
 def test_places_are_told_as_boxes_row_by_row():
