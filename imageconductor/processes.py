@@ -15,7 +15,8 @@ def start_processes(device: str | None = None) -> PartialState:
 
     Without it each would train the whole, and all would write into one folder.
     """
-    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    # torch.accelerator, from PyTorch 2.6 on, also knows those that are neither CUDA's nor Apple's.
+    has_gpu = getattr(torch, "accelerator", torch.cuda).is_available() or torch.backends.mps.is_available()
     return PartialState(cpu=device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not has_gpu)
 
 

@@ -74,7 +74,7 @@ class MiniatureConfig:
 
 
 _SIDE = 128  # pixels of a frame, the bundled model's
-_OUTLINE = 0.28  # its brightness, as a fraction of the sprite's
+_OUTLINE = 0.28  # brightness of a sprite's outline, as a fraction of its own
 _NEAR = 60  # distance in RGB at which a pixel still has a colour
 # Pattern, colour, shape and background colours of the reference clips; prompts have other colours and shapes.
 _CLIPS = (
