@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from imageconductor.conditioning import Trajectories
+from imageconductor.conditioning import Boxes, Trajectories
 from imageconductor.conditioning.formats import read_tracks
 from imageconductor.conditioning.formats.numpy_data import npz_bytes
 
@@ -87,6 +87,27 @@ def test_motionpro_and_draganything(tmp_path):
     file = read_tracks(save_json(tmp_path / "demo.json", objects_file), image_size=(640, 480))
     assert (file.format, file.size, len(file.tracks[1].points)) == ("draganything", (640, 480), 1)
     assert file.notes == (f"{tmp_path / 'demo.json'} (draganything) states no frame size; 640x480 was assumed",)
+
+
+def test_the_centres_of_boxes_are_tracks(tmp_path):
+    dog = {"name": "dog", "boxes": [[60, 90, 180, 200], [200, 60, 360, 230]], "frames": [0, 15]}
+    ball = {"name": "ball", "boxes": [[20, 200, 40, 220], None], "frames": [0, 8]}
+    edge = {"name": "dot", "boxes": [[0, 0, 0.5, 0.5], [511.5, 319.5, 512, 320]], "frames": [0, 15]}
+    form = {"width": 512, "height": 320, "num_frames": 16, "objects": [dog, ball, edge]}
+    path = save_json(tmp_path / "boxes.json", form)
+    tracks, centres = Trajectories.load(path, 16), Boxes.load(path, 16).centres()
+    assert (read_tracks(path).format, tracks.size) == ("boxes", SIZE)
+    assert torch.equal(tracks.visible, centres.visible)
+    torch.testing.assert_close(tracks.points[tracks.visible], centres.points[centres.visible])
+    assert tracks.points[0, [0, 15]].tolist() == [[119.5, 144.5], [279.5, 144.5]]
+    assert tracks.visible[1].tolist() == [True] * 8 + [False] * 8
+    assert Trajectories.load(path, 32).points[0, -1].tolist() == [279.5, 144.5]
+    save_json(path, {**form, "objects": [{**dog, "boxes": [[60, 90, 60, 200], None]}]})
+    with pytest.raises(ValueError, match=r"boxes.json: object 0 .*, frame 0: the box .* has no area"):
+        read_tracks(path)
+    save_json(path, {**form, "num_frames": "16"})
+    with pytest.raises(ValueError, match="num_frames must be a whole number"):
+        read_tracks(path)
 
 
 def test_wan_move_pair(tmp_path):

@@ -1,4 +1,4 @@
-"""JSON forms: ours, the published one, MotionPro's and DragAnything's; and JSON of any tool as Python objects.
+"""JSON forms: ours, the published one, boxes, MotionPro's and DragAnything's; JSON of any tool as Python objects.
 
 Sources of the forms: the published release (bare lists; DragNUWA's node and MOFA-Video have the same),
 HiDream-ai/MotionPro `demo_sparse_flex_wh_annotation.py`, showlab/DragAnything `demo.py`.
@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
+from imageconductor.conditioning.box_files import check_boxes, place_boxes
 from imageconductor.conditioning.formats.track_file import (
     Hints,
     TrackFile,
@@ -16,10 +19,12 @@ from imageconductor.conditioning.formats.track_file import (
     check_length,
     drawn_tracks,
     find_size,
+    measured_tracks,
     stated_size,
 )
 from imageconductor.conditioning.trajectory_json import (
     ADVICE,
+    BORDER_PX,
     Track,
     abbreviate,
     as_list,
@@ -62,6 +67,8 @@ def recognise_json(content: object) -> str:
         fields = cast("dict[str, object]", content)
         if "traj_key_points" in fields:
             return "motionpro"
+        if "objects" in fields and "tracks" not in fields:
+            return "boxes"
         is_objects = bool(fields) and all(
             isinstance(value, dict) and "trajectory" in value for value in fields.values()
         )
@@ -80,6 +87,19 @@ def read_ours(path: Path, content: object, hints: Hints) -> TrackFile:
     tracks, size = _check_lengths(drawing.tracks, path), drawing.size
     notes = stated_size(path, size, hints) if "width" in fields else ()
     return TrackFile("imageconductor", tracks, size, notes, drawing.num_frames, drawing.camera)
+
+
+def read_box_centres(path: Path, content: object, hints: Hints) -> TrackFile:
+    """A file of boxes (docs/boxes.md): a track for each object, along the centres of its boxes."""
+    stated = cast("dict[str, Any]", content).get("num_frames") if isinstance(content, dict) else None
+    num_frames = hints.num_frames if stated is None else stated
+    file = check_boxes(content, num_frames, str(path), hints.max_tracks)
+    placed = [place_boxes(one, file.size, num_frames) for one in file.objects]
+    boxes = np.asarray([xyxy for xyxy, _ in placed]).reshape(-1, num_frames, 4)
+    present = np.asarray([there for _, there in placed], np.bool_).reshape(-1, num_frames)
+    points = ((boxes[..., :2] + boxes[..., 2:]) / 2 - 0.5).clip(0, np.asarray(file.size) - BORDER_PX)
+    tracks = measured_tracks(np.where(present[..., None], points, 0), present, hints, str(path))
+    return TrackFile("boxes", tracks, file.size, stated_size(path, file.size, hints), num_frames)
 
 
 def read_published(path: Path, content: object, hints: Hints) -> TrackFile:

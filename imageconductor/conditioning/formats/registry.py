@@ -51,6 +51,9 @@ FORMATS = {
             "json; bare list of control points (published release, DragNUWA, MOFA-Video)", json_files.write_published,
         ),
         Format(
+            "boxes", ("json",), json_files.read_box_centres, "json; boxes of objects, whose centres are the tracks",
+        ),
+        Format(
             "motionpro", ("json",), json_files.read_motionpro, "json; traj_key_points, control points",
             json_files.write_motionpro,
         ),
