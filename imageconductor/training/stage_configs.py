@@ -141,6 +141,9 @@ class BoxStageConfig(TrainConfig):
     knows_first_boxes: bool = False  # an object's token also tells its box in the first frame
     tells_motion: bool = False  # a UNet that reads the first frame (`first_frame_warp`) is told what boxes carry
     boxes_dropout: float = 0.1  # probability that all objects of a clip are absent, published
+    # Probability that a clip is drawn on, so that boxes learn to act beside trajectories: each of its objects then has
+    # its box, a track along the middle of its box, or both.
+    tracks_prob: float = 0.0
     # Of the scalars that open the gates; null = learning_rate. Until they open, nothing else has a gradient.
     gate_learning_rate: float | None = None
     random_crop: float = 1.0  # smallest size of a random crop, as a fraction of the largest; 1 = in the middle
@@ -166,7 +169,9 @@ class BoxStageConfig(TrainConfig):
             raise ValueError("knows_first_boxes=true tells nothing of single frames; take clips, num_frames=16")
         if not 0 < self.random_crop <= 1:
             raise ValueError(f"random_crop must lie in (0, 1], got {self.random_crop}")
-        check_fractions(self, "boxes_dropout", "min_box_area")
+        if self.tracks_prob > 0 and self.num_frames == 1:
+            raise ValueError(f"tracks_prob={self.tracks_prob} draws tracks, and single frames have none; take clips")
+        check_fractions(self, "boxes_dropout", "tracks_prob", "min_box_area")
 
 
 @dataclass

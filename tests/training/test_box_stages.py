@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from imageconductor.checkpoints.assembly import AssemblyConfig, assemble
 from imageconductor.commands import assemble as assemble_command
-from imageconductor.conditioning import Boxes
+from imageconductor.conditioning import Boxes, build_flow_map
 from imageconductor.data.batches import collate
 from imageconductor.data.box_samples import BoxSamples, keep_largest
+from imageconductor.models.adapters import active
 from imageconductor.models.gating import gate_scalars
 from imageconductor.sampling.job import SampleJob, load_pipeline, prepare, render
 from imageconductor.sampling.loras import find_job_loras
@@ -105,6 +106,51 @@ def test_each_part_is_dropped_by_itself_and_as_often_as_told(configure, build):
     with stage.without_dropout():
         _, c = stage.encode(batch, generators(seed=3))
     assert all(bool(x.any()) for x in (c.scene, c.input_frame, c.present, c.keyframes))
+
+
+def test_an_object_of_a_drawn_clip_has_its_box_the_track_of_its_middle_or_both(configure, build):
+    settings = {"num_frames": FRAMES, "first_frame": True, "boxes_dropout": 0.0, "tracks_prob": 0.5}
+    stage, data = build(configure("object_gates", **settings))
+    xyxy = torch.stack([torch.tensor([2.0, 2, 10, 12]) + 2 * t for t in range(FRAMES)])
+    boxes = Boxes(torch.stack([xyxy, xyxy.flip(0)]), torch.ones(2, FRAMES, dtype=torch.bool), ("a", "b"), (32, 32))
+    flows = {}
+    for chosen in ((0,), (1,), (0, 1)):
+        centres = boxes.select(chosen).centres()
+        flows[chosen] = build_flow_map(centres, stage.motion_controlnet.flow_convention)[0]
+    stage.draw_latents = lambda *_: (torch.ones(1, 4, FRAMES, 2, 2), torch.ones(1, 4, FRAMES, 2, 2))
+    stage.encode_text = lambda *_: torch.zeros(1, 5, 16)
+    stage._features = {name: torch.ones(16) for name in ("a", "b")}
+    seen = []
+    for seed in range(80):
+        _, condition = stage.encode(batch_of(data, boxes), generators(seed=seed))
+        boxed = condition.present[0].bool()
+        assert torch.equal(boxed.all(0), boxed.any(0)), "in all frames or none"
+        has_box, tracked = boxed[0].tolist(), ()
+        if condition.has_flow[0]:
+            tracked = next(chosen for chosen, flow in flows.items() if torch.allclose(condition.flow[0], flow))
+        assert (
+            condition.names[0].bool().any(-1).tolist() == condition.boxes[0].bool().any(-1).any(0).tolist() == has_box
+        )
+        assert all(has or n in tracked for n, has in enumerate(has_box))
+        seen += [(has, n in tracked) for n, has in enumerate(has_box)]
+    shares = [seen.count(kind) / len(seen) for kind in ((True, False), (True, True), (False, True))]
+    assert shares == pytest.approx([1 / 2 + 1 / 6, 1 / 6, 1 / 6], abs=0.08)
+    with stage.without_dropout():
+        _, condition = stage.encode(batch_of(data, boxes), generators(seed=1))
+    assert condition.flow is None
+    assert condition.present.all()
+
+
+def test_tracks_are_told_by_the_motion_controlnet_as_the_model_samples_and_it_does_not_learn(configure, build):
+    stage, data = build(configure("object_gates", num_frames=FRAMES, first_frame=True, tracks_prob=1.0))
+    assert all(name.startswith("object_gates.") for group in stage.trainable().values() for name in group.parameters)
+    x_0, condition = stage.encode(batch_of(data, some_boxes(FRAMES)), generators())
+    moved = replace(condition, flow=torch.randn_like(condition.flow), has_flow=torch.tensor([True]))
+    expected = stage.denoiser(x_0, T, moved)
+    with active(stage.motion_controlnet, "object"):
+        assert torch.equal(stage.denoise(x_0, T, moved), expected)
+    with active(stage.motion_controlnet):
+        assert not torch.equal(stage.denoise(x_0, T, moved), expected)
 
 
 def test_without_the_controlnet_the_gates_carry_the_first_frame_alone(configure, build):
@@ -234,6 +280,8 @@ def test_what_is_missing_is_told_before_weights_are_read(configure, stage, chang
         ({"knows_first_boxes": True}, "knows_first_boxes=true tells nothing of single frames"),
         ({"tells_motion": True}, "moves a first frame that is not shown; set first_frame=true"),
         ({"fresh_object_gates": True, "object_gates": "some"}, "begins anew, and object_gates=some goes on"),
+        ({"tracks_prob": 0.5}, "tracks_prob=0.5 draws tracks, and single frames have none"),
+        ({"tracks_prob": 1.5, "num_frames": 4}, r"tracks_prob must lie in \[0, 1\], got 1.5"),
         ({"max_objects": 0}, "max_objects must be at least 1"),
         ({"data": {"a": 1}}, "data must be a list"),
         ({"gate_learning_rate": -1.0}, "gate_learning_rate must be positive"),

@@ -23,13 +23,17 @@ from torch import Tensor
 
 from imageconductor.checkpoints.model_folder import (
     SCENE_LORA_FOLDER,
+    check_adapters,
     check_controlnets,
     check_shape,
+    load_adapters,
     read_gate_config,
+    read_sampling_defaults,
     reads_first_frame,
 )
-from imageconductor.conditioning.boxes import stack_boxes
+from imageconductor.conditioning.boxes import Boxes, stack_boxes
 from imageconductor.conditioning.first_frame import keyframe_condition
+from imageconductor.conditioning.flow_map import flow_map
 from imageconductor.data.batches import Samples
 from imageconductor.models.adapters import (
     activate,
@@ -38,6 +42,7 @@ from imageconductor.models.adapters import (
     lora_targets,
     save_for_diffusers,
 )
+from imageconductor.models.controlnets import ADAPTERS, Control
 from imageconductor.models.denoiser import Condition
 from imageconductor.models.gated_attention import ObjectGates, SceneGates
 from imageconductor.models.gating import gate_scalars, gate_values
@@ -55,20 +60,26 @@ _OF_FRESH_GATES = ("knows_places", "knows_first_boxes", "tells_motion")
 class BoxStage(Stage):
     """A stage that sees boxes."""
 
-    dropouts = ("text_dropout", "image_dropout", "boxes_dropout")
+    dropouts = ("text_dropout", "image_dropout", "boxes_dropout", "tracks_prob")
     can_be_split = False  # A gate is called by the UNet and not by its network, and its scalars have no dimension.
 
     def __init__(self, networks: Networks, config: BoxStageConfig):
         super().__init__(networks, config)
         networks.freeze()
         self.object_gates, self.scene_gates = networks.object_gates, networks.scene_gates
-        self.boxes_dropout = config.boxes_dropout
+        self.boxes_dropout, self.tracks_prob = config.boxes_dropout, config.tracks_prob
+        if self.tracks_prob:
+            load_adapters(self.motion_controlnet, config.model)
+            activate(self.motion_controlnet, *_usual_adapters(config.model))
         self.gate_learning_rate = config.gate_learning_rate
         self._features: dict[str, Tensor] = {}  # of class names
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """As `Stage.check`, but that single frames need no ControlNets; objects of sprites must have room."""
+        """As `Stage.check`, but that ControlNets are needed for tracks alone; objects of sprites must have room."""
+        if config.tracks_prob:
+            check_controlnets(config.model, f"tracks_prob={config.tracks_prob}")
+            check_adapters(config.model, _usual_adapters(config.model), f"tracks_prob={config.tracks_prob}")
         if not config.data and config.world.max_sprites > config.max_objects:
             raise ValueError(
                 f"clips have up to world.max_sprites={config.world.max_sprites} objects, more than "
@@ -104,17 +115,45 @@ class BoxStage(Stage):
         return {"keyframes": keyframes * given, "mask": mask * given}
 
     def encode_boxes(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        """Fields of a `Condition`: boxes (B, T, N, 4), present (B, T, N), names (B, N, D).
+        """Fields of a `Condition`: boxes (B, T, N, 4), present (B, T, N), names (B, N, D); flow and has_flow (B,).
 
         Args:
             batch: With `boxes`, `Boxes` of each clip.
-            generators: One a clip; they draw whether all of its objects are absent.
+            generators: One a clip; they draw whether all of its objects are absent, and what is drawn of them instead.
         """
-        names = {name for boxes in batch["boxes"] for name in boxes.names}
-        told = {name: self._name_feature(name) for name in names}
-        fields = stack_boxes(batch["boxes"], told, self.text_encoder.config.hidden_size)
-        kept = _keep(self.boxes_dropout, generators, fields["boxes"])
-        return {name: (x * kept.view(-1, *[1] * (x.ndim - 1))).to(self.unet.device) for name, x in fields.items()}
+        clips: Sequence[Boxes] = batch["boxes"]
+        told = {name: self._name_feature(name) for boxes in clips for name in boxes.names}
+        fields = stack_boxes(clips, told, self.text_encoder.config.hidden_size)
+        kept = _keep(self.boxes_dropout, generators, fields["boxes"])[:, None]
+        drawn: dict[str, Tensor] = {}
+        if self.tracks_prob:
+            drawn, has_box = self._draw_tracks(clips, fields["names"].shape[1], generators)
+            kept = kept * has_box
+        fields = {
+            "boxes": fields["boxes"] * kept[:, None, :, None],
+            "present": fields["present"] * kept[:, None],
+            "names": fields["names"] * kept[..., None],
+        }
+        return drawn | {name: x.to(self.unet.device) for name, x in fields.items()}
+
+    def _draw_tracks(
+        self, clips: Sequence[Boxes], count: int, generators: Sequence[torch.Generator]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Fields flow and has_flow of a `Condition`, and (B, N) 0 for objects that have a track in place of a box."""
+        has_box = torch.ones(len(clips), count)
+        points = torch.zeros(*has_box.shape, clips[0].num_frames, 2)
+        visible = torch.zeros(points.shape[:3], dtype=torch.bool)
+        for n, (boxes, generator) in enumerate(zip(clips, generators, strict=True)):
+            if torch.rand((), generator=generator) >= self.tracks_prob:
+                continue
+            centres, told = boxes.centres(), torch.randint(3, (boxes.num_objects,), generator=generator)
+            points[n, : len(told)] = centres.points  # told: 0, a box; 1, both; 2, a track
+            visible[n, : len(told)] = centres.visible & (told > 0)[:, None]
+            has_box[n, : len(told)] *= told < 2
+        sent = points.to(self.unet.device), visible.to(self.unet.device)
+        with torch.autocast(self.unet.device.type, enabled=False):  # Flow maps are pixels; half precision rounds them.
+            flow = flow_map(*sent, clips[0].size, self.motion_controlnet.flow_convention)
+        return {"flow": flow, "has_flow": flow.flatten(1).any(1)}, has_box
 
     def _name_feature(self, name: str) -> Tensor:
         """(D,) on the CPU; names are encoded one by one, so that a feature does not depend on those beside it."""
@@ -267,6 +306,11 @@ class SceneGatesStage(BoxStage):
 def _keep(dropout: float, generators: Sequence[torch.Generator], like: Tensor) -> Tensor:
     """(B,), 0 for clips whose generator drops a part of their condition, else 1."""
     return like.new_tensor([float(torch.rand((), generator=generator) >= dropout) for generator in generators])
+
+
+def _usual_adapters(model: str) -> tuple[str, ...]:
+    """LoRAs of the motion ControlNet that act under the control that the model samples with by default."""
+    return ADAPTERS[Control(read_sampling_defaults(model)["control"])]
 
 
 def _object_gates(networks: Networks, config: ObjectGatesConfig | SceneGatesConfig) -> ObjectGates:
