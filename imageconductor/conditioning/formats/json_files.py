@@ -93,12 +93,14 @@ def read_box_centres(path: Path, content: object, hints: Hints) -> TrackFile:
     """A file of boxes (docs/boxes.md): a track for each object, along the centres of its boxes."""
     stated = cast("dict[str, Any]", content).get("num_frames") if isinstance(content, dict) else None
     num_frames = hints.num_frames if stated is None else stated
-    file = check_boxes(content, num_frames, str(path), hints.max_tracks)
-    placed = [place_boxes(one, file.size, num_frames) for one in file.objects]
-    boxes = np.asarray([xyxy for xyxy, _ in placed]).reshape(-1, num_frames, 4)
-    present = np.asarray([there for _, there in placed], np.bool_).reshape(-1, num_frames)
-    points = ((boxes[..., :2] + boxes[..., 2:]) / 2 - 0.5).clip(0, np.asarray(file.size) - BORDER_PX)
-    tracks = measured_tracks(np.where(present[..., None], points, 0), present, hints, str(path))
+    file = check_boxes(cast("object", content), num_frames, str(path), hints.max_tracks)
+    points = np.zeros((len(file.objects), num_frames, 2))
+    present = np.zeros(points.shape[:2], np.bool_)
+    for n, one in enumerate(file.objects):
+        boxes, present[n] = place_boxes(one, file.size, num_frames)
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2 - 0.5
+        points[n, present[n]] = centres.clip(0, np.asarray(file.size) - BORDER_PX)[present[n]]
+    tracks = measured_tracks(points, present, hints, str(path))
     return TrackFile("boxes", tracks, file.size, stated_size(path, file.size, hints), num_frames)
 
 
