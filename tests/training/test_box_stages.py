@@ -16,7 +16,6 @@ from imageconductor.checkpoints.assembly import AssemblyConfig, assemble
 from imageconductor.commands import assemble as assemble_command
 from imageconductor.conditioning import Boxes, build_flow_map
 from imageconductor.data.batches import collate
-from imageconductor.data.box_samples import BoxSamples, keep_largest
 from imageconductor.models.adapters import active
 from imageconductor.models.gating import gate_scalars
 from imageconductor.sampling.job import SampleJob, load_pipeline, prepare, render
@@ -296,87 +295,6 @@ def test_bad_settings(configure, changes, message):
 @pytest.mark.parametrize("path", [path for path in CONFIGS if "gates" in path.stem or "joint" in path.stem], ids=str)
 def test_the_configs_load(path):
     assert load_config(path).stage in ("object_gates", "scene_gates")
-
-
-# -- samples
-
-
-def test_windows_of_both_data_sets_come_with_their_boxes():
-    samples = BoxSamples([FIXTURES / "youvis"], "train", (32, 24), 4, max_objects=2)
-    found = [samples[position] for position in range(8)]
-    assert {sample["pixel_values"].shape for sample in found} == {(3, 4, 24, 32)}
-    assert {sample["boxes"].size for sample in found} == {(32, 24)}
-    assert max(sample["boxes"].num_objects for sample in found) == 2
-    assert all(sample["boxes"].num_frames == 4 for sample in found)
-    again = BoxSamples([FIXTURES / "youvis"], "train", (32, 24), 4, max_objects=2)[5]
-    assert torch.equal(again["pixel_values"], found[5]["pixel_values"])
-    got = BoxSamples([FIXTURES / "got-10k"], "val", (32, 18), 8, max_objects=8)[0]
-    assert got["boxes"].num_objects == 1
-    assert got["points"].shape == (0, 8, 2)
-
-
-def test_boxes_go_with_their_pixels_through_crop_and_flip(tmp_path):
-    """A white rectangle on black, cropped at random: its pixels are where its box is."""
-    pixels = np.zeros((60, 90, 3), np.uint8)
-    pixels[20:44, 30:62] = 255
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    line = {"image": "a.png", "caption": "white", "objects": [{"name": "box", "box": [30, 20, 62, 44]}]}
-    (tmp_path / "d.jsonl").write_text(json.dumps(line) + "\n")
-    settings = {"horizontal_flip": 0.5, "random_crop": 0.7}
-    samples = BoxSamples([tmp_path / "d.jsonl"], "train", (64, 64), 1, 4, **settings)
-    centres = set()
-    for position in range(12):
-        sample = samples[position]
-        frame, (x1, y1, x2, y2) = sample["pixel_values"][0, 0], sample["boxes"].xyxy[0, 0].tolist()
-        rows, columns = (frame > 127).any(1).nonzero()[:, 0], (frame > 127).any(0).nonzero()[:, 0]
-        found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-        assert [float(value) for value in found] == pytest.approx([x1, y1, x2, y2], abs=1.0)
-        centres.add(round(x1 + x2))
-    assert len(centres) > 6
-
-
-def test_held_out_clips_are_never_trained_on():
-    data = FIXTURES / "youvis"
-    held = BoxSamples([data], "train", (16, 16), 4, 8, held_out_clips=1, shows_held_out=True)[0]["key"]
-    trained = BoxSamples([data], "train", (16, 16), 4, 8, held_out_clips=1)
-    assert held not in {trained[position]["key"] for position in range(6)}
-    with pytest.raises(ValueError, match="none is left"):
-        BoxSamples([data], "train", (16, 16), 4, 8, held_out_clips=9)
-
-
-def test_the_largest_objects_are_kept_in_their_order():
-    xyxy = torch.tensor([[[0.0, 0, 4, 4]], [[0.0, 0, 9, 9]], [[0.0, 0, 1, 1]], [[0.0, 0, 6, 6]]])
-    present = torch.tensor([[True], [True], [True], [False]])
-    kept = keep_largest(Boxes(xyxy, present, ("a", "b", "c", "d"), (16, 16)), 2)
-    assert kept.names == ("a", "b")
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "line 1 must be"),
-        ('{"caption": "a"}', "line 1 must be"),
-        ('{"image": "a.png", "objects": [{"name": "a", "box": [0, 0, 99, 9]}]}', "leaves the 8x8 frame"),
-        ('{"image": "b.png", "objects": []}', "no picture at"),
-        ('{"image": "a.png", "objects": [], "labels": 1}', "unknown key 'labels'"),
-        ("", "holds no picture"),
-    ],
-)
-def test_detections_that_are_malformed(tmp_path, line, message):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "d.jsonl").write_text(line)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        BoxSamples([tmp_path / "d.jsonl"], "train", (8, 8), 1, 4)
-
-
-def test_damaged_clips_are_left_out_and_told(tmp_path):
-    shutil.copytree(FIXTURES / "youvis", tmp_path / "data")
-    for path in (tmp_path / "data" / "train" / "JPEGImages" / "ffee001122").glob("*.jpg"):
-        path.write_bytes(b"no picture")
-    samples = BoxSamples([tmp_path / "data"], "train", (16, 16), 8, 8)
-    found = [samples[position] for position in range(4)]
-    assert {sample["key"] for sample in found} == {"00a1b2c3d4"}
-    assert any("ffee001122" in reason for sample in found for reason in sample["skipped"])
 
 
 def test_previews_show_boxes_and_what_the_gates_make(configure, monkeypatch, tmp_path):

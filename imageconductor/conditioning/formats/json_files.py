@@ -67,7 +67,7 @@ def recognise_json(content: object) -> str:
         fields = cast("dict[str, object]", content)
         if "traj_key_points" in fields:
             return "motionpro"
-        if "objects" in fields and "tracks" not in fields:
+        if isinstance(fields.get("objects"), list) and "tracks" not in fields:
             return "boxes"
         is_objects = bool(fields) and all(
             isinstance(value, dict) and "trajectory" in value for value in fields.values()

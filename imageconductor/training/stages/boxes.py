@@ -115,11 +115,13 @@ class BoxStage(Stage):
         return {"keyframes": keyframes * given, "mask": mask * given}
 
     def encode_boxes(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        """Fields of a `Condition`: boxes (B, T, N, 4), present (B, T, N), names (B, N, D); flow and has_flow (B,).
+        """Fields of a `Condition`: boxes (B, T, N, 4), present (B, T, N), names (B, N, D).
+
+        Of stages that draw tracks, `flow` and `has_flow` as well.
 
         Args:
             batch: With `boxes`, `Boxes` of each clip.
-            generators: One a clip; they draw whether all of its objects are absent, and what is drawn of them instead.
+            generators: One a clip; they draw whether all of its objects are absent, and which have tracks.
         """
         clips: Sequence[Boxes] = batch["boxes"]
         told = {name: self._name_feature(name) for boxes in clips for name in boxes.names}
@@ -153,7 +155,7 @@ class BoxStage(Stage):
         sent = points.to(self.unet.device), visible.to(self.unet.device)
         with torch.autocast(self.unet.device.type, enabled=False):  # Flow maps are pixels; half precision rounds them.
             flow = flow_map(*sent, clips[0].size, self.motion_controlnet.flow_convention)
-        return {"flow": flow, "has_flow": flow.flatten(1).any(1)}, has_box
+        return {"flow": flow, "has_flow": sent[1].flatten(1).any(1)}, has_box
 
     def _name_feature(self, name: str) -> Tensor:
         """(D,) on the CPU; names are encoded one by one, so that a feature does not depend on those beside it."""
