@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ MOTIONS: dict[str, NDArray[np.float64]] = {  # offsets (16, 2) of a sprite's cen
 }
 METHODS: dict[str, dict[str, Any] | None] = {  # settings of the training; None = the base model, which is not trained
     "base model": None,
-    "plain LoRA": {"dual_path": False, "debiasing_beta": None},
+    "plain LoRA": {"dual_path": False, "debiasing_beta": None, "appearance": "shared"},
     "without debiasing": {"debiasing_beta": None},
     "MotionDirector": {},
+    "MotionDirector recoloured": {},
 }
+_RECOLOURED = "MotionDirector recoloured"  # a single clip is learned from with copies in other colours beside it
 COLUMNS = {
     "cosine": "displacement cosine",
     "prompt_colour": "prompt's colour",
@@ -53,13 +56,13 @@ class MiniatureConfig:
     settings: list[str] = field(default_factory=list)  # key=value for all trainings
     motions: list[str] = field(default_factory=lambda: list(MOTIONS))  # of loop, zigzag, bounce
     methods: list[str] = field(default_factory=lambda: list(METHODS))  # rows of the table
-    clips: list[int] = field(default_factory=lambda: [1, 4])  # reference clips that a motion is learned from
+    clips: list[int] = field(default_factory=lambda: [4, 1])  # reference clips that a motion is learned from
     seeds: list[int] = field(default_factory=lambda: [0, 1])  # of training and videos
     prompts: int = 12  # videos of each motion and seed
     # Videos begin with a picture of the prompt's sprite, and the motion is learned with clips' first frames shown.
     first_frame: bool = True
-    steps: int = 8  # denoising steps
-    guidance_scale: float = 2.0  # lambda_cfg
+    steps: int | None = None  # denoising steps; null = the model's default
+    guidance_scale: float | None = None  # lambda_cfg; null = the model's default
     motion_scale: float = 1.0  # of the motion LoRA
     output: str = "runs/motion_director_sprites"  # folder of everything
 
@@ -99,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     cells = {}
     for motion, count, method, seed in _list_cells(config):
-        clips = write_clips(config, motion, count)
+        clips = write_clips(config, motion, count, method == _RECOLOURED)
         run = train_method(config, settings, method, motion, count, seed, clips)
         cells[motion, count, method, seed] = make_videos(config, method, motion, count, seed, run)
     write_results(config, cells)
@@ -109,9 +112,13 @@ def main(argv: list[str] | None = None) -> int:
 def _list_cells(config: MiniatureConfig) -> Iterator[tuple[str, int, str, int]]:
     for motion in config.motions:
         for count in config.clips:
-            for method in config.methods:
+            for method in _list_methods(config, count):
                 for seed in config.seeds:
                     yield motion, count, method, seed
+
+
+def _list_methods(config: MiniatureConfig, count: int) -> list[str]:
+    return [method for method in config.methods if count == 1 or method != _RECOLOURED]
 
 
 def _load_settings(config: MiniatureConfig) -> MotionDirectorConfig:
@@ -152,18 +159,26 @@ def _clip_scene(number: int, motion: str) -> Any:
     return _scene(pattern, colour, shape, lambda found: found == set(colours), motion, number)
 
 
-def write_clips(config: MiniatureConfig, motion: str, count: int) -> Path:
-    """A folder of the motion's first `count` reference clips, with their captions beside them."""
+def write_clips(config: MiniatureConfig, motion: str, count: int, recoloured: bool) -> Path:
+    """A folder of the motion's first `count` reference clips, with their captions beside them.
+
+    Recoloured copies have the other orders of red, green and blue. Captions then name no colour.
+    """
     from imageconductor.data.scenes import render
     from imageconductor.sampling.video import write_mp4
 
-    folder = Path(config.output) / "clips" / f"{motion}-{count}"
+    folder = Path(config.output) / "clips" / (f"{motion}-{count}" + ("-recoloured" if recoloured else ""))
     if not folder.is_dir():
         with atomic_folder(folder) as new:
             for number in range(count):
                 scene = _clip_scene(number, motion)
-                (new / f"clip{number}.txt").write_text(scene.caption)
-                write_mp4(new / f"clip{number}.mp4", render([scene])[0].permute(1, 2, 3, 0).numpy(), 8)
+                sprite = scene.sprites[0]
+                video = render([scene])[0].permute(1, 2, 3, 0).numpy()
+                for order in permutations(range(3)) if recoloured else [(0, 1, 2)]:
+                    name = f"clip{number}" + (f"-{''.join('rgb'[channel] for channel in order)}" if recoloured else "")
+                    caption = f"a {sprite.pattern} {sprite.shape}" if recoloured else scene.caption
+                    (new / f"{name}.txt").write_text(caption)
+                    write_mp4(new / f"{name}.mp4", np.ascontiguousarray(video[..., order]), 8)
     return folder
 
 
@@ -338,7 +353,7 @@ def write_results(config: MiniatureConfig, cells: dict[tuple[str, int, str, int]
     output = Path(config.output)
     rows = []
     for count in config.clips:
-        for method in config.methods:
+        for method in _list_methods(config, count):
             for motion in config.motions:
                 by_seed = [cells[motion, count, method, seed] for seed in config.seeds]
                 means = {key: [float(np.mean([one[key] for one in seed])) for seed in by_seed] for key in COLUMNS}
@@ -352,7 +367,7 @@ def write_results(config: MiniatureConfig, cells: dict[tuple[str, int, str, int]
     shown = []
     for motion in config.motions:
         shown.append((f"{motion}: reference clip", render([_clip_scene(0, motion)])[0].permute(1, 2, 3, 0).numpy()))
-        for method in config.methods:
+        for method in _list_methods(config, config.clips[0]):
             run = f"{motion}-{method}" if METHODS[method] is None else f"{motion}-{config.clips[0]}-{method}"
             name = f"{run.replace(' ', '_')}-{config.seeds[0]}"
             videos = np.load(output / "videos" / name / "videos.npz")["videos"]

@@ -94,7 +94,7 @@ def _check_count(found: int, network: nn.Module, kind: Kind, num_clips: int, sou
     if found == sizes[kind] * num_clips:
         return
     if found and found % sizes[kind] == 0:
-        advice = f"those of a LoRA for each clip fit with num_clips={found // sizes[kind]}"
+        advice = f"those of a LoRA for each clip fit with num_clips={found // sizes[kind]}, in Python (docs/weights.md)"
     elif found and found % sizes[other] == 0:
         advice = f"as many as a LoRA for {other} has"
     else:

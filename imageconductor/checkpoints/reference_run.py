@@ -14,10 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from imageconductor import config as config_file
 from imageconductor.checkpoints.motion_director import Kind
 from imageconductor.files import atomic_path
 from imageconductor.models.adapters import DIFFUSERS_WEIGHTS_NAME
-from imageconductor.models.weights import find_non_finite, read_checkpoint, read_header
+from imageconductor.models.lora_files import FOLDER_NAMES
+from imageconductor.models.weights import check_weight_file, find_non_finite, read_checkpoint, read_header
 
 NOISE_PRIOR_NAME = "noise_prior.safetensors"
 
@@ -35,17 +37,38 @@ def find_reference_lora(path: Path, kind: Kind) -> Path:
     if (part / DIFFUSERS_WEIGHTS_NAME).is_file():
         return part
     is_run = (path / "config.yaml").is_file() or (path / "state.json").is_file()
-    if path.is_file() or (any(path.glob("*.safetensors")) and not is_run):
+    if path.is_file() or (any((path / name).is_file() for name in FOLDER_NAMES) and not is_run):
         return path
     if own := sorted(folder.parent.name for folder in part.glob(f"*/{DIFFUSERS_WEIGHTS_NAME}")):
         raise ValueError(f"{path} has an appearance LoRA for each clip; choose one, e.g. {part / own[0]}")
-    raise FileNotFoundError(f"{path} holds no {kind} LoRA: {part / DIFFUSERS_WEIGHTS_NAME} is missing")
+    checkpoints = sorted(path.glob(f"checkpoint-*/{kind}_lora"))
+    advice = f"; of a run that has not ended, name a checkpoint, {checkpoints[-1].parent}" if checkpoints else ""
+    raise FileNotFoundError(f"{path} holds no {kind} LoRA: {part / DIFFUSERS_WEIGHTS_NAME} is missing{advice}")
+
+
+def read_num_frames(path: Path) -> int | None:
+    """Frames of the windows that a run learned from; None of what is no run's.
+
+    Args:
+        path: Of the run's folder, or of a checkpoint or a LoRA in it.
+    """
+    for folder in (path, *path.absolute().parents[:2]):
+        settings = config_file.read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+        if settings.get("stage") == "motion_director":
+            return settings.get("num_frames")
+    return None
 
 
 def has_noise_prior(run: Path, source: str) -> bool:
-    """Whether a run has stored the inverted noise that `source` describes."""
+    """Whether a run has stored the inverted noise that `source` describes, in a file that can be read."""
     path = run / NOISE_PRIOR_NAME
-    return path.is_file() and read_header(path).get("source") == source
+    if not path.is_file():
+        return False
+    try:
+        check_weight_file(path)
+    except ValueError:
+        return False
+    return read_header(path).get("source") == source
 
 
 def save_noise_prior(run: Path, inverted: Mapping[str, Tensor], source: str) -> None:
@@ -80,13 +103,15 @@ def check_noise_prior(run: Path, channels: int, num_frames: int) -> None:
 
     Raises:
         FileNotFoundError: The run has stored none.
-        ValueError: It is of another number of channels or frames.
+        ValueError: It is damaged, or of another number of channels or frames.
     """
     _check_noise_prior(run)
     with safe_open(run / NOISE_PRIOR_NAME, "pt") as file:
         for key in file.keys():  # noqa: SIM118  not a mapping
             shape = file.get_slice(key).get_shape()
-            if len(shape) != 4 or tuple(shape[:2]) != (channels, num_frames):
+            if len(shape) != 4:
+                raise ValueError(f"{run / NOISE_PRIOR_NAME} holds no noise of clips: {key} has the shape {shape}")
+            if tuple(shape[:2]) != (channels, num_frames):
                 raise ValueError(
                     f"the noise prior of {run} has {shape[0]} channels and {shape[1]} frames, the video's latents have "
                     f"{channels} and {num_frames}; set num_frames, or leave the prior out"
@@ -98,3 +123,4 @@ def _check_noise_prior(run: Path) -> None:
         raise FileNotFoundError(f"no run folder at {run}")
     if not (run / NOISE_PRIOR_NAME).is_file():
         raise FileNotFoundError(f"{run} holds no noise prior; a run with noise_prior=0.3, say, stores one")
+    check_weight_file(run / NOISE_PRIOR_NAME)

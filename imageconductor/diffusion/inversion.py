@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch.nn.functional as F
-from diffusers.schedulers.scheduling_ddim_inverse import DDIMInverseScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from einops import rearrange
 from torch import Tensor
 
@@ -28,15 +28,13 @@ def ddim_inversion(
     Raises:
         ValueError: The model predicts neither noise nor v nor x_0.
     """
-    inverse = cast(Any, DDIMInverseScheduler).from_config(scheduler.config)
-    inverse.set_timesteps(num_steps, device=x_0.device)
-    kind, stride = scheduler.config["prediction_type"], scheduler.config["num_train_timesteps"] // num_steps
-    sample = x_0.float()
-    for t in inverse.timesteps:
+    ddim = cast(Any, DDIMScheduler).from_config(scheduler.config)
+    ddim.set_timesteps(num_steps, device=x_0.device)
+    kind, sample, before = scheduler.config["prediction_type"], x_0.float(), ddim.final_alpha_cumprod
+    for t in ddim.timesteps.flip(0):
         output = predict(sample, t).float()
-        before = inverse.alphas_cumprod[t - stride] if t >= stride else inverse.initial_alpha_cumprod
         signal, noise = before.sqrt(), (1 - before).sqrt()
-        new_signal, new_noise = inverse.alphas_cumprod[t].sqrt(), (1 - inverse.alphas_cumprod[t]).sqrt()
+        new_signal, new_noise = ddim.alphas_cumprod[t].sqrt(), (1 - ddim.alphas_cumprod[t]).sqrt()
         if kind in ("epsilon", "sample"):  # From x_0 follows the noise that the model sees in what it is given for x_t.
             eps = output if kind == "epsilon" else (sample - new_signal * output) / new_noise
             clean = (sample - noise * eps) / signal
@@ -46,7 +44,7 @@ def ddim_inversion(
             clean = (new_signal * sample - noise * output) / scale
         else:
             raise ValueError(f"only predictions of noise, v or x_0 can be inverted, the scheduler has {kind!r}")
-        sample = new_signal * clean + new_noise * eps
+        sample, before = new_signal * clean + new_noise * eps, ddim.alphas_cumprod[t]
     return sample
 
 

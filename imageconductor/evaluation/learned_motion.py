@@ -19,11 +19,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from imageconductor.checkpoints.model_folder import read_max_frames
 from imageconductor.data.reference_clips import read_frames
 from imageconductor.data.reference_files import ReferenceClip, find_reference_clips
 from imageconductor.evaluation.appearance import ClipScorer, PickScorer
@@ -135,7 +136,7 @@ class LearnedMotionEvaluation:
         config, method = self.config, self.config.methods[name].of_motion(motion)
         first = self.requests[motion][0]
         try:
-            return prepare(
+            inputs = prepare(
                 SampleJob(
                     model=method.model or config.model or "",
                     motion_lora=method.motion_lora,
@@ -155,6 +156,9 @@ class LearnedMotionEvaluation:
             )
         except (ValueError, FileNotFoundError) as error:
             raise _name_place(error, f"method {name}, motion {motion}") from None
+        # In as few windows as the model takes, so that all methods are alike, whatever their LoRAs learned from.
+        num_frames, most = cast(int, inputs.job.num_frames), read_max_frames(inputs.job.model)
+        return replace(inputs, job=replace(inputs.job, window_frames=max(2, min(num_frames, most or num_frames))))
 
     def _find_references(self, name: str) -> list[ReferenceClip]:
         """The reference clips of a motion, in adjacent windows of as many frames as the videos have."""

@@ -113,9 +113,9 @@ class LearnedMotionConfig:
     # Precision of the networks; null = float16 on a GPU, float32 elsewhere.
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     device: str | None = None  # torch device, e.g. cuda or cpu; null = a GPU of this process where there is one
-    # Frames per second of windows of reference clips in folders; null = every frame_step-th frame; as in training.
-    fps: float | None = 8.0
-    frame_step: int = 1  # between the frames of reference clips that are named by themselves
+    # Frames per second of reference clips' windows, about, as in training; null = every frame_step-th frame.
+    fps: float | None = None
+    frame_step: int = 1  # between a window's frames, where `fps` does not say it
     # What counts of several reference clips and windows: the one that a video is most like, or the mean over all.
     reference_choice: ReferenceChoice = "best"
     tracker: Literal["lucas_kanade", "cotracker"] = "lucas_kanade"  # point tracker that measures the motion

@@ -24,7 +24,7 @@ from imageconductor.models.weights import read_checkpoint, read_header
 
 PEFT_PREFIX = "base_model.model."  # of peft's own files
 CONFIG_NAME = "adapter_config.json"
-_NAMES = tuple(
+FOLDER_NAMES = tuple(  # of the weights in a folder of peft's or diffusers'
     f"{stem}.{suffix}" for stem in ("adapter_model", "pytorch_lora_weights") for suffix in ("safetensors", "bin")
 )
 _LORA = r"(?:[._]lora(?:_linear_layer|_layer)?)?"
@@ -101,9 +101,9 @@ def read_lora(path: str | Path) -> dict[str, LoraPair]:
     """
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in _NAMES if (path / name).is_file()]
+        found = [path / name for name in FOLDER_NAMES if (path / name).is_file()]
         if not found:
-            raise FileNotFoundError(f"{path} holds no LoRA; looked for {', '.join(_NAMES)}")
+            raise FileNotFoundError(f"{path} holds no LoRA; looked for {', '.join(FOLDER_NAMES)}")
         path = found[0]
     state = read_checkpoint(path)
     return pair_up(state, str(path), _read_strengths(path, state))

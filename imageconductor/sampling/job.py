@@ -98,7 +98,8 @@ class SampleJob:
     width: int | None = None  # pixels
     height: int | None = None  # pixels
     num_frames: int | None = None  # frames of the video; more than those of a window are made window by window
-    window_frames: int | None = None  # frames that are made at a time; default: as many as the model was trained on
+    # Frames that are made at a time; default: as many as the model was trained on, or as a motion was learned from.
+    window_frames: int | None = None
     window_overlap: int | None = None  # frames that two windows have in common, at least; default: a quarter
     fps: int | None = None  # frames a second of the files
     device: str | None = None  # cuda if there is one, else cpu
@@ -191,7 +192,7 @@ def prepare(job: SampleJob) -> Inputs:
         read_sampling_defaults,
     )
     from imageconductor.checkpoints.personalise import check_loras
-    from imageconductor.checkpoints.reference_run import check_noise_prior
+    from imageconductor.checkpoints.reference_run import check_noise_prior, read_num_frames
     from imageconductor.conditioning import cover_crop, load_image
     from imageconductor.sampling.branches import ADAPTERS, Control
     from imageconductor.sampling.gate_inputs import check_gate_scales, choose_first_frame
@@ -220,7 +221,8 @@ def prepare(job: SampleJob) -> Inputs:
             check_adapters(job.model, ADAPTERS[Control.MIXED], f"mix {job.mix}")
     check_shape(job.model, size)
     trained, most = read_sampling_defaults(job.model)["num_frames"], read_max_frames(job.model)
-    job = replace(job, window_frames=choose_window(job.window_frames, trained, most))
+    learned = [read_num_frames(Path(parse_lora(text)[0])) or 0 for text in job.motion_lora]
+    job = replace(job, window_frames=choose_window(job.window_frames, max([trained, *learned]), most))
     split_frames(num_frames, cast(int, job.window_frames), job.window_overlap)
     boxes = None if job.boxes is None else read_boxes(job, size, num_frames)
     has_scene = read_gate_config(job.model, "scene_gates") is not None

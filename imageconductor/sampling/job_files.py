@@ -60,7 +60,8 @@ def write(inputs: Inputs, videos: Sequence[Frames], folder: Path) -> None:
     )
     fps, name = cast(int, job.fps), "video"
     if inputs.image is None:
-        name = re.sub(r"[^a-z0-9]+", "-", job.prompt.lower()).strip("-")[:80] or name
+        words = re.sub(r"\W+", "-", job.prompt.lower()).strip("-")
+        name = words.encode()[:160].decode(errors="ignore") or name  # File systems take 255 bytes.
     else:
         inputs.image.save(folder / "first_frame.png")
     if inputs.image is not None or trajectories.num_tracks:

@@ -34,7 +34,7 @@ class VideoPreview:
     Args:
         clips: Samples that are not trained on: pixel_values (3, T, H, W) uint8, or from a cache latent_mean
             (C, T, h, w) and size; points, visible, caption; `boxes` for a model with object gates. Or prompts for
-            text-to-video: caption, size, num_frames.
+            text-to-video: caption, size, num_frames; first_frame (3, H, W) uint8 where they are to animate one.
         control: Control under which the videos are made; None = without trajectories.
         folder: Of the files.
         sampling: Arguments of the pipeline's call, such as `num_inference_steps` and `guidance_scale`.
@@ -88,8 +88,11 @@ class VideoPreview:
             (width, height), num_frames = clip["size"].tolist(), clip["num_frames"]
         else:
             num_frames, height, width = truth.shape[:3]
+        first = None if truth is None else to_uint8(truth[0])
+        if "first_frame" in clip:
+            first = clip["first_frame"].permute(1, 2, 0).numpy()
         given = {
-            "image": None if truth is None else Image.fromarray(to_uint8(truth[0])),
+            "image": None if first is None else Image.fromarray(first),
             "trajectories": drawn,
             "prompt": clip["caption"],
             "boxes": clip.get("boxes"),

@@ -18,7 +18,10 @@ from imageconductor.training.train_config import StageConfig, TrainConfig, Traje
 
 @dataclass
 class FoundationConfig(TrajectoryConfig):
-    """Of a small model from nothing: UNet with motion modules, image ControlNet and text encoder."""
+    """Of a small model from nothing: UNet with motion modules, image ControlNet and text encoder.
+
+    With image_dropout=1 it learns text to video, and there is no image ControlNet.
+    """
 
     stage: Literal["foundation"] = "foundation"
     # A motion ControlNet learns along, so that the UNet can be controlled later (docs/decisions.md, 19); without it
@@ -273,8 +276,15 @@ class MotionDirectorConfig(StageConfig):
         for name, least in (("lora_rank", 1), ("num_frames", 1), ("frame_step", 1), ("inversion_steps", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.inversion_steps > 500:
+            raise ValueError(f"inversion_steps must be at most 500 of the 1000 timesteps, got {self.inversion_steps}")
         if self.fps is not None and self.fps <= 0:
             raise ValueError(f"fps must be positive, got {self.fps}")
+        for name in ("debiasing_beta", "appearance_weight_decay"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        if self.appearance_learning_rate is not None and self.appearance_learning_rate <= 0:
+            raise ValueError(f"appearance_learning_rate must be positive, got {self.appearance_learning_rate}")
         if self.batch_size != 1:
             raise ValueError(
                 f"batch_size must be 1, as each clip has its own LoRA and size, got {self.batch_size}; "

@@ -80,7 +80,7 @@ class LoopConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("validation_every", "preview_every", "num_workers", "warmup_steps"):
+        for name in ("validation_every", "preview_every", "num_workers", "warmup_steps", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.max_corrupt_fraction <= 1:

@@ -43,6 +43,20 @@ def test_latents_of_a_standard_normal_world_are_their_own_noise(prediction_type)
     assert torch.allclose(ddim_inversion(predict, x_0, scheduler, 100), x_0, rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("steps", [7, 30, 50])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_steps_join_where_they_do_not_divide_the_timesteps(steps, spacing):
+    """Noise that is the same at all timesteps leads exactly to the last of them."""
+    scheduler = DDIMScheduler(
+        beta_schedule="linear", clip_sample=False, timestep_spacing=spacing, set_alpha_to_one=True
+    )
+    x_0, noise = (torch.randn(1, 4, 2, 5, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    visited = []
+    inverted = ddim_inversion(lambda _, t: visited.append(int(t)) or noise, x_0, scheduler, steps)
+    last = scheduler.alphas_cumprod[visited[-1]]
+    assert torch.allclose(inverted, last.sqrt() * x_0 + (1 - last).sqrt() * noise, atol=1e-4)
+
+
 def test_what_cannot_be_inverted_is_told():
     scheduler = DDIMScheduler()
     scheduler.register_to_config(prediction_type="flow")

@@ -4,6 +4,7 @@ Two families: `ANIMATEDIFF`, this project's UNet, and `MODELSCOPE`, diffusers' U
 """
 
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from imageconductor.checkpoints.published import load_published_network, rename_motion_modules
 from imageconductor.models.lora_files import LoraPair
+from imageconductor.models.motion_module import motion_modules_bypassed
 from imageconductor.models.motion_unet import MotionUNet
 from imageconductor.models.weights import copy_weights
 
@@ -110,6 +112,14 @@ def animatediff_unet(weights: dict[str, torch.Tensor] | None = None) -> MotionUN
         num_attention_heads=config["heads"],
         motion_num_attention_heads=config["motion_heads"],
     )
+
+
+@contextmanager
+def one_temporal_layer_left(unet):
+    """Temporal layers bypassed but the mid block's first convolution, which the published code forgets at one frame."""
+    with motion_modules_bypassed(unet):
+        unet.mid_block.temp_convs[0].is_bypassed = False
+        yield
 
 
 def modelscope_unet(cls=UNet3DConditionModel):

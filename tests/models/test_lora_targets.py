@@ -7,20 +7,40 @@ import torch
 from diffusers import UNet3DConditionModel
 from parity_md import ANIMATEDIFF, FOLDER, MODELSCOPE, animatediff_unet, modelscope_unet
 
-from imageconductor.models.adapters import activate, active, adapter_parameters, add_adapter, lora_targets
+from imageconductor.models.adapters import (
+    activate,
+    active,
+    adapter_parameters,
+    add_adapter,
+    lora_targets,
+    plain_layers,
+)
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
 
 SETS = {"appearance": "spatial", "motion": "temporal"}
 FULL_SIZE = json.loads((FOLDER / "placement_full_modelscope.json").read_text())
 
 
+def full_unet(family):
+    """The full-size network, without weights."""
+    with torch.device("meta"):
+        return UNet3DConditionModel() if family is MODELSCOPE else MotionUNet(**SD15_ANIMATEDIFF_V3)
+
+
 def full_size(family, target_set, rank):
     """The layers of the full-size network, and the parameters of a LoRA on them."""
+    unet = full_unet(family)
+    layers = lora_targets(unet, target_set)
     with torch.device("meta"):
-        unet = UNet3DConditionModel() if family is MODELSCOPE else MotionUNet(**SD15_ANIMATEDIFF_V3)
-        layers = lora_targets(unet, target_set)
         add_adapter(unet, "one", rank=rank, targets=layers)
     return layers, sum(p.numel() for p in adapter_parameters(unet, "one").values())
+
+
+def count_layers(unet, family, targets):
+    """Layers with a LoRA of the family's rank, and its parameters."""
+    add_adapter(unet, "counted", rank=family.config["rank"], targets=targets, clips_rank=True)
+    own = adapter_parameters(unet, "counted").values()
+    return len(own) // 2, sum(p.numel() for p in own)
 
 
 @pytest.mark.parametrize("target_set", SETS)
@@ -30,7 +50,10 @@ def test_the_sets_are_the_recorded_ones_in_the_published_order(target_set):
     assert layers == recorded["names_in_published_order"]
     assert (len(layers), parameters) == (recorded["count"], recorded["lora_params"])
     tiny = MODELSCOPE.meta["placement_tiny"][SETS[target_set]]
-    assert lora_targets(modelscope_unet(), target_set) == tiny["names_in_published_order"]
+    unet = modelscope_unet()
+    assert lora_targets(unet, target_set) == tiny["names_in_published_order"]
+    assert count_layers(unet, MODELSCOPE, tiny["names_in_published_order"]) == (tiny["count"], tiny["lora_params"])
+    assert sum(p.numel() for p in full_unet(MODELSCOPE).parameters()) == MODELSCOPE.meta["full_total_params"]
 
 
 def test_animatediffs_sets():
@@ -41,10 +64,20 @@ def test_animatediffs_sets():
     by_rule = {name for name in recorded["placement_tiny"]["spatial"]["names"] if ".attn1." in name or ".ff." in name}
     assert set(lora_targets(unet, "appearance")) == by_rule
     assert len(by_rule) == recorded["placement_tiny"]["spatial"]["subset_matching_the_MotionDirector_rule_attn1_ff"]
+    for name, targets in (("spatial", ANIMATEDIFF.ported_layers), ("temporal", lora_targets(unet, "motion"))):
+        tiny = recorded["placement_tiny"][name]
+        assert count_layers(animatediff_unet(), ANIMATEDIFF, targets) == (tiny["count"], tiny["lora_params"])
     for rank in (32, 64):
         at_rank = recorded["placement_full_sd15_animatediff_v3"][f"temporal_r{rank}"]
         layers, parameters = full_size(ANIMATEDIFF, "motion", rank)
         assert (len(layers), parameters) == (at_rank["count"], at_rank["lora_params"])
+        unet, port = full_unet(ANIMATEDIFF), recorded["placement_full_sd15_animatediff_v3"][f"spatial_r{rank}"]
+        with torch.device("meta"):
+            add_adapter(
+                unet, "port", rank=rank, targets=[name for name in plain_layers(unet) if ".attentions." in name]
+            )
+        own = adapter_parameters(unet, "port").values()
+        assert (len(own) // 2, sum(p.numel() for p in own)) == (port["count"], port["lora_params"])
     layers, parameters = full_size(ANIMATEDIFF, "appearance", 32)
     # The spatial transformers are ModelScope's, at the same widths.
     assert (len(layers), parameters) == (FULL_SIZE["spatial"]["count"], FULL_SIZE["spatial"]["lora_params"])

@@ -1,10 +1,12 @@
 """MotionDirector's stored outputs on AnimateDiff's UNet and its own losses, within 1e-4 of their largest value."""
 
+import hashlib
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from parity import TOLERANCE, fill, relative_error
-from parity_md import ANIMATEDIFF, MODELSCOPE, animatediff_unet, modelscope_unet
+from parity_md import ANIMATEDIFF, MODELSCOPE, animatediff_unet, modelscope_unet, one_temporal_layer_left
 
 from imageconductor.diffusion.inversion import ddim_inversion, mix_noise_prior
 from imageconductor.diffusion.losses import debias, debiased_loss, denoising_loss
@@ -121,6 +123,7 @@ def test_inversion_on_animatediff(unet, x, reference):
     assert [t for t, _ in seen] == ANIMATEDIFF.meta["ad_inversion"]["timesteps_ascending"]
     assert relative_error(seen[1][1], reference["ad/inversion_after_1_step"]) <= TOLERANCE
     assert relative_error(noise, reference["ad/inversion_10_steps"]) <= TOLERANCE
+    assert ANIMATEDIFF_SCHEDULER.final_alpha_cumprod == ANIMATEDIFF.meta["ad_inversion"]["final_alpha_cumprod"]
 
 
 @torch.no_grad()
@@ -138,10 +141,13 @@ def test_inversion_on_modelscope(steps):
     noise = ddim_inversion(predict, x["latents"], MODELSCOPE_SCHEDULER, steps)
     assert seen == record["timesteps_ascending"]
     assert relative_error(noise, reference[f"inversion/{steps}_steps"]) <= TOLERANCE
+    assert noise.abs().max().item() == pytest.approx(record["abs_max"], rel=TOLERANCE)
     MODELSCOPE_SCHEDULER.set_timesteps(steps)
     for t in MODELSCOPE_SCHEDULER.timesteps:
         noise = MODELSCOPE_SCHEDULER.step(unet(noise, t, x["text"]).sample, t, noise).prev_sample
     assert relative_error(noise, reference[f"inversion/{steps}_regenerated"]) <= 5 * TOLERANCE  # errors grow on the way
+    error = (noise - x["latents"]).abs().max().item()
+    assert error == pytest.approx(record["regeneration_max_abs_err"], rel=10 * TOLERANCE)
 
 
 def test_noise_prior():
@@ -183,3 +189,26 @@ def test_modelscope_unet_in_two_halves():
     with motion_modules_bypassed(unet):
         output = unet(one, x["timestep"], x["text"]).sample
     assert relative_error(output, reference["unet3d/base_F1_ckpt"]) <= TOLERANCE
+    with one_temporal_layer_left(unet):
+        output = unet(one, x["timestep"], x["text"]).sample
+    assert relative_error(output, reference["unet3d/base_F1_no_ckpt"]) <= TOLERANCE
+
+
+def test_random_ranks_have_the_published_spread():
+    """A of rank r is drawn with the standard deviation 1 / r; the record is one draw of it."""
+    network = torch.nn.Module()
+    network.layer = torch.nn.Linear(64, 64)
+    add_adapter(network, "lora", rank=8, targets=["layer"], seed=0)
+    spread = adapter_parameters(network, "lora")["layer.lora_A.weight"].std().item()
+    assert spread == pytest.approx(MODELSCOPE.meta["down_init_std_r8"], rel=0.1)
+
+
+@pytest.mark.parametrize("family", [ANIMATEDIFF, MODELSCOPE], ids=["animatediff", "modelscope"])
+def test_inputs_are_those_of_the_records(family):
+    inputs = family.inputs()
+    for name, record in family.meta["input_check"].items():
+        assert hashlib.sha256(inputs[name].numpy().tobytes()).hexdigest() == record["sha256"], name
+    for name, record in family.meta.get("fill_check", {}).items():
+        if name.startswith(f"{family.network}/"):
+            value = family.weights()[name.removeprefix(f"{family.network}/")]
+            assert hashlib.sha256(value.numpy().tobytes()).hexdigest() == record["sha256"], name

@@ -1,5 +1,8 @@
 """A motion learned by `train.py` and played by `sample.py`, as README says; on the tiny model."""
 
+import shutil
+from dataclasses import replace
+
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -9,9 +12,11 @@ from diffusers import DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from imageconductor.checkpoints.reference_run import find_reference_lora
 from imageconductor.commands import sample, train
 from imageconductor.models.adapters import lora_targets, plain_layers
 from imageconductor.sampling.denoising import mix_noise_priors
+from imageconductor.sampling.job import SampleJob, prepare
 from imageconductor.sampling.job_files import load_job
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 
@@ -91,6 +96,30 @@ def test_motion_appearance_and_noise_prior_each_change_the_video_and_repeat(tiny
     assert sample.main(["--config", str(tmp_path / "all" / "run.yaml"), "--output", str(tmp_path / "again")]) == 0
     assert video(tmp_path / "again") == video(tmp_path / "all")
     assert load_job(tmp_path / "all" / "run.yaml").noise_prior == f"{runs}/motion:0.5"
+
+
+def test_a_motion_plays_in_one_window_of_as_many_frames_as_it_was_learned_from(tiny_model, runs, tmp_path):
+    long = shutil.copytree(runs / "motion", tmp_path / "long")
+    settings = (long / "config.yaml").read_text()
+    (long / "config.yaml").write_text(settings.replace("num_frames: 4", "num_frames: 6"))
+    shutil.copytree(long / "motion_lora", long / "checkpoint-00000002" / "motion_lora")
+    job = SampleJob(model=str(tiny_model), prompt=PROMPT, num_frames=6)
+    for path in (long, long / "motion_lora", long / "checkpoint-00000002"):
+        assert prepare(replace(job, motion_lora=[f"{path}:0.5"])).job.window_frames == 6
+    assert prepare(replace(job, motion_lora=[f"{path}:0.5"], window_frames=3)).job.window_frames == 3
+    assert prepare(replace(job, motion_lora=[str(runs / "motion")])).job.window_frames == 4
+
+
+def test_a_folder_of_pickled_weights_is_a_lora(tmp_path):
+    (tmp_path / "adapter_model.bin").touch()
+    assert find_reference_lora(tmp_path, "motion") == tmp_path
+
+
+def test_videos_are_named_by_prompts_in_any_script(tiny_model, tmp_path):
+    assert make(tiny_model, tmp_path / "out", "--prompt", "Ein Käfer, 走る犬!", "--seed", 3) == 0
+    assert make(tiny_model, tmp_path / "long", "--prompt", "走" * 90, "--seed", 3) == 0
+    assert (tmp_path / "out" / "ein-käfer-走る犬-3.mp4").is_file()
+    assert (tmp_path / "long" / f"{'走' * 53}-3.mp4").is_file()
 
 
 def test_a_learned_motion_on_a_first_frame_along_a_drawn_path(tiny_model, runs, tmp_path):
@@ -193,6 +222,8 @@ def test_repeat_draws_fresh_seeds_and_records_them(tiny_model, runs, tmp_path):
         (["--noise-prior", "{runs}/look", "--prompt", "a"], ["no noise prior", "noise_prior=0.3"]),
         (["--noise-prior", "{runs}/motion:1.5", "--prompt", "a"], ["[0, 1]", "1.5"]),
         (["--noise-prior", "{runs}/motion", "--num-frames", "3", "--prompt", "a"], ["4 frames", "3"]),
+        (["--noise-prior", "{runs}/torn", "--prompt", "a"], ["torn", "truncated or damaged"]),
+        (["--motion-lora", "{runs}/killed", "--prompt", "a"], ["no motion LoRA", "{runs}/killed/checkpoint-00000002"]),
         (["--motion-lora", "{runs}/wide", "--prompt", "a"], ["another base", "24"]),
         (["--motion-lora", "{runs}/nowhere", "--prompt", "a"], ["nowhere"]),
         (["--repeat", "2", "--seed", "1", "--prompt", "a"], ["repeat", "seed"]),
@@ -206,8 +237,12 @@ def test_bad_input_is_one_line_before_weights_are_loaded(
         wide.parent.mkdir()
         state = load_file(runs / "motion" / "motion_lora" / wide.name)
         save_file({key: torch.zeros([24 if n > 2 else n for n in value.shape]) for key, value in state.items()}, wide)
+        shutil.copytree(runs / "motion", runs / "torn")
+        (runs / "torn" / "noise_prior.safetensors").write_bytes(b"torn")
+        shutil.copytree(runs / "motion" / "motion_lora", runs / "killed" / "checkpoint-00000002" / "motion_lora")
+        shutil.copy(runs / "motion" / "config.yaml", runs / "killed")
     monkeypatch.setattr(sample, "load_pipeline", lambda _: pytest.fail("weights were loaded"))
     assert make(tiny_model, tmp_path / "out", *(text.format(runs=runs) for text in options)) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert all(word in line for word in words), line
+    assert all(word.format(runs=runs) in line for word in words), line
     assert not (tmp_path / "out").exists()

@@ -6,22 +6,26 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from parity_md import ANIMATEDIFF, MODELSCOPE, animatediff_unet, modelscope_unet
+from parity_md import ANIMATEDIFF, MODELSCOPE, animatediff_unet, modelscope_unet, one_temporal_layer_left
 from PIL import Image
 from safetensors.torch import load_file
 from test_parity_md import ANIMATEDIFF_SCHEDULER, MODELSCOPE_SCHEDULER
 
 from imageconductor.checkpoints.reference_run import find_reference_lora, load_noise_prior, save_noise_prior
 from imageconductor.commands import train as train_command
+from imageconductor.data.reference_clips import read_frames
 from imageconductor.models.adapters import DIFFUSERS_WEIGHTS_NAME, adapter_parameters, lora_targets
 from imageconductor.models.motion_unet import TextToVideoUNet
 from imageconductor.models.networks import Networks
 from imageconductor.sampling.job import SampleJob, prepare
 from imageconductor.sampling.loras import find_job_loras
+from imageconductor.sampling.preview import VideoPreview
 from imageconductor.training.engines import refuse_parts
 from imageconductor.training.loop import train
 from imageconductor.training.run import check_inputs, run_stage
@@ -156,12 +160,22 @@ def test_a_step_that_predicts_v(stage, family):
     assert (terms["temporal"] + terms["debiased"]).item() == pytest.approx(record["L_temp"], rel=1e-5)
 
 
+@pytest.mark.parametrize("family", [MODELSCOPE], ids=["modelscope"], indirect=True)
+def test_a_step_on_images_differs_from_the_published_one_by_a_layer_that_it_forgets(stage, family, monkeypatch):
+    record = step_of(family)[0]
+    assert losses_of(stage, family)["spatial"].item() == pytest.approx(record["L_sp"], rel=1e-5)
+    module = "imageconductor.training.stages.motion_director.motion_modules_bypassed"
+    monkeypatch.setattr(module, one_temporal_layer_left)
+    found = losses_of(stage, family)["spatial"].item()
+    assert found == pytest.approx(record["image_mode_no_temporal"]["L_sp"], rel=1e-5)
+
+
 def test_a_clip_teaches_its_own_appearance_lora(configure, build):
     """Chosen by the clip's key, whatever the order; those of other clips get no gradient."""
     stage, data = build(configure("motion_director", appearance_dropout=0.0))
     stage.begin(data)
     assert list(stage.appearance_of) == ["left", "right"]
-    for number, key in enumerate(("left", "right", "left")):
+    for number, key in ((1, "right"), (0, "left"), (2, "left"), (3, "right"), (1, "right")):
         stage.zero_grad(set_to_none=True)
         batch = data[number]
         assert batch["key"] == [key]
@@ -301,6 +315,11 @@ def test_clips_that_cannot_be_learned_from_are_refused_before_weights_are_read(c
         ({"learns_motion": False, "noise_prior": 0.3}, "learns_motion"),
         ({"learns_motion": False, "first_frame": True}, "learns_motion"),
         ({"inversion_steps": 1}, "inversion_steps"),
+        ({"inversion_steps": 1000}, "inversion_steps must be at most 500"),
+        ({"debiasing_beta": -1.0}, "debiasing_beta"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"appearance_weight_decay": -0.1}, "appearance_weight_decay"),
+        ({"appearance_learning_rate": 0.0}, "appearance_learning_rate"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"torch_compile": True}, "torch_compile"),
     ],
@@ -311,8 +330,6 @@ def test_settings_that_do_not_go_together_are_refused(configure, changes, words)
 
 
 def test_previews_need_no_clip(configure, tmp_path):
-    from imageconductor.sampling.preview import VideoPreview
-
     config = configure("motion_director", preview_every=2, preview_steps=1, preview_prompts=["a", "b"])
     run_stage(config, VideoPreview)
     assert sorted(path.name for path in (tmp_path / "run" / "previews").iterdir()) == [
@@ -320,6 +337,23 @@ def test_previews_need_no_clip(configure, tmp_path):
         "step-00000002-1.mp4",
         "step-00000002.png",
     ]
+
+
+def test_previews_of_a_run_with_first_frames_begin_with_them(configure, build, tmp_path):
+    stage, _ = build(configure("motion_director", first_frame=True, preview_prompts=["a", "b", "c"]))
+    shown = stage.read_held_out(stage.config)
+    clips = [next(read_frames(clip))[:, 0] for clip in stage.clips]
+    assert not torch.equal(*clips)
+    assert [item["caption"] for item in shown] == ["a", "b", "c"]
+    assert all(torch.equal(item["first_frame"], clips[n % 2]) for n, item in enumerate(shown))
+    given = {}
+
+    def sample(**arguments):
+        given.update(arguments)
+        return SimpleNamespace(frames=[None])
+
+    VideoPreview(shown, None, tmp_path, {})._sample(sample, shown[1], None, None, seed=0)
+    assert np.array_equal(given["image"], clips[1].permute(1, 2, 0))
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from imageconductor.checkpoints.model_folder import check_controlnets, check_sha
 from imageconductor.checkpoints.reference_run import has_noise_prior, save_noise_prior
 from imageconductor.conditioning.first_frame import keyframe_condition
 from imageconductor.data.batches import Samples
-from imageconductor.data.reference_clips import ReferenceClips
+from imageconductor.data.reference_clips import ReferenceClips, read_frames
 from imageconductor.data.reference_files import ReferenceClip, find_reference_clips
 from imageconductor.diffusion.inversion import ddim_inversion
 from imageconductor.diffusion.losses import debiased_loss, denoising_loss
@@ -127,11 +127,17 @@ class MotionDirectorStage(Stage):
 
     @classmethod
     def read_held_out(cls, config: MotionDirectorConfig, count: int | None = None) -> list[dict[str, Any]]:
-        """Prompts and shapes of the previews, which need no clip."""
+        """Prompts and shapes of the previews; with first_frame=true also the first frame of a clip, (3, H, W) uint8."""
         clips = _find_clips(config)
         prompts = config.preview_prompts or list(dict.fromkeys(clip.caption for clip in clips))
-        shape = {"size": torch.tensor(clips[0].size), "num_frames": clips[0].num_frames}
-        return [{"caption": prompt, **shape} for prompt in prompts][:count]
+        previews: list[dict[str, Any]] = []
+        for number, prompt in enumerate(prompts[:count]):
+            clip = clips[number % len(clips)] if config.first_frame else clips[0]
+            preview = {"caption": prompt, "size": torch.tensor(clip.size), "num_frames": clip.num_frames}
+            if config.first_frame:
+                preview["first_frame"] = next(read_frames(clip))[:, 0]
+            previews.append(preview)
+        return previews
 
     @torch.no_grad()
     def begin(self, data: Any) -> None:
