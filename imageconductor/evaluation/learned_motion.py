@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imageconductor.checkpoints.model_folder import read_max_frames
+from imageconductor.conditioning import cover_crop, load_image
 from imageconductor.data.reference_clips import read_frames
 from imageconductor.data.reference_files import ReferenceClip, find_reference_clips
 from imageconductor.evaluation.appearance import ClipScorer, PickScorer
@@ -65,14 +66,16 @@ class LearnedMotionEvaluation:
         if self.state.is_main_process:
             check_output(output)
         self.device = config.device or str(self.state.device)
-        self.requests = {
-            name: [VideoRequest(name, prompt, seed) for prompt in motion.read_prompts(name) for seed in config.seeds]
-            for name, motion in config.motions.items()
-        }
+        self.requests = {name: motion.list_requests(name, config.seeds) for name, motion in config.motions.items()}
         self._inputs = {
             (name, motion): self._prepare(name, motion) for name in config.methods for motion in self.requests
         }
         self.size, self.num_frames = agree_on_shape({name: inputs.job for (name, _), inputs in self._inputs.items()})
+        self._images = {
+            path: cover_crop(load_image(path), self.size)
+            for requests in self.requests.values()
+            for path in dict.fromkeys(request.image for request in requests if request.image is not None)
+        }
         self.references = {name: self._find_references(name) for name in config.motions}
         self._windows = {
             name: [[*identify_file(clip.path), clip.frames.start, clip.frames.step] for clip in windows]
@@ -143,6 +146,7 @@ class LearnedMotionEvaluation:
                     appearance_lora=method.appearance_lora,
                     noise_prior=method.noise_prior,
                     prompt=first.prompt,
+                    image=first.image,
                     negative_prompt=config.negative_prompt,
                     guidance_scale=config.guidance_scale,
                     steps=config.num_inference_steps,
@@ -196,20 +200,25 @@ class LearnedMotionEvaluation:
         pipe, loaded = None, None
         for name, motion, batch in show_progress(self.state, batches, "videos"):
             inputs = self._inputs[name, motion]
-            alone = replace(inputs.job, prompt="", seed=[0], noise_prior=None)  # what the pipeline depends on
+            # What the pipeline depends on.
+            alone = replace(inputs.job, prompt="", seed=[0], noise_prior=None, image=None)
             if pipe is None or alone != loaded:
                 pipe = None  # Two of them may be more than the memory holds.
                 pipe, loaded = load_pipeline(inputs.job), alone
                 pipe.set_progress_bar_config(disable=True)
             started = time.perf_counter()
-            jobs = [replace(inputs.job, prompt=request.prompt, seed=[request.seed]) for request in batch]
-            videos = render(pipe, [replace(inputs, job=job) for job in jobs])
+            videos = render(pipe, [self._of_request(inputs, request) for request in batch])
             seconds = (time.perf_counter() - started) / len(batch)
             for request, (video,) in zip(batch, videos, strict=True):
                 path = self.video_path(name, request)
                 facts = {"prompt": request.prompt, "seed": request.seed, "seconds": round(seconds, 3)}
                 write_text(path.with_suffix(".json"), json.dumps(facts, indent=1))
                 write_video(path, upscale_for_viewing(video)[0])
+
+    def _of_request(self, inputs: Inputs, request: VideoRequest) -> Inputs:
+        """What a method is asked for under a motion, for one video."""
+        job = replace(inputs.job, prompt=request.prompt, seed=[request.seed], image=request.image)
+        return replace(inputs, job=job, image=None if request.image is None else self._images[request.image])
 
     def _list_missing(self) -> Iterator[tuple[str, str, list[VideoRequest]]]:
         """Batches of this process's part of the videos that are not there, of one method and motion each."""

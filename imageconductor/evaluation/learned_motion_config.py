@@ -49,6 +49,7 @@ class LearnedMotion:
     references: list[str] = field(default_factory=list)  # videos, folders of videos, or JSON files, as in training
     prompts: list[str] = field(default_factory=list)  # what the videos show
     prompt_file: str | None = None  # text file with one more prompt a line
+    images: list[str] = field(default_factory=list)  # first frames, one for each prompt; none = prompts alone
 
     def read_prompts(self, name: str) -> list[str]:
         """The prompts of the list and then of the file.
@@ -73,20 +74,42 @@ class LearnedMotion:
             raise ValueError(f"motion {name} has the prompt {twice!r} twice")
         return prompts
 
+    def list_requests(self, name: str, seeds: list[int]) -> list[VideoRequest]:
+        """The videos that are asked for.
+
+        Args:
+            name: Of the motion.
+            seeds: One video of each prompt for each of them.
+
+        Raises:
+            FileNotFoundError: As `read_prompts`, or an image is missing.
+            ValueError: As `read_prompts`, or there are more or fewer images than prompts.
+        """
+        prompts, images = self.read_prompts(name), [find_shipped(path) for path in self.images]
+        if images and len(images) != len(prompts):
+            raise ValueError(f"motion {name} has {len(prompts)} prompts and {len(images)} images; give one image each")
+        if missing := next((path for path in images if not path.is_file()), None):
+            raise FileNotFoundError(f"motion {name}: no image at {missing}")
+        given = [{"image": str(path), "image_digest": hashlib.sha256(path.read_bytes()).hexdigest()} for path in images]
+        pairs = zip(prompts, given or [{}] * len(prompts), strict=True)
+        return [VideoRequest(name, prompt, seed, **image) for prompt, image in pairs for seed in seeds]
+
 
 @dataclass(frozen=True)
 class VideoRequest:
-    """A video that every method makes: a prompt and a seed under a motion."""
+    """A video that every method makes: a prompt, a seed and perhaps a first frame under a motion."""
 
     motion: str
     prompt: str
     seed: int
+    image: str | None = None
+    image_digest: str = ""  # of the file
 
     @property
     def key(self) -> str:
-        """Name of its files, which stays the same when prompts and seeds are added."""
+        """Name of its files, which stays the same when prompts and seeds are added, and differs by the image."""
         words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:40].strip("-")
-        digest = hashlib.sha256(self.prompt.encode()).hexdigest()[:8]
+        digest = hashlib.sha256((self.prompt + self.image_digest).encode()).hexdigest()[:8]
         return "-".join(filter(None, (words, digest, str(self.seed))))
 
 
@@ -96,12 +119,13 @@ class LearnedMotionConfig:
 
     ELSEWHERE: ClassVar[dict[str, str]] = {}  # settings of the other protocol by name; filled below
 
-    protocol: Literal["learned_motion"] = "learned_motion"  # MotionDirector's: prompts x motions, no image
+    protocol: Literal["learned_motion"] = "learned_motion"  # MotionDirector's: prompts x motions
     model: str | None = None  # model folder of the methods that name none
     # Lines of the table by name, each {model: FOLDER, motion_lora: [FILE], appearance_lora: [FILE], noise_prior: RUN};
     # {motion} in a path is the motion's name. A method without LoRAs, {}, is the base model.
     methods: dict[str, LearnedMethod] = field(default_factory=dict)
-    # Motions by name, each {references: [FILE or FOLDER], prompts: [...], prompt_file: FILE with one a line}.
+    # Motions by name, each {references: [FILE or FOLDER], prompts: [...], prompt_file: FILE with one a line,
+    # images: [FILE for each prompt]}.
     motions: dict[str, LearnedMotion] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])  # one video of each prompt for each of them
     size: tuple[int, int] | None = None  # (W, H) of the videos; null = the models'

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from imageconductor import config as config_file
@@ -243,8 +244,41 @@ def test_an_instrument_that_fails_leaves_the_rest(settings, work, tmp_path, caps
     assert read_results(out)["methods"]["base"]["figures"]["pick_score"]["n"] == 2
 
 
+def test_videos_begin_with_their_images(settings, work, tmp_path, written):
+    settings["methods"] = {"ours": settings["methods"]["ours"]}
+    settings["motions"].pop("left")
+    images = []
+    for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+        images.append(tmp_path / f"{name}.png")
+        Image.new("RGB", (40, 40), colour).save(images[-1])
+    settings["motions"]["right"]["images"] = list(map(str, images))
+    out = tmp_path / "out"
+    assert evaluate(settings, out, "batch_size=2") == 0
+    for path, image, prompt in zip(written, images, PROMPTS, strict=True):
+        options = [
+            "--model",
+            work / "model",
+            "--steps",
+            1,
+            "--prompt",
+            prompt,
+            "--motion-lora",
+            work / "runs" / "right",
+        ]
+        options += ["--image", image, "--device", "cpu", "--output", tmp_path / image.stem]
+        assert sample.main([str(option) for option in options]) == 0
+        own, theirs = iio.imread(path).astype(int), iio.imread(tmp_path / image.stem / "video-0.mp4").astype(int)
+        assert abs(own - theirs).mean() < 1, "the company in a batch changes the last digits"
+    written.clear()
+    assert evaluate(settings, out) == 0
+    assert not written
+    Image.new("RGB", (40, 40), (30, 200, 30)).save(images[0])
+    assert evaluate(settings, out) == 0
+    assert len(written) == 1, "of the image that changed"
+
+
 def ask_base_alone(**motion):
-    return {"methods": {"base": {}}, "motions": {"m": {"prompts": ["a"], **motion}}}
+    return {"methods": {"base": {}}, "motions": {"m": {"prompts": ["a"], "references": ["x"], **motion}}}
 
 
 @pytest.mark.parametrize(
@@ -258,6 +292,8 @@ def ask_base_alone(**motion):
         (ask_base_alone(references=["{work}/clips/left"], prompts=[]), ["motion m has no prompts"]),
         (ask_base_alone(references=["{work}/clips/left"], prompt_file="no.txt"), ["motion m", "no.txt"]),
         (ask_base_alone(references=["{work}/clips/left"], prompts=["a", " a"]), ["the prompt 'a' twice"]),
+        (ask_base_alone(images=["{work}/a.png", "b.png"]), ["motion m", "1 prompts and 2 images"]),
+        (ask_base_alone(images=["{work}/none.png"]), ["motion m", "no image at", "none.png"]),
         (ask_base_alone(references=["{work}/still"]), ["motion m", "follows nothing that moves"]),
         ({**ask_base_alone(references=["{work}/clips/left"]), "num_frames": 8}, ["4 frames, 8 are needed"]),
         ({"clip": "{work}"}, ["clip: no CLIP model", "config.json is missing"]),
