@@ -234,6 +234,7 @@ def _picture_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             width, height = image.size
             is_lying = image.getexif().get(ExifTags.Base.Orientation) in _LYING_ORIENTATIONS
+            image.load()  # Else a file that is cut would be found out after the weights were loaded.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable picture; give a PNG, JPEG or WebP file, or leave it out") from error
     return (height, width) if is_lying else (width, height)

@@ -322,6 +322,7 @@ WRONG = {
     "another kind of file": (["notes.md"], {}, r"notes\.md is neither .*\.mp4"),
     "no video": (["bad.mp4"], {}, r"bad\.mp4 is not a readable video; convert it"),
     "no picture": (["bad.png"], {}, r"bad\.png is not a readable picture; give a PNG"),
+    "a picture that is cut": (["cut.png"], {}, r"cut\.png is not a readable picture"),
     "a short video": (
         ["walk.mp4"],
         {"num_frames": 9, "frame_step": 6},
@@ -356,6 +357,8 @@ def wrong(tmp_path_factory, video):
     write_picture(folder / "empty" / "inside" / "a.png")
     for name in ("walk.mp4", "videos/walk.mp4"):
         (folder / name).write_bytes(video.read_bytes())
+    Image.effect_noise((64, 64), 90).save(folder / "cut.png")
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:2000])
     for name in ("notes.md", "bad.mp4", "bad.png", "bad.json"):
         (folder / name).write_text("not what it seems")
     (folder / "list.json").write_text('["a thing"]')
