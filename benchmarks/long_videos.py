@@ -58,8 +58,9 @@ def measure_line(pipe: Any, kind: Any, num_frames: int, args: argparse.Namespace
     requests = build_requests(config, kind, (defaults["width"], defaults["height"]), num_frames)
     windows = split_frames(num_frames, args.window or defaults["num_frames"], overlap)
     tracker, scores, seams, truths, rows = LucasKanadeTracker(), [], [], [], []
-    began = time.process_time()
+    seconds = 0.0
     for request in requests:
+        began = time.process_time()
         made = pipe(
             _to_image(request.image),
             request.trajectories,
@@ -72,12 +73,12 @@ def measure_line(pipe: Any, kind: Any, num_frames: int, args: argparse.Namespace
             seed=request.seed,
             output_type="np",
         )
+        seconds += (time.process_time() - began) / len(requests) / num_frames
         video = to_uint8(made.frames[0])
         rows.append((request.prompt, draw_trajectories(video, request.trajectories)))
         scores.append((request, measure(request, video, tracker)))
         seams.append(measure_seam(video, windows))
         truths.append(measure_seam(request.truth, windows) if request.truth is not None else float("nan"))
-    seconds = (time.process_time() - began) / len(requests) / num_frames
     if args.sheet is not None:
         args.sheet.mkdir(parents=True, exist_ok=True)
         contact_sheet(args.sheet / f"{kind}-{num_frames}-{overlap}.png", rows, columns=9)

@@ -6,8 +6,8 @@ Rows: "plain" keeps everything under autograd, and in each step encodes clips an
 the text once a frame; "frozen" is "plain" with autograd off where nothing learns; "clips" is `training.loop.train`, and
 "cached" the same on latents and texts that were encoded before (scripts/cache_latents.py). A plain step follows each
 of ours in one process, and ratios are those of medians: of "cached" to the "plain" steps that took turns with it. Clips
-are those of the sprite world, rendered on the CPU. CPU time is that of all threads. The peak counts weights, gradients,
-moments and activations.
+are those of the sprite world, rendered on the CPU; no step accumulates. CPU time is that of all threads. The peak
+counts weights, gradients, moments and activations.
 """
 
 from __future__ import annotations
@@ -278,7 +278,8 @@ def main() -> None:
     args = parse_arguments()
     size, device = SIZES[args.size], Accelerator().device
     with tempfile.TemporaryDirectory() as folder:
-        config = build_config(args, size, Path(folder))
+        # A plain step is one micro-step.
+        config = replace(build_config(args, size, Path(folder)), gradient_accumulation_steps=1)
         timings = measure(args, config, size, device)
     print("| loop | wall, s | CPU, s | loading | clips/s | peak, MB | wall / plain | CPU / plain | peak / plain |")
     print("|" + "---|" * 9)

@@ -39,6 +39,8 @@ from imageconductor.models.weights import find_weights, read_checkpoint
 
 _SUFFIX = "_lora"
 SCENE_LORA_FOLDER = "scene_lora"
+UNET_LORA_FOLDERS = (SCENE_LORA_FOLDER, "few_step_lora", "style_lora")
+"""LoRAs of the UNet, which a pipeline does not attach by itself."""
 
 # `import ... as`: diffusers answers a plain import of a missing package with "Run `pip install imageconductor`".
 PIPELINE_CODE = '''"""The pipeline for diffusers: DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)."""
@@ -227,6 +229,7 @@ def load_companions(pipe: Any, folder: Path) -> None:
         setattr(pipe, name, network)
     pipe.domain_adapter = DomainAdapter.load(folder) if DomainAdapter.is_in(folder) else None
     pipe.provenance = read_provenance(folder)
+    pipe.lora_folders = {name: folder / name for name in UNET_LORA_FOLDERS if (folder / name).is_dir()}
 
 
 def write_pipeline_code(folder: Path) -> None:

@@ -63,6 +63,8 @@ def build_job(config: Path | None, options: dict) -> SampleJob:
     job = SampleJob() if config is None else load_job(config)
     if options.get("repeat") is not None:
         options = {"seed": [0], "num_videos": None, **options}  # the YAML's seeds give way
+    if options.get("few_step") is not None:  # What the YAML records is of sampling with the LoRA, or without it.
+        options = {**dict.fromkeys(("steps", "guidance_scale", "trajectory_guidance_scale")), **options}
     if any(options.get(name) is not None for name in MOTIONS):
         options = {**dict.fromkeys((*MOTIONS, "trajectories_size")), **options}
     return replace(job, **options)

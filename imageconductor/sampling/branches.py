@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, Literal, cast
 
 import torch
@@ -191,11 +191,12 @@ class GuidedDenoiser:
         return self.guide(self.predict(x_t, t))
 
     def guide(self, predictions: Mapping[tuple[Text, Adapters], Tensor]) -> Tensor:
-        """Weighted sum (P*K, C, T, h, w) of what `predict` gave."""
+        """Weighted sum (P*K, C, T, h, w) float32 of what `predict` gave; large weights cancel in it."""
         branches = [branch for group in self.groups.values() for branch in group]
-        total = torch.zeros_like(predictions[branches[0].text, branches[0].adapters])
+        first = predictions[branches[0].text, branches[0].adapters]
+        total = torch.zeros_like(first, dtype=torch.float32)
         for branch in branches:
-            total = total + branch.weight * predictions[branch.text, branch.adapters]
+            total = total + branch.weight * predictions[branch.text, branch.adapters].float()
         return total
 
     def predict(
@@ -264,12 +265,13 @@ class GuidedDenoiser:
 
     def _decode(self, parts: Iterator[_Part], count: int) -> Iterator[tuple[tuple[Text, Adapters], Tensor]]:
         """Predictions of the parts, `count` of them in a call; no more are put together before they are needed."""
-        while together := list(islice(parts, count)):
-            features = UNetFeatures.stack([part.features for part in together])
-            given = [part.residuals for part in together if part.residuals is not None]
-            outputs = self.denoiser.decode(features, Residuals.stack(given) if given else None).chunk(len(together))
-            yield from zip([part.key for part in together], outputs, strict=True)
-            del together, given, features
+        for _, alike in groupby(parts, lambda part: part.residuals is None):
+            while together := list(islice(alike, count)):
+                features = UNetFeatures.stack([part.features for part in together])
+                given = [part.residuals for part in together if part.residuals is not None]
+                outputs = self.denoiser.decode(features, Residuals.stack(given) if given else None)
+                yield from zip([part.key for part in together], outputs.chunk(len(together)), strict=True)
+                del together, given, features
 
     @property
     def _evaluations(self) -> list[tuple[Adapters, tuple[Text, ...]]]:

@@ -19,7 +19,7 @@ from imageconductor.models.denoiser import Condition
 from imageconductor.models.weights import refuse_non_finite
 from imageconductor.sampling.branches import ADAPTERS, Adapters, Control, GuidedDenoiser, Text
 from imageconductor.sampling.inputs import CallInputs, draw_flow
-from imageconductor.sampling.residual_cache import CallCache, ResidualCache
+from imageconductor.sampling.residual_cache import CallCache
 from imageconductor.sampling.windows import Anchor, condition_window
 
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "x_0", "branch_x_0")
@@ -180,7 +180,7 @@ def denoise(
     generators: Sequence[torch.Generator] | None,
     eta: float,
     callback: StepCallback | None,
-    residual_cache: ResidualCache | None = None,
+    cache: CallCache | None = None,
     start: int = 0,
     kept: list[Tensor] | None = None,
     anchor: Anchor | None = None,
@@ -197,7 +197,7 @@ def denoise(
         generators: One for each of the B videos, for the noise within steps; None = torch's global one.
         eta: DDIM's stochasticity.
         callback: Called after each step.
-        residual_cache: ControlNet outputs of earlier calls.
+        cache: ControlNet outputs of earlier calls.
         start: Steps that are left out.
         kept: Takes the sample before each step, and the last one, on the CPU.
         anchor: Frames that are there already, in a window that goes on from another.
@@ -208,7 +208,6 @@ def denoise(
     """
     networks, timesteps = pipe.denoiser, pipe.scheduler.timesteps
     times: list[float] = timesteps.tolist()
-    cache = None if residual_cache is None else CallCache(residual_cache, networks, times)
     predict, planned = None, None
     estimates = _Estimates.asked_for(callback, pipe.scheduler, inputs)
     arguments = _step_arguments(pipe.scheduler, generators, eta)
@@ -261,7 +260,7 @@ def denoise_windows(
         noise: (B, C, T, h, w) float32, scaled.
         inputs: Of the call.
         conditions: Of the whole video, from `build_conditions`.
-        given: Generators, eta, callback and residual cache, as in `denoise`.
+        given: Generators, eta, callback and cache, as in `denoise`.
 
     Raises:
         ValueError: As `denoise`, or the scheduler does not say how noisy a timestep is.
@@ -321,6 +320,12 @@ def check_resume(
         raise ValueError(f"resume_from={step} goes with latents, the sample before that step, and without noise_prior")
     if not 0 <= step <= len(scheduler.timesteps):
         raise ValueError(f"resume_from must be a step from 0 to {len(scheduler.timesteps)}, got {step}")
+    remainder = step % inputs.shortcuts.controlnet_interval
+    if remainder and step < len(scheduler.timesteps):
+        raise ValueError(
+            f"resume_from={step} lies within a controlnet_interval of {inputs.shortcuts.controlnet_interval}, whose "
+            f"ControlNet outputs latents do not hold; resume at step {step - remainder}"
+        )
     if eta:
         raise ValueError(f"resume_from needs steps that draw no noise, so eta must be 0, got {eta}")
     if not isinstance(scheduler, _RESUMABLE):

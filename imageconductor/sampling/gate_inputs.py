@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
+from imageconductor.checkpoints.model_folder import SCENE_LORA_FOLDER
 from imageconductor.conditioning import Boxes
 from imageconductor.conditioning.boxes import stack_boxes
+from imageconductor.models.adapters import active_adapters
 from imageconductor.models.networks import tokenize
 from imageconductor.models.weights import refuse_non_finite
+
+_LOG = logging.getLogger(__name__)
 
 FirstFrame = Literal["controlnet", "gates", "both"]
 """What carries the picture of frame 0: the image ControlNet, the scene gates, or both of them."""
@@ -61,6 +66,17 @@ def check_gate_scales(scene_guidance_scale: float, gated_fraction: float, do_act
         raise ValueError(
             f"scene_guidance_scale ({scene_guidance_scale:g}) and gated_fraction ({gated_fraction:g}) are of the gates,"
             " and none acts; give boxes, or let gates carry the first frame (first_frame_by)"
+        )
+
+
+def warn_without_scene_lora(pipe: Any) -> None:
+    """Says once that scene gates are to act without the LoRA that they were trained with; no LoRA acts then."""
+    path = pipe.lora_folders.get(SCENE_LORA_FOLDER)
+    if path is not None and not active_adapters(pipe.unet):
+        _LOG.warning(
+            "the scene gates were trained with a LoRA of the motion modules, which does not act; "
+            "imageconductor.checkpoints.personalise.load_motion_lora(pipe, %r, 'scene') attaches it",
+            str(path),
         )
 
 

@@ -32,6 +32,7 @@ from imageconductor.sampling.gate_inputs import (
     check_gate_scales,
     choose_first_frame,
     encode_boxes,
+    warn_without_scene_lora,
 )
 from imageconductor.sampling.shortcuts import NO_SHORTCUTS, Shortcuts
 from imageconductor.sampling.windows import choose_window, split_frames
@@ -164,6 +165,8 @@ def check_inputs(
         check_boxes(one, num_frames, None if pipe.object_gates is None else pipe.object_gates.max_objects)
     carrier = choose_first_frame(first_frame_by, images, bool(placed), pipe.scene_gates is not None)
     check_gate_scales(scene_guidance_scale, gated_fraction, bool(placed) or carrier != "controlnet")
+    if carrier != "controlnet":
+        warn_without_scene_lora(pipe)
     may_lack = {"trajectories", "image", "boxes"} if image is None else {"trajectories", "boxes"}
     prompts, negatives = _as_list(prompt), _as_list(_given(negative_prompt, defaults.negative_prompt))
     given = {"image": images, "prompt": prompts, "negative_prompt": negatives, "trajectories": drawn, "boxes": placed}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -155,7 +156,8 @@ class SampleJob:
         if self.repeat is not None:
             return [secrets.randbelow(2**31) for _ in range(self.repeat)]
         more = (self.num_videos or len(self.seed)) - len(self.seed)
-        return [*self.seed, *(self.seed[-1] + 1 + i for i in range(more))]
+        fresh = (seed for seed in count(self.seed[-1] + 1) if seed not in self.seed)
+        return [*self.seed, *islice(fresh, more)]
 
 
 @dataclass(frozen=True)

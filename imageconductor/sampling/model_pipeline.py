@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -97,6 +98,7 @@ class ModelPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffus
         self.domain_adapter: DomainAdapter | None = None
         self._cut_prompts: set[str] = set()
         self.provenance: dict[str, str] = {}  # texts that say where the weights come from, by file name
+        self.lora_folders: dict[str, Path] = {}  # of the model's LoRAs of the UNet, which are not attached, by name
 
     # -- model folders
 
@@ -144,7 +146,7 @@ class ModelPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffus
         return pipe
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Writes a model folder: diffusers' parts, LoRAs as PEFT safetensors, gates, where all comes from, and a card.
+        """Writes a model folder: diffusers' parts, all LoRAs, gates, where all comes from, and a card.
 
         Args:
             save_directory: The folder.
@@ -165,6 +167,9 @@ class ModelPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffus
         for name in sorted(attached_adapters(self.motion_controlnet)) if self.motion_controlnet else ():
             save_adapter(self.motion_controlnet, name, adapter_folder(folder, name))
         save_gates(folder, {name: getattr(self, name) for name in GATES})
+        for name, source in self.lora_folders.items():
+            if source.resolve() != (folder / name).resolve():
+                shutil.copytree(source, folder / name, dirs_exist_ok=True)
         if self.domain_adapter is not None:
             self.domain_adapter.save(folder)
         write_provenance(folder, self.provenance)

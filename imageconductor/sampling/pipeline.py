@@ -34,7 +34,7 @@ from imageconductor.sampling.inputs import (
 )
 from imageconductor.sampling.model_pipeline import ModelPipeline
 from imageconductor.sampling.output import OUTPUT_TYPES, ImageConductorOutput, convert_frames
-from imageconductor.sampling.residual_cache import ResidualCache
+from imageconductor.sampling.residual_cache import CallCache, ResidualCache
 from imageconductor.sampling.shortcuts import Shortcuts
 
 
@@ -256,11 +256,14 @@ class ImageConductorPipeline(ModelPipeline):
         self._num_timesteps = len(self.scheduler.timesteps)
         self._interrupt, self._shows_branches, self._window, self._num_windows = False, True, 0, len(inputs.windows)
         conditions, kept = build_conditions(self, inputs), [] if keep_latents else None
-        given = inputs, conditions, generators, eta, callback, residual_cache
+        times = self.scheduler.timesteps.tolist()
+        cache = None if residual_cache is None else CallCache(residual_cache, self.denoiser, times)
+        given = inputs, conditions, generators, eta, callback, cache
         if len(inputs.windows) > 1:
             sample = denoise_windows(self, noise, *given)
         else:
             sample = denoise(self, noise, *given, resume_from or 0, kept)
+        self.maybe_free_model_hooks()  # The UNet would stay beside the autoencoder.
         frames = sample if output_type == "latent" else self.decode_latents(sample, decode_chunk_size)
         self.maybe_free_model_hooks()
         output = ImageConductorOutput(frames=convert_frames(frames, output_type), latents=kept)

@@ -122,8 +122,10 @@ class FewStepConfig(TrajectoryConfig):
             raise ValueError(f"camera_free_scale={self.camera_free_scale} acts with control object, not among controls")
         if self.lora_rank < 1:
             raise ValueError(f"lora_rank must be at least 1, got {self.lora_rank}")
-        if not 2 <= self.solver_steps <= 1000:
-            raise ValueError(f"solver_steps must be from 2 to 1000, got {self.solver_steps}")
+        if not 2 <= self.solver_steps <= 1000 or 1000 % self.solver_steps:
+            raise ValueError(
+                f"solver_steps must divide the 1000 timesteps, so that the noisiest is learned, got {self.solver_steps}"
+            )
         if self.huber_width <= 0:
             raise ValueError(f"huber_width must be positive, got {self.huber_width}")
 

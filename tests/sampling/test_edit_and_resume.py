@@ -195,6 +195,32 @@ def test_each_branch_is_what_its_control_alone_would_do(pipe):
     assert list(without[0]["branch_x_0"]) == ["undrawn"]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"guidance_scale": 2.0, "callback_on_step_end_tensor_inputs": ["branch_x_0"]},
+        {"guidance_scale": 3.0, "control": "object", "camera_free_scale": 1.5, "trajectory_guidance_scale": 2.0},
+        {"guidance_scale": 2.0, "mix": {"camera": 1.0, "object": 1.0}},
+    ],
+    ids=["branches", "Eq. 5", "mix"],
+)
+def test_a_video_without_a_picture_is_the_same_alone_and_in_company(pipe, settings):
+    """Branches with and without trajectories, of which only some have residuals, are decoded together in one video."""
+    given = {"image": None, "callback_on_step_end": watch([]), **settings}
+    alone = run(pipe, **given)
+    together = run(pipe, **{**given, "seed": [1, 2]})
+    torch.testing.assert_close(alone.frames[0], together.frames[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_is_resumed_where_the_controlnets_are_evaluated(pipe):
+    whole = run(pipe, keep_latents=True, controlnet_interval=2)
+    for step in (0, 2, STEPS):
+        resumed = run(pipe, resume_from=step, latents=whole.latents[step], controlnet_interval=2)
+        assert torch.equal(resumed.frames, whole.frames), step
+    with pytest.raises(ValueError, match="resume at step 0"):
+        run(pipe, resume_from=1, latents=whole.latents[1], controlnet_interval=2)
+
+
 def test_only_adapters_that_exist_have_branches(pipe):
     motion = merge_copy(pipe.motion_controlnet)  # without LoRAs
     add_adapter(motion, "object", rank=2)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from conftest import tiny_gates, tiny_pipeline
 from PIL import Image
+from safetensors.torch import save_file
 
+from imageconductor.checkpoints.personalise import load_motion_lora
 from imageconductor.conditioning import Boxes, Trajectories, camera_preset
 from imageconductor.models.denoiser import Condition
 from imageconductor.models.gated_attention import ObjectGates, SceneGates
@@ -180,6 +182,26 @@ def test_gates_move_and_are_saved_with_the_other_networks(pipe, tmp_path):
     half = ImageConductorPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {half.object_gates.dtype, half.scene_gates.dtype} == {torch.bfloat16}
     assert set(half._exclude_from_cpu_offload) == {"object_gates", "scene_gates"}
+
+
+def test_the_lora_of_scene_gates_is_saved_along_and_missed_where_they_act_without_it(pipe, tmp_path, caplog):
+    pipe.save_pretrained(tmp_path / "one")
+    layer = "unet.down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_q"
+    width = pipe.unet.get_submodule(layer.removeprefix("unet.")).weight.shape[0]
+    pair = {f"{layer}.lora_A.weight": torch.ones(2, width), f"{layer}.lora_B.weight": torch.ones(width, 2)}
+    (tmp_path / "one" / "scene_lora").mkdir()
+    save_file(pair, tmp_path / "one" / "scene_lora" / "pytorch_lora_weights.safetensors")
+    ImageConductorPipeline.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+    again = ImageConductorPipeline.from_pretrained(tmp_path / "two")
+    again.set_progress_bar_config(disable=True)
+    run(again, first_frame_by="controlnet", boxes=None)
+    assert not caplog.messages
+    run(again)
+    (said,) = caplog.messages
+    assert f"load_motion_lora(pipe, '{tmp_path}/two/scene_lora', 'scene')" in said
+    load_motion_lora(again, tmp_path / "two" / "scene_lora", "scene")
+    run(again)
+    assert len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize(

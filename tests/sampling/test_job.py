@@ -27,3 +27,7 @@ def test_a_job_is_one_call_with_its_arguments(tiny_model, tmp_path):
         assert np.array_equal(to_uint8(one), other)
     first = call_arguments(inputs)["generator"][0]
     assert torch.equal(first.get_state(), torch.Generator().manual_seed(3).get_state()), "fresh ones for each call"
+
+
+def test_further_seeds_are_none_that_is_named():
+    assert SampleJob(image="a.png", seed=[3, 2], num_videos=5).seeds == [3, 2, 4, 5, 6]

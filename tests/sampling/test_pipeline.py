@@ -121,6 +121,16 @@ def test_offloading_sees_the_halves_of_the_unet(pipe, image):
     assert len(arrived) == STEPS
 
 
+def test_offloaded_networks_have_left_before_decoding(pipe, image, monkeypatch):
+    """The UNet comes last in the chain, so that nothing but the end of it would send it away."""
+    order = []
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: order.append("free"))
+    decode = pipe.decode_latents
+    monkeypatch.setattr(pipe, "decode_latents", lambda *args: order.append("decode") or decode(*args))
+    run(pipe, image, num_inference_steps=1)
+    assert order == ["free", "decode", "free"]
+
+
 def test_controls_differ_and_absent_control_is_a_no_op(pipe, image):
     track = object_preset("line-right", SIZE, FRAMES, start=(10.0, 16.0))
     once = {"num_inference_steps": 1}

@@ -36,9 +36,10 @@ def run(pipe, cache=None, **arguments):
         "control": "camera",
         "seed": 1,
         "num_inference_steps": STEPS,
+        "num_frames": 2,
         **arguments,
     }
-    return pipe(num_frames=2, output_type="latent", residual_cache=cache, **given).frames
+    return pipe(output_type="latent", residual_cache=cache, **given).frames
 
 
 def counts(cache):
@@ -97,6 +98,22 @@ def test_changed_weights_are_another_network(name):
         token = weights_token(network)
         next(m for m in network.modules() if hasattr(m, "scaling")).scaling["camera"] *= 2
         assert weights_token(network) != token
+
+
+def test_windows_of_one_video_do_not_push_each_other_out(pipe):
+    track = camera_preset("pan-left", (32, 32), 4)
+
+    def make(cache):
+        run(pipe, cache, num_frames=4, trajectories=track, window_frames=2, window_overlap=1)
+        return counts(cache)
+
+    roomy = ResidualCache()
+    hits, misses = make(roomy)
+    assert make(roomy) == (hits + misses, 0)
+    tight = ResidualCache(max_bytes=roomy.num_bytes // 2)
+    make(tight)
+    hits, _ = make(tight)
+    assert hits >= misses // 3, "what the first windows have kept serves the next call"
 
 
 def test_a_callbacks_text_is_not_served_what_was_kept_for_another(pipe):

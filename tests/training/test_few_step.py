@@ -148,6 +148,13 @@ def test_the_command_makes_what_diffusers_own_loader_makes_of_the_file(model, tm
     assert sample.main([*common, "--seed", "7", "--no-few-step", "--output", str(tmp_path / "many")]) == 0
     read = [(tmp_path / name / "video-7.mp4").read_bytes() for name in ("few", "many")]
     assert read[0] != read[1]
+    # What a run with the LoRA records of steps and guidance gives way to the model's own, and back.
+    again = ["--config", str(tmp_path / "few" / "run.yaml"), "--no-few-step", "--output", str(tmp_path / "back")]
+    assert sample.main(again) == 0
+    assert (tmp_path / "back" / "video-7.mp4").read_bytes() == read[1]
+    again = ["--config", str(tmp_path / "many" / "run.yaml"), "--few-step", "--output", str(tmp_path / "forth")]
+    assert sample.main(again) == 0
+    assert (tmp_path / "forth" / "video-7.mp4").read_bytes() == read[0]
     inputs = prepare(SampleJob(image=str(tmp_path / "image.png"), prompt="a star", model=str(model), device="cpu"))
     ours = load_pipeline(inputs.job)
     theirs = ImageConductorPipeline.from_pretrained(model)
@@ -197,3 +204,9 @@ def test_its_gradient_brings_the_estimates_of_a_clip_together(configure, build):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("steps", [1, 30, 2000])
+def test_a_grid_that_leaves_out_the_noisiest_timestep_is_refused(steps):
+    with pytest.raises(ValueError, match=f"solver_steps must divide .* got {steps}"):
+        FewStepConfig(solver_steps=steps)
