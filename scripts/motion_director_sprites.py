@@ -43,6 +43,7 @@ COLUMNS = {
     "prompt_colour": "prompt's colour",
     "prompt_shape": "prompt's shape",
     "clip_colour": "clip's colour",
+    "clip_pixels": "pixels of clip's colours",
     "clip_background": "clip's background",
 }
 
@@ -278,8 +279,9 @@ def _appearance_loras(run: Path | None) -> list[str]:
 def measure_video(video: NDArray[np.uint8], scene: Any, motion: str, count: int) -> dict[str, float]:
     """Motion and appearance of one video (T, H, W, 3).
 
-    The sprite has the colour of sprites that most pixels are near to. They, and those near its outline's colour, are
-    its pixels, and its place in a frame is their mean. The background is that of a clip if its mean colour is nearer to
+    The sprite has the one of the sprites' colours that most pixels are near to. They, and those near its outline's colour, are
+    its pixels, and its place in a frame is their mean. Of all pixels near to a sprite's colour, those of the clips' are
+    counted. The background is that of a clip if its mean colour is nearer to
     a clip's than to the prompt's.
     """
     from imageconductor.data.scenes import render
@@ -287,21 +289,25 @@ def measure_video(video: NDArray[np.uint8], scene: Any, motion: str, count: int)
     from imageconductor.evaluation.motion_fidelity import displacement_cosine
 
     clips = [_clip_scene(number, motion) for number in range(count)]
-    names, palette = list(SPRITE_COLOURS), np.array([*SPRITE_COLOURS.values()], np.float32)
+    names = list(dict.fromkeys([colour for _, colour, *_ in _CLIPS] + list(_PROMPT_COLOURS)))  # backgrounds have others
+    palette = np.array([SPRITE_COLOURS[name] for name in names], np.float32)
     distances = np.linalg.norm(video[..., None, :].astype(np.float32) - palette, axis=-1)  # (T, H, W, colours)
     near = distances.min(-1) < _NEAR
-    best = int(np.bincount(distances.argmin(-1)[near], minlength=len(names)).argmax())
+    named = distances.argmin(-1)[near]
+    best = int(np.bincount(named, minlength=len(names)).argmax())
     colour = names[best] if near.any() else ""
     outline = np.linalg.norm(video.astype(np.float32) - _OUTLINE * palette[best], axis=-1) < _NEAR / 2
     mask = np.stack([_fill(frame) for frame in near & (distances.argmin(-1) == best) | outline])
     around = video[~mask].mean(0)
+    learned = {clip.sprites[0].colour for clip in clips}
     pictures = [render([one], [0])[0, :, 0].permute(1, 2, 0).numpy() for one in (scene, *clips)]
     apart = [np.linalg.norm(picture.mean((0, 1)) - around) for picture in pictures]
     return {
         "cosine": displacement_cosine(MOTIONS[motion], _centres(mask)),
         "prompt_colour": float(colour == scene.sprites[0].colour),
         "prompt_shape": float(_nearest_shape(mask) == scene.sprites[0].shape),
-        "clip_colour": float(colour in {clip.sprites[0].colour for clip in clips}),
+        "clip_colour": float(colour in learned),
+        "clip_pixels": float(np.isin(named, [names.index(one) for one in learned]).mean()) if len(named) else 0.0,
         "clip_background": float(np.argmin(apart) > 0),
     }
 

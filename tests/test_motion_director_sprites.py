@@ -15,9 +15,10 @@ def measure(filmed, asked, motion):
 
 @pytest.mark.parametrize("motion", MOTIONS)
 def test_true_clips_of_the_prompts_have_all_that_is_asked_and_nothing_of_the_reference(motion):
-    for scene in miniature.prompt_scenes(9, motion)[::4]:
+    for scene in miniature.prompt_scenes(12, motion)[::2]:
         found = measure(scene, scene, motion)
         assert found.pop("cosine") > 0.99
+        assert found.pop("clip_pixels") < 0.01
         assert found == {"prompt_colour": 1, "prompt_shape": 1, "clip_colour": 0, "clip_background": 0}
         others = [measure(scene, scene, other)["cosine"] for other in MOTIONS if other != motion]
         assert max(map(abs, others)) < 0.1
@@ -28,6 +29,7 @@ def test_a_reference_clip_is_all_leak():
     for number in range(4):
         found = measure(miniature._clip_scene(number, "zigzag"), asked, "zigzag")
         assert found.pop("cosine") > 0.99
+        assert found.pop("clip_pixels") > 0.99
         assert found == {"prompt_colour": 0, "prompt_shape": 0, "clip_colour": 1, "clip_background": 1}
 
 
