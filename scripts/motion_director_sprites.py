@@ -280,8 +280,9 @@ def measure_video(video: NDArray[np.uint8], scene: Any, motion: str, count: int)
     """Motion and appearance of one video (T, H, W, 3).
 
     The sprite has the one of the sprites' colours that most pixels are near to. They, and those near its outline's
-    colour, are its pixels, and its place in a frame is their mean. Of all pixels near to a sprite's colour, those of the
-    clips' are counted. The background is that of a clip if its mean colour is nearer to a clip's than to the prompt's.
+    colour, are its pixels, and its place in a frame is their mean. Of all pixels near to a sprite's colour, those of
+    the clips' are counted. The background is that of a clip if its mean colour is nearer to a clip's than to the
+    prompt's.
     """
     from imageconductor.data.scenes import render
     from imageconductor.data.sprite_world import SPRITE_COLOURS
