@@ -284,4 +284,5 @@ def test_a_run_records_the_files_of_its_loras_wherever_they_were_found(tmp_path,
     monkeypatch.chdir(tmp_path)
     assert absolute_lora(shipped) == whole
     assert absolute_lora(f"{shipped}:0.5") == f"{whole}:0.5"
+    assert absolute_lora(f"{shipped}:{1 / 3}") == f"{whole}:{1 / 3}"
     assert absolute_lora("mine.safetensors:2") == f"{tmp_path / 'mine.safetensors'}:2"

@@ -94,7 +94,7 @@ def takes_few_steps(model: str, asked: bool | None, steps: int) -> bool:
 def absolute_lora(text: str) -> str:
     """FILE or FILE:SCALE with the file's whole path, wherever it was found."""
     path, scale = parse_lora(text)
-    return f"{Path(path).resolve()}:{scale!r}" if scale != 1 else str(Path(path).resolve())
+    return f"{Path(path).resolve()}:{_all_digits(scale)}" if scale != 1 else str(Path(path).resolve())
 
 
 def parse_noise_prior(text: str) -> tuple[Path, float]:
@@ -116,4 +116,9 @@ def parse_noise_prior(text: str) -> tuple[Path, float]:
 def absolute_noise_prior(text: str) -> str:
     """RUN:p with the run's whole path."""
     run, fraction = parse_noise_prior(text)
-    return f"{run.resolve()}:{fraction!r}"
+    return f"{run.resolve()}:{_all_digits(fraction)}"
+
+
+def _all_digits(number: float) -> str:
+    """A number as it is read back to the last bit."""
+    return repr(float(number)).removesuffix(".0")

@@ -207,7 +207,7 @@ def test_a_list_that_does_not_fit_says_why(unet, unet3d, tmp_path):
     torch.save([torch.cat([tensor] * 2, dim=tensor.shape.index(max(tensor.shape))) for tensor in tensors], wide)
     torch.save([*tensors[:-1], 3], strange)
     for said, arguments in {
-        rf"not \d+ for .* those of a LoRA for each clip fit with num_clips={NUM_CLIPS}$": (
+        rf"not \d+ for .* those of a LoRA for each clip fit with num_clips={NUM_CLIPS}, in Python": (
             one_per_clip,
             unet3d,
             "appearance",
