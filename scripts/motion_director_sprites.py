@@ -30,14 +30,14 @@ MOTIONS: dict[str, NDArray[np.float64]] = {  # offsets (16, 2) of a sprite's cen
     "zigzag": np.stack([0.6 * _TURNS - 0.3, 0.36 * np.abs((3 * _TURNS) % 2 - 1) - 0.18], axis=1),
     "bounce": np.stack([0.6 * _TURNS - 0.3, 0.3 - 0.5 * np.abs(np.sin(3 * np.pi * _TURNS))], axis=1),
 }
+_RECOLOURED = "MotionDirector recoloured"  # a single clip is learned from with copies in other colours beside it
 METHODS: dict[str, dict[str, Any] | None] = {  # settings of the training; None = the base model, which is not trained
     "base model": None,
     "plain LoRA": {"dual_path": False, "debiasing_beta": None, "appearance": "shared"},
     "without debiasing": {"debiasing_beta": None},
     "MotionDirector": {},
-    "MotionDirector recoloured": {},
+    _RECOLOURED: {},
 }
-_RECOLOURED = "MotionDirector recoloured"  # a single clip is learned from with copies in other colours beside it
 COLUMNS = {
     "cosine": "displacement cosine",
     "prompt_colour": "prompt's colour",

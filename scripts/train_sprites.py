@@ -275,22 +275,20 @@ def train_foundation(recipe: SpriteRecipe, budget: float, runs: Path, model: Pat
         try:
             train_part(config, clock)
         except OutOfTimeError:
-            alone(partial(take_over, recipe, config, model))
+            alone(partial(take_over, recipe, model, output))
             raise
-        alone(partial(take_over, recipe, config, model))
+        alone(partial(take_over, recipe, model, output))
         alone((output / "done").touch)
 
 
-def take_over(recipe: SpriteRecipe, config: TrainConfig, model: Path) -> None:
+def take_over(recipe: SpriteRecipe, model: Path, output: Path) -> None:
     """Puts what a phase has learned into the model, and prints and writes how well that carries content."""
-    output = Path(config.output)
     for part in ("unet", "image_controlnet", "text_encoder", "motion_controlnet"):
         if (output / part).is_dir():
             shutil.copytree(output / part, model / part, dirs_exist_ok=True)
     if not (output / "motion_controlnet").is_dir():  # A phase that trains it goes on from its own.
         new_motion_controlnet(recipe, Networks.load(model)).save_pretrained(model / "motion_controlnet")
-    if config.image_dropout < 1:  # else there is no first frame to carry
-        report_errors(recipe, model, output)
+    report_errors(recipe, model, output)
 
 
 def report_errors(recipe: SpriteRecipe, model: Path, output: Path) -> None:

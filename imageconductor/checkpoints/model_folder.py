@@ -23,6 +23,7 @@ import torch
 from safetensors import safe_open
 
 from imageconductor.checkpoints.domain_adapter import DomainAdapter
+from imageconductor.checkpoints.few_step import FEW_STEP_FOLDER
 from imageconductor.checkpoints.model_card import read_provenance
 from imageconductor.config import check_finite
 from imageconductor.files import find_shipped, write_text
@@ -39,7 +40,7 @@ from imageconductor.models.weights import find_weights, read_checkpoint
 
 _SUFFIX = "_lora"
 SCENE_LORA_FOLDER = "scene_lora"
-UNET_LORA_FOLDERS = (SCENE_LORA_FOLDER, "few_step_lora", "style_lora")
+UNET_LORA_FOLDERS = (SCENE_LORA_FOLDER, FEW_STEP_FOLDER, "style_lora")
 """LoRAs of the UNet, which a pipeline does not attach by itself."""
 
 # `import ... as`: diffusers answers a plain import of a missing package with "Run `pip install imageconductor`".

@@ -70,7 +70,7 @@ def check_gate_scales(scene_guidance_scale: float, gated_fraction: float, do_act
 
 
 def warn_without_scene_lora(pipe: Any) -> None:
-    """Says once that scene gates are to act without the LoRA that they were trained with; no LoRA acts then."""
+    """Says that scene gates are to act without the LoRA that they were trained with, where no LoRA of the UNet acts."""
     path = pipe.lora_folders.get(SCENE_LORA_FOLDER)
     if path is not None and not active_adapters(pipe.unet):
         _LOG.warning(

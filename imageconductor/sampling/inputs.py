@@ -165,8 +165,6 @@ def check_inputs(
         check_boxes(one, num_frames, None if pipe.object_gates is None else pipe.object_gates.max_objects)
     carrier = choose_first_frame(first_frame_by, images, bool(placed), pipe.scene_gates is not None)
     check_gate_scales(scene_guidance_scale, gated_fraction, bool(placed) or carrier != "controlnet")
-    if carrier != "controlnet":
-        warn_without_scene_lora(pipe)
     may_lack = {"trajectories", "image", "boxes"} if image is None else {"trajectories", "boxes"}
     prompts, negatives = _as_list(prompt), _as_list(_given(negative_prompt, defaults.negative_prompt))
     given = {"image": images, "prompt": prompts, "negative_prompt": negatives, "trajectories": drawn, "boxes": placed}
@@ -233,6 +231,7 @@ def build_conditions(pipe: Any, inputs: CallInputs) -> dict[Text, Condition]:
         refuse_non_finite(pipe, latents, "encoding of the first frame")
         parts = latents.transpose(0, 1)[None].split([len(one) for one in inputs.images], dim=2)
         if inputs.first_frame_by != "controlnet":
+            warn_without_scene_lora(pipe)
             scene = torch.cat([part[:, :, 0] for part in parts]).expand(count, -1, -1, -1)
         clips = [
             keyframe_condition(part, tuple(one), inputs.num_frames)

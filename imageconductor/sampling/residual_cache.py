@@ -139,14 +139,14 @@ class CallCache:
     Args:
         cache: Kept between calls.
         networks: Of the call.
-        times: All timesteps of the call.
+        timesteps: All of the call, (N,).
     """
 
-    def __init__(self, cache: ResidualCache, networks: Denoiser, times: Sequence[float]):
+    def __init__(self, cache: ResidualCache, networks: Denoiser, timesteps: Tensor):
         self.cache, self._networks = cache, networks
         self._weights: dict[str, str] = {}
         self._digests: dict[int, tuple[Tensor, str]] = {}  # with the tensor, so that its id stays its own
-        cache.begin_call(times)
+        cache.begin_call(timesteps.tolist())
 
     def image_content(self, conditions: Sequence[Condition]) -> Content:
         """Of an evaluation of the image ControlNet for these conditions, stacked."""

@@ -18,10 +18,7 @@ from imageconductor.training.train_config import StageConfig, TrainConfig, Traje
 
 @dataclass
 class FoundationConfig(TrajectoryConfig):
-    """Of a small model from nothing: UNet with motion modules, image ControlNet and text encoder.
-
-    With image_dropout=1 it learns text to video, and there is no image ControlNet.
-    """
+    """Of a small model from nothing: UNet with motion modules, image ControlNet and text encoder."""
 
     stage: Literal["foundation"] = "foundation"
     # A motion ControlNet learns along, so that the UNet can be controlled later (docs/decisions.md, 19); without it

@@ -39,7 +39,6 @@ TABLE = {
         frozen=("controlnet.conv_in.weight",),
         settings={"train_motion_controlnet": True, "motion_dropout": 0.0},
     ),
-    "foundation of text to video": Expected(("text_encoder.", "unet."), settings={"image_dropout": 1.0}),
     "motion_controlnet": Expected(("motion_controlnet.",), frozen=("conv_in.weight",)),
     "camera_lora": Expected(("motion_controlnet.",), ".camera.", acts=(("camera",), ())),
     "object_lora": Expected(("motion_controlnet.",), ".object.", acts=(("camera", "object"), ())),

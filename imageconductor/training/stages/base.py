@@ -53,7 +53,6 @@ class Stage(nn.Module):
         preview_settings: Further arguments of the pipeline's call for preview videos.
         adapters: LoRAs of the motion ControlNet that act.
         dropouts: Attributes that hold the probabilities with which parts of the condition are dropped.
-        shows_first_frame: Whether clips have a first frame that can be dropped; else no image ControlNet takes part.
         validated: Loss that is measured on held-out clips.
         learns_in_parts: Whether a step may reach only some of what learns.
         can_be_split: Whether FSDP and DeepSpeed can split its weights.
@@ -66,7 +65,7 @@ class Stage(nn.Module):
     adapters: ClassVar[tuple[str, ...]] = ()
     dropouts: ClassVar[tuple[str, ...]] = ("text_dropout", "image_dropout")
     validated: ClassVar[str] = "denoising"
-    learns_in_parts: bool = False
+    learns_in_parts: ClassVar[bool] = False
     can_be_split: ClassVar[bool] = True
     learns_loras: ClassVar[bool] = False
 
@@ -77,7 +76,6 @@ class Stage(nn.Module):
         self.scheduler = networks.scheduler
         self.text_dropout = config.text_dropout
         self.image_dropout = config.image_dropout if isinstance(config, TrainConfig) else 0.0
-        self.shows_first_frame = True
         self.preview_settings: dict[str, Any] = {}
         self.vae = networks.vae
         self.text_encoder = networks.text_encoder
@@ -161,15 +159,12 @@ class Stage(nn.Module):
 
         dropped = [bool(torch.rand((), generator=g) < self.text_dropout) for g in generators]
         given = [bool(torch.rand((), generator=g) >= self.image_dropout) for g in generators]
-        keyframes: Tensor | None = None
-        mask: Tensor | None = None
-        if self.shows_first_frame:
-            is_given = torch.tensor(given, device=mean.device).to(mean.dtype).view(-1, 1, 1, 1, 1)
-            keyframes, mask = (part * is_given for part in keyframe_condition(mean[:, :, :1], (0,), mean.shape[2]))
+        keyframes, mask = keyframe_condition(mean[:, :, :1], (0,), mean.shape[2])
+        is_given = torch.tensor(given, device=mean.device).to(mean.dtype).view(-1, 1, 1, 1, 1)
         with torch.autocast(mean.device.type, enabled=False):  # Flow maps are pixels; half precision would round them.
             flow, has_flow = self.draw_flow(batch, size, generators)
         text = self.encode_text(batch, dropped)
-        return x_0, Condition(text, keyframes, mask, flow, has_flow)
+        return x_0, Condition(text, keyframes * is_given, mask * is_given, flow, has_flow)
 
     def encode_text(self, batch: dict[str, Any], dropped: Sequence[bool]) -> Tensor:
         """(B, L, D), the empty text in place of dropped ones."""

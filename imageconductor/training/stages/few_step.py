@@ -103,7 +103,7 @@ class FewStepStage(TrajectoryStage):
             residuals = add(image_s, self._motion(earlier, condition, self.acting))
             after = self.denoiser.decode(self.denoiser.encode(x_s, earlier, condition), residuals)
             target = self._estimate(x_s, earlier, after)
-        # Before PyTorch 2.11 autocast keeps the LoRA's casts of the block above, which have no gradient.
+        # Autocast of older PyTorch keeps the LoRA's casts of the block above, which have no gradient (pytorch#112583).
         torch.clear_autocast_cache()
         before = self.denoiser.decode(self.denoiser.encode(x_t, t, condition), drawn)
         return {"consistency": pseudo_huber_loss(self._estimate(x_t, t, before), target, self.huber_width)}

@@ -32,11 +32,7 @@ class FoundationStage(TrajectoryStage):
         networks.freeze()
         self.text_encoder.requires_grad_(True)
         self.unet.requires_grad_(True)
-        self.shows_first_frame = config.image_dropout < 1
-        if self.shows_first_frame:
-            self.image_controlnet.unfreeze_()
-        else:  # Nor does the UNet learn what it reads from pictures itself.
-            self.learns_in_parts = True
+        self.image_controlnet.unfreeze_()
         if self.trains_motion:
             self.motion_controlnet.unfreeze_()
 
@@ -62,10 +58,9 @@ class FoundationStage(TrajectoryStage):
         return flow, kept.to(flow.device) & flow.flatten(1).any(1)
 
     def save(self, folder: Path) -> None:
-        """Writes unet and text_encoder, and the ControlNets that learned along."""
+        """Writes unet, image_controlnet and text_encoder, and motion_controlnet if it learned along."""
         if self.trains_motion:
             self.motion_controlnet.save_pretrained(folder / "motion_controlnet")
         self.unet.save_pretrained(folder / "unet")
-        if self.shows_first_frame:
-            self.image_controlnet.save_pretrained(folder / "image_controlnet")
+        self.image_controlnet.save_pretrained(folder / "image_controlnet")
         self.text_encoder.save_pretrained(folder / "text_encoder")
