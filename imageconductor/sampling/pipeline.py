@@ -256,7 +256,8 @@ class ImageConductorPipeline(ModelPipeline):
         self._num_timesteps = len(self.scheduler.timesteps)
         self._interrupt, self._shows_branches, self._window, self._num_windows = False, True, 0, len(inputs.windows)
         conditions, kept = build_conditions(self, inputs), [] if keep_latents else None
-        cache = None if residual_cache is None else CallCache(residual_cache, self.denoiser, self.scheduler.timesteps)
+        times = self.scheduler.timesteps.tolist()
+        cache = None if residual_cache is None else CallCache(residual_cache, self.denoiser, times)
         given = inputs, conditions, generators, eta, callback, cache
         if len(inputs.windows) > 1:
             sample = denoise_windows(self, noise, *given)

@@ -139,14 +139,14 @@ class CallCache:
     Args:
         cache: Kept between calls.
         networks: Of the call.
-        timesteps: All of the call, (N,).
+        times: All timesteps of the call.
     """
 
-    def __init__(self, cache: ResidualCache, networks: Denoiser, timesteps: Tensor):
+    def __init__(self, cache: ResidualCache, networks: Denoiser, times: Sequence[float]):
         self.cache, self._networks = cache, networks
         self._weights: dict[str, str] = {}
         self._digests: dict[int, tuple[Tensor, str]] = {}  # with the tensor, so that its id stays its own
-        cache.begin_call(timesteps.tolist())
+        cache.begin_call(times)
 
     def image_content(self, conditions: Sequence[Condition]) -> Content:
         """Of an evaluation of the image ControlNet for these conditions, stacked."""
