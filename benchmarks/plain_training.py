@@ -15,6 +15,7 @@ from imageconductor.conditioning.first_frame import keyframe_condition
 from imageconductor.data.batches import Samples, collate, scale_pixels
 from imageconductor.models import text_attention
 from imageconductor.models.denoiser import Condition
+from imageconductor.precision import HALF
 from imageconductor.training.loop import draw_noise
 from imageconductor.training.stages.base import Stage
 from imageconductor.training.train_config import LoopConfig
@@ -41,7 +42,7 @@ class PlainLoop:
         if not freezes:
             stage.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(self.learning, config.learning_rate, weight_decay=config.weight_decay)
-        precision = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
+        precision = HALF.get(config.mixed_precision)
         self.autocast = nullcontext() if precision is None else torch.autocast(device.type, precision)
         self.loading_s = 0.0
 

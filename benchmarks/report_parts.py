@@ -173,7 +173,7 @@ def call_rows(offload: str, size: Size, device: torch.device) -> Iterator[Row]:
 def training_rows(name: str, size: Size, device: torch.device) -> Iterator[Row]:
     """Steps of a stage at its shipped settings, from cached latents, and once from clips rendered on the CPU."""
     with tempfile.TemporaryDirectory() as folder:
-        config = build_config(_training_arguments(name), size, Path(folder))
+        config = build_config(_training_arguments(name), size, Path(folder), device)
         write_cache(Path(folder) / "cache", size)
         cached = replace(config, data=[str(Path(folder) / "cache")], held_out_clips=1)
         sources = {"cached latents": cached, **({"sprite clips": config} if name == "camera_lora" else {})}
@@ -199,7 +199,7 @@ def fsdp_rows(size: Size, device: torch.device) -> Iterator[Row]:
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     with tempfile.TemporaryDirectory() as folder:
         write_cache(Path(folder) / "cache", size)
-        config = build_config(_training_arguments("camera_lora"), size, Path(folder))
+        config = build_config(_training_arguments("camera_lora"), size, Path(folder), device)
         steps = {"max_steps": _REPEATS + 1, "save_every": _REPEATS + 1, "preview_every": 0}
         config = replace(config, data=[str(Path(folder) / "cache")], held_out_clips=1, **steps)
 

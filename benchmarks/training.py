@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
 from imageconductor.files import find_shipped
 from imageconductor.models.adapters import Adapter, adapter_parameters, add_adapter, save_adapter
 from imageconductor.models.controlnets import MotionControlNet
+from imageconductor.precision import choose_precision
 from imageconductor.training.loop import place, train
 from imageconductor.training.stage_configs import load_config
 from imageconductor.training.stages.base import Stage
@@ -123,7 +124,7 @@ class Turns:
         self.times[name].append((wall - start[0], cpu - start[1]))
 
 
-def build_config(args: argparse.Namespace, size: Size, folder: Path) -> TrainConfig:
+def build_config(args: argparse.Namespace, size: Size, folder: Path, device: torch.device) -> TrainConfig:
     """Settings of the stage: its defaults or those of a YAML file, on sprite clips of the size, with overrides last."""
     width, height = size.pixels
     fixed = [f"mixed_precision={PRECISIONS[args.dtype]}"] if args.dtype else []
@@ -147,6 +148,7 @@ def build_config(args: argparse.Namespace, size: Size, folder: Path) -> TrainCon
         size=(width, height),
         num_frames=size.frames,
         torch_compile=args.compile,
+        mixed_precision=cast(Any, choose_precision(config.mixed_precision, device)),
         max_steps=args.repeats + 2,  # which is not reached: nothing is saved
         log_every=1,
         save_every=args.repeats + 2,
@@ -279,7 +281,7 @@ def main() -> None:
     size, device = SIZES[args.size], Accelerator().device
     with tempfile.TemporaryDirectory() as folder:
         # A plain step is one micro-step.
-        config = replace(build_config(args, size, Path(folder)), gradient_accumulation_steps=1)
+        config = replace(build_config(args, size, Path(folder), device), gradient_accumulation_steps=1)
         timings = measure(args, config, size, device)
     print("| loop | wall, s | CPU, s | loading | clips/s | peak, MB | wall / plain | CPU / plain | peak / plain |")
     print("|" + "---|" * 9)

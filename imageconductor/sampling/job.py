@@ -252,15 +252,17 @@ def load_pipeline(job: SampleJob) -> ImageConductorPipeline:
 
     from imageconductor.checkpoints.few_step import few_step_scheduler
     from imageconductor.checkpoints.personalise import personalise
+    from imageconductor.precision import warn_of_imitation
     from imageconductor.sampling.pipeline import ImageConductorPipeline
 
-    pipe = ImageConductorPipeline.from_pretrained(job.model, dtype=getattr(torch, cast(str, job.dtype)))
+    dtype, device = getattr(torch, cast(str, job.dtype)), cast(str, job.device)
+    warn_of_imitation(dtype, torch.device(device), "dtype float32")
+    pipe = ImageConductorPipeline.from_pretrained(job.model, dtype=dtype)
     if job.few_step:
         pipe.scheduler = few_step_scheduler(pipe.scheduler)
     personalise(pipe, job.base, *find_job_loras(job), job.domain_adapter_scale)
     if job.vae_tiling:
         pipe.vae.enable_tiling()
-    device = cast(str, job.device)
     if job.offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif job.offload == "sequential":

@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from imageconductor.data.batches import scale_pixels
+from imageconductor.precision import choose_precision
 from imageconductor.training import checkpointing
 from imageconductor.training.optimizers import MuonAndAdamW
 
@@ -42,7 +43,7 @@ class AutoencoderConfig:
     # carries content must predict the latter.
     latent_equivariance: float = 0.0
     kl_weight: float = 1e-6  # of the posterior's divergence from a standard normal distribution
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16", "auto"] = "no"  # auto: bf16 where the device has instructions for it
     seed: int = 0  # of frames, crops, shifts and noise
     save_every: int = 200  # steps between checkpoints
 
@@ -70,7 +71,8 @@ def train_autoencoder(
     Returns:
         The number of steps it has behind it, fewer than `max_steps` where the time was over before.
     """
-    device = PartialState().device
+    device = cast(torch.device, PartialState().device)
+    precision = choose_precision(config.mixed_precision, device)
     vae.to(device, memory_format=torch.channels_last).train().requires_grad_(not config.decoder_only)
     vae.decoder.requires_grad_(True)
     parameters = {name: parameter for name, parameter in vae.named_parameters() if parameter.requires_grad}
@@ -93,7 +95,7 @@ def train_autoencoder(
         else:
             frames = frames[: max(1, len(frames) * config.crop**2 // (frames.shape[-1] * frames.shape[-2]))]
         frames = scale_pixels(frames.to(device, memory_format=torch.channels_last))
-        with torch.autocast(frames.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=precision == "bf16"):
             posterior = vae.encode(frames).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
             latents = posterior.mean + posterior.std * noise

@@ -20,6 +20,7 @@ from imageconductor.data.clip_records import CorruptClipError
 from imageconductor.files import remove_partial
 from imageconductor.models.motion_module import Float32Attention
 from imageconductor.models.networks import cast_network
+from imageconductor.precision import HALF
 from imageconductor.training import checkpointing, sharding
 from imageconductor.training.engines import build_engine
 from imageconductor.training.hooks import Log, Preview, Save, ShowPreview, TimeLimit, TrainState, count_loading
@@ -150,7 +151,7 @@ def place(stage: Stage, config: LoopConfig, device: torch.device) -> None:
     if config.mixed_precision != "no":
         for network in stage.children():
             if not any(parameter.requires_grad for parameter in network.parameters()):
-                cast_network(network, {"bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision])
+                cast_network(network, HALF[config.mixed_precision])
         if device.type == "cpu":
             for network in filter(None, (stage.unet, stage.image_controlnet, stage.motion_controlnet)):
                 network.set_attn_processor(Float32Attention())

@@ -128,6 +128,8 @@ def _changes(config: LoopConfig, path: Path) -> dict[str, str]:
     if (before_clips := _last_clips_per_step(path.with_name(_STARTS))) is not None:
         old["clips_per_step"] = before_clips
         new["clips_per_step"] = clips_per_step(config, int(os.environ.get("WORLD_SIZE", 1)))
+    if config.mixed_precision == "auto":
+        free |= {"mixed_precision"}  # On another machine it may be another one.
     return {
         name: f"{name}={_show(old.get(name))}, now {_show(new.get(name))}"
         for name in {**old, **new}

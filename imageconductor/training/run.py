@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from imageconductor.data.batches import Batches
 from imageconductor.files import check_writable
 from imageconductor.models.networks import Networks
+from imageconductor.precision import choose_precision
 from imageconductor.processes import start_processes
 from imageconductor.training.loop import Preview, TrainState, train
 from imageconductor.training.record import check_continuation
@@ -34,7 +38,8 @@ def run_stage(config: StageConfig, previews: PreviewFactory | None = None) -> Tr
     """
     stage_class = find_stage(config.stage)
     check_inputs(config)
-    start_processes()
+    device = cast(torch.device, start_processes().device)
+    config = replace(config, mixed_precision=cast(Any, choose_precision(config.mixed_precision, device)))
     data = Batches(stage_class.build_samples(config), config.batch_size)
     shows_previews = previews is not None and config.preview_every
     held_out = stage_class.read_held_out(config) if config.validation_every else []

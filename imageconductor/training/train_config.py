@@ -31,7 +31,8 @@ class LoopConfig:
     max_grad_norm: float | None = 1.0  # longer gradients are scaled down to this norm; null = none are
     # > 1 draws noisier timesteps more often (Stable Diffusion 3's shift); 1 = evenly, as the paper
     timestep_shift: float = 1.0
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # networks that do not learn are then held in it
+    # Networks that do not learn are held in it. auto: bf16 where the device has instructions for it, else no.
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"
     allow_tf32: bool = True  # float32 products on Ampere and later
     gradient_checkpointing: bool = False  # less memory for a quarter to a third more time
     torch_compile: bool = False  # minutes at the start; then a quarter less time a step on a CPU

@@ -22,7 +22,7 @@ def generators():
 def test_a_plain_step_has_the_loss_and_the_gradients_of_ours(tmp_path):
     dropped = ["batch_size=2", "text_dropout=0.5", "image_dropout=0.5"]
     args = argparse.Namespace(config=None, stage="object_lora", dtype=None, overrides=dropped, compile=False, repeats=1)
-    config = build_config(args, SIZES["tiny"], tmp_path)
+    config = build_config(args, SIZES["tiny"], tmp_path, torch.device("cpu"))
     stage = build_stage(config, SIZES["tiny"], CPU)
     samples, draws = stage.build_samples(config), generators()
     batch = collate([samples[0], samples[1]])

@@ -46,6 +46,7 @@ from imageconductor.models.adapters import (
 from imageconductor.models.denoiser import Condition
 from imageconductor.models.motion_module import motion_modules_bypassed
 from imageconductor.models.networks import Networks, cast_frozen
+from imageconductor.precision import HALF
 from imageconductor.training.stage_configs import MotionDirectorConfig
 from imageconductor.training.stages.base import ParameterGroup, Stage
 
@@ -147,7 +148,7 @@ class MotionDirectorStage(Stage):
             ValueError: A clip cannot be decoded, or its inversion is not finite.
         """
         if self.config.mixed_precision != "no":
-            cast_frozen(self.unet, {"bf16": torch.bfloat16, "fp16": torch.float16}[self.config.mixed_precision])
+            cast_frozen(self.unet, HALF[self.config.mixed_precision])
         samples: ReferenceClips = data.samples
         samples.encode(self._encode_frames)
         if self.config.noise_prior:
