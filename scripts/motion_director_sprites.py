@@ -13,7 +13,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,14 @@ MOTIONS: dict[str, NDArray[np.float64]] = {  # offsets (16, 2) of a sprite's cen
     "zigzag": np.stack([0.6 * _TURNS - 0.3, 0.36 * np.abs((3 * _TURNS) % 2 - 1) - 0.18], axis=1),
     "bounce": np.stack([0.6 * _TURNS - 0.3, 0.3 - 0.5 * np.abs(np.sin(3 * np.pi * _TURNS))], axis=1),
 }
-_RECOLOURED = "MotionDirector recoloured"  # a single clip is learned from with copies in other colours beside it
+_PLAIN = {"dual_path": False, "debiasing_beta": None, "appearance": "shared"}
 METHODS: dict[str, dict[str, Any] | None] = {  # settings of the training; None = the base model, which is not trained
     "base model": None,
-    "plain LoRA": {"dual_path": False, "debiasing_beta": None, "appearance": "shared"},
-    "without debiasing": {"debiasing_beta": None},
-    "MotionDirector": {},
-    _RECOLOURED: {},
+    "plain LoRA": {**_PLAIN, "recolour": False},
+    "without debiasing": {"debiasing_beta": None, "recolour": False},
+    "MotionDirector": {"recolour": False},
+    "plain LoRA recoloured": {**_PLAIN, "recolour": True},
+    "MotionDirector recoloured": {"recolour": True},
 }
 COLUMNS = {
     "cosine": "displacement cosine",
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     cells = {}
     for motion, count, method, seed in _list_cells(config):
-        clips = write_clips(config, motion, count, method == _RECOLOURED)
+        clips = write_clips(config, motion, count, names_colours=not (METHODS[method] or {}).get("recolour"))
         run = train_method(config, settings, method, motion, count, seed, clips)
         cells[motion, count, method, seed] = make_videos(config, method, motion, count, seed, run)
     write_results(config, cells)
@@ -113,13 +113,9 @@ def main(argv: list[str] | None = None) -> int:
 def _list_cells(config: MiniatureConfig) -> Iterator[tuple[str, int, str, int]]:
     for motion in config.motions:
         for count in config.clips:
-            for method in _list_methods(config, count):
+            for method in config.methods:
                 for seed in config.seeds:
                     yield motion, count, method, seed
-
-
-def _list_methods(config: MiniatureConfig, count: int) -> list[str]:
-    return [method for method in config.methods if count == 1 or method != _RECOLOURED]
 
 
 def _load_settings(config: MiniatureConfig) -> MotionDirectorConfig:
@@ -160,26 +156,20 @@ def _clip_scene(number: int, motion: str) -> Any:
     return _scene(pattern, colour, shape, lambda found: found == set(colours), motion, number)
 
 
-def write_clips(config: MiniatureConfig, motion: str, count: int, recoloured: bool) -> Path:
-    """A folder of the motion's first `count` reference clips, with their captions beside them.
-
-    Recoloured copies have the other orders of red, green and blue. Captions then name no colour.
-    """
+def write_clips(config: MiniatureConfig, motion: str, count: int, names_colours: bool) -> Path:
+    """A folder of the motion's first `count` reference clips, with captions beside them that name colours or do not."""
     from imageconductor.data.scenes import render
     from imageconductor.sampling.video import write_mp4
 
-    folder = Path(config.output) / "clips" / (f"{motion}-{count}" + ("-recoloured" if recoloured else ""))
+    folder = Path(config.output) / "clips" / (f"{motion}-{count}" + ("" if names_colours else "-no_colours"))
     if not folder.is_dir():
         with atomic_folder(folder) as new:
             for number in range(count):
                 scene = _clip_scene(number, motion)
                 sprite = scene.sprites[0]
-                video = render([scene])[0].permute(1, 2, 3, 0).numpy()
-                for order in permutations(range(3)) if recoloured else [(0, 1, 2)]:
-                    name = f"clip{number}" + (f"-{''.join('rgb'[channel] for channel in order)}" if recoloured else "")
-                    caption = f"a {sprite.pattern} {sprite.shape}" if recoloured else scene.caption
-                    (new / f"{name}.txt").write_text(caption)
-                    write_mp4(new / f"{name}.mp4", np.ascontiguousarray(video[..., order]), 8)
+                caption = scene.caption if names_colours else f"a {sprite.pattern} {sprite.shape}"
+                (new / f"clip{number}.txt").write_text(caption)
+                write_mp4(new / f"clip{number}.mp4", render([scene])[0].permute(1, 2, 3, 0).numpy(), 8)
     return folder
 
 
@@ -251,7 +241,7 @@ def make_videos(
                 prompt=scene.caption,
                 model=config.model,
                 motion_lora=[] if run is None else [f"{run}:{config.motion_scale:g}"],
-                appearance_lora=_appearance_loras(run) if method == "plain LoRA" else [],
+                appearance_lora=_appearance_loras(run) if method.startswith("plain LoRA") else [],
                 steps=config.steps,
                 guidance_scale=config.guidance_scale,
                 seed=[1000 * seed + number],
@@ -359,7 +349,7 @@ def write_results(config: MiniatureConfig, cells: dict[tuple[str, int, str, int]
     output = Path(config.output)
     rows = []
     for count in config.clips:
-        for method in _list_methods(config, count):
+        for method in config.methods:
             for motion in config.motions:
                 by_seed = [cells[motion, count, method, seed] for seed in config.seeds]
                 means = {key: [float(np.mean([one[key] for one in seed])) for seed in by_seed] for key in COLUMNS}
@@ -373,7 +363,7 @@ def write_results(config: MiniatureConfig, cells: dict[tuple[str, int, str, int]
     shown = []
     for motion in config.motions:
         shown.append((f"{motion}: reference clip", render([_clip_scene(0, motion)])[0].permute(1, 2, 3, 0).numpy()))
-        for method in _list_methods(config, config.clips[0]):
+        for method in config.methods:
             run = f"{motion}-{method}" if METHODS[method] is None else f"{motion}-{config.clips[0]}-{method}"
             name = f"{run.replace(' ', '_')}-{config.seeds[0]}"
             videos = np.load(output / "videos" / name / "videos.npz")["videos"]

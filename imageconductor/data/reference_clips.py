@@ -116,6 +116,8 @@ class ReferenceClips:
 def read_frames(clip: ReferenceClip) -> Iterator[Tensor]:
     """The frames that windows of a clip can hold, in order and 16 at a time: (3, T, H, W) uint8, cropped to its size.
 
+    They have the clip's order of colours.
+
     Raises:
         FileNotFoundError: The file is gone.
         ValueError: A frame cannot be decoded.
@@ -123,11 +125,12 @@ def read_frames(clip: ReferenceClip) -> Iterator[Tensor]:
     if not clip.path.is_file():
         raise FileNotFoundError(f"the reference clip {clip.path} is gone")
     if clip.is_image:
-        yield crop_frames(np.array(load_image(clip.path))[None], clip.size)
+        yield crop_frames(np.array(load_image(clip.path))[None], clip.size)[list(clip.channels)]
         return
     video = Video(clip.path, str(clip.path))
     for first in range(0, len(clip.frames), _FRAMES_PER_CALL):
-        yield crop_frames(video.frames(clip.frames[first : first + _FRAMES_PER_CALL]), clip.size)
+        frames = video.frames(clip.frames[first : first + _FRAMES_PER_CALL])
+        yield crop_frames(frames, clip.size)[list(clip.channels)]
 
 
 def _may_be_mirrored(clip: ReferenceClip) -> bool:

@@ -45,6 +45,7 @@ class ReferenceClip:
         size: (W, H) in pixels in which it is trained.
         is_image: Whether it is a picture, whose window is T times frame 0.
         frames: Numbers of the frames in the file that windows are made of; a window is T consecutive ones of them.
+        channels: Of the file's red, green and blue (0, 1, 2), those that are shown as red, green and blue.
     """
 
     key: str
@@ -54,6 +55,12 @@ class ReferenceClip:
     size: tuple[int, int]
     is_image: bool
     frames: range
+    channels: tuple[int, ...] = (0, 1, 2)
+
+    @property
+    def is_recoloured(self) -> bool:
+        """Whether it is a copy of another clip in other colours."""
+        return self.channels != (0, 1, 2)
 
     def draw_window(self, random: Random) -> list[int]:
         """Numbers of T frames in the file, from a random start if there are more than T."""
@@ -69,6 +76,7 @@ def find_reference_clips(
     num_frames: int,
     fps: float | None,
     frame_step: int,
+    recolour: bool = False,
 ) -> list[ReferenceClip]:
     """The clips that files and folders hold, in the order of `data`, and within a folder by name with 2 before 10.
 
@@ -93,6 +101,7 @@ def find_reference_clips(
         num_frames: T.
         fps: Frames per second of windows; None = every `frame_step`-th frame.
         frame_step: Also of JSON files, whatever `fps` says.
+        recolour: Each clip is followed by five copies, in the other orders of red, green and blue.
 
     Raises:
         FileNotFoundError: A file or folder is missing.
@@ -108,7 +117,8 @@ def find_reference_clips(
         )
     texts = {} if captions is None else _read_captions(Path(captions))
     finder = _Finder(" ".join((prompt or "").split()), texts, size, num_frames, fps, frame_step)
-    return _make_keys_unique([clip for entry in data for clip in finder.find(Path(entry))])
+    clips = [clip for entry in data for clip in finder.find(Path(entry))]
+    return _make_keys_unique([copy for clip in clips for copy in _recolour(clip)] if recolour else clips)
 
 
 @dataclass(frozen=True)
@@ -291,6 +301,13 @@ def _parse_json(path: Path, setting: str) -> Any:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{setting}: {path} is not valid JSON: {error}") from error
+
+
+def _recolour(clip: ReferenceClip) -> Iterator[ReferenceClip]:
+    """The clip, and its copies in the other orders of red, green and blue, whose keys end in -rbg to -bgr."""
+    yield clip
+    for order in list(itertools.permutations(range(3)))[1:]:
+        yield replace(clip, channels=order, key=f"{clip.key}-{''.join('rgb'[channel] for channel in order)}")
 
 
 def _make_keys_unique(clips: Sequence[ReferenceClip]) -> list[ReferenceClip]:

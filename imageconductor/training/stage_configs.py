@@ -245,6 +245,9 @@ class MotionDirectorConfig(StageConfig):
     learns_motion: bool = True  # false: appearance alone, of images or of single frames
     # The image ControlNet shows the motion path a clip's first frame, for a model and a motion that animate an image.
     first_frame: bool = False
+    # Clips are learned from with copies in the other orders of red, green and blue beside them, so that a motion from
+    # one clip comes apart from its colours, which prompts should then not name.
+    recolour: bool = False
     appearance: Literal["per_clip", "shared"] = "per_clip"  # a LoRA for each clip's appearance, or one for all
     appearance_dropout: float = 0.2  # probability that a step leaves the appearance LoRA out
     debiasing_beta: float | None = 1.0  # beta of L_ad; null leaves L_ad out
@@ -296,9 +299,10 @@ class MotionDirectorConfig(StageConfig):
             raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}")
         if self.torch_compile:
             raise ValueError("torch_compile must be false, as a step acts through other LoRAs than the one before")
-        if not self.learns_motion and (self.noise_prior or self.first_frame or not self.dual_path):
+        if not self.learns_motion and (self.noise_prior or self.first_frame or self.recolour or not self.dual_path):
             raise ValueError(
-                "noise_prior, first_frame and dual_path=false are for runs that learn a motion; learns_motion is false"
+                "noise_prior, first_frame, recolour and dual_path=false are for runs that learn a motion; "
+                "learns_motion is false"
             )
 
 

@@ -169,6 +169,27 @@ def test_keys_are_unique_and_fit_for_file_names(tmp_path, video):
     assert [clip.key for clip in find(video, num_frames=32)] == ["walk"]
 
 
+def test_copies_in_other_colours_follow_their_clip(tmp_path):
+    frames = np.broadcast_to(np.array([220, 120, 20], np.uint8), (8, 32, 32, 3))
+    path = write_frames(tmp_path / "a.mp4", np.ascontiguousarray(frames))
+    clips = find(path, recolour=True)
+    assert [clip.key for clip in clips[:3] + clips[6:8]] == ["a-0", "a-rbg-0", "a-grb-0", "a-1", "a-rbg-1"]
+    assert [clip.is_recoloured for clip in clips] == 2 * [False, True, True, True, True, True]
+    colours = [next(read_frames(clip)).float().mean((1, 2, 3)) for clip in clips[:6]]
+    levels = colours[0].tolist()
+    assert levels[0] > levels[1] + 60 > levels[2] + 120
+    for colour, order in zip(colours, ("rgb", "rbg", "grb", "gbr", "brg", "bgr"), strict=True):
+        assert colour.tolist() == [levels["rgb".index(channel)] for channel in order]
+
+
+def test_keys_of_copies_are_unique_too(tmp_path):
+    for name in ("a", "a-rbg"):
+        write_picture(tmp_path / f"{name}.png")
+    keys = [clip.key for clip in find(tmp_path, recolour=True)]
+    assert len(set(keys)) == 12
+    assert {"a", "a-bgr", "a-rbg-0", "a-rbg-1", "a-rbg-rbg"} < set(keys)
+
+
 def test_a_single_video_is_cut_and_its_short_end_left_out(video):
     clips = find(video, num_frames=8, frame_step=2)
     assert [clip.draw_window(Random(seed)) for clip in clips for seed in (0, 1)] == [

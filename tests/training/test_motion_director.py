@@ -195,6 +195,19 @@ def test_windows_of_one_video_share_its_appearance(configure, build, reference_c
     assert stage.appearance_of["right-1"] == "appearance_right-0"
 
 
+def test_copies_in_other_colours_have_a_look_of_their_own_and_no_noise_prior(configure, build, reference_clips):
+    config = configure("motion_director", data=[f"{reference_clips}/left.mp4"], recolour=True, first_frame=True)
+    stage, data = build(config)
+    assert stage.appearances == [f"appearance_left{copy}" for copy in ("", "-rbg", "-grb", "-gbr", "-brg", "-bgr")]
+    stage.begin(data)
+    true, copy = (data[number]["latent_mean"] for number in (0, 1))
+    assert not torch.allclose(true, copy, atol=1e-3)
+    run_stage(replace(config, noise_prior=0.5, inversion_steps=2, max_steps=1))
+    assert list(load_noise_prior(Path(config.output))) == ["left"]
+    previews = type(stage).read_held_out(replace(config, preview_prompts=["a", "b"]))
+    assert torch.equal(previews[0]["first_frame"], previews[1]["first_frame"])
+
+
 def test_a_checkpoint_holds_the_loras_of_its_step_ready_to_be_played(configure, tiny_model, tmp_path):
     settings = {"save_every": 2, "ema_decay": 0.5, "appearance": "shared"}
     long = configure("motion_director", output=str(tmp_path / "long"), max_steps=4, **settings)
@@ -314,6 +327,7 @@ def test_clips_that_cannot_be_learned_from_are_refused_before_weights_are_read(c
         ({"validation_every": 5}, "validation_every"),
         ({"learns_motion": False, "noise_prior": 0.3}, "learns_motion"),
         ({"learns_motion": False, "first_frame": True}, "learns_motion"),
+        ({"learns_motion": False, "recolour": True}, "learns_motion"),
         ({"inversion_steps": 1}, "inversion_steps"),
         ({"inversion_steps": 1000}, "inversion_steps must be at most 500"),
         ({"debiasing_beta": -1.0}, "debiasing_beta"),

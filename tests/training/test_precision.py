@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(params=[False, True], ids=["imitates", "computes"])
 def computes(request, monkeypatch):
     """Whether the CPU has instructions for half precision."""
-    monkeypatch.setattr(precision, "has_instructions", lambda dtype, device: request.param)
+    monkeypatch.setattr(precision, "has_instructions", lambda *_: request.param)
     return request.param
 
 
@@ -32,7 +32,7 @@ def test_what_a_cpu_can_do_is_what_its_flags_say():
 
 @pytest.mark.parametrize(("capability", "found"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
 def test_cards_before_ampere_imitate_bfloat16(capability, found, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert has_instructions(torch.bfloat16, torch.device("cuda")) == found
     assert has_instructions(torch.float16, torch.device("cuda"))
 
@@ -56,11 +56,11 @@ def test_float32_needs_no_warning(computes, caplog):
 
 
 def test_a_run_records_the_precision_it_has_and_goes_on_with_auto(configure, monkeypatch):
-    monkeypatch.setattr(precision, "has_instructions", lambda dtype, device: True)
+    monkeypatch.setattr(precision, "has_instructions", lambda *_: True)
     config = configure("camera_lora", mixed_precision="auto", max_steps=1)
     run_stage(config)
     assert read_yaml(Path(config.output) / "config.yaml")["mixed_precision"] == "bf16"
-    monkeypatch.setattr(precision, "has_instructions", lambda dtype, device: False)
+    monkeypatch.setattr(precision, "has_instructions", lambda *_: False)
     config.max_steps = 2
     assert run_stage(config).step == 2
     assert read_yaml(Path(config.output) / "config.yaml")["mixed_precision"] == "no"

@@ -47,6 +47,7 @@ from imageconductor.models.denoiser import Condition
 from imageconductor.models.motion_module import motion_modules_bypassed
 from imageconductor.models.networks import Networks, cast_frozen
 from imageconductor.precision import HALF
+from imageconductor.processes import own_part
 from imageconductor.training.stage_configs import MotionDirectorConfig
 from imageconductor.training.stages.base import ParameterGroup, Stage
 
@@ -87,10 +88,12 @@ class MotionDirectorStage(Stage):
         has_both_paths = config.learns_motion and config.dual_path
         self.appearance_dropout = config.appearance_dropout if has_both_paths else 0.0
         self.clips = _find_clips(config)
-        # Windows of one video share its appearance.
-        keys = {clip.path: clip.key for clip in reversed(self.clips)}
+        # Windows of one video share its appearance, if they have the same colours.
+        keys = {(clip.path, clip.channels): clip.key for clip in reversed(self.clips)}
         shares = config.appearance == "shared" or len(keys) == 1
-        self.appearance_of = {c.key: APPEARANCE if shares else f"{APPEARANCE}_{keys[c.path]}" for c in self.clips}
+        self.appearance_of = {
+            c.key: APPEARANCE if shares else f"{APPEARANCE}_{keys[c.path, c.channels]}" for c in self.clips
+        }
         appearances = list(dict.fromkeys(self.appearance_of.values()))
         networks.freeze()
         for number, name in enumerate(appearances):
@@ -129,7 +132,7 @@ class MotionDirectorStage(Stage):
     @classmethod
     def read_held_out(cls, config: MotionDirectorConfig, count: int | None = None) -> list[dict[str, Any]]:
         """Prompts and shapes of the previews; with first_frame=true also the first frame of a clip, (3, H, W) uint8."""
-        clips = _find_clips(config)
+        clips = [clip for clip in _find_clips(config) if not clip.is_recoloured]
         prompts = config.preview_prompts or list(dict.fromkeys(clip.caption for clip in clips))
         previews: list[dict[str, Any]] = []
         for number, prompt in enumerate(prompts[:count]):
@@ -158,10 +161,12 @@ class MotionDirectorStage(Stage):
         """Inverts the clips, which the processes share, unless the run folder holds their noise already."""
         config, state, run = self.config, PartialState(), Path(self.config.output)
         made_from = [config.model, config.inversion_steps, config.seed]
-        source = json.dumps([made_from, [[c.key, str(c.path), c.size, list(c.frames)] for c in self.clips]])
+        numbers = [number for number, clip in enumerate(self.clips) if not clip.is_recoloured]
+        clips = [self.clips[number] for number in numbers]
+        source = json.dumps([made_from, [[c.key, str(c.path), c.size, list(c.frames)] for c in clips]])
         if has_noise_prior(run, source):
             return
-        own = range(state.process_index, len(self.clips), state.num_processes)
+        own = own_part(state, numbers)
         bar = tqdm(own, desc="inversion", unit="clip", disable=not state.is_main_process)
         inverted = dict(gather_object([(self.clips[n].key, self._invert(samples, n)) for n in bar]))
         if state.is_main_process:
@@ -290,6 +295,7 @@ def _find_clips(config: MotionDirectorConfig) -> list[ReferenceClip]:
         num_frames=config.num_frames,
         fps=config.fps,
         frame_step=config.frame_step,
+        recolour=config.recolour,
     )
 
 
