@@ -13,9 +13,9 @@ from torch import Tensor
 
 from imageconductor.conditioning.first_frame import keyframe_condition
 from imageconductor.data.batches import Samples, collate, scale_pixels
+from imageconductor.devices import HALF
 from imageconductor.models import text_attention
 from imageconductor.models.denoiser import Condition
-from imageconductor.precision import HALF
 from imageconductor.training.loop import draw_noise
 from imageconductor.training.stages.base import Stage
 from imageconductor.training.train_config import LoopConfig

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from sampling_memory import LiveBytes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from imageconductor.devices import resident_peak_bytes
 from imageconductor.models.denoiser import Condition, Denoiser
 from imageconductor.sampling.branches import Control, GuidedDenoiser, Text, plan
 from imageconductor.sampling.residual_cache import CallCache, ResidualCache
@@ -163,7 +163,7 @@ def main() -> None:
     timings = measure(steps, args.repeats, device)
     report: dict[str, Any] = {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}
     report |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "preparation_cpu_s": preparation}
-    report["resident_peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report["resident_peak_bytes"] = resident_peak_bytes()
     report["schedules"] = {name: asdict(timing) for name, timing in timings.items()}
     print("| schedule | wall, s | CPU, s | TFLOP | peak, MB | wall / published | CPU / published |")
     print("|---|---|---|---|---|---|---|")

@@ -35,10 +35,10 @@ from sampling_memory import LiveBytes
 from imageconductor.data.batches import Batches
 from imageconductor.data.clip_records import encode_tracks
 from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
+from imageconductor.devices import choose_precision
 from imageconductor.files import find_shipped
 from imageconductor.models.adapters import Adapter, adapter_parameters, add_adapter, save_adapter
 from imageconductor.models.controlnets import MotionControlNet
-from imageconductor.precision import choose_precision
 from imageconductor.training.loop import place, train
 from imageconductor.training.stage_configs import load_config
 from imageconductor.training.stages.base import Stage

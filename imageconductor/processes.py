@@ -9,15 +9,18 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
+from imageconductor.devices import warn_of_idle_gpu
+
 
 def start_processes(device: str | None = None) -> PartialState:
     """The processes that share the work; on CPUs, accelerate lets them know of each other only if `cpu` is set.
 
     Without it each would train the whole, and all would write into one folder.
     """
-    # torch.accelerator, from PyTorch 2.6 on, also knows those that are neither CUDA's nor Apple's.
-    has_gpu = getattr(torch, "accelerator", torch.cuda).is_available() or torch.backends.mps.is_available()
-    return PartialState(cpu=device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not has_gpu)
+    is_cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    if not is_cpu:
+        warn_of_idle_gpu()
+    return PartialState(cpu=is_cpu or not torch.accelerator.is_available())
 
 
 def own_part(state: PartialState, jobs: list[Any]) -> list[Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import statistics
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -25,6 +24,7 @@ from accelerate import PartialState
 
 from imageconductor.command_line import parse_command_line
 from imageconductor.data.sprite_world import SpriteSet
+from imageconductor.devices import resident_peak_bytes
 from imageconductor.files import write_text
 from imageconductor.training.loop import leave
 from imageconductor.training.run import run_stage
@@ -128,8 +128,7 @@ def measure(real: TrainConfig, trial: TrainConfig) -> Measured:
     if has_gpu:
         torch.cuda.reset_peak_memory_stats()
     run_stage(trial)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = (torch.cuda.max_memory_allocated() if has_gpu else resident) / 2**30
+    peak = (torch.cuda.max_memory_allocated() if has_gpu else resident_peak_bytes()) / 2**30
     lines = [json.loads(line) for line in (Path(trial.output) / "metrics.jsonl").read_text().splitlines()]
     start = json.loads((Path(trial.output) / "environment.jsonl").read_text().splitlines()[-1])
     measured = Measured(

@@ -9,6 +9,7 @@ Each part is resumable; run the same command again after an interruption. A fini
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -230,7 +231,7 @@ def train_vae(
         networks = Networks.load(model)
         samples = SpriteSamples(recipe.world, list(SpriteSet), config.frames_per_clip)
         data = Batches(samples, config.batch_size // config.frames_per_clip)
-        workers = recipe.gpu.num_workers if has_gpu() else 0
+        workers = min(recipe.gpu.num_workers, os.cpu_count() or 1) if has_gpu() else 0
         if train_autoencoder(networks.vae, data, config, runs, workers) >= config.max_steps:
             report_decoded(recipe, networks.vae, runs)
             networks.vae.save_pretrained(model / "vae")
@@ -314,7 +315,7 @@ def stage_config(path: str, recipe: SpriteRecipe, budget: float, runs: Path, mod
     return replace(
         config,
         batch_size=clips // processes,
-        num_workers=gpu.num_workers,
+        num_workers=min(gpu.num_workers, os.cpu_count() or 1),
         model=str(model),
         output=str(runs / Path(path).stem),
         world=replace(recipe.world, style=config.world.style),

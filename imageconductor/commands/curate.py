@@ -10,6 +10,7 @@ stopped, with the same result.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from imageconductor.command_line import parse_command_line
@@ -19,6 +20,9 @@ from imageconductor.curation.curate_config import CurateConfig
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns 0, 1 if the machine failed, 2 for bad input, or 130 if interrupted."""
     config, _ = parse_command_line(CurateConfig, __doc__ or "", argv)
+    if os.name == "nt":
+        print("error: curation needs Linux or macOS; under Windows use WSL", file=sys.stderr)
+        return 2
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         from imageconductor.curation.curate import curate

@@ -7,7 +7,6 @@ curation writes it; where it is missing, one process of a machine writes it and 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -195,7 +194,12 @@ def _load_index(shard: Path) -> NDArray[np.void] | None:
 
 @contextmanager
 def _lock_folder(folder: Path) -> Iterator[None]:
-    """Lets one process of this machine at a time index a folder."""
+    """Lets one process of this machine at a time index a folder, except under Windows, which has no such locks."""
+    if os.name == "nt":
+        yield
+        return
+    import fcntl
+
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     lock = Path(tempfile.gettempdir()) / f"imageconductor-index-{os.getuid()}-{name}.lock"
     with lock.open("a") as file:

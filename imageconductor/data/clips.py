@@ -22,6 +22,9 @@ from imageconductor.data.clip_records import ClipRecord, CorruptClipError
 from imageconductor.data.videos import Video
 
 _SIDES = re.compile(r"\b(left|right|leftwards?|rightwards?|(counter|anti)?-?clockwise)\b", re.IGNORECASE)
+_COLOURS = re.compile(
+    r"\b(red|orange|yellow|green|blue|purple|violet|pink|brown|cyan|magenta|turquoise|teal|golden)\b", re.IGNORECASE
+)
 _ATTEMPTS = 20
 
 
@@ -184,6 +187,8 @@ class ClipSamples:
             try:
                 sample = self._read_latents(record, random) if self.is_cached else self._read_video(record, random)
                 return sample | {"key": record.key, "skipped": skipped}
+            except ImportError:
+                raise
             except Exception as error:  # Decoders report damage by many kinds of exceptions.
                 skipped.append(f"{record.key}: {error}")
                 index = int(random.integers(len(self.records)))
@@ -260,6 +265,11 @@ def crop_frames(frames: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
 def tells_left_from_right(caption: str) -> bool:
     """Whether a caption would be wrong of the mirrored clip."""
     return _SIDES.search(caption) is not None
+
+
+def names_a_colour(caption: str) -> bool:
+    """Whether a caption would be wrong of the clip in other colours."""
+    return _COLOURS.search(caption) is not None
 
 
 def _list_sizes(shards: Iterable[Shard]) -> list[int]:

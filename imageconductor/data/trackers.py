@@ -138,5 +138,5 @@ class CoTracker:
         with torch.inference_mode():
             tracks, visible = self.network(video, queries=queries.expand(len(clips), -1, -1))
         followed = visible.reshape(*video.shape[:2], len(points)).bool().transpose(1, 2).cpu().numpy()
-        positions = tracks.transpose(1, 2).double().cpu().numpy()
+        positions = tracks.transpose(1, 2).cpu().double().numpy()
         return list(zip(positions, followed, strict=True))

@@ -5,9 +5,9 @@ Torch is not imported here: the curation's processes start faster without it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,12 +46,11 @@ class Video:
     """
 
     def __init__(self, file: Path | BinaryIO, name: str):
-        from decord import VideoReader
-
+        open_reader = _find_reader()
         self.name = name
         try:
-            self._reader = VideoReader(str(file) if isinstance(file, Path) else file, num_threads=1)
-        except Exception as error:  # decord reports damage by many kinds of exceptions.
+            self._reader = open_reader(str(file) if isinstance(file, Path) else file)
+        except Exception as error:  # Decoders report damage by many kinds of exceptions.
             raise CorruptClipError(f"{name} is not a readable video") from error
 
     def __len__(self) -> int:
@@ -60,7 +59,7 @@ class Video:
     @property
     def fps(self) -> float:
         """Frames per second, on average over the file; 0 or not a number if it does not say."""
-        return float(self._reader.get_avg_fps())
+        return float(self._reader.fps)
 
     def size(self) -> tuple[int, int]:
         """(W, H) in pixels of the first frame, which is decoded.
@@ -78,10 +77,60 @@ class Video:
             CorruptClipError: They cannot be decoded, or there are fewer in the file.
         """
         try:
-            return self._reader.get_batch(list(numbers)).asnumpy()
+            return self._reader.read(list(numbers))
         except Exception as error:
             which = f"frame {numbers[0]}" if len(numbers) == 1 else f"frames {numbers[0]} to {numbers[-1]}"
             raise CorruptClipError(f"{self.name}: {which} cannot be decoded") from error
+
+
+def _find_reader() -> Callable[[str | BinaryIO], _Decord | _PyAV]:
+    """The installed one; decord has no wheels for macOS and Arm."""
+    try:
+        import decord  # noqa: F401
+    except ImportError:
+        import av  # noqa: F401
+
+        return _PyAV
+    return _Decord
+
+
+class _Decord:
+    def __init__(self, file: str | BinaryIO):
+        from decord import VideoReader
+
+        self._reader = VideoReader(file, num_threads=1)
+        self.fps = self._reader.get_avg_fps()
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def read(self, numbers: list[int]) -> NDArray[np.uint8]:
+        return self._reader.get_batch(numbers).asnumpy()
+
+
+class _PyAV:
+    def __init__(self, file: str | BinaryIO):
+        import av
+
+        self._container: Any = av.open(file)
+        self._stream = self._container.streams.video[0]
+        self.fps = self._stream.average_rate or 0
+        packets = self._container.demux(self._stream)  # not decoded
+        self._times = sorted({packet.pts for packet in packets if packet.size and packet.pts is not None})
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+    def read(self, numbers: list[int]) -> NDArray[np.uint8]:
+        wanted = [self._times[number] for number in numbers]
+        found: dict[int, NDArray[np.uint8]] = {}
+        self._container.seek(min(wanted), stream=self._stream)  # to the last key frame before
+        for frame in self._container.decode(self._stream):
+            if frame.pts in wanted:
+                found[frame.pts] = frame.to_ndarray(format="rgb24")
+            if frame.pts is not None and frame.pts >= max(wanted):
+                break
+        return np.stack([found[time] for time in wanted])
 
 
 def read_caption_beside(path: Path) -> str:

@@ -180,6 +180,8 @@ def collect_statistics(
     """
     network = load_network(name, weights)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("mps"):  # which has no float64 for the sums
+        device = "cpu"
     metric = _build_metric(network).to(device)
     for video in videos:
         frames = _select_frames(video, num_frames)

@@ -165,7 +165,7 @@ class _Estimates:
 def _alpha_cumprod(scheduler: Any, time: float) -> float:
     """Cumulative alpha at a timestep; between two of the training's, sigma is interpolated, as Euler's method does."""
     before = int(time)
-    levels = scheduler.alphas_cumprod[before : before + 2].double().cpu()
+    levels = scheduler.alphas_cumprod[before : before + 2].cpu().double()
     if time == before or len(levels) < 2:
         return float(levels[0])
     sigmas = ((1 - levels) / levels).sqrt()

@@ -252,11 +252,11 @@ def load_pipeline(job: SampleJob) -> ImageConductorPipeline:
 
     from imageconductor.checkpoints.few_step import few_step_scheduler
     from imageconductor.checkpoints.personalise import personalise
-    from imageconductor.precision import warn_of_imitation
+    from imageconductor.devices import warn_of_imitation
     from imageconductor.sampling.pipeline import ImageConductorPipeline
 
     dtype, device = getattr(torch, cast(str, job.dtype)), cast(str, job.device)
-    warn_of_imitation(dtype, torch.device(device), "dtype float32")
+    warn_of_imitation(dtype, torch.device(device), "dtype float32" if device == "cpu" else "dtype float16")
     pipe = ImageConductorPipeline.from_pretrained(job.model, dtype=dtype)
     if job.few_step:
         pipe.scheduler = few_step_scheduler(pipe.scheduler)
@@ -387,7 +387,10 @@ def _with_defaults(job: SampleJob) -> SampleJob:
 def _check_device(name: str | None) -> str:
     import torch
 
+    from imageconductor.devices import warn_of_idle_gpu
+
     if name is None:
+        warn_of_idle_gpu()
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)

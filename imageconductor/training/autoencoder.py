@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from imageconductor.data.batches import scale_pixels
-from imageconductor.precision import choose_precision
+from imageconductor.devices import choose_precision
 from imageconductor.training import checkpointing
 from imageconductor.training.optimizers import MuonAndAdamW
 

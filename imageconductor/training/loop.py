@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from imageconductor.data.batches import send, send_clips
 from imageconductor.data.clip_records import CorruptClipError
+from imageconductor.devices import HALF
 from imageconductor.files import remove_partial
 from imageconductor.models.motion_module import Float32Attention
 from imageconductor.models.networks import cast_network
-from imageconductor.precision import HALF
 from imageconductor.training import checkpointing, sharding
 from imageconductor.training.engines import build_engine
 from imageconductor.training.hooks import Log, Preview, Save, ShowPreview, TimeLimit, TrainState, count_loading

@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 
 from imageconductor.data.batches import Batches
+from imageconductor.devices import choose_precision
 from imageconductor.files import check_writable
 from imageconductor.models.networks import Networks
-from imageconductor.precision import choose_precision
 from imageconductor.processes import start_processes
 from imageconductor.training.loop import Preview, TrainState, train
 from imageconductor.training.record import check_continuation

@@ -17,16 +17,10 @@ from imageconductor.models.motion_unet import MotionUNet
 
 
 def shard(networks: Sequence[nn.Module], device: torch.device) -> None:
-    """Splits those networks that learn over all processes, in place.
+    """Splits those networks that learn over all processes, in place."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    Raises:
-        ValueError: PyTorch is older than 2.6.
-    """
-    try:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    except ImportError as error:
-        raise ValueError(f"FSDP needs PyTorch 2.6 or newer, this is {torch.__version__}") from error
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for network in networks:
         if any(parameter.requires_grad for parameter in network.parameters()):

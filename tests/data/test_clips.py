@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from clip_files import SIZE, WORLD, record, write_folder, write_shard
-from decord import VideoReader
 
 from imageconductor.data.batches import Batches, SpriteSamples, sample_frames, scale_pixels
 from imageconductor.data.clip_index import find_clips
@@ -93,6 +92,7 @@ def test_pixels_become_what_float32_in_the_workers_would_be(folder, tiny_model):
 
 def test_only_the_frames_that_are_seen_are_decoded(folder, monkeypatch):
     decoded = []
+    VideoReader = pytest.importorskip("decord").VideoReader
     get_batch, get_item = VideoReader.get_batch, VideoReader.__getitem__
     monkeypatch.setattr(VideoReader, "get_batch", lambda v, i: decoded.extend(i) or get_batch(v, i))
     monkeypatch.setattr(VideoReader, "__getitem__", lambda v, i: decoded.append(i) or get_item(v, i))

@@ -208,6 +208,12 @@ def test_copies_in_other_colours_have_a_look_of_their_own_and_no_noise_prior(con
     assert torch.equal(previews[0]["first_frame"], previews[1]["first_frame"])
 
 
+@pytest.mark.parametrize("prompt", ["a red square", "a square"])
+def test_captions_that_other_colours_make_wrong_are_told(configure, prompt, caplog):
+    check_inputs(configure("motion_director", recolour=True, prompt=prompt))
+    assert ("'a red square' names a colour" in caplog.text) == (prompt == "a red square")
+
+
 def test_a_checkpoint_holds_the_loras_of_its_step_ready_to_be_played(configure, tiny_model, tmp_path):
     settings = {"save_every": 2, "ema_decay": 0.5, "appearance": "shared"}
     long = configure("motion_director", output=str(tmp_path / "long"), max_steps=4, **settings)

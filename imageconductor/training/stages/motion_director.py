@@ -11,6 +11,7 @@ Source: arXiv 2310.08465.
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,8 +29,10 @@ from imageconductor.checkpoints.model_folder import check_controlnets, check_sha
 from imageconductor.checkpoints.reference_run import has_noise_prior, save_noise_prior
 from imageconductor.conditioning.first_frame import keyframe_condition
 from imageconductor.data.batches import Samples
+from imageconductor.data.clips import names_a_colour
 from imageconductor.data.reference_clips import ReferenceClips, read_frames
 from imageconductor.data.reference_files import ReferenceClip, find_reference_clips
+from imageconductor.devices import HALF
 from imageconductor.diffusion.inversion import ddim_inversion
 from imageconductor.diffusion.losses import debiased_loss, denoising_loss
 from imageconductor.models.adapters import (
@@ -46,10 +49,11 @@ from imageconductor.models.adapters import (
 from imageconductor.models.denoiser import Condition
 from imageconductor.models.motion_module import motion_modules_bypassed
 from imageconductor.models.networks import Networks, cast_frozen
-from imageconductor.precision import HALF
 from imageconductor.processes import own_part
 from imageconductor.training.stage_configs import MotionDirectorConfig
 from imageconductor.training.stages.base import ParameterGroup, Stage
+
+logger = logging.getLogger(__name__)
 
 MOTION, APPEARANCE = "motion", "appearance"
 
@@ -114,6 +118,9 @@ class MotionDirectorStage(Stage):
             ValueError: A clip is too short or damaged, or is an image where a motion is to be learned.
         """
         clips = _find_clips(config)
+        named = next((clip.caption for clip in clips if config.recolour and names_a_colour(clip.caption)), None)
+        if named is not None:
+            logger.warning(f"recolour=true, but {named!r} names a colour, which most copies have not; leave it out")
         if config.first_frame:
             check_controlnets(config.model, "first_frame=true")
         image = next((clip for clip in clips if clip.is_image), None)
