@@ -1,4 +1,4 @@
-"""MotionDirector in miniature: three motions that the bundled model's captions cannot say, learned from sprites.
+"""MotionDirector in miniature: motions that the bundled model's captions cannot say, learned from sprites.
 
 Each motion (a loop, a zigzag, a bounce) is learned from one clip and from four, by MotionDirector and by its baselines;
 prompts with other shapes, colours and backgrounds are then made into videos. Run the same command again after an
@@ -28,6 +28,7 @@ MOTIONS: dict[str, NDArray[np.float64]] = {  # offsets (16, 2) of a sprite's cen
     "loop": 0.24 * np.stack([np.sin(2 * np.pi * _TURNS), 1 - np.cos(2 * np.pi * _TURNS)], axis=1) - [0, 0.24],
     "zigzag": np.stack([0.6 * _TURNS - 0.3, 0.36 * np.abs((3 * _TURNS) % 2 - 1) - 0.18], axis=1),
     "bounce": np.stack([0.6 * _TURNS - 0.3, 0.3 - 0.5 * np.abs(np.sin(3 * np.pi * _TURNS))], axis=1),
+    "hop": np.stack([0.6 * _TURNS - 0.3, 0.15 - 0.3 * np.abs(np.sin(2 * np.pi * _TURNS))], axis=1),  # slower
 }
 _PLAIN = {"dual_path": False, "debiasing_beta": None, "appearance": "shared"}
 METHODS: dict[str, dict[str, Any] | None] = {  # settings of the training; None = the base model, which is not trained
@@ -55,7 +56,7 @@ class MiniatureConfig:
     model: str = "models/sprites"  # model folder
     train: str = "configs/train/sprites/motion_director.yaml"  # settings of the training
     settings: list[str] = field(default_factory=list)  # key=value for all trainings
-    motions: list[str] = field(default_factory=lambda: list(MOTIONS))  # of loop, zigzag, bounce
+    motions: list[str] = field(default_factory=lambda: list(MOTIONS))  # of loop, zigzag, bounce, hop
     methods: list[str] = field(default_factory=lambda: list(METHODS))  # rows of the table
     clips: list[int] = field(default_factory=lambda: [4, 1])  # reference clips that a motion is learned from
     seeds: list[int] = field(default_factory=lambda: [0, 1])  # of training and videos
