@@ -20,7 +20,7 @@ def test_true_clips_of_the_prompts_have_all_that_is_asked_and_nothing_of_the_ref
         assert found.pop("clip_pixels") < 0.01
         assert found == {"prompt_colour": 1, "prompt_shape": 1, "clip_colour": 0, "clip_background": 0}
         others = [measure(scene, scene, other)["cosine"] for other in MOTIONS if other != motion]
-        assert max(map(abs, others)) < 0.1
+        assert max(map(abs, others)) < 0.25
 
 
 def test_a_reference_clip_is_all_leak():
