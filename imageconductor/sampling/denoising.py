@@ -355,7 +355,8 @@ def _step_arguments(scheduler: Any, generators: Sequence[torch.Generator] | None
     accepted = inspect.signature(scheduler.step).parameters
     arguments: dict[str, Any] = {"return_dict": False}
     if "eta" in accepted:
-        arguments["eta"] = eta
+        # With 1, DDIM takes the root of a number that is 0 where training ends in pure noise, and by rounding below it.
+        arguments["eta"] = min(eta, 1 - 1e-6)
     if "generator" in accepted:
         arguments["generator"] = None if generators is None else list(generators)
     elif hasattr(scheduler, "noise_sampler_seed"):  # DPMSolverSDEScheduler: Brownian paths, one seed for each video

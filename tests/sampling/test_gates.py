@@ -176,7 +176,8 @@ def test_gates_move_and_are_saved_with_the_other_networks(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = ImageConductorPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
-    assert torch.equal(run(again), run(pipe))
+    # Not bit for bit: where weights lie in memory decides how MKL sums on CPUs without AVX-512.
+    torch.testing.assert_close(run(again), run(pipe), atol=1e-4, rtol=1e-4)
     again.to(torch.float64)
     assert {again.object_gates.dtype, again.scene_gates.dtype} == {torch.float64}
     half = ImageConductorPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)

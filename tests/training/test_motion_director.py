@@ -391,7 +391,7 @@ def test_two_processes_equal_one_that_accumulates(tiny_model, reference_clips, t
         first, second = (
             load_file(tmp_path / run / name / "pytorch_lora_weights.safetensors") for run in ("one", "two")
         )
-        assert all(torch.allclose(value, second[key], atol=1e-5) for key, value in first.items()), name
+        assert all(torch.allclose(value, second[key], atol=1e-4) for key, value in first.items()), name
 
 
 def test_sharding_is_refused(configure, build):

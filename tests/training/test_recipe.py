@@ -29,6 +29,7 @@ def test_every_phase_takes_the_recipes_world_and_a_share_of_its_steps(recipe, tm
 
 def test_a_gpu_takes_more_clips_and_processes_share_them(recipe, tmp_path, monkeypatch):
     path = recipe.foundation[0]
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
     alone = stage_config(path, recipe, 1, tmp_path, tmp_path)
     for device, processes, clips, workers in (("cpu", 2, 8, 0), ("cuda", 1, 64, 12), ("cuda", 4, 16, 12)):
         state = SimpleNamespace(num_processes=processes, device=torch.device(device))
