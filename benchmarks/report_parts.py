@@ -30,6 +30,7 @@ from training import Turns, build_config, build_stage, peak_of, run_ours, write_
 
 from imageconductor.conditioning import Trajectories
 from imageconductor.data.batches import Batches
+from imageconductor.devices import has_instructions
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 from imageconductor.training.loop import leave, place, train
 
@@ -76,6 +77,7 @@ def gpu_test_rows(_: Size, device: torch.device) -> Iterator[Row]:
 
 def sampling_rows(dtype: torch.dtype, compiles: bool, size: Size, device: torch.device) -> Iterator[Row]:
     """A guided step: one video and four, classifier-free and Eq. 5, our schedules and the published one beside them."""
+    dtype = _computed(dtype, device)
     rate = matrix_rate(device, dtype) if device.type == "cuda" else None
     denoiser = build_networks(size, device, dtype)
     for videos in (1, 4):
@@ -104,8 +106,9 @@ def sampling_rows(dtype: torch.dtype, compiles: bool, size: Size, device: torch.
 
 def decoding_rows(size: Size, device: torch.device) -> Iterator[Row]:
     """The autoencoder's decoding of a video, some frames at a time."""
-    vae: Any = build_model(size, device, torch.float16).vae
-    latents = torch.randn(size.frames, 4, *size.latent, device=device, dtype=torch.float16)
+    dtype = _computed(torch.float16, device)
+    vae: Any = build_model(size, device, dtype).vae
+    latents = torch.randn(size.frames, 4, *size.latent, device=device, dtype=dtype)
     for frames in dict.fromkeys((size.frames, 4, 1)):
 
         def decode(frames: int = frames) -> None:
@@ -124,7 +127,7 @@ def call_rows(offload: str, size: Size, device: torch.device) -> Iterator[Row]:
     if offload == "sequential" and device.type == "cpu":
         yield {"offload": "not run: accelerate moves layers to a GPU alone"}
         return
-    networks = build_model(size, device, torch.float16)
+    networks = build_model(size, device, _computed(torch.float16, device))
     if offload != "none":
         for network in networks.modules.values():
             torch.nn.Module.to(network, "cpu")
@@ -173,7 +176,7 @@ def call_rows(offload: str, size: Size, device: torch.device) -> Iterator[Row]:
 def training_rows(name: str, size: Size, device: torch.device) -> Iterator[Row]:
     """Steps of a stage at its shipped settings, from cached latents, and once from clips rendered on the CPU."""
     with tempfile.TemporaryDirectory() as folder:
-        config = build_config(_training_arguments(name), size, Path(folder), device)
+        config = build_config(_training_arguments(name, device), size, Path(folder), device)
         write_cache(Path(folder) / "cache", size)
         cached = replace(config, data=[str(Path(folder) / "cache")], held_out_clips=1)
         sources = {"cached latents": cached, **({"sprite clips": config} if name == "camera_lora" else {})}
@@ -199,7 +202,7 @@ def fsdp_rows(size: Size, device: torch.device) -> Iterator[Row]:
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     with tempfile.TemporaryDirectory() as folder:
         write_cache(Path(folder) / "cache", size)
-        config = build_config(_training_arguments("camera_lora"), size, Path(folder), device)
+        config = build_config(_training_arguments("camera_lora", device), size, Path(folder), device)
         steps = {"max_steps": _REPEATS + 1, "save_every": _REPEATS + 1, "preview_every": 0}
         config = replace(config, data=[str(Path(folder) / "cache")], held_out_clips=1, **steps)
 
@@ -215,9 +218,15 @@ def fsdp_rows(size: Size, device: torch.device) -> Iterator[Row]:
     leave()
 
 
-def _training_arguments(name: str) -> argparse.Namespace:
+def _training_arguments(name: str, device: torch.device) -> argparse.Namespace:
     path = ROOT / "configs" / "train" / f"{name}.yaml"
-    return argparse.Namespace(config=path, stage=None, dtype=None, compile=False, repeats=_REPEATS, overrides=[])
+    dtype = None if _computed(torch.bfloat16, device) == torch.bfloat16 else "float32"
+    return argparse.Namespace(config=path, stage=None, dtype=dtype, compile=False, repeats=_REPEATS, overrides=[])
+
+
+def _computed(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """`dtype`, or float32 on a CPU that would imitate it, where the report is only tried."""
+    return dtype if device.type == "cuda" or has_instructions(dtype, device) else torch.float32
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:
