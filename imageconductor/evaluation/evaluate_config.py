@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from imageconductor.conditioning.preset_names import CAMERA_PRESETS, OBJECT_PRESETS
 from imageconductor.data.sprite_world import SpriteWorldConfig
@@ -23,6 +23,12 @@ class Task:
     # LoRAs that are active in the motion ControlNet; base = none of them, none = no trajectories are given at all.
     control: Literal["camera", "object", "mixed", "base", "none"] = "object"
     camera_free_scale: float | None = None  # lambda_trajs of Eq. 5, with control object; null = no camera-free guidance
+    image: bool = True  # whether the first frame is given; false = text-to-video along the same trajectories
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As a record of videos has them; without `image` where it is given, as records before it were."""
+        return {key: value for key, value in asdict(self).items() if key != "image" or not value}
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class EvaluateConfig:
     # the evaluation's (null = all, spread evenly).
     methods: dict[str, Method] = field(default_factory=dict)
     # Tasks by name, each {requests: camera or object, control: camera, object, mixed, base or none,
-    # camera_free_scale: X}; none given = camera and object, as in Table 1.
+    # camera_free_scale: X, image: true or false}; none given = camera and object, as in Table 1.
     tasks: dict[str, Task] = field(default_factory=dict)
     # Folder of first frames, each with NAME.json: {"caption": "...", "objects": [[x, y], ...]}; null = sprite scenes.
     images: str | None = None

@@ -80,7 +80,7 @@ def collect_settings(
     if config.motions == "presets":  # The seed of a request is its number, so another list changes the seeds.
         settings |= {"presets": [config.camera_presets, config.object_presets]}
         settings |= {"keys": [r.key for r in next(iter(requests.values()))] if config.images else None}
-    settings |= {f"{_TASK}{name}": asdict(task) for name, task in config.tasks.items()}
+    settings |= {f"{_TASK}{name}": task.settings for name, task in config.tasks.items()}
     return json.loads(json.dumps(settings, default=str))
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -188,7 +187,7 @@ class Evaluation:
             seconds = (time.perf_counter() - started) / len(batch)
             for request, (video,) in zip(batch, videos, strict=True):
                 path = self.video_path(name, task_name, request)
-                settings = {"prompt": request.prompt, "seed": request.seed, **asdict(task)}
+                settings = {"prompt": request.prompt, "seed": request.seed, **task.settings}
                 settings |= {"seconds": round(seconds, 3), "batch": len(batch)}
                 write_text(path.with_suffix(".json"), json.dumps(settings, indent=1))
                 write_video(path, upscale_for_viewing(video)[0])
@@ -231,7 +230,7 @@ class Evaluation:
             **asked,
         )
         drawn = request.trajectories if task.control != "none" else Trajectories.empty(wanted.size, wanted.num_frames)
-        return Inputs(job, Image.fromarray(request.image), drawn)
+        return Inputs(job, Image.fromarray(request.image) if task.image else None, drawn)
 
     # -- scores
 

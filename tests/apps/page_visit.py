@@ -5,7 +5,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 
-WAIT_MS = 60_000
+WAIT_MS = 180_000
 LATEST = "() => Number((/Done\\s+(\\d+):/.exec(document.querySelector('#live').innerText) || [0, 0])[1])"
 PLAYS = "([video]) => { const v = document.querySelector(video); return !!v && v.readyState >= 2 && !v.paused }"
 

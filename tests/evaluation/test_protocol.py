@@ -23,7 +23,8 @@ from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, Ta
 from imageconductor.evaluation.protocol import Evaluation
 from imageconductor.evaluation.requests import build_requests
 from imageconductor.evaluation.scores import measure
-from imageconductor.evaluation.video_files import read_video
+from imageconductor.evaluation.video_files import read_video, write_video
+from imageconductor.sampling.job import SampleJob, load_pipeline, prepare, render
 from imageconductor.sampling.video import upscale_for_viewing, write_mp4
 
 SIZE, FRAMES = (64, 64), 16
@@ -189,6 +190,24 @@ def tiny_config(model: Path, **settings) -> EvaluateConfig:
             **settings,
         }
     )
+
+
+def test_a_task_without_an_image_has_prompt_and_trajectories_alone(tiny_model, tmp_path):
+    tasks = {"shown": Task("object", "object"), "told": Task("object", "object", image=False)}
+    Evaluation(tiny_config(tiny_model, num_scenes=1, tasks=tasks), tmp_path / "results").run()
+    (request,) = Evaluation(tiny_config(tiny_model, num_scenes=1, tasks=tasks), tmp_path / "results").requests["object"]
+    asked = {"prompt": request.prompt, "control": "object", "seed": [0], "steps": 1, "device": "cpu"}
+    request.trajectories.save(tmp_path / "tracks.json")
+    job = SampleJob(model=str(tiny_model), trajectories=str(tmp_path / "tracks.json"), **asked)
+    inputs = prepare(job)
+    ((video,),) = render(load_pipeline(inputs.job), [inputs])
+    folder = tmp_path / "results" / "videos" / "tiny"
+    write_video(tmp_path / "alone.mp4", upscale_for_viewing(video)[0])
+    assert (folder / "told" / f"{request.key}.mp4").read_bytes() == (tmp_path / "alone.mp4").read_bytes()
+    assert (folder / "shown" / f"{request.key}.mp4").read_bytes() != (tmp_path / "alone.mp4").read_bytes()
+    record = json.loads((folder / "made_with.json").read_text())
+    assert record["task told"]["image"] is False
+    assert "image" not in record["task shown"], "folders of earlier versions, which lack it, go on"
 
 
 @pytest.mark.slow
