@@ -12,6 +12,7 @@ import gc
 import importlib.util
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,6 @@ ROOT = Path(__file__).parents[1]
 Row = dict[str, Any]
 """A row of a part's table: names with their units, and values."""
 
-_REPEATS = 3
 _CAMERA_FREE_SCALE = 1.5
 _PORT = "29541"
 
@@ -92,7 +92,7 @@ def sampling_rows(dtype: torch.dtype, compiles: bool, size: Size, device: torch.
             start = time.perf_counter()
             with torch.no_grad():
                 steps, _ = build_steps(argparse.Namespace(**settings), denoiser, inputs)
-                timings = measure(steps, _REPEATS, device)
+                timings = measure(steps, _repeats(device), device)
             for name, timing in timings.items():
                 row: Row = {"guidance": "Eq. 5" if scale else "classifier-free", "videos": videos, "schedule": name}
                 row |= {"s a step": timing.wall_s, "TFLOP": timing.flop / 1e12}
@@ -117,8 +117,8 @@ def decoding_rows(size: Size, device: torch.device) -> Iterator[Row]:
                     vae.decode(chunk)
 
         decode()
-        times = [_seconds(decode, device) for _ in range(_REPEATS)]
-        row: Row = {"frames at a time": frames, "s a video": sorted(times)[_REPEATS // 2]}
+        times = [_seconds(decode, device) for _ in range(_repeats(device))]
+        row: Row = {"frames at a time": frames, "s a video": statistics.median(times)}
         yield row | {"peak beside the weights, GB": peak_of(lambda decode=decode: decode, device) / 1e9}
 
 
@@ -132,7 +132,7 @@ def call_rows(offload: str, size: Size, device: torch.device) -> Iterator[Row]:
         for network in networks.modules.values():
             torch.nn.Module.to(network, "cpu")
     gc.collect()
-    (width, height), steps = size.pixels, _REPEATS + 1
+    (width, height), steps = size.pixels, _repeats(device) + 1
     defaults = {"width": width, "height": height, "num_frames": size.frames, "num_inference_steps": steps}
     pipe = ImageConductorPipeline(**networks.parts, sampling_defaults=defaults)
     del networks
@@ -181,7 +181,7 @@ def training_rows(name: str, size: Size, device: torch.device) -> Iterator[Row]:
         cached = replace(config, data=[str(Path(folder) / "cache")], held_out_clips=1)
         sources = {"cached latents": cached, **({"sprite clips": config} if name == "camera_lora" else {})}
         for source, own in sources.items():
-            turns, waited = Turns({}, _REPEATS, device), []
+            turns, waited = Turns({}, _repeats(device), device), []
 
             def build(own: Any = own, turns: Turns = turns, waited: list[float] = waited) -> Callable[[], Any]:
                 stage = build_stage(own, size, device)
@@ -203,8 +203,9 @@ def fsdp_rows(size: Size, device: torch.device) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         write_cache(Path(folder) / "cache", size)
         config = build_config(_training_arguments("camera_lora", device), size, Path(folder), device)
-        steps = {"max_steps": _REPEATS + 1, "save_every": _REPEATS + 1, "preview_every": 0}
-        config = replace(config, data=[str(Path(folder) / "cache")], held_out_clips=1, **steps)
+        steps = _repeats(device) + 1
+        settings = {"max_steps": steps, "save_every": steps, "preview_every": 0}
+        config = replace(config, data=[str(Path(folder) / "cache")], held_out_clips=1, **settings)
 
         def build() -> Callable[[], Any]:
             stage = build_stage(config, size, device)
@@ -213,7 +214,7 @@ def fsdp_rows(size: Size, device: torch.device) -> Iterator[Row]:
 
         peak = peak_of(build, device)
         lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
-        seconds = sorted(line["seconds"] for line in lines[1:])[_REPEATS // 2]
+        seconds = statistics.median(line["seconds"] for line in lines[1:])
         yield {"stage": config.stage, "s a step": seconds, "loss": lines[-1]["denoising"], "peak, GB": peak / 1e9}
     leave()
 
@@ -221,12 +222,18 @@ def fsdp_rows(size: Size, device: torch.device) -> Iterator[Row]:
 def _training_arguments(name: str, device: torch.device) -> argparse.Namespace:
     path = ROOT / "configs" / "train" / f"{name}.yaml"
     dtype = None if _computed(torch.bfloat16, device) == torch.bfloat16 else "float32"
-    return argparse.Namespace(config=path, stage=None, dtype=dtype, compile=False, repeats=_REPEATS, overrides=[])
+    settings = {"dtype": dtype, "compile": False, "repeats": _repeats(device), "overrides": []}
+    return argparse.Namespace(config=path, stage=None, **settings)
 
 
 def _computed(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """`dtype`, or float32 on a CPU that would imitate it, where the report is only tried."""
     return dtype if device.type == "cuda" or has_instructions(dtype, device) else torch.float32
+
+
+def _repeats(device: torch.device) -> int:
+    """How often a step is timed: once on a CPU, where the report is only tried."""
+    return 3 if device.type == "cuda" else 1
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:

@@ -133,14 +133,14 @@ def resident_mb(pid) -> float:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
-def test_memory_after_fifty_requests_is_that_after_five(tmp_path):
+def test_memory_after_twenty_requests_is_that_after_five(tmp_path):
     command = [sys.executable, "-m", "imageconductor", "app", "--device", "cpu", "--port", "7871"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as server:
         try:
             assert server.stdout.readline().startswith("open http://127.0.0.1:7871")
             memory = {}
-            for count in range(1, 51):
+            for count in range(1, 21):
                 client = connect("http://127.0.0.1:7871", tmp_path)  # a visitor each
                 quick = {"image": handle_file(PICTURE), "drawing": DRAWING, "steps": 1, "frames": 2}
                 client.predict(**quick, seed=count, api_name="/generate")
@@ -150,5 +150,5 @@ def test_memory_after_fifty_requests_is_that_after_five(tmp_path):
             started = time.monotonic()
             assert server.wait(60) == 0
             assert time.monotonic() - started < 30
-    print(f"{memory[5]:.0f} MB after 5 requests, {memory[50]:.0f} MB after 50")
-    assert memory[50] < 1.1 * memory[5]
+    print(f"{memory[5]:.0f} MB after 5 requests, {memory[20]:.0f} MB after 20")
+    assert memory[20] < 1.04 * memory[5]

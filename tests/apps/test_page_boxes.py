@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import tiny_gates, tiny_pipeline
-from page_visit import put
+from page_visit import WAIT_MS, put
 
 pytest.importorskip("gradio", reason="gradio is not installed: make test-web installs it")
 
@@ -16,7 +16,6 @@ from imageconductor.sampling.job import SampleJob
 from imageconductor.sampling.job_files import load_job
 
 pytestmark = pytest.mark.web
-WAIT_MS = 60_000
 
 
 @pytest.fixture(scope="module")

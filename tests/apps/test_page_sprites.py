@@ -60,9 +60,9 @@ def test_the_mixing_board_shows_branches_and_its_sliders_act(page):
         assert page.locator("#live .ic-branches img").count() == 4
         assert page.locator("#get-run").is_visible()
     assert moved["camera"] > 1.5 * moved["object"]  # the whole scene moves
-    put(page, "steps", 10)
+    put(page, "steps", 6)
     page.click("#generate")
-    says(page, "live", "Step 2 of 10")
+    says(page, "live", "Step 1 of 6")
     put(page, "mix-object", 1)
     says(page, "result-words", "the mixing board was moved")
 

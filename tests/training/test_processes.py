@@ -97,7 +97,7 @@ def two(tiny_model, tmp_path_factory):
     return output
 
 
-STEPS = 12
+STEPS = 8
 
 
 @pytest.mark.slow
@@ -196,14 +196,7 @@ def test_sharding_may_be_tried_in_one_process(tiny_model, tmp_path, run_forked):
 @pytest.mark.slow
 def test_the_orthogonal_loss_and_averages_are_sharded_too(tiny_model, tmp_path, run_forked):
     for name, variables in (("ddp", {}), ("fsdp", FSDP)):
-        settings = {
-            "batch_size": 1,
-            "max_steps": 4,
-            "log_every": 1,
-            "lora_rank": 2,
-            "ema_decay": 0.9,
-            "validation_every": 4,
-        }
+        settings = {"batch_size": 1, "max_steps": 4, "log_every": 1, "lora_rank": 2, "ema_decay": 0.9}
         run_forked(command(tiny_model, tmp_path / name, 2, "train_object_lora.py", **settings), **variables)
     ddp, fsdp = ([json.loads(line) for line in (tmp_path / n / "metrics.jsonl").open()] for n in ("ddp", "fsdp"))
     for key in ("denoising", "orthogonal"):
@@ -262,12 +255,12 @@ def test_the_launchers_configurations_are_what_they_say(path):
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes to kill in /proc")
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_and_resumed_is_never_killed(processes, two, tiny_model, tmp_path):
+def test_killed_and_resumed_is_never_killed(processes, two, tiny_model, tmp_path, run_forked):
     arguments = {"batch_size": 1, "max_steps": STEPS, "save_every": 1, "log_every": 1}
     whole = two
     if processes == 1:
         whole = tmp_path / "whole"
-        run(command(tiny_model, whole, 1, **arguments))
+        run_forked(command(tiny_model, whole, 1, **arguments))
     killed = tmp_path / "killed"
     process = start(command(tiny_model, killed, processes, **arguments))
     deadline = time.monotonic() + 200
@@ -277,7 +270,7 @@ def test_killed_and_resumed_is_never_killed(processes, two, tiny_model, tmp_path
     process.communicate()
     assert list(killed.glob("checkpoint-*"))
     assert not (killed / "motion_controlnet").exists(), "it was over before it was killed"
-    run(command(tiny_model, killed, processes, **arguments))
+    run_forked(command(tiny_model, killed, processes, **arguments))
     expected, found = weights(whole), weights(killed)
     assert all(torch.equal(found[key], value) for key, value in expected.items())
     assert losses(killed) == losses(whole)

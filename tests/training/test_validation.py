@@ -72,7 +72,8 @@ def test_a_stage_without_trajectories_has_one_loss(configure):
 
 
 @pytest.mark.slow
-def test_the_bundled_model_follows_trajectories(tmp_path):
+def test_the_bundled_model_follows_trajectories(tmp_path, monkeypatch):
+    monkeypatch.setattr("imageconductor.training.samples._SPRITE_CLIPS", 2)
     overrides = ["model=models/sprites", f"output={tmp_path}", "max_steps=1", "batch_size=2", "learning_rate=1e-30"]
     config = load_config(
         Path("configs/train/sprites/motion_controlnet_sparse.yaml"), [*overrides, "validation_every=1"]
