@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from imageconductor.devices import has_instructions
 from imageconductor.training.stages.base import ParameterGroup
 from imageconductor.training.train_config import LoopConfig
 
@@ -88,12 +91,21 @@ def _as_matrix(filters: torch.Tensor) -> torch.Tensor:
     return filters.permute(0, 2, 3, 1).flatten(1)
 
 
+class _InFloat32(TorchFunctionMode):
+    """Inside the block a cast to bfloat16 gives a copy."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.bfloat16:
+            return args[0].clone()
+        return function(*args, **(kwargs or {}))
+
+
 class MuonAndAdamW(torch.optim.Optimizer):
     """PyTorch's Muon for weights of linear layers and 2D convolutions, its AdamW for the rest, as one.
 
     The rest are norms, biases, embeddings (time's too), convolutions of other dimensions, and a network's first and
     last convolution, as is usual with Muon. Muon's steps are scaled to the size of AdamW's, so one learning rate serves
-    both.
+    both. PyTorch makes them in bfloat16 whatever the precision of the run; here in float32 on devices that imitate it.
 
     Args:
         groups: Each with `params`, parameters by name, `lr` and `weight_decay` (decoupled).
@@ -126,13 +138,16 @@ class MuonAndAdamW(torch.optim.Optimizer):
         if not any(isinstance(part, (torch.optim.Muon, MuonOfFilters)) for part in self.parts):
             raise ValueError("optimizer=muon finds no weight for it among what learns; use optimizer=adamw")
         super().__init__([group for part in self.parts for group in part.param_groups], {})
+        device = self.param_groups[0]["params"][0].device
+        self._precision = nullcontext if has_instructions(torch.bfloat16, device) else _InFloat32
         self._share()
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Changes the weights; a closure is not supported."""
         del closure
-        for part in self.parts:
-            part.step()
+        with self._precision():
+            for part in self.parts:
+                part.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`."""

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from imageconductor.training.optimizers import MuonAndAdamW
 
@@ -52,9 +54,16 @@ class Apart(Net):
         return self.linear(nn.functional.conv2d(features, filters, self.filters.bias, padding=(1, 0))[..., 0].mT)
 
 
+@pytest.fixture
+def computes_bfloat16(monkeypatch):
+    """A function that says whether the device is one that has instructions for bfloat16."""
+    return lambda does: monkeypatch.setattr("imageconductor.training.optimizers.has_instructions", lambda *_: does)
+
+
 @muon
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_it_is_muon_for_matrices_and_filters_and_adamw_for_the_rest(layout):
+def test_it_is_muon_for_matrices_and_filters_and_adamw_for_the_rest(layout, computes_bfloat16):
+    computes_bfloat16(True)
     torch.manual_seed(0)
     together = Net().to(memory_format=layout)
     apart = Apart(together)
@@ -71,6 +80,38 @@ def test_it_is_muon_for_matrices_and_filters_and_adamw_for_the_rest(layout):
     torch.testing.assert_close(filters, apart.matrix, rtol=1e-4, atol=1e-6)
     for name, one in found.items():
         torch.testing.assert_close(one, apart.get_parameter(name), rtol=1e-4, atol=1e-6, msg=name)
+
+
+class Seen(TorchDispatchMode):
+    """The types of all results."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.dtypes |= {one.dtype for one in tree_leaves(result) if isinstance(one, torch.Tensor)}
+        return result
+
+
+@muon
+def test_a_device_that_imitates_bfloat16_is_spared_it(computes_bfloat16):
+    torch.manual_seed(0)
+    start, changes = Net(), {}
+    gradients = {name: torch.randn_like(p) for name, p in start.named_parameters()}
+    for does in (True, False):
+        computes_bfloat16(does)
+        net = copy.deepcopy(start)
+        for name, p in net.named_parameters():
+            p.grad = gradients[name].clone()
+        with Seen() as seen:
+            MuonAndAdamW([one_group(net)]).step()
+        assert (torch.bfloat16 in seen.dtypes) == does
+        changes[does] = {name: p.detach() - start.get_parameter(name) for name, p in net.named_parameters()}
+    for name, change in changes[True].items():  # Muon's are alike but for rounding, the others the same.
+        allowed = 0.03 * change.abs().max().item() if name in ("linear.weight", "filters.weight") else 0.0
+        torch.testing.assert_close(changes[False][name], change, rtol=0, atol=allowed, msg=name)
 
 
 @muon
