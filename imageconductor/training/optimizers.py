@@ -138,14 +138,13 @@ class MuonAndAdamW(torch.optim.Optimizer):
         if not any(isinstance(part, (torch.optim.Muon, MuonOfFilters)) for part in self.parts):
             raise ValueError("optimizer=muon finds no weight for it among what learns; use optimizer=adamw")
         super().__init__([group for part in self.parts for group in part.param_groups], {})
-        device = self.param_groups[0]["params"][0].device
-        self._precision = nullcontext if has_instructions(torch.bfloat16, device) else _InFloat32
         self._share()
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Changes the weights; a closure is not supported."""
         del closure
-        with self._precision():
+        device = self.param_groups[0]["params"][0].device
+        with nullcontext() if has_instructions(torch.bfloat16, device) else _InFloat32():
             for part in self.parts:
                 part.step()
 
