@@ -23,7 +23,7 @@ class Task:
     # LoRAs that are active in the motion ControlNet; base = none of them, none = no trajectories are given at all.
     control: Literal["camera", "object", "mixed", "base", "none"] = "object"
     camera_free_scale: float | None = None  # lambda_trajs of Eq. 5, with control object; null = no camera-free guidance
-    image: bool = True  # whether the first frame is given; false = text-to-video along the same trajectories
+    image: bool = True  # whether the first frame is given; false = text-to-video on the same trajectories
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -171,7 +171,10 @@ class Evaluation:
                     if not self._is_scored(target, path, request)
                 ]
                 for path, request in show_progress(self.state, jobs, f"{name}: checks of {task}"):
-                    first_frames.check(path, request, self.formats[name])
+                    if self.config.tasks[task].image:
+                        first_frames.check(path, request, self.formats[name])
+                    else:
+                        self.read_frames(name, path)
 
     # -- videos
 
@@ -236,13 +239,15 @@ class Evaluation:
 
     def _score(self, name: str) -> None:
         jobs = [
-            (path, target, request)
-            for task in self.config.tasks
-            for path, target, request in self._list_videos(name, task)
+            (task, path, target, request)
+            for name_of_task, task in self.config.tasks.items()
+            for path, target, request in self._list_videos(name, name_of_task)
             if not self._is_scored(target, path, request, self._instruments)
         ]
-        for path, target, request in show_progress(self.state, jobs, f"{name}: scores"):
+        for task, path, target, request in show_progress(self.state, jobs, f"{name}: scores"):
             score = measure(request, self.read_frames(name, path), self.tracker, self.clip)
+            if not task.image:
+                score = {metric: value for metric, value in score.items() if not metric.startswith("first_frame")}
             settings = path.with_suffix(".json")
             if self.methods[name].model is not None and settings.exists():
                 score["seconds"] = json.loads(settings.read_text())["seconds"]

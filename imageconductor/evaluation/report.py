@@ -158,7 +158,7 @@ def _build_task_table(record: dict[str, Any]) -> list[list[str]]:
     columns = [key for key in _TASK_COLUMNS if any(key in summary for _, _, summary in summaries)]
     lines = [["method", "task", *(_TASK_COLUMNS[key] for key in columns), "videos"]]
     for name, task, summary in summaries:
-        count = summary["first_frame_psnr"]["n"]
+        count = max(figure["n"] for figure in summary.values())
         cells = [format_figure(summary.get(key), _DIGITS.get(key, 2), count=count) for key in columns]
         lines.append([name, task, *cells, str(count)])
     return lines

@@ -169,7 +169,9 @@ def select_headlines(
         if task in summaries and metric in summaries[task]
     }
     both = [score for task in ("camera", "object") if task in summaries for score in scores[task]]
-    for metric in ("first_frame_psnr", "first_frame_ssim", "tracked_fraction") if both else ():
+    for metric in ("first_frame_psnr", "first_frame_ssim", "tracked_fraction"):
+        if not any(metric in score for score in both):
+            continue
         values = [_to_float(score.get(metric)) for score in both]
         headlines[metric] = asdict(summarise(values, [score["source"] for score in both]))
     return headlines

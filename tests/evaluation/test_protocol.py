@@ -21,6 +21,7 @@ from imageconductor.data.trackers import LucasKanadeTracker
 from imageconductor.evaluation import protocol
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, Task
 from imageconductor.evaluation.protocol import Evaluation
+from imageconductor.evaluation.report import format_markdown
 from imageconductor.evaluation.requests import build_requests
 from imageconductor.evaluation.scores import measure
 from imageconductor.evaluation.video_files import read_video, write_video
@@ -194,8 +195,11 @@ def tiny_config(model: Path, **settings) -> EvaluateConfig:
 
 def test_a_task_without_an_image_has_prompt_and_trajectories_alone(tiny_model, tmp_path):
     tasks = {"shown": Task("object", "object"), "told": Task("object", "object", image=False)}
-    Evaluation(tiny_config(tiny_model, num_scenes=1, tasks=tasks), tmp_path / "results").run()
-    (request,) = Evaluation(tiny_config(tiny_model, num_scenes=1, tasks=tasks), tmp_path / "results").requests["object"]
+    evaluation = Evaluation(tiny_config(tiny_model, num_scenes=1, tasks=tasks), tmp_path / "results")
+    scores = evaluation.run()["methods"]["tiny"]["tasks"]
+    assert "first_frame_psnr" in scores["shown"]
+    assert "first_frame_psnr" not in scores["told"], "it was not shown"
+    (request,) = evaluation.requests["object"]
     asked = {"prompt": request.prompt, "control": "object", "seed": [0], "steps": 1, "device": "cpu"}
     request.trajectories.save(tmp_path / "tracks.json")
     job = SampleJob(model=str(tiny_model), trajectories=str(tmp_path / "tracks.json"), **asked)
@@ -208,6 +212,23 @@ def test_a_task_without_an_image_has_prompt_and_trajectories_alone(tiny_model, t
     record = json.loads((folder / "made_with.json").read_text())
     assert record["task told"]["image"] is False
     assert "image" not in record["task shown"], "folders of earlier versions, which lack it, go on"
+
+
+def test_videos_of_a_task_without_an_image_may_begin_as_they_like(write_videos, tmp_path):
+    def swap(request):
+        return requests[1 if request.key == requests[0].key else 0].truth
+
+    told, shown = (
+        scene_config(tmp_path / "mine", tasks={"object": Task("object", "object", image=shows)}, device="cpu")
+        for shows in (False, True)
+    )
+    requests = build_requests(told, "object", SIZE, FRAMES)
+    write_videos(tmp_path / "mine", told, swap)
+    record = evaluate(told, tmp_path / "results")
+    assert "first_frame_psnr" not in record
+    assert "first frame" not in format_markdown(record)
+    with pytest.raises(ValueError, match="are the names mixed up"):
+        evaluate(shown, tmp_path / "other")
 
 
 @pytest.mark.slow
