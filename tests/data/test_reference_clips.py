@@ -161,12 +161,10 @@ def test_clips_come_in_natural_order_whatever_the_folder_says(tmp_path, monkeypa
 
 def test_keys_are_unique_and_fit_for_file_names(tmp_path, video):
     files = ["x/a.png", "y/a.jpg", "y/A.png", "z/a-1.png", "z/naïve walk (2).png", "z/蝶.png", "z/!.png"]
-    paths = [write_picture(tmp_path / name) for name in files]
-    keys = [clip.key for clip in find(*paths)]
+    keys = [clip.key for clip in find(*(write_picture(tmp_path / name) for name in files))]
     assert keys == ["a-0", "a-2", "A-3", "a-1", "na-ve-walk-2", "clip-0", "clip-1"]
-    chunks = find(video, num_frames=16)
-    assert [clip.key for clip in chunks] == ["walk-0", "walk-1"]
-    assert [clip.key for clip in find(video, num_frames=32)] == ["walk"]
+    for num_frames, names in ((16, ["walk-0", "walk-1"]), (32, ["walk"])):
+        assert [clip.key for clip in find(video, num_frames=num_frames)] == names
 
 
 def test_copies_in_other_colours_follow_their_clip(tmp_path):
@@ -175,17 +173,12 @@ def test_copies_in_other_colours_follow_their_clip(tmp_path):
     clips = find(path, recolour=True)
     assert [clip.key for clip in clips[:3] + clips[6:8]] == ["a-0", "a-rbg-0", "a-grb-0", "a-1", "a-rbg-1"]
     assert [clip.is_recoloured for clip in clips] == 2 * [False, True, True, True, True, True]
-    colours = [next(read_frames(clip)).float().mean((1, 2, 3)) for clip in clips[:6]]
-    levels = colours[0].tolist()
+    levels, *colours = (next(read_frames(clip)).float().mean((1, 2, 3)).tolist() for clip in clips[:6])
     assert levels[0] > levels[1] + 60 > levels[2] + 120
-    for colour, order in zip(colours, ("rgb", "rbg", "grb", "gbr", "brg", "bgr"), strict=True):
-        assert colour.tolist() == [levels["rgb".index(channel)] for channel in order]
-
-
-def test_keys_of_copies_are_unique_too(tmp_path):
-    for name in ("a", "a-rbg"):
-        write_picture(tmp_path / f"{name}.png")
-    keys = [clip.key for clip in find(tmp_path, recolour=True)]
+    for colour, order in zip(colours, ("rbg", "grb", "gbr", "brg", "bgr"), strict=True):
+        assert colour == [levels["rgb".index(channel)] for channel in order]
+    pictures = [write_picture(tmp_path / f"{name}.png") for name in ("a", "a-rbg")]
+    keys = [clip.key for clip in find(*pictures, recolour=True)]
     assert len(set(keys)) == 12
     assert {"a", "a-bgr", "a-rbg-0", "a-rbg-1", "a-rbg-rbg"} < set(keys)
 
