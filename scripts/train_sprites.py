@@ -38,7 +38,12 @@ from imageconductor.evaluation.one_step_error import format_errors, measure_one_
 from imageconductor.files import atomic_folder, atomic_path, check_writable, write_text
 from imageconductor.models.controlnets import MotionControlNet
 from imageconductor.models.networks import Networks
-from imageconductor.models.small_model import SmallModelConfig, add_full_resolution_attention, build_small_model
+from imageconductor.models.small_model import (
+    SmallModelConfig,
+    add_full_resolution_attention,
+    build_small_model,
+    predict_v,
+)
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 from imageconductor.training.autoencoder import AutoencoderConfig, train_autoencoder
 from imageconductor.training.loop import leave
@@ -62,7 +67,8 @@ class SpriteRecipe:
 
     output: str = "models/sprites"  # the finished model folder, fp16
     # Model folder to go on from, its autoencoder kept, its motion ControlNet too if it reads the same flow maps;
-    # attention that `model` asks for and it lacks is added. None = random weights.
+    # attention that `model` asks for and it lacks is added, and a model of x_0 becomes one of v, which no longer reads
+    # the first frame, if `model` says so. None = random weights.
     start: str | None = None
     runs: str = "runs/sprites"  # working folder: checkpoints and the float32 model
     world: SpriteWorldConfig = field(default_factory=SpriteWorldConfig)
@@ -206,6 +212,8 @@ def starting_networks(recipe: SpriteRecipe) -> Networks:
         add_full_resolution_attention(networks, recipe.seed)
     if networks.motion_controlnet.flow_convention != FlowMapConvention(**cast(Any, recipe.model.flow_map)):
         networks.motion_controlnet = new_motion_controlnet(recipe, networks)
+    if recipe.model.prediction_type != networks.scheduler.config["prediction_type"]:
+        predict_v(networks)
     return networks
 
 

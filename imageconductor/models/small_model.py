@@ -172,6 +172,30 @@ def add_full_resolution_attention(networks: Networks, seed: int = 0) -> None:
     networks.freeze()
 
 
+@torch.no_grad()
+def predict_v(networks: Networks) -> None:
+    """Makes a small model that predicts x_0 with the help of the first frame predict v without it.
+
+    What reads the first frame is left out. Where there is no signal (zero terminal SNR), v is -x_0, so there the rest
+    says what it said. At the other timesteps it has to be trained on.
+
+    Args:
+        networks: UNet and scheduler are replaced.
+
+    Raises:
+        ValueError: It does not predict x_0 ("sample").
+    """
+    old, scheduler = networks.unet, networks.scheduler
+    if scheduler.config["prediction_type"] != "sample":
+        raise ValueError(f'only a model that predicts "sample" can, got {scheduler.config["prediction_type"]!r}')
+    networks.unet = MotionUNet.from_config({**old.config, "first_frame_warp": False, "first_frame_skips": False})
+    networks.unet.load_state_dict({name: old.state_dict()[name] for name in networks.unet.state_dict()})
+    for weights in networks.unet.conv_out.parameters():
+        weights.neg_()
+    networks.scheduler = DDIMScheduler.from_config({**scheduler.config, "prediction_type": "v_prediction"})
+    networks.freeze()
+
+
 def build_tokenizer(captions: Iterable[str], length: int) -> CLIPTokenizer:
     """A CLIP tokenizer in which every word of the captions is one token; other words fall apart into bytes."""
     blank, end = CLIPTokenizer(), "</w>"

@@ -7,7 +7,13 @@ import torch
 from conftest import TINY, tiny_networks
 
 from imageconductor.data.sprites import caption_words
-from imageconductor.models.small_model import add_full_resolution_attention, build_small_model, build_tokenizer
+from imageconductor.diffusion.clean_estimate import estimate_x_0
+from imageconductor.models.small_model import (
+    add_full_resolution_attention,
+    build_small_model,
+    build_tokenizer,
+    predict_v,
+)
 
 
 def test_attention_that_is_added_changes_nothing_until_it_learns():
@@ -37,6 +43,25 @@ def test_attention_that_is_added_changes_nothing_until_it_learns():
         }
     with pytest.raises(ValueError, match="has spatial attention in its first level"):
         add_full_resolution_attention(networks)
+
+
+def test_a_model_of_v_says_at_the_noisiest_step_what_one_of_x_0_said():
+    networks = build_small_model(replace(TINY, prediction_type="sample", first_frame_skips=True), ["a"])
+    x, text = torch.randn(1, 4, 3, 8, 8), torch.randn(1, 5, 16)
+
+    def estimate():
+        t, alphas = torch.tensor([999]), networks.scheduler.alphas_cumprod
+        prediction = networks.unet.decode(networks.unet.encode(x, t, text), None)
+        return estimate_x_0(prediction, x, float(alphas[999]), networks.scheduler.config["prediction_type"])
+
+    before = estimate()
+    predict_v(networks)
+    assert networks.scheduler.config["prediction_type"] == "v_prediction"
+    assert not networks.unet.config["first_frame_skips"]
+    assert not any(p.requires_grad for p in networks.unet.parameters())
+    torch.testing.assert_close(estimate(), before)
+    with pytest.raises(ValueError, match='only a model that predicts "sample"'):
+        predict_v(networks)
 
 
 def test_every_word_of_a_caption_is_one_token():
