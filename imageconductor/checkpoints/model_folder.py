@@ -266,7 +266,8 @@ def read_vae_scale_factor(folder: str | Path) -> int:
 def reads_first_frame(folder: str | Path) -> bool:
     """Whether the UNet of a folder that was checked reads the first frame along displacements; only small ones do."""
     config = _read_part_config(folder, "unet")
-    return bool(config.get("first_frame_warp") or config.get("first_frame_skips"))
+    reads_output = config.get("first_frame_warp") and config.get("first_frame_output", True)
+    return bool(reads_output or config.get("first_frame_skips"))
 
 
 def read_latent_channels(folder: str | Path) -> int:

@@ -89,7 +89,7 @@ class TwoHalves:
     up_blocks: Any
     conv_norm_out: Any
     conv_out: Any
-    linear_out: Any  # these two where there is a `first_frame_warp`
+    linear_out: Any  # these two where there is a `first_frame_warp` with `first_frame_output`
     warped_out: Any
     warped_skips: Any  # where there are any
 
@@ -197,9 +197,10 @@ class MotionUNet(TwoHalves, UNetMotionModel):  # pyright: ignore[reportIncompati
     Args:
         args: As diffusers' `UNetMotionModel`.
         motion_norm_num_groups: Groups of the motion modules' norm; None = `norm_num_groups`.
-        first_frame_warp: Whether the up path and the output, which is then x_0, also read the first frame at places
-            that they choose, and the output depends on the features linearly too. AnimateDiff's does nothing of the
-            kind; it is for small networks.
+        first_frame_warp: Whether the up path also reads the first frame's features at places that it chooses.
+            AnimateDiff's does nothing of the kind; it is for small networks.
+        first_frame_output: With `first_frame_warp`: whether the output, which is then x_0, reads the first frame's
+            latents in the same way, and depends on the features linearly too.
         first_frame_skips: Whether skip connections are joined by the first frame's latents, moved as flow map or
             boxes tell; for small networks too.
         kwargs: As diffusers' `UNetMotionModel`.
@@ -210,18 +211,21 @@ class MotionUNet(TwoHalves, UNetMotionModel):  # pyright: ignore[reportIncompati
         *args: Any,
         motion_norm_num_groups: int | None = None,
         first_frame_warp: bool = False,
+        first_frame_output: bool = True,
         first_frame_skips: bool = False,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        own = {"first_frame_warp": first_frame_warp, "first_frame_skips": first_frame_skips}
+        own = {"first_frame_warp": first_frame_warp, "first_frame_output": first_frame_output}
+        own["first_frame_skips"] = first_frame_skips
         self.register_to_config(motion_norm_num_groups=motion_norm_num_groups, **own)
         adopt_motion_modules_(self, motion_norm_num_groups)
-        if first_frame_warp:
+        if first_frame_warp and first_frame_output:
             self.linear_out = nn.Conv2d(self.conv_norm_out.num_channels, self.config["out_channels"], 1)
             nn.init.zeros_(self.linear_out.weight)
             nn.init.zeros_(self.linear_out.bias)  # type: ignore[arg-type]
             self.warped_out = WarpedOutput(self.conv_norm_out.num_channels)
+        if first_frame_warp:
             add_first_frame_warp_(self, self.config["motion_num_attention_heads"], self.config["norm_num_groups"])
         if first_frame_skips:
             layers = self.config["layers_per_block"]
@@ -231,7 +235,11 @@ class MotionUNet(TwoHalves, UNetMotionModel):  # pyright: ignore[reportIncompati
         adopt_text_attention_(self)
 
     __init__.__signature__ = signature_with(  # type: ignore
-        UNetMotionModel.__init__, motion_norm_num_groups=None, first_frame_warp=False, first_frame_skips=False
+        UNetMotionModel.__init__,
+        motion_norm_num_groups=None,
+        first_frame_warp=False,
+        first_frame_output=True,
+        first_frame_skips=False,
     )
 
 

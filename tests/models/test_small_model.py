@@ -46,7 +46,8 @@ def test_attention_that_is_added_changes_nothing_until_it_learns():
 
 
 def test_a_model_of_v_says_at_the_noisiest_step_what_one_of_x_0_said():
-    networks = build_small_model(replace(TINY, prediction_type="sample", first_frame_skips=True), ["a"])
+    reads = replace(TINY, prediction_type="sample", first_frame_warp=True, first_frame_skips=True)
+    networks = build_small_model(reads, ["a"])
     x, text = torch.randn(1, 4, 3, 8, 8), torch.randn(1, 5, 16)
 
     def estimate():
@@ -57,7 +58,9 @@ def test_a_model_of_v_says_at_the_noisiest_step_what_one_of_x_0_said():
     before = estimate()
     predict_v(networks)
     assert networks.scheduler.config["prediction_type"] == "v_prediction"
-    assert not networks.unet.config["first_frame_skips"]
+    assert not hasattr(networks.unet, "warped_out")
+    assert not hasattr(networks.unet, "warped_skips")
+    assert any("first_frame_warp" in name for name in networks.unet.state_dict())
     assert not any(p.requires_grad for p in networks.unet.parameters())
     torch.testing.assert_close(estimate(), before)
     with pytest.raises(ValueError, match='only a model that predicts "sample"'):
