@@ -212,8 +212,11 @@ def starting_networks(recipe: SpriteRecipe) -> Networks:
         add_full_resolution_attention(networks, recipe.seed)
     if networks.motion_controlnet.flow_convention != FlowMapConvention(**cast(Any, recipe.model.flow_map)):
         networks.motion_controlnet = new_motion_controlnet(recipe, networks)
-    if recipe.model.prediction_type != networks.scheduler.config["prediction_type"]:
+    given, wanted = networks.scheduler.config["prediction_type"], recipe.model.prediction_type
+    if (given, wanted) == ("sample", "v_prediction"):
         predict_v(networks)
+    elif given != wanted:
+        raise ValueError(f"start={recipe.start} predicts {given!r}; it cannot go on as one of {wanted!r}")
     return networks
 
 

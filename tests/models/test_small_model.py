@@ -63,7 +63,7 @@ def test_a_model_of_v_says_at_the_noisiest_step_what_one_of_x_0_said():
     assert any("first_frame_warp" in name for name in networks.unet.state_dict())
     assert not any(p.requires_grad for p in networks.unet.parameters())
     torch.testing.assert_close(estimate(), before)
-    with pytest.raises(ValueError, match='only a model that predicts "sample"'):
+    with pytest.raises(ValueError, match='a model that predicts "sample" is needed'):
         predict_v(networks)
 
 

@@ -1,5 +1,6 @@
 """The recipe of the bundled model, without running it."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from imageconductor.config import load
-from imageconductor.models.small_model import build_small_model
-from scripts.train_sprites import SpriteRecipe, stage_config
+from imageconductor.models.networks import Networks
+from imageconductor.models.small_model import SmallModelConfig, build_small_model
+from scripts.train_sprites import SpriteRecipe, stage_config, starting_networks
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +49,18 @@ def test_the_weights_leave_room_for_the_adapters_within_50_mb(recipe):
     size = sum(2 * p.numel() for network in networks.modules.values() for p in network.parameters())
     assert 40e6 < size < 46.5e6
     assert networks.vae_scale_factor == 8
+
+
+def test_a_start_goes_on_with_what_it_predicts_or_as_one_of_v(monkeypatch):
+    small = SmallModelConfig(autoencoder_channels=(8, 16), block_out_channels=(16, 32), text_width=16, text_layers=1)
+
+    def start(given, wanted):
+        monkeypatch.setattr(Networks, "load", lambda _: build_small_model(replace(small, prediction_type=given), ["a"]))
+        recipe = SpriteRecipe(start="FOLDER", model=replace(small, prediction_type=wanted))
+        return starting_networks(recipe).scheduler.config["prediction_type"]
+
+    assert start("sample", "sample") == "sample"
+    assert start("sample", "v_prediction") == "v_prediction"
+    for given, wanted in (("sample", "epsilon"), ("v_prediction", "sample")):
+        with pytest.raises(ValueError, match=f"start=FOLDER predicts '{given}'; it cannot go on as one of '{wanted}'"):
+            start(given, wanted)
