@@ -67,8 +67,8 @@ class SpriteRecipe:
 
     output: str = "models/sprites"  # the finished model folder, fp16
     # Model folder to go on from, its autoencoder kept, its motion ControlNet too if it reads the same flow maps;
-    # attention that `model` asks for and it lacks is added, and a model of x_0 becomes one of v, which no longer reads
-    # the first frame, if `model` says so. None = random weights.
+    # attention that `model` asks for and it lacks is added, and a model of x_0 becomes one of v, for which no
+    # picture is given, if `model.prediction_type` says so. None = random weights.
     start: str | None = None
     runs: str = "runs/sprites"  # working folder: checkpoints and the float32 model
     world: SpriteWorldConfig = field(default_factory=SpriteWorldConfig)

@@ -42,7 +42,6 @@ class SmallModelConfig:
     attention_at_full_resolution: bool = False
     # The UNet reads the first frame at places that it chooses; a small one learns in minutes to carry content so.
     first_frame_warp: bool = False
-    first_frame_output: bool = True  # ... and so does its output, which is then x_0
     # Its skip connections see what the flow map says would arrive.
     first_frame_skips: bool = False
     # "v_prediction" and "sample" learn faster from scratch than "epsilon", with zero terminal SNR.
@@ -63,11 +62,8 @@ class SmallModelConfig:
         for width in (*self.autoencoder_channels, *self.block_out_channels):
             if width % self.norm_num_groups:
                 raise ValueError(f"norm_num_groups {self.norm_num_groups} does not divide {width} channels")
-        if self.first_frame_warp and self.first_frame_output and self.prediction_type != "sample":
-            raise ValueError(
-                'first_frame_warp needs prediction_type "sample", or first_frame_output=false, got '
-                f"prediction_type {self.prediction_type!r}"
-            )
+        if self.first_frame_warp and self.prediction_type != "sample":
+            raise ValueError(f'first_frame_warp needs prediction_type "sample", got {self.prediction_type!r}')
 
 
 def build_small_model(config: SmallModelConfig, captions: Iterable[str], seed: int = 0) -> Networks:
@@ -122,7 +118,6 @@ def build_small_model(config: SmallModelConfig, captions: Iterable[str], seed: i
             norm_num_groups=config.norm_num_groups,
             use_motion_mid_block=False,
             first_frame_warp=config.first_frame_warp,
-            first_frame_output=config.first_frame_output,
             first_frame_skips=config.first_frame_skips,
         )
         vae_scale_factor = 2 ** (len(config.autoencoder_channels) - 1)
@@ -181,8 +176,9 @@ def add_full_resolution_attention(networks: Networks, seed: int = 0) -> None:
 def predict_v(networks: Networks) -> None:
     """Makes a small model that predicts x_0 with the help of a given picture predict v without one.
 
-    What reads the picture is left out. Where there is no signal (zero terminal SNR), v is -x_0, so there the rest says
-    what it said. At the other timesteps it has to be trained on.
+    What reads the picture is left out; the up path still reads the features of the first frame. Where there is no
+    signal (zero terminal SNR), v is -x_0, so there the rest says what it said. At the other timesteps it has to be
+    trained on.
 
     Args:
         networks: UNet and scheduler are replaced.

@@ -222,10 +222,9 @@ def test_rows_without_a_flow_map_are_told_nothing(networks):
     assert torch.equal(stacked, torch.cat([told.displacements, torch.zeros_like(told.displacements)]))
 
 
-def test_only_the_output_of_a_network_that_predicts_x_0_can_have_it():
-    with pytest.raises(ValueError, match="first_frame_output=false, got prediction_type 'epsilon'"):
+def test_only_a_network_that_predicts_x_0_can_have_it():
+    with pytest.raises(ValueError, match="prediction_type \"sample\", got 'epsilon'"):
         replace(SMALL, prediction_type="epsilon")
-    replace(SMALL, prediction_type="epsilon", first_frame_output=False)
 
 
 @pytest.fixture
