@@ -15,6 +15,7 @@ videos of other methods.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -45,13 +46,17 @@ from imageconductor.evaluation.request_files import write_requests
 from imageconductor.evaluation.requests import Request, build_sets
 from imageconductor.evaluation.score_files import identify_file, is_scored, write_score
 from imageconductor.evaluation.scores import measure
-from imageconductor.evaluation.summary import summarise_evaluation
+from imageconductor.evaluation.summary import summarise_evaluation, summarise_true_clips
 from imageconductor.evaluation.video_files import read_video, write_video
 from imageconductor.evaluation.video_format import fit_requests, resolve_formats
 from imageconductor.files import remove_partial, write_text
 from imageconductor.processes import own_part, show_progress, start_processes
 from imageconductor.sampling.job import Inputs, SampleJob, load_pipeline, render
 from imageconductor.sampling.video import upscale_for_viewing
+
+logger = logging.getLogger(__name__)
+
+_LOW_FRACTION = 0.9  # of the points of true clips; Lucas-Kanade follows 0.98 of those of the tables in docs/results.md
 
 
 class Evaluation:
@@ -90,13 +95,16 @@ class Evaluation:
 
     def run(self) -> dict[str, Any] | None:
         """Makes and scores missing videos; returns the record for results.json, or None outside the main process."""
+        self._score_true_clips()
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            self._warn_of_lost_true_clips()
         for name, method in self.methods.items():
             if method.model is not None:
                 if self.state.is_main_process:
                     record = self.output / "videos" / name / "made_with.json"
                     write_text(record, json.dumps(self._settings[name], indent=1))
                 self._generate(name)
-        self._score_true_clips()
         self.state.wait_for_everyone()
         for name in self.methods:
             self._score(name)
@@ -263,6 +271,19 @@ class Evaluation:
                     jobs.append((target, request))
         for target, request in show_progress(self.state, jobs, "true clips: scores"):
             self._write_score(target, measure(request, request.truth, self.tracker), None, request)
+
+    def _warn_of_lost_true_clips(self) -> None:
+        """Says before videos are made that their errors will tell little, where even true clips cannot be followed."""
+        found = summarise_true_clips(self)
+        for kind in self.requests:
+            fraction = found.get(f"{kind}_tracked_fraction", {"mean": 1.0})["mean"]
+            if fraction < _LOW_FRACTION:
+                logger.warning(
+                    "the tracker follows only %.2f of the %s points on the true clips, so errors of videos will tell "
+                    "little: choose larger or slower sprites with patterns, or another tracker",
+                    fraction,
+                    kind,
+                )
 
     def _list_videos(self, name: str, task: str) -> list[tuple[Path, Path, Request]]:
         """This process's part of a method's videos for a task: video, score, request."""

@@ -165,11 +165,12 @@ def _build_task_table(record: dict[str, Any]) -> list[list[str]]:
 
 
 def _list_notes(record: dict[str, Any]) -> list[str]:
-    """Meaning of the figures, and each Fréchet distance with its numbers of samples."""
+    """Meaning of the figures, what the tracker does on true clips, each Fréchet distance and its samples."""
     names = {"fid": "FID", "fvd": "FVD", "frechet_small": "Fréchet distance of the embedded extractor"}
     return [
         _NOTE,
         _describe_requests(record["requests"]),
+        *_describe_true_clips(record["tracker_on_the_true_clips"], record["requests"]),
         *(
             f"{name}: {names[key]} {distance['value']:.4g}, {distance['num_generated']} samples against "
             f"{distance['num_reference']} of {distance['reference']}."
@@ -191,6 +192,17 @@ def _describe_requests(requests: dict[str, Any]) -> str:
     fixed = requests["fixed"]
     source = "by the settings" if fixed is None else f"fixed by {fixed['file']}, sha256 {fixed['sha256']}"
     return f"Requests, {source}: {'; '.join(sets)}."
+
+
+def _describe_true_clips(found: dict[str, Any], requests: dict[str, Any]) -> list[str]:
+    """What the tracker itself loses and errs, where true clips are known; no method can be measured to do better."""
+    sets = [
+        f"{kind} {_format_mean(found[f'{kind}_tracked_fraction'])} of the points with an error of "
+        f"{_format_mean(found[f'{kind}_error'])} px"
+        for kind in requests
+        if f"{kind}_tracked_fraction" in found
+    ]
+    return [f"On the true clips of these requests the tracker follows: {'; '.join(sets)}."] if sets else []
 
 
 def _format_frame(method: dict[str, Any]) -> str:

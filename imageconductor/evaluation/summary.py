@@ -33,6 +33,18 @@ def summarise_evaluation(evaluation: Evaluation) -> dict[str, Any]:
     return record
 
 
+def summarise_true_clips(evaluation: Evaluation) -> dict[str, Any]:
+    """The tracker's own error in px of the request, by set and metric, from the requests whose true clip is known."""
+    summary: dict[str, Any] = {}
+    for kind in evaluation.requests:
+        scores = evaluation.read_true_scores(kind)
+        for metric in ("error", "background_displacement", "tracked_fraction") if scores else ():
+            values = [float("nan") if score.get(metric) is None else score[metric] for score in scores]
+            summary[f"{kind}_{metric}"] = asdict(summarise(values, [score["source"] for score in scores]))
+    everything = [score for kind in evaluation.requests for score in evaluation.read_true_scores(kind)]
+    return {**summary, **({"failed": failed} if (failed := collect_failures(everything)) else {})}
+
+
 def list_failures(record: dict[str, Any]) -> list[str]:
     """What could not be measured, a line each: instrument, method, reason."""
     lines = []
@@ -70,7 +82,7 @@ def _summarise_scores(evaluation: Evaluation) -> dict[str, Any]:
             **{key: figure["mean"] for key, figure in headlines.items()},
             "intervals": headlines,
             "methods": methods,
-            "tracker_on_the_true_clips": _summarise_true_clips(evaluation),
+            "tracker_on_the_true_clips": summarise_true_clips(evaluation),
             "requests": _describe_requests(evaluation),
             "settings": {
                 **asdict(evaluation.config),
@@ -90,18 +102,6 @@ def collect_failures(scores: Sequence[dict[str, Any]]) -> dict[str, str]:
         for instrument, reason in score.get("failed", {}).items():
             found.setdefault(instrument, []).append(reason)
     return {name: f"{len(reasons)} of {len(scores)} videos, {reasons[0]}" for name, reasons in found.items()}
-
-
-def _summarise_true_clips(evaluation: Evaluation) -> dict[str, Any]:
-    """The tracker's own error, from the requests whose true clip is known."""
-    summary: dict[str, Any] = {}
-    for kind in evaluation.requests:
-        scores = evaluation.read_true_scores(kind)
-        for metric in ("error", "background_displacement", "tracked_fraction") if scores else ():
-            values = [float("nan") if score.get(metric) is None else score[metric] for score in scores]
-            summary[f"{kind}_{metric}"] = asdict(summarise(values, [score["source"] for score in scores]))
-    everything = [score for kind in evaluation.requests for score in evaluation.read_true_scores(kind)]
-    return {**summary, **({"failed": failed} if (failed := collect_failures(everything)) else {})}
 
 
 def _describe_requests(evaluation: Evaluation) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -44,7 +46,7 @@ def evaluate(config: EvaluateConfig, output: Path) -> dict:
     return record
 
 
-def test_videos_that_follow_exactly_score_below_a_pixel(exact, tmp_path):
+def test_videos_that_follow_exactly_score_below_a_pixel(exact, tmp_path, caplog):
     record = evaluate(scene_config(exact, frechet=["frechet_small"], reference=str(exact)), tmp_path)
     assert record["cam_mc"] < 1
     assert record["obj_mc"] < 1
@@ -53,12 +55,28 @@ def test_videos_that_follow_exactly_score_below_a_pixel(exact, tmp_path):
     assert record["first_frame_psnr"] > 30
     assert record["first_frame_ssim"] > 0.95
     assert record["cam_mc_still"] > 3
+    assert not [record for record in caplog.records if "true clips" in record.getMessage()]
+    reach = r"(1\.00|0\.9\d) of the points with an error of 0\.\d\d px"
+    said = rf"On the true clips of these requests the tracker follows: camera {reach}; object {reach}\."
+    assert re.search(said, format_markdown(record))
     assert record["methods"]["exact"]["frechet"]["frechet_small"]["value"] == pytest.approx(0, abs=1e-6)
     camera = record["methods"]["exact"]["tasks"]["camera"]
     diagonals = np.hypot(384, 256) / np.hypot(64, 64)
     assert camera["error_384x256"]["mean"] == pytest.approx(camera["error"]["mean"] * diagonals)
     percent = camera["error_percent_of_diagonal"]["mean"]
     assert percent == pytest.approx(100 * camera["error"]["mean"] / np.hypot(64, 64))
+
+
+def test_where_true_clips_cannot_be_followed_it_is_said_before_videos_are_made(
+    tiny_model, tmp_path, monkeypatch, caplog
+):
+    plain = SpriteWorldConfig(min_sprites=1, max_sprites=1, sprite_radius=(0.2, 0.28), patterns=())
+    config = EvaluateConfig(model=str(tiny_model), motions="own", num_scenes=3, world=plain, size=SIZE, device="cpu")
+    monkeypatch.setattr(Evaluation, "_generate", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        Evaluation(config, tmp_path).run()
+    (said,) = [record.getMessage() for record in caplog.records if "true clips" in record.getMessage()]
+    assert re.match(r"the tracker follows only 0\.\d\d of the object points on the true clips", said)
 
 
 def test_motionless_videos_score_what_still_says(tmp_path, write_videos):
