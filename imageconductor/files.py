@@ -39,12 +39,13 @@ def find_shipped(path: str | Path) -> Path:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: str | Path) -> Iterator[Path]:
     """A path to write to; what is written there replaces `path` when the block ends, and is deleted if it raises.
 
     The suffix stays, since it tells libraries the format. A block that deletes what it wrote leaves no file at `path`.
     The folder is made if it is not there.
     """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(_partial_name(path.stem) + path.suffix)
     try:
@@ -59,13 +60,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     """A binary file that appears at `path` when the block ends."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         yield file
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: str | Path, text: str) -> None:
     """Writes a UTF-8 text file."""
     with atomic_write(path) as file:
         file.write(text.encode("utf-8"))

@@ -202,7 +202,7 @@ def check_drawing(
     return Drawing(tracks, drawn_at, num_frames, camera)
 
 
-def write_trajectory_json(path: Path, tracks: Sequence[Track], size: tuple[int, int]) -> None:
+def write_trajectory_json(path: str | Path, tracks: Sequence[Track], size: tuple[int, int]) -> None:
     """Writes our JSON form atomically, with "visible" only for tracks that are hidden or outside the frame somewhere.
 
     Raises:

@@ -39,7 +39,7 @@ def upscale_for_viewing(frames: Frames) -> tuple[Frames, int]:
     return np.stack([cv2.resize(frame, size, interpolation=cv2.INTER_CUBIC) for frame in frames]), factor
 
 
-def write_mp4(path: Path, frames: Frames, fps: int) -> None:
+def write_mp4(path: str | Path, frames: Frames, fps: int) -> None:
     """H.264 that every browser plays; odd sizes lose their last row or column to the codec's rule."""
     even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
     iio.imwrite(path, even, plugin="FFMPEG", fps=fps, codec="libx264", quality=8, macro_block_size=2)
@@ -148,7 +148,7 @@ def _subpixel(point: NDArray[np.floating]) -> tuple[int, int]:
     return x, y
 
 
-def contact_sheet(path: Path, rows: Sequence[tuple[str, Frames]], columns: int = 6) -> None:
+def contact_sheet(path: str | Path, rows: Sequence[tuple[str, Frames]], columns: int = 6) -> None:
     """A PNG with one row a video: its name, then `columns` frames from first to last."""
     strips = []
     for name, frames in rows:

@@ -30,9 +30,9 @@ def clip(*, measured):
 
 def through(name, tracks, folder):
     folder.mkdir()
-    written = write_tracks(folder / "file.npy", tracks, SIZE, name, num_frames=FRAMES)
+    written = write_tracks(str(folder / "file.npy"), tracks, SIZE, name, num_frames=FRAMES)
     assert sorted(folder.iterdir()) == sorted(written.paths)
-    assert written.paths == list_written(folder / "file.npy", len(tracks), name)
+    assert written.paths == list_written(str(folder / "file.npy"), len(tracks), name)
     paths = written.paths if name == "tora" else written.paths[0]
     # What the content of a file tells without its name, apart from the two of the same shape.
     file = read_tracks(paths, drawn_size=SIZE, format="ltx" if name == "ltx" else None)

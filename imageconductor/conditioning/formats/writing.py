@@ -24,7 +24,7 @@ class Written:
 
 
 def write_tracks(
-    path: Path, tracks: Sequence[Track], size: tuple[int, int], format: str, *, num_frames: int | None = None
+    path: str | Path, tracks: Sequence[Track], size: tuple[int, int], format: str, *, num_frames: int | None = None
 ) -> Written:
     """Writes tracks in the form of another tool; a form of several files gives them names like that of `path`.
 
@@ -38,7 +38,7 @@ def write_tracks(
     Raises:
         ValueError: a form that is only read, no tracks, or a point that is not finite.
     """
-    form, size = find_format(format), check_size(size)
+    path, form, size = Path(path), find_format(format), check_size(size)
     if form.write is None:
         raise ValueError(f"{form.name} files are read and not written; there are {', '.join(written_formats())}")
     if not tracks and form.num_frames is not None:
@@ -50,8 +50,9 @@ def write_tracks(
     return Written(form.write(path, kept, size), (*notes, *lost))
 
 
-def list_written(path: Path, num_tracks: int, format: str) -> list[Path]:
+def list_written(path: str | Path, num_tracks: int, format: str) -> list[Path]:
     """The files that `write_tracks` writes for a path."""
+    path = Path(path)
     if format == "tora":
         return tora.tora_paths(path, num_tracks)
     return array_files.wan_move_paths(path) if format == "wan-move" else [path]
