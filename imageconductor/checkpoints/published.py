@@ -75,8 +75,11 @@ def to_published(network: nn.Module, adapters: Collection[str] = ()) -> dict[str
             ControlNet, so with adapters every Linear and Conv2d is named `base_layer`, also one that has no LoRA here.
 
     Raises:
-        ValueError: The release has no name for an adapter.
+        ValueError: The release has no place for a part of the network, or no name for an adapter.
     """
+    config: Mapping[str, Any] = getattr(network, "config", {})
+    if own := [name for name in ("first_frame_warp", "first_frame_skips") if config.get(name)]:
+        raise ValueError(f"the published layout has no place for {' and '.join(own)}, which the model's UNet has")
     layers = {
         name.removesuffix(".base_layer")
         for name, module in network.named_modules()

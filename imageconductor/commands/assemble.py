@@ -2,7 +2,7 @@
 
     imageconductor assemble --config configs/model/image_conductor_v1.yaml --output models/image_conductor_v1
     imageconductor assemble --config configs/model/trained.yaml --output models/mine
-    imageconductor assemble --export published --model models/sprites --output exported
+    imageconductor assemble --export published --model models/mine --output exported
     imageconductor assemble --export animatediff --model models/mine --lora runs/md --output motion.ckpt
     imageconductor assemble --push-to-hub organisation/name --model models/mine --results results/results.json
 
@@ -100,12 +100,13 @@ def assemble_folder(path: Path, overrides: list[str], output: Path) -> None:
 
 
 def export(model: Path, form: str, output: Path) -> None:
-    """Writes the three published files of a model folder, and its LoRAs."""
+    """Writes the three published files of a model folder, and its LoRAs; says what these files do not hold."""
     import torch
     from safetensors.torch import save_file
 
     from imageconductor.checkpoints.model_folder import adapter_folder
     from imageconductor.checkpoints.published import PUBLISHED_ADAPTERS, to_published
+    from imageconductor.conditioning.flow_map import FlowMapConvention
     from imageconductor.models.adapters import WEIGHTS_NAME, attached_adapters
 
     pipe = load(model)
@@ -116,6 +117,10 @@ def export(model: Path, form: str, output: Path) -> None:
         "image_controlnet": to_published(pipe.image_controlnet),
         "flow_controlnet": to_published(pipe.motion_controlnet, adapters),
     }
+    if (convention := pipe.motion_controlnet.flow_convention) != FlowMapConvention():
+        logging.info("not in these files: how trajectories are drawn for the motion ControlNet, %s", convention)
+    if (predicted := pipe.scheduler.config["prediction_type"]) != "epsilon":
+        logging.info("not in these files: the UNet predicts %s, and the authors' code takes it for epsilon", predicted)
     with atomic_folder(output) as folder:
         for name, state in states.items():
             tensors = {key: value.contiguous().clone() for key, value in state.items()}

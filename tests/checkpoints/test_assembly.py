@@ -25,6 +25,7 @@ from imageconductor.models.controlnets import MotionControlNet
 from imageconductor.models.networks import Networks
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 
+ROOT = Path(__file__).parents[2]
 HEADS = CONFIG["motion_heads"]
 PUBLISHED = {"unet": "unet", "image_controlnet": "image_controlnet", "motion_controlnet": "flow_controlnet"}
 
@@ -140,6 +141,17 @@ def test_an_export_fits_the_authors_code_even_where_a_layer_has_no_lora(tiny_mod
     plain = {key: value for key, value in networks.motion_controlnet.state_dict().items() if not key.endswith(".pe")}
     assert base.keys() == plain.keys()
     assert all(torch.equal(base[key], value) for key, value in plain.items())
+
+
+def test_what_the_published_layout_has_no_place_for_is_refused_or_said(tiny_model, tmp_path, caplog, capsys):
+    output = tmp_path / "exported"
+    assert command("--export", "published", "--model", ROOT / "models" / "sprites", "--output", output) == 2
+    assert "no place for first_frame_warp and first_frame_skips" in capsys.readouterr().err
+    assert not output.exists()
+    with caplog.at_level("INFO"):
+        assert command("--export", "published", "--model", tiny_model, "--output", output) == 0
+    said = [record.getMessage() for record in caplog.records if "not in these files" in record.getMessage()]
+    assert any("the UNet predicts v_prediction" in line for line in said)
 
 
 def animatediff_recipe(folder, stable_diffusion, **settings):
