@@ -150,8 +150,10 @@ def smcd_denoiser(stage: str, rank: int) -> Denoiser:
     """The networks of one of SMCD's stages on the meta device: object_gates, or scene_gates with a temporal LoRA."""
     with torch.device("meta"):
         unet = MotionUNet(**SD15_ANIMATEDIFF_V3).requires_grad_(False).bfloat16()
-        objects, scene = ObjectGates.from_unet(unet), None
+        objects, scene, image, motion = ObjectGates.from_unet(unet), None, None, None
         if stage == "scene_gates":
+            image = ImageControlNet.from_unet(unet, conditioning_channels=4).requires_grad_(False).bfloat16()
+            motion = MotionControlNet.from_unet(unet).requires_grad_(False).bfloat16()
             add_adapter(unet, "temporal", rank=rank, targets=lora_targets(unet, "motion"))
             activate(unet, "temporal")
             freeze_all_but_adapter(unet, "temporal")
@@ -159,7 +161,7 @@ def smcd_denoiser(stage: str, rank: int) -> Denoiser:
                 parameter.data = parameter.data.float()
             objects.requires_grad_(False).bfloat16()
             scene = SceneGates.from_unet(unet)
-    networks: Any = (unet, None, None, objects, scene)
+    networks: Any = (unet, image, motion, objects, scene)
     return Denoiser(*networks)
 
 
@@ -168,6 +170,7 @@ def smcd_step(denoiser: Denoiser, batch_size: int) -> tuple[int, int]:
     unet, num_frames = denoiser.unet, 1 if denoiser.scene_gates is None else 16
     x_t = torch.empty(batch_size, 4, num_frames, 32, 48, device="meta")
     first = None if denoiser.scene_gates is None else x_t[:, :, 0]
+    keyframes = {} if first is None else {"keyframes": x_t, "mask": x_t[:, :1]}  # first_frame_by=both
     condition = Condition(
         torch.empty(batch_size, 77, 768, device="meta"),
         boxes=torch.empty(batch_size, num_frames, 8, 4, device="meta"),
@@ -175,6 +178,7 @@ def smcd_step(denoiser: Denoiser, batch_size: int) -> tuple[int, int]:
         names=torch.empty(batch_size, 8, 768, device="meta"),
         scene=first,
         input_frame=first,
+        **keyframes,
     )
     timesteps = torch.empty(batch_size, dtype=torch.int64, device="meta")
 

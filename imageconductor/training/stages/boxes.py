@@ -188,6 +188,8 @@ class ObjectGatesStage(BoxStage):
     def __init__(self, networks: Networks, config: ObjectGatesConfig):
         networks.object_gates = _object_gates(networks, config)
         networks.scene_gates = None
+        if not config.first_frame and not config.tracks_prob:
+            networks.leave_out_controlnets()
         super().__init__(networks, config)
         assert self.object_gates is not None
         self.object_gates.requires_grad_(True).train()

@@ -87,6 +87,8 @@ class MotionDirectorStage(Stage):
     learns_in_parts = True
 
     def __init__(self, networks: Networks, config: MotionDirectorConfig):
+        if not config.first_frame:
+            networks.leave_out_controlnets()
         super().__init__(networks, config)
         self.config = config
         has_both_paths = config.learns_motion and config.dual_path
