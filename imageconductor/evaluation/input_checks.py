@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from imageconductor.checkpoints.model_folder import check_adapters, locate_model
+from imageconductor.checkpoints.model_folder import check_adapters, check_shape, locate_model
 from imageconductor.data.trackers import CoTracker, LucasKanadeTracker, Tracker
 from imageconductor.evaluation.appearance import ssim
 from imageconductor.evaluation.box_config import BoxEvaluateConfig
@@ -58,8 +58,12 @@ def agree_on_shape(jobs: Mapping[str, SampleJob]) -> tuple[tuple[int, int], int]
     return shape[:2], shape[2]
 
 
-def check_models(config: EvaluateConfig) -> None:
-    """Makes sure that the models have the LoRAs of the tasks, and that what is attached to them is there.
+def check_models(config: EvaluateConfig, sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Makes sure that models can make their videos and have the tasks' LoRAs, and that what is attached is there.
+
+    Args:
+        config: Settings of the evaluation.
+        sizes: (W, H) of each method's videos.
 
     Raises:
         ValueError, FileNotFoundError: Something is missing or damaged.
@@ -68,6 +72,10 @@ def check_models(config: EvaluateConfig) -> None:
         if method.model is None:
             continue
         folder = locate_model(method.model)
+        try:
+            check_shape(folder, sizes[name])
+        except ValueError as error:
+            raise ValueError(f"method {name}: {error}") from None
         for task in config.tasks.values():
             if task.control != "none":
                 check_adapters(folder, ADAPTERS[Control(task.control)], f"control {task.control!r}")

@@ -77,7 +77,7 @@ class Evaluation:
         if self.state.is_main_process:
             check_output(output)
         self.drawn, self.formats = resolve_formats(config)
-        check_models(config)
+        check_models(config, {name: wanted.size for name, wanted in self.formats.items()})
         self.requests = build_sets(config, self.drawn.size, self.drawn.num_frames)
         self._fitted: dict[Any, list[Request]] = {}
         self._settings = {name: self._settle(name, method) for name, method in self.methods.items() if method.model}

@@ -46,6 +46,7 @@ _TASK_COLUMNS = {
     "error_percent_of_diagonal": "error, % of the diagonal",
     "error_all_points_384x256": "error with lost points",
     "still_384x256": "error of a motionless video",
+    "colour_error_384x256": "error of the sprites' colours, px at 384x256",
     "background_displacement_384x256": "background displacement, px at 384x256",
     "tracked_fraction": "tracked fraction",
     "first_frame_psnr": "first frame PSNR, dB",

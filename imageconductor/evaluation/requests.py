@@ -26,7 +26,7 @@ from PIL import Image
 
 from imageconductor.conditioning import Trajectories, camera_preset, cover_crop, load_image, object_preset
 from imageconductor.conditioning.trajectories import inside
-from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
+from imageconductor.data.sprite_world import SPRITE_COLOURS, SpriteSet, SpriteWorldConfig
 from imageconductor.data.sprites import Scene, render, sample_scene
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, RequestSet
 from imageconductor.evaluation.fixed_requests import FixedRequests
@@ -53,6 +53,7 @@ class Request:
         source: Name of the image or scene that the request begins with; intervals draw these.
         truth: (T, H, W, 3) uint8, the clip that really begins so, where it is known.
         picture: The picture whose `cover_crop` is `image`; None = `image` itself.
+        colours: (N, 3) RGB in [0, 255] of what each track moves, which nothing else in the frame has; None = not known.
     """
 
     key: str
@@ -64,6 +65,7 @@ class Request:
     source: str
     truth: NDArray[np.uint8] | None = None
     picture: Image.Image | None = None
+    colours: NDArray[np.float64] | None = None
 
     @cached_property
     def sha256(self) -> str:
@@ -154,14 +156,16 @@ def _build_scene_requests(
         scene = sample_scene(world, index)
         background = _select_background(scene)
         trajectories = _select_camera_tracks(scene, background, config.num_points, index)
-        still = _NO_POINTS
+        still, colours = _NO_POINTS, None
         if kind == "object":
-            trajectories, still = _select_object_tracks(scene), background.numpy()
+            trajectories, colours = _select_object_tracks(scene)
+            still = background.numpy()
         if trajectories.num_tracks and len(background):
             truth = render_frames(scene)
             seed = config.seed + len(requests)
             key = f"{kind}-{index}"
-            requests.append(Request(key, truth[0], scene.caption, trajectories, still, seed, key, truth))
+            request = Request(key, truth[0], scene.caption, trajectories, still, seed, key, truth, colours=colours)
+            requests.append(request)
         index += 1
     return requests
 
@@ -179,13 +183,15 @@ def _build_preset_requests(
         margins = [1.3 * sprite.radius + _TRACKER_REACH_PX for sprite in scene.sprites]
         for preset in _list_presets(config, kind):
             trajectories = _build_preset_tracks(config, kind, preset, size, num_frames, centres[:1])
-            background = _NO_POINTS
+            background, colours = _NO_POINTS, None
             if kind == "object":  # The first sprite is dragged along its path, the others should stay where they are.
                 paths = [trajectories.points[0].numpy(), *centres[1:, None]]
                 background = _keep_distant(_build_grid(size).numpy(), paths, margins)
+                colours = _list_colours(scene, np.array([0]))
             key = f"scene-{index}_{preset}"
             seed, source = config.seed + len(requests), f"scene-{index}"
-            requests.append(Request(key, image, scene.caption, trajectories, background, seed, source))
+            given = image, scene.caption, trajectories, background, seed, source
+            requests.append(Request(key, *given, colours=colours))
     return requests
 
 
@@ -301,8 +307,14 @@ def _select_camera_tracks(scene: Scene, background: torch.Tensor, count: int, in
     return Trajectories(points.double(), visible, scene.size)
 
 
-def _select_object_tracks(scene: Scene) -> Trajectories:
-    """Tracks of the centres of the sprites that move."""
+def _select_object_tracks(scene: Scene) -> tuple[Trajectories, NDArray[np.float64] | None]:
+    """Tracks of the centres of the sprites that move, and these sprites' colours."""
     points, visible = scene.object_centres()
     moves = (points - points[:, :1]).norm(dim=-1).amax(dim=1) > 2
-    return Trajectories(points[moves].double(), visible[moves], scene.size)
+    return Trajectories(points[moves].double(), visible[moves], scene.size), _list_colours(scene, moves.numpy())
+
+
+def _list_colours(scene: Scene, chosen: NDArray) -> NDArray[np.float64] | None:
+    """(N, 3) RGB in [0, 255] of the chosen sprites; None in ink, where colours are not told apart."""
+    colours = np.array([SPRITE_COLOURS[sprite.colour] for sprite in scene.sprites], np.float64)[chosen]
+    return None if scene.style == "ink" else colours

@@ -18,7 +18,7 @@ from imageconductor.evaluation.statistics import summarise, summarise_difference
 
 _PAPER_DIAGONAL_PX = math.hypot(384, 256)
 _NOT_METRICS = ("key", "source", "tracked", "followed", "failed", "measured_with")
-_IN_PIXELS = ("error", "error_all_points", "still", "background_displacement")
+_IN_PIXELS = ("error", "error_all_points", "still", "colour_error", "background_displacement")
 # Headline figures, by which a single model is judged: name -> task, metric.
 _HEADLINES = {
     "cam_mc": ("camera", "error"),
@@ -44,6 +44,7 @@ def measure(
     Returns:
         error, error_all_points, still, background_displacement: pixels of the video; error counts the points that the
         tracker followed, error_all_points the lost ones too, still is the error of a motionless video.
+        colour_error: pixels, where the request knows the colours of what moves; no tracker has a part in it.
         tracked_fraction, background_tracked_fraction: fractions of the points and frames that the tracker followed.
         first_frame_psnr (dB), first_frame_ssim; clip_text, clip_consistency if there is a scorer.
         tracked: (N, T, 2) list, pixels.  followed: (N, T) list.
@@ -59,6 +60,9 @@ def measure(
         "first_frame_psnr": motion.psnr(video[0] / 255, request.image / 255),
         "first_frame_ssim": ssim(video[0], request.image),
     }
+    if request.colours is not None:
+        points, visible = (x.numpy() for x in (request.trajectories.points, request.trajectories.visible))
+        score["colour_error"] = motion.colour_error(points, visible, video, request.colours, request.image)
     failed: dict[str, str] = {}
     try:
         score |= _measure_motion(request, video, tracker)

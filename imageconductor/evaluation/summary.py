@@ -38,7 +38,7 @@ def summarise_true_clips(evaluation: Evaluation) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     for kind in evaluation.requests:
         scores = evaluation.read_true_scores(kind)
-        for metric in ("error", "background_displacement", "tracked_fraction") if scores else ():
+        for metric in ("error", "colour_error", "background_displacement", "tracked_fraction") if scores else ():
             values = [float("nan") if score.get(metric) is None else score[metric] for score in scores]
             summary[f"{kind}_{metric}"] = asdict(summarise(values, [score["source"] for score in scores]))
     everything = [score for kind in evaluation.requests for score in evaluation.read_true_scores(kind)]

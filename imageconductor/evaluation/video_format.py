@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.interpolate import PchipInterpolator  # pyright: ignore[reportMissingTypeStubs]
 
-from imageconductor.checkpoints.model_folder import check_shape, locate_model, read_sampling_defaults
+from imageconductor.checkpoints.model_folder import locate_model, read_sampling_defaults
 from imageconductor.conditioning import Trajectories, cover_crop
 from imageconductor.conditioning.first_frame import cover_scale
 from imageconductor.conditioning.trajectories import inside
@@ -74,8 +74,10 @@ class VideoFormat:
 def resolve_formats(config: EvaluateConfig) -> tuple[VideoFormat, dict[str, VideoFormat]]:
     """The format in which requests are drawn, and that of each method's videos.
 
+    A model is looked for where nothing but its own format says what is drawn.
+
     Raises:
-        ValueError, FileNotFoundError: A model is missing or cannot make its format, or models differ in their own.
+        ValueError, FileNotFoundError: Such a model is missing, or models differ in their own format.
     """
     methods = config.all_methods
     drawn = _resolve_drawn(config, methods)
@@ -86,8 +88,6 @@ def resolve_formats(config: EvaluateConfig) -> tuple[VideoFormat, dict[str, Vide
         found = VideoFormat(size, method.num_frames or drawn.num_frames, method.fit, frames)
         try:
             found.check_against(drawn)
-            if method.model is not None and (folder := locate_model(method.model)).is_dir():
-                check_shape(folder, found.size)
         except ValueError as error:
             raise ValueError(f"method {name}: {error}") from None
         formats[name] = found
@@ -130,8 +130,9 @@ def fit_requests(
         background = Trajectories(points, torch.ones(points.shape[:2], dtype=torch.bool), drawn.size)
         background = _fit_tracks(background, request, wanted)
         kept = background.points[background.visible[:, 0], 0].numpy()
-        image = images[request.source]
-        fitted.append(replace(request, image=image, trajectories=tracks, background=kept, picture=None, truth=None))
+        colours = None if request.colours is None else request.colours[begins_inside.numpy()]
+        own = {"image": images[request.source], "picture": None, "truth": None, "colours": colours}
+        fitted.append(replace(request, trajectories=tracks, background=kept, **own))
     return fitted
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from imageconductor.evaluation.motion import (
     background_displacement,
+    colour_error,
     psnr,
     still_error,
     tracked_fraction,
@@ -56,3 +57,21 @@ def test_tracked_fraction_counts_wanted_pairs_after_frame_zero():
 
 def test_psnr():
     assert psnr(np.full((4, 4), 0.6), np.full((4, 4), 0.5)) == pytest.approx(20)
+
+
+def test_a_colour_is_where_most_of_its_nearest_pixels_are():
+    path = np.array([[[8.0, 8.0], [12.0, 16.0], [20.0, 20.0]]])
+    image = np.full((32, 32, 3), 90, np.uint8)
+    video = np.repeat(image[None], 3, axis=0)
+    for frame, (x, y) in zip(video, path[0].astype(int), strict=True):
+        frame[y - 3 : y + 4, x - 3 : x + 4] = (240, 20, 30)
+        frame[:2, :6] = (225, 40, 40)  # fewer pixels of the colour than the square's
+    red, every = np.array([[228.0, 32.0, 44.0]]), np.ones((1, 3), bool)
+    first = video[0]
+    assert colour_error(path, every, video, red, first) < 1.5
+    assert colour_error(path + np.array([3, 4]), every, video, red, first) == pytest.approx(5, abs=1.5)
+    faint = (0.9 * 90 + 0.1 * video).astype(np.uint8)  # a blurred video still shows where it is
+    assert colour_error(path, every, faint, red, first) < 1.5
+    still = np.repeat(video[:1], 3, axis=0)
+    expected = still_error(path, every)
+    assert colour_error(path, every, still, red, first) == pytest.approx(expected, abs=1.5)

@@ -55,6 +55,7 @@ def test_videos_that_follow_exactly_score_below_a_pixel(exact, tmp_path, caplog)
     assert record["first_frame_psnr"] > 30
     assert record["first_frame_ssim"] > 0.95
     assert record["cam_mc_still"] > 3
+    assert record["methods"]["exact"]["tasks"]["object"]["colour_error"]["mean"] < 1.2
     assert not [record for record in caplog.records if "true clips" in record.getMessage()]
     reach = r"(1\.00|0\.9\d) of the points with an error of 0\.\d\d px"
     said = rf"On the true clips of these requests the tracker follows: camera {reach}; object {reach}\."
@@ -100,6 +101,9 @@ def test_a_copy_shifted_after_the_first_frame_scores_its_shift(tmp_path, write_v
     record = evaluate(config, tmp_path / "out")
     assert record["cam_mc"] == pytest.approx(5, abs=0.3)
     assert record["background_displacement_object"] == pytest.approx(5, abs=0.3)
+    tasks = record["methods"]["shifted"]["tasks"]
+    assert tasks["object"]["colour_error"]["mean"] == pytest.approx(5, abs=1.2)
+    assert "colour_error" not in tasks["camera"]
 
 
 def test_missing_mixed_up_and_cut_videos_are_errors(exact, tmp_path, capsys):

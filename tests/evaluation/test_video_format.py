@@ -176,6 +176,15 @@ def test_methods_of_other_formats_are_judged_in_their_own_frame(images, tmp_path
     assert "\n| half | 576x320x14 | " in table
 
 
+def test_requests_of_a_model_that_is_not_there_yet(images, tmp_path, capsys):
+    command = ["export-requests", "model=later", f"images={images}", "camera_presets=[roll]"]
+    command += ["object_presets=[arc]", "--output", str(tmp_path / "requests")]
+    assert main([*command, "num_frames=8"]) == 2
+    assert "no model folder at later" in capsys.readouterr().err
+    assert main([*command, "num_frames=8", "size=[96,64]"]) == 0
+    assert (tmp_path / "requests" / "later" / "camera" / "requests.json").is_file()
+
+
 def test_another_request_is_measured_again(images, tmp_path):
     """Scores are of a video and of what it was asked for."""
     first, stronger = (
