@@ -35,7 +35,7 @@ class FlowMapConvention:
         at_end: whether the value of step i, which is frame i + 1's, is written where the point is in that frame,
             p_{i+1}, instead of where it was before, p_i (the release).
         still_drift_px: distance in x and in y over which a still track is drawn to move during the clip, as in the
-            release; at 0 a still track only overwrites others.
+            release; at 0 a still track only overwrites others, or under "average" holds back those beside it.
         scale: factor on the displacement.
     """
 
