@@ -12,7 +12,7 @@ from imageconductor.training.train_config import TrainConfig
 from scripts import smoke_training
 
 SPRITES = Path("configs/train/sprites")
-RECIPES = {Path("configs/train/sprites.yaml"), Path("configs/train/smoke.yaml")}
+RECIPES = {Path("configs/train") / f"{name}.yaml" for name in ("sprites", "sprites_text", "smoke")}
 SHIPPED = sorted(set(Path("configs/train").rglob("*.yaml")) - RECIPES)
 DOORS = ("motion_controlnet", "camera_lora", "object_lora")
 
@@ -20,7 +20,7 @@ DOORS = ("motion_controlnet", "camera_lora", "object_lora")
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_shipped_settings_name_their_stage_and_refuse_typing_errors(path):
     config = load_config(path)
-    stem = path.stem.removeprefix("smcd_")
+    stem = path.stem.removeprefix("smcd_").removeprefix("text_")
     named = (path.parent.name, stem[: len(config.stage)], {"joint": "scene_gates"}.get(stem))
     assert config.stage in named
     assert type(config) is STAGES[config.stage].Config

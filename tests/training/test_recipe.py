@@ -51,6 +51,17 @@ def test_the_weights_leave_room_for_the_adapters_within_50_mb(recipe):
     assert networks.vae_scale_factor == 8
 
 
+def test_the_text_to_video_recipe_goes_on_from_the_bundled_model_and_shows_no_picture(tmp_path):
+    recipe = load(SpriteRecipe, Path("configs/train/sprites_text.yaml"))
+    networks, bundled = starting_networks(recipe), Networks.load(recipe.start)
+    assert networks.scheduler.config["prediction_type"] == "v_prediction"
+    given, kept = (one.motion_controlnet.state_dict() for one in (bundled, networks))
+    assert all(torch.equal(value, kept[key]) for key, value in given.items())
+    for path in recipe.foundation:
+        config = stage_config(path, recipe, 1, tmp_path, tmp_path / "model")
+        assert (config.image_dropout, config.world.size) == (1.0, (64, 64))
+
+
 def test_a_start_goes_on_with_what_it_predicts_or_as_one_of_v(monkeypatch):
     small = SmallModelConfig(autoencoder_channels=(8, 16), block_out_channels=(16, 32), text_width=16, text_layers=1)
 
