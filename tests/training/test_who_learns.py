@@ -92,5 +92,6 @@ def test_only_what_the_table_says_changes(name, configure, build, parameters):
     changed = {key for key, value in stage.state_dict().items() if not torch.equal(value, before[key])}
     assert changed <= wanted, "a frozen tensor has changed"
     assert len(changed) > 0.8 * len(wanted), "much of what should learn has not"
-    assert (active_adapters(stage.motion_controlnet), active_adapters(stage.unet)) == expected.acts
+    of_motion = () if stage.motion_controlnet is None else active_adapters(stage.motion_controlnet)
+    assert (of_motion, active_adapters(stage.unet)) == expected.acts
     assert set(stage.adapters) == set(expected.acts[0])
