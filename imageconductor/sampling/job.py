@@ -108,7 +108,7 @@ class SampleJob:
     offload: Literal["none", "model", "sequential"] = "none"  # networks that wait in main memory; slower, needs a GPU
     vae_tiling: bool = False  # decode tile by tile, for frames larger than memory allows
     decode_chunk_size: int = 16  # frames decoded at a time (16)
-    compile: bool = False  # torch.compile: minutes at the start, then less time a step
+    compile: bool = False  # torch.compile, for GPUs: minutes at the start, then perhaps less time a step
 
     def __post_init__(self) -> None:
         config_file.check_finite(self)
