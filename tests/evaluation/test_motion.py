@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from imageconductor.data.trackers import LucasKanadeTracker
 from imageconductor.evaluation.motion import (
     background_displacement,
     colour_error,
@@ -75,3 +76,13 @@ def test_a_colour_is_where_most_of_its_nearest_pixels_are():
     still = np.repeat(video[:1], 3, axis=0)
     expected = still_error(path, every)
     assert colour_error(path, every, still, red, first) == pytest.approx(expected, abs=1.5)
+
+
+def test_tracker_follows_a_shift_and_loses_what_vanishes():
+    rng = np.random.default_rng(0)
+    canvas = rng.integers(0, 255, (40, 60, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+    frames = np.stack([canvas[20:84, 20 + t : 84 + t] for t in range(6)])
+    tracks, followed = LucasKanadeTracker().track(frames, np.array([[40.0, 30.0], [2.0, 30.0]]))
+    np.testing.assert_allclose(tracks[0], [[40 - t, 30] for t in range(6)], atol=0.15)
+    assert followed[0].all()
+    assert not followed[1, -1], "it left the frame"

@@ -19,14 +19,12 @@ from imageconductor import config as config_file
 from imageconductor.commands.evaluate import main
 from imageconductor.conditioning import Trajectories, camera_preset
 from imageconductor.data.sprite_world import SpriteWorldConfig
-from imageconductor.data.trackers import LucasKanadeTracker
 from imageconductor.evaluation import protocol
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, Task
 from imageconductor.evaluation.protocol import Evaluation
 from imageconductor.evaluation.report import format_markdown
 from imageconductor.evaluation.requests import build_requests
-from imageconductor.evaluation.scores import measure
-from imageconductor.evaluation.video_files import read_video, write_video
+from imageconductor.evaluation.video_files import write_video
 from imageconductor.sampling.job import SampleJob, load_pipeline, prepare, render
 from imageconductor.sampling.video import upscale_for_viewing, write_mp4
 
@@ -132,14 +130,6 @@ def test_missing_mixed_up_and_cut_videos_are_errors(exact, tmp_path, capsys):
     first.write_bytes(b"not a video")
     assert main(command) == 2
     assert f"{first} cannot be read as a video" in capsys.readouterr().err
-
-
-def test_a_larger_video_is_brought_to_the_size_asked_for(tmp_path):
-    request = build_requests(scene_config(tmp_path), "camera", SIZE, FRAMES)[0]
-    assert request.truth is not None
-    write_mp4(tmp_path / "large.mp4", upscale_for_viewing(request.truth)[0], 8)
-    back = read_video(tmp_path / "large.mp4", SIZE, FRAMES)
-    assert np.abs(back.astype(float) - request.truth).mean() < 3
 
 
 def test_requests_are_held_out_and_repeat(tmp_path):
@@ -403,20 +393,3 @@ def test_configs_that_cannot_be():
     for old, new in EvaluateConfig.RENAMED.items():
         with pytest.raises(ValueError, match=f"unknown key '{old}'; it is called '{new}' now"):
             config_file.load(EvaluateConfig, None, [f"{old}={{}}"])
-
-
-def test_a_video_of_another_length_is_an_error(tmp_path):
-    request = build_requests(scene_config(tmp_path), "camera", SIZE, FRAMES)[0]
-    assert request.truth is not None
-    with pytest.raises(ValueError, match="expected a video of shape"):
-        measure(request, request.truth[:-1], LucasKanadeTracker())
-
-
-def test_tracker_follows_a_shift_and_loses_what_vanishes():
-    rng = np.random.default_rng(0)
-    canvas = rng.integers(0, 255, (40, 60, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
-    frames = np.stack([canvas[20:84, 20 + t : 84 + t] for t in range(6)])
-    tracks, followed = LucasKanadeTracker().track(frames, np.array([[40.0, 30.0], [2.0, 30.0]]))
-    np.testing.assert_allclose(tracks[0], [[40 - t, 30] for t in range(6)], atol=0.15)
-    assert followed[0].all()
-    assert not followed[1, -1], "it left the frame"

@@ -14,12 +14,15 @@ from PIL import Image
 from imageconductor import config as config_file
 from imageconductor.commands.evaluate import main
 from imageconductor.conditioning import Trajectories, cover_crop, load_image
+from imageconductor.data.trackers import LucasKanadeTracker
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method
 from imageconductor.evaluation.protocol import Evaluation
 from imageconductor.evaluation.report import format_markdown
 from imageconductor.evaluation.requests import Request, build_requests
+from imageconductor.evaluation.scores import measure
+from imageconductor.evaluation.video_files import read_video
 from imageconductor.evaluation.video_format import VideoFormat, fit_requests, resolve_formats
-from imageconductor.sampling.video import write_mp4
+from imageconductor.sampling.video import upscale_for_viewing, write_mp4
 
 DRAWN = VideoFormat((384, 256), 16)
 DRAGNUWA = "{videos: %s, size: [576, 320], num_frames: 14}"
@@ -193,3 +196,18 @@ def test_another_request_is_measured_again(images, tmp_path):
     )
     assert first.sha256 != stronger.sha256
     assert first.sha256 == replace(first, seed=9).sha256, "a seed changes the video, not how it is judged"
+
+
+def test_a_larger_video_is_brought_to_the_size_asked_for(tmp_path):
+    request = build_requests(EvaluateConfig(videos="x", motions="own", num_scenes=1), "camera", (64, 64), 16)[0]
+    assert request.truth is not None
+    write_mp4(tmp_path / "large.mp4", upscale_for_viewing(request.truth)[0], 8)
+    back = read_video(tmp_path / "large.mp4", (64, 64), 16)
+    assert np.abs(back.astype(float) - request.truth).mean() < 3
+
+
+def test_a_video_of_another_length_is_an_error():
+    request = build_requests(EvaluateConfig(videos="x", motions="own", num_scenes=1), "camera", (64, 64), 16)[0]
+    assert request.truth is not None
+    with pytest.raises(ValueError, match="expected a video of shape"):
+        measure(request, request.truth[:-1], LucasKanadeTracker())

@@ -22,6 +22,7 @@ class Expected(NamedTuple):
         frozen: Parameters among them that stay, by their ending.
         acts: LoRAs of the motion ControlNet, and of the UNet, that act.
         settings: That differ from the stage's defaults.
+        holds_controlnets: Whether it has ControlNets in memory, which it has only if they are used.
     """
 
     learns: tuple[str, ...]
@@ -29,6 +30,7 @@ class Expected(NamedTuple):
     frozen: tuple[str, ...] = ()
     acts: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     settings: dict = {}  # noqa: RUF012
+    holds_controlnets: bool = True
 
 
 FOUNDATION = ("text_encoder.", "unet.", "image_controlnet.")
@@ -44,20 +46,32 @@ TABLE = {
     "object_lora": Expected(("motion_controlnet.",), ".object.", acts=(("camera", "object"), ())),
     "style_lora": Expected(("unet.",), ".style.", acts=((), ("style",))),
     "few_step": Expected(("unet.",), ".few_step.", acts=((), ("few_step",))),
-    "object_gates": Expected(("object_gates.",)),
+    "object_gates": Expected(("object_gates.",), holds_controlnets=False),
+    "object_gates with the first frame": Expected(("object_gates.",), settings={"first_frame": True, "num_frames": 4}),
     "scene_gates": Expected(("scene_gates.", "unet.lora."), acts=((), ("motion",))),
     "scene_gates without a LoRA": Expected(("scene_gates.",), settings={"motion_lora_rank": 0}),
     "scene_gates jointly": Expected(
         ("object_gates.", "scene_gates."), settings={"learns_object_gates": True, "motion_lora_rank": 0}
     ),
     "motion_director": Expected(
-        ("unet.",), ".lora_", acts=((), ("motion",)), settings={"appearance_dropout": 0.0, "max_steps": 4}
+        ("unet.",),
+        ".lora_",
+        acts=((), ("motion",)),
+        settings={"appearance_dropout": 0.0, "max_steps": 4},
+        holds_controlnets=False,
+    ),
+    "motion_director with first frames": Expected(
+        ("unet.",),
+        ".lora_",
+        acts=((), ("motion",)),
+        settings={"appearance_dropout": 0.0, "max_steps": 4, "first_frame": True},
     ),
     "motion_director of images": Expected(
         ("unet.",),
         ".appearance.",
         acts=((), ("appearance",)),
         settings={"learns_motion": False, "appearance": "shared"},
+        holds_controlnets=False,
     ),
 }
 
@@ -92,6 +106,8 @@ def test_only_what_the_table_says_changes(name, configure, build, parameters):
     changed = {key for key, value in stage.state_dict().items() if not torch.equal(value, before[key])}
     assert changed <= wanted, "a frozen tensor has changed"
     assert len(changed) > 0.8 * len(wanted), "much of what should learn has not"
-    of_motion = () if stage.motion_controlnet is None else active_adapters(stage.motion_controlnet)
+    held = [network is not None for network in (stage.image_controlnet, stage.motion_controlnet)]
+    assert held == [expected.holds_controlnets] * 2
+    of_motion = active_adapters(stage.motion_controlnet) if expected.holds_controlnets else ()
     assert (of_motion, active_adapters(stage.unet)) == expected.acts
     assert set(stage.adapters) == set(expected.acts[0])
