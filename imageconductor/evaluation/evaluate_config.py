@@ -45,6 +45,8 @@ class Method:
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # part of the steps in which guidance acts
     controlnet_interval: int = 1  # steps that share an evaluation of the ControlNets
     num_inference_steps: int | None = None  # denoising steps; null = the evaluation's
+    # Method whose videos, seed by seed, these are to equal in less time: the PSNR between them is measured too.
+    original: str | None = None
     size: tuple[int, int] | None = None  # (W, H) of its videos; null = the evaluation's
     num_frames: int | None = None  # frames of its videos; null = the evaluation's
     # How a first frame gets that size: crop covers it and cuts off what is left over, resize stretches the picture.
@@ -90,7 +92,7 @@ class EvaluateConfig:
     # Further lines of the tables by name, each {videos: FOLDER}, or {model: FOLDER, base: FILE, lora: [FILE:scale],
     # motion_lora: [FILE:scale], few_step: true, num_inference_steps: N}; and, for videos of another format,
     # size: [W, H], num_frames: N, fit: crop or resize, and frames: [i, ...], the numbers of its frames that stand for
-    # the evaluation's (null = all, spread evenly).
+    # the evaluation's (null = all, spread evenly). original: NAME, of the line that a faster one imitates.
     methods: dict[str, Method] = field(default_factory=dict)
     # Tasks by name, each {requests: camera or object, control: camera, object, mixed, base or none,
     # camera_free_scale: X, image: true or false}; none given = camera and object, as in Table 1.
@@ -169,6 +171,10 @@ class EvaluateConfig:
         self._check_frechet()
         if not self.all_methods:
             raise ValueError("nothing to evaluate: give model=FOLDER, videos=FOLDER or methods")
+        for name, method in self.methods.items():
+            if method.original is not None and method.original not in self.all_methods.keys() - {name}:
+                others = ", ".join(self.all_methods.keys() - {name}) or "none"
+                raise ValueError(f"method {name}: original {method.original!r} is no other method; there are: {others}")
 
     def _check_fixed_alone(self) -> None:
         """Refuses settings that the file of fixed requests states too."""

@@ -41,6 +41,7 @@ from imageconductor.evaluation.input_checks import (
     check_output,
     check_references,
 )
+from imageconductor.evaluation.motion import psnr
 from imageconductor.evaluation.reference_statistics import collect_own_part, locate_statistics
 from imageconductor.evaluation.request_files import write_requests
 from imageconductor.evaluation.requests import Request, build_sets
@@ -56,6 +57,7 @@ from imageconductor.sampling.video import upscale_for_viewing
 
 logger = logging.getLogger(__name__)
 
+_EQUAL_DB = 100.0  # the PSNR of a video to itself, instead of infinity
 _LOW_FRACTION = 0.9  # of the points of true clips; Lucas-Kanade follows 0.98 of those of the tables in docs/results.md
 
 
@@ -78,6 +80,7 @@ class Evaluation:
             check_output(output)
         self.drawn, self.formats = resolve_formats(config)
         check_models(config, {name: wanted.size for name, wanted in self.formats.items()})
+        self._check_originals()
         self.requests = build_sets(config, self.drawn.size, self.drawn.num_frames)
         self._fitted: dict[Any, list[Request]] = {}
         self._settings = {name: self._settle(name, method) for name, method in self.methods.items() if method.model}
@@ -153,6 +156,15 @@ class Evaluation:
         """What a method's videos are made with; refuses to go on with videos that were made with other settings."""
         settings = collect_settings(self.config, method, self.requests, self.drawn, self.formats[name])
         return merge_with_record(self.output / "videos" / name / "made_with.json", settings)
+
+    def _check_originals(self) -> None:
+        """Refuses to compare videos frame by frame that have different frames."""
+        for name, method in self.methods.items():
+            if method.original is not None and self.formats[name] != self.formats[method.original]:
+                formats = f"{self.formats[name]} and {self.formats[method.original]}"
+                raise ValueError(
+                    f"method {name}: its original {method.original} has videos of another format: {formats}"
+                )
 
     def _check_references(self) -> None:
         """Looks at this process's part of the reference videos, unless their statistics are there."""
@@ -246,20 +258,25 @@ class Evaluation:
     # -- scores
 
     def _score(self, name: str) -> None:
+        method = self.methods[name]
         jobs = [
-            (task, path, target, request)
-            for name_of_task, task in self.config.tasks.items()
-            for path, target, request in self._list_videos(name, name_of_task)
-            if not self._is_scored(target, path, request, self._instruments)
+            (task_name, path, target, request)
+            for task_name in self.config.tasks
+            for path, target, request in self._list_videos(name, task_name)
+            if not self._is_scored(target, path, request, self._instruments_for(method, task_name, request))
         ]
-        for task, path, target, request in show_progress(self.state, jobs, f"{name}: scores"):
-            score = measure(request, self.read_frames(name, path), self.tracker, self.clip)
-            if not task.image:
+        for task_name, path, target, request in show_progress(self.state, jobs, f"{name}: scores"):
+            frames = self.read_frames(name, path)
+            score = measure(request, frames, self.tracker, self.clip)
+            if not self.config.tasks[task_name].image:
                 score = {metric: value for metric, value in score.items() if not metric.startswith("first_frame")}
+            if method.original is not None:
+                original = self.read_frames(method.original, self.video_path(method.original, task_name, request))
+                score["original_psnr"] = min(psnr(frames / 255, original / 255), _EQUAL_DB)
             settings = path.with_suffix(".json")
-            if self.methods[name].model is not None and settings.exists():
+            if method.model is not None and settings.exists():
                 score["seconds"] = json.loads(settings.read_text())["seconds"]
-            self._write_score(target, score, path, request)
+            self._write_score(target, score, path, request, self._instruments_for(method, task_name, request))
 
     def _score_true_clips(self) -> None:
         """The tracker's own error, from the requests whose true clip is known."""
@@ -267,10 +284,11 @@ class Evaluation:
         for kind, requests in self.requests.items():
             for request in own_part(self.state, [request for request in requests if request.truth is not None]):
                 target = self.output / "true_clips" / kind / f"{request.key}.json"
-                if not self._is_scored(target, None, request, {"tracker": self._instruments["tracker"]}):
+                if not self._is_scored(target, None, request, self._tracker_version):
                     jobs.append((target, request))
         for target, request in show_progress(self.state, jobs, "true clips: scores"):
-            self._write_score(target, measure(request, request.truth, self.tracker), None, request)
+            score = measure(request, request.truth, self.tracker)
+            self._write_score(target, score, None, request, self._tracker_version)
 
     def _warn_of_lost_true_clips(self) -> None:
         """Says before videos are made that their errors will tell little, where even true clips cannot be followed."""
@@ -294,8 +312,15 @@ class Evaluation:
         ]
 
     @property
-    def _instruments(self) -> dict[str, Any]:
-        return {"tracker": f"{self.tracker.name} {self.tracker.version}", "clip": self.config.clip}
+    def _tracker_version(self) -> dict[str, Any]:
+        return {"tracker": f"{self.tracker.name} {self.tracker.version}"}
+
+    def _instruments_for(self, method: Method, task: str, request: Request) -> dict[str, Any]:
+        """What a method's video is measured with: tracker, CLIP model, and the video that it is to equal."""
+        instruments = {**self._tracker_version, "clip": self.config.clip}
+        if method.original is not None:
+            instruments["original"] = identify_file(self.video_path(method.original, task, request))
+        return instruments
 
     def _is_scored(
         self, target: Path, path: Path | None, request: Request, instruments: dict[str, Any] | None = None
@@ -304,8 +329,10 @@ class Evaluation:
         expected = {**_identify(path, request), **(instruments or {})}
         return is_scored(target, expected, is_complete=instruments is not None)
 
-    def _write_score(self, target: Path, score: dict[str, Any], path: Path | None, request: Request) -> None:
-        write_score(target, request.key, score, {**_identify(path, request), **self._instruments})
+    def _write_score(
+        self, target: Path, score: dict[str, Any], path: Path | None, request: Request, instruments: dict[str, Any]
+    ) -> None:
+        write_score(target, request.key, score, {**_identify(path, request), **instruments})
 
 
 def _read_scores(folder: Path, requests: list[Request]) -> list[dict[str, Any]]:

@@ -51,6 +51,7 @@ _TASK_COLUMNS = {
     "tracked_fraction": "tracked fraction",
     "first_frame_psnr": "first frame PSNR, dB",
     "first_frame_ssim": "first frame SSIM",
+    "original_psnr": "PSNR to the original's videos, dB",
     "clip_text": "CLIP text",
     "clip_consistency": "CLIP frames",
     "seconds": "seconds per video",
@@ -143,7 +144,8 @@ def _build_difference_table(record: dict[str, Any]) -> list[list[str]]:
     summaries = [
         (name, task, summary) for name in others for task, summary in record["methods"][name]["differences"].items()
     ]
-    columns = [key for key in _TASK_COLUMNS if key != "seconds" and any(key in summary for *_, summary in summaries)]
+    one_sided = ("seconds", "original_psnr")
+    columns = [key for key in _TASK_COLUMNS if key not in one_sided and any(key in found for *_, found in summaries)]
     lines = [[f"difference to {first}", "task", *(_TASK_COLUMNS[key] for key in columns)]]
     for name, task, summary in summaries:
         cells = [format_figure(summary.get(key), _DIGITS.get(key, 2), "+") for key in columns]

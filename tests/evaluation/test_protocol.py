@@ -243,6 +243,31 @@ def test_videos_of_a_task_without_an_image_may_begin_as_they_like(write_videos, 
         evaluate(shown, tmp_path / "other")
 
 
+def test_a_faster_method_is_compared_with_the_videos_of_its_original(write_videos, tmp_path):
+    def darken(by):
+        return lambda request: np.clip(request.truth.astype(int), by, 255).astype(np.uint8) - by
+
+    methods = {"whole": Method(videos=str(tmp_path / "whole"))}
+    for name in ("same", "dark"):
+        methods[name] = Method(videos=str(tmp_path / name), original="whole")
+    config = replace(scene_config(tmp_path, num_scenes=2, device="cpu"), videos=None, methods=methods)
+    for name, by in (("whole", 0), ("same", 0), ("dark", 8)):
+        write_videos(tmp_path / name, config, darken(by))
+    record = evaluate(config, tmp_path / "out")
+    tasks = {name: found["tasks"]["object"] for name, found in record["methods"].items()}
+    assert "original_psnr" not in tasks["whole"]
+    assert tasks["same"]["original_psnr"]["mean"] == 100
+    assert tasks["dark"]["original_psnr"]["mean"] == pytest.approx(20 * np.log10(255 / 8), abs=1)
+    assert "PSNR to the original's videos, dB" in format_markdown(record)
+    write_videos(tmp_path / "whole", replace(config, tasks={"object": config.tasks["object"]}), darken(8))
+    again = evaluate(config, tmp_path / "out")["methods"]["dark"]["tasks"]
+    assert again["object"]["original_psnr"]["mean"] == 100, "compared anew"
+    assert again["camera"]["original_psnr"]["mean"] < 40
+    other = replace(config, methods={**methods, "small": Method(videos=".", original="whole", size=(32, 32))})
+    with pytest.raises(ValueError, match="method small: its original whole has videos of another format: 32x32x"):
+        evaluate(other, tmp_path / "other")
+
+
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_ends_the_same(tiny_model, tmp_path, monkeypatch):
     undisturbed = evaluate(tiny_config(tiny_model), tmp_path / "whole")
@@ -380,6 +405,11 @@ def test_configs_that_cannot_be():
         ({}, "nothing to evaluate"),
         ({"model": "a/x", "videos": "b/x"}, "two methods have the same name"),
         ({"model": "m", "frechet": ["fid"]}, "fid needs fid_weights=FILE"),
+        (
+            {"methods": {"a": Method("m"), "b": Method("m", original="c")}},
+            "method b: original 'c' is no other method; there are: a",
+        ),
+        ({"methods": {"a": Method("m", original="a")}}, "method a: original 'a' is no other method; there are: none"),
         ({"model": "m", "camera_presets": ["dolly"]}, "there is no dolly"),
         ({"model": "m", "tasks": {"a/b": Task()}}, "'a/b' cannot be one"),
         ({"model": "m", "tasks": {"a": Task(control="camera", camera_free_scale=1.5)}}, "needs control object"),
