@@ -235,3 +235,10 @@ def personalise(
         _attach(pipe, pairs, name)
     if fitted:
         pipe.set_adapters(list(fitted), [scale for _, scale in fitted.values()])
+
+
+def fold_loras(pipe: Any) -> None:
+    """Makes attached LoRAs part of the weights, so that no evaluation has to compute their products."""
+    if networks := list(pipe.get_list_adapters()):
+        pipe.fuse_lora(components=networks)
+        pipe.unload_lora_weights()

@@ -242,17 +242,22 @@ def merge_copy(network: _Net, *names: str) -> _Net:
         raise ValueError(f"the model has no {describe_adapters(missing)}")
     if any(layer.merged for layer in _lora_layers(network)):
         raise ValueError("adapters are merged into the network; unmerge it first")
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    merged = copy.deepcopy(network, shared)
-    for path, layer in list(merged.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            plain = layer.get_base_layer()
-            deltas = [cast(Any, layer).get_delta_weight(name) for name in names if name in cast(Any, layer).lora_A]
-            weight = cast(Tensor, plain.weight)
-            plain.weight = nn.Parameter(sum(deltas, start=weight.data), requires_grad=False)
-            parent, _, child = path.rpartition(".")
-            setattr(merged.get_submodule(parent), child, plain)
-    return merged
+    layers = {path: module for path, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
+    containers = {path[:end] for path in layers for end, letter in enumerate(path) if letter == "."} | {""}
+    copies: dict[int, Any] = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    copies |= {id(module): module for path, module in network.named_modules() if path not in containers}
+    copies |= {id(layer): _merge_layer(layer, names) for layer in layers.values()}
+    return copy.deepcopy(network, copies)
+
+
+def _merge_layer(layer: Any, names: Sequence[str]) -> nn.Module:
+    """The layer below LoRAs, with a weight of its own in which these are merged."""
+    plain = copy.copy(layer.get_base_layer())
+    deltas: list[Tensor] = [layer.get_delta_weight(name) for name in names if name in layer.lora_A]
+    weight: Tensor = plain.weight.data
+    plain._parameters = {**plain._parameters}
+    plain.weight = nn.Parameter(sum(deltas, start=weight), requires_grad=False)
+    return plain
 
 
 def adapter_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]:

@@ -72,7 +72,7 @@ def check_gate_scales(scene_guidance_scale: float, gated_fraction: float, do_act
 def warn_without_scene_lora(pipe: Any) -> None:
     """Says that scene gates are to act without the LoRA that they were trained with, where no LoRA of the UNet acts."""
     path = pipe.lora_folders.get(SCENE_LORA_FOLDER)
-    if path is not None and not active_adapters(pipe.unet):
+    if path is not None and not active_adapters(pipe.unet) and not pipe.num_fused_loras:
         _LOG.warning(
             "the scene gates were trained with a LoRA of the motion modules, which does not act; "
             "imageconductor.checkpoints.personalise.load_motion_lora(pipe, %r, 'scene') attaches it",

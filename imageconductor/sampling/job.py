@@ -251,7 +251,7 @@ def load_pipeline(job: SampleJob) -> ImageConductorPipeline:
     import torch
 
     from imageconductor.checkpoints.few_step import few_step_scheduler
-    from imageconductor.checkpoints.personalise import personalise
+    from imageconductor.checkpoints.personalise import fold_loras, personalise
     from imageconductor.devices import warn_of_imitation
     from imageconductor.sampling.pipeline import ImageConductorPipeline
 
@@ -263,12 +263,13 @@ def load_pipeline(job: SampleJob) -> ImageConductorPipeline:
     personalise(pipe, job.base, *find_job_loras(job), job.domain_adapter_scale)
     if job.vae_tiling:
         pipe.vae.enable_tiling()
+    if job.offload == "none":
+        pipe.to(device)
+    fold_loras(pipe)
     if job.offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif job.offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
-    else:
-        pipe.to(device)
     if job.compile:
         pipe.compile()
     return pipe

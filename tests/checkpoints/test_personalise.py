@@ -9,7 +9,13 @@ from conftest import tiny_pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from imageconductor.checkpoints.personalise import load_base, load_motion_lora, load_style_lora
+from imageconductor.checkpoints.personalise import (
+    fold_loras,
+    load_base,
+    load_motion_lora,
+    load_style_lora,
+    personalise,
+)
 from imageconductor.sampling.job import SampleJob
 from imageconductor.sampling.loras import parse_lora
 from imageconductor.sampling.pipeline import ImageConductorPipeline
@@ -127,6 +133,21 @@ def test_two_loras_add_up_in_either_order(pipe, tmp_path):
         videos.append(video(pipe))
         pipe.unload_lora_weights()
     np.testing.assert_allclose(videos[0], videos[1], atol=1e-5)
+
+
+def test_folded_loras_act_as_attached_ones(pipe, tmp_path):
+    plain = video(pipe)
+    kohya(pipe, tmp_path / "style.safetensors")
+    original_motion(pipe, tmp_path / "motion.ckpt")
+    personalise(pipe, None, [(str(tmp_path / "style.safetensors"), 0.6)], [(str(tmp_path / "motion.ckpt"), 0.8)])
+    pipe.to(torch.float64)  # In float32 the steps of a random network with so large LoRAs magnify what is rounded.
+    attached = video(pipe)
+    fold_loras(pipe)
+    np.testing.assert_allclose(video(pipe), attached, atol=1e-5)
+    assert np.abs(plain - attached).max() > 1e-3
+    parts = pipe.unet, pipe.text_encoder
+    assert not [key for part in parts for key in part.state_dict() if "lora_" in key], "products cost time"
+    load_style_lora(pipe, tmp_path / "style.safetensors", "style0")  # The name is free again.
 
 
 def test_a_style_is_saved_once_it_is_fused(pipe, tmp_path):

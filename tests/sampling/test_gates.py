@@ -9,7 +9,7 @@ from conftest import tiny_gates, tiny_pipeline
 from PIL import Image
 from safetensors.torch import save_file
 
-from imageconductor.checkpoints.personalise import load_motion_lora
+from imageconductor.checkpoints.personalise import fold_loras, load_motion_lora
 from imageconductor.conditioning import Boxes, Trajectories, camera_preset
 from imageconductor.models.denoiser import Condition
 from imageconductor.models.gated_attention import ObjectGates, SceneGates
@@ -201,6 +201,8 @@ def test_the_lora_of_scene_gates_is_saved_along_and_missed_where_they_act_withou
     (said,) = caplog.messages
     assert f"load_motion_lora(pipe, '{tmp_path}/two/scene_lora', 'scene')" in said
     load_motion_lora(again, tmp_path / "two" / "scene_lora", "scene")
+    run(again)
+    fold_loras(again)
     run(again)
     assert len(caplog.messages) == 1
 
