@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from diffusers import LCMScheduler
+from diffusers import DDIMScheduler
 
 from imageconductor.models.adapters import DIFFUSERS_WEIGHTS_NAME
 
@@ -32,6 +32,12 @@ def find_few_step_lora(folder: str | Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def few_step_scheduler(scheduler: Any) -> LCMScheduler:
-    """The consistency sampler at the noise levels of a model's scheduler, for what the model predicts."""
-    return cast(LCMScheduler, LCMScheduler.from_config(scheduler.config))
+def few_step_scheduler(scheduler: Any) -> DDIMScheduler:
+    """DDIM from the noisiest timestep to clean latents, at the noise levels of a model's scheduler.
+
+    No noise is added between the steps, as a sampler of consistency models (LCM) does: errors of the single steps add
+    up with it (Trajectory Consistency Distillation, arXiv 2402.19159), and measured here the videos with it are worse
+    (docs/results.md, "Few steps").
+    """
+    whole = {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+    return cast(DDIMScheduler, DDIMScheduler.from_config(scheduler.config, **whole))

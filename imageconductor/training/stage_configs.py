@@ -100,7 +100,8 @@ class FewStepConfig(TrajectoryConfig):
     guidance_scale: float | None = None
     trajectory_guidance_scale: float | None = None
     camera_free_scale: float | None = None
-    solver_steps: int = 50  # DDIM steps into which the way from noise is divided; the sampler counts on 50
+    solver_steps: int = 40  # guided DDIM steps into which the way from noise is divided
+    segments: int = 4  # of the way, each of which the LoRA learns to go in one step; 1 = LCM-LoRA
     huber_width: float = 1e-3  # c of the pseudo-Huber loss
     lora_rank: int = 64  # = alpha
     lora_targets: Literal["all", "linear"] = "all"  # of the UNet's layers; linear leaves its convolutions out
@@ -122,6 +123,11 @@ class FewStepConfig(TrajectoryConfig):
         if not 2 <= self.solver_steps <= 1000 or 1000 % self.solver_steps:
             raise ValueError(
                 f"solver_steps must divide the 1000 timesteps, so that the noisiest is learned, got {self.solver_steps}"
+            )
+        if self.segments < 1 or self.solver_steps % self.segments:
+            raise ValueError(
+                f"segments must divide the solver_steps, {self.solver_steps}, so that each ends on one of them, "
+                f"got {self.segments}"
             )
         if self.huber_width <= 0:
             raise ValueError(f"huber_width must be positive, got {self.huber_width}")

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_WORLD
-from diffusers import DDIMScheduler, LCMScheduler
+from diffusers import DDIMScheduler
 from PIL import Image
 
-from imageconductor.checkpoints.few_step import find_few_step_lora
+from imageconductor.checkpoints.few_step import few_step_scheduler, find_few_step_lora
 from imageconductor.commands import assemble, sample
+from imageconductor.diffusion.clean_estimate import prediction_of_x_0
+from imageconductor.diffusion.losses import pseudo_huber_loss
 from imageconductor.evaluation import protocol
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, Task
 from imageconductor.evaluation.protocol import Evaluation
@@ -21,8 +23,9 @@ from imageconductor.sampling.pipeline import ImageConductorPipeline
 from imageconductor.training.run import run_stage
 from imageconductor.training.stage_configs import FewStepConfig
 
-NEWEST = 999  # the last of the grid's timesteps, and the one before it
-EARLIER = 979
+NEWEST = 999  # the last of the grid's timesteps, the one before it, and the end of their segment
+EARLIER = 974
+END = 749
 
 
 def generators():
@@ -62,7 +65,9 @@ def guided_by_the_sampler(stage, x_t, t, condition, control, scales):
         ("base", {}, (3.0, None, 1.0)),  # the model's defaults
     ],
 )
-def test_the_loss_is_between_estimates_before_and_after_a_guided_step(control, settings, scales, configure, filled):
+def test_the_loss_is_between_ends_of_a_segment_with_and_without_a_guided_step(
+    control, settings, scales, configure, filled
+):
     stage, data = filled(configure("few_step", controls=[control], **settings))
     x_0, condition = stage.encode(data[0], generators())
     eps, t = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)), torch.tensor(NEWEST)
@@ -70,30 +75,53 @@ def test_the_loss_is_between_estimates_before_and_after_a_guided_step(control, s
     with torch.no_grad():
         guided = guided_by_the_sampler(stage, x_t, t, condition, control, scales)
         ddim = DDIMScheduler.from_config(stage.scheduler.config)
-        ddim.num_inference_steps = 50
+        ddim.num_inference_steps = 40
         x_s = ddim.step(guided, NEWEST, x_t).prev_sample
-        lcm = LCMScheduler.from_config(stage.scheduler.config)
         with active(stage.motion_controlnet, *stage.acting):
             before = stage.denoiser(x_t, t, condition)
             after = stage.denoiser(x_s, torch.tensor(EARLIER), condition)
-        lcm.set_timesteps(timesteps=[NEWEST, EARLIER])
-        estimates = [lcm.step(before, NEWEST, x_t).denoised, lcm.step(after, EARLIER, x_s).denoised]
+    # No number of steps goes from EARLIER to END.
+    clean, alpha = ddim.step(after, EARLIER, x_s).pred_original_sample, ddim.alphas_cumprod[EARLIER]
+    at_end = ddim.add_noise(clean, (x_s - alpha**0.5 * clean) / (1 - alpha) ** 0.5, torch.tensor([END]))
+    ddim.num_inference_steps = 4  # from NEWEST to END; x_0 acts linearly
+    ends = [
+        ddim.step(
+            prediction_of_x_0(x, x_t, float(ddim.alphas_cumprod[NEWEST]), "v_prediction"), NEWEST, x_t
+        ).prev_sample
+        for x in (torch.zeros_like(x_t), torch.ones_like(x_t))
+    ]
+    difference = ddim.step(before, NEWEST, x_t).pred_original_sample - (at_end - ends[0]) / (ends[1] - ends[0])
     c = stage.huber_width
-    expected = (((estimates[0] - estimates[1]) ** 2 + c**2).sqrt() - c).mean()
+    expected = ((difference**2 + c**2).sqrt() - c).mean()
     found = stage.loss_terms(x_0, torch.tensor([991]), eps, condition)  # 991 stands for 999 on the grid
-    torch.testing.assert_close(found, {"consistency": expected}, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found, {"consistency": expected}, atol=1e-5, rtol=1e-3)
 
 
-def test_the_grid_is_that_of_the_sampler_and_ends_at_the_clean_latents(configure, build):
+@pytest.mark.parametrize("t", [24, 774])
+def test_one_step_above_the_end_the_guided_model_itself_is_the_target(t, configure, filled):
+    stage, data = filled(configure("few_step", controls=["camera"]))
+    x_0, condition = stage.encode(data[0], generators())
+    eps, time = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)), torch.tensor(t)
+    x_t = stage.scheduler.add_noise(x_0, eps, time[None])
+    with torch.no_grad(), active(stage.motion_controlnet, *stage.acting):
+        guided = guided_by_the_sampler(stage, x_t, time, condition, "camera", (3.0, None, 1.0))
+        without = stage.denoiser(x_t, time, condition)
+    clean = [stage._clean(x_t, time[None], prediction) for prediction in (without, guided)]
+    expected = pseudo_huber_loss(*clean, stage.huber_width)
+    found = stage.loss_terms(x_0, time[None], eps, condition)
+    torch.testing.assert_close(found, {"consistency": expected}, atol=1e-5, rtol=1e-3)
+
+
+def test_the_grid_is_that_of_the_sampler_whose_steps_are_the_segments(configure, build):
     stage, _ = build(configure("few_step"))
-    t, earlier = stage._on_grid(torch.arange(1000))
-    lcm = LCMScheduler.from_config(stage.scheduler.config)
-    lcm.set_timesteps(50)
-    assert sorted(set(t.tolist()), reverse=True) == lcm.timesteps.tolist()
-    assert (earlier[:20] == 0).all()
-    assert (t[20:] - earlier[20:] == 20).all()
-    x = torch.randn(1, 4, 2, 4, 4)
-    torch.testing.assert_close(stage._estimate(x, torch.tensor([0]), torch.randn_like(x)), x)
+    t, earlier, end = stage._on_grid(torch.arange(1000))
+    stage.sampler.set_timesteps(40)
+    assert sorted(set(t.tolist()), reverse=True) == stage.sampler.timesteps.tolist()
+    assert (t - earlier == 25).all()
+    stage.sampler.set_timesteps(4)
+    starts = stage.sampler.timesteps.tolist()
+    assert [end[start].item() for start in starts] == [*starts[1:], -1]
+    assert (end <= earlier).all()
 
 
 def test_a_clip_draws_the_control(configure, build):
@@ -120,7 +148,24 @@ def model(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("few")
     settings = {"model": str(tiny_model), "output": str(folder / "run"), "lora_rank": 4, "world": TINY_WORLD}
     run_stage(FewStepConfig(max_steps=3, batch_size=1, learning_rate=1e-2, log_every=1, **settings))
-    return put_together(folder / "model", model=tiny_model, few_step_lora=folder / "run" / "few_step_lora")
+    made = put_together(folder / "model", model=tiny_model, few_step_lora=folder / "run" / "few_step_lora")
+    written = made / "scheduler" / "scheduler_config.json"
+    written.write_text(json.dumps(json.loads(written.read_text()) | {"timestep_spacing": "leading"}))
+    return made
+
+
+def test_its_sampler_goes_from_the_noisiest_timestep_to_the_clean_latents():
+    published = {"num_train_timesteps": 1000, "beta_schedule": "linear", "steps_offset": 1, "clip_sample": False}
+    usual = DDIMScheduler(timestep_spacing="leading", set_alpha_to_one=False, **published)
+    sampler = few_step_scheduler(usual)
+    assert sampler.alphas_cumprod.tolist() == usual.alphas_cumprod.tolist()
+    sampler.set_timesteps(4)
+    assert sampler.timesteps.tolist() == [999, 749, 499, 249]
+    x_0, eps = torch.randn(2, 1, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    x_t = sampler.add_noise(x_0, eps, sampler.timesteps[:1])
+    for t in sampler.timesteps:
+        x_t = sampler.step(eps, t, x_t).prev_sample
+    torch.testing.assert_close(x_t, x_0, atol=1e-4, rtol=0)
 
 
 def test_few_steps_take_the_lora_and_its_sampler_without_guidance(model, tiny_model, tmp_path):
@@ -128,7 +173,8 @@ def test_few_steps_take_the_lora_and_its_sampler_without_guidance(model, tiny_mo
     chosen = prepare(job).job  # three steps are the model's default
     assert (chosen.few_step, chosen.steps, chosen.guidance_scale) == (True, 3, 1.0)
     pipe = load_pipeline(chosen)
-    assert isinstance(pipe.scheduler, LCMScheduler)
+    assert pipe.scheduler.config.timestep_spacing == "trailing"
+    assert not pipe.get_list_adapters(), "folded into the weights"
     assert pipe.scheduler.config.prediction_type == "v_prediction"
     asked = prepare(SampleJob(prompt="a star", model=str(model), device="cpu", few_step=True, guidance_scale=2.0)).job
     assert asked.guidance_scale == 2.0
@@ -159,7 +205,7 @@ def test_the_command_makes_what_diffusers_own_loader_makes_of_the_file(model, tm
     ours = load_pipeline(inputs.job)
     theirs = ImageConductorPipeline.from_pretrained(model)
     theirs.load_lora_weights(str(find_few_step_lora(model).parent))
-    theirs.scheduler = LCMScheduler.from_config(theirs.scheduler.config)
+    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, timestep_spacing="trailing")
     given = {"image": image, "prompt": "a star", "seed": 7, "guidance_scale": 1.0, "output_type": "np"}
     assert np.allclose(ours(**given).frames, theirs(**given).frames, atol=1e-5)
 
@@ -177,8 +223,8 @@ def test_an_evaluation_has_lines_with_and_without_it(model, tmp_path, monkeypatc
     (pipe, teacher), (_, two), (few, default) = made
     assert (teacher.few_step, two.steps, default.steps) == (False, 2, 4)
     assert (two.guidance_scale, default.trajectory_guidance_scale) == (1.0, 1.0)
-    assert isinstance(few.scheduler, LCMScheduler)
-    assert not isinstance(pipe.scheduler, LCMScheduler)
+    assert few.scheduler.config.timestep_spacing == "trailing"
+    assert pipe.scheduler.config.timestep_spacing == "leading"
     for name in lines:
         made_with = json.loads((tmp_path / "out" / "videos" / name / "made_with.json").read_text())
         assert any("few_step_lora" in path for path in made_with["weights"]) == (name != "teacher")
@@ -210,3 +256,9 @@ def test_its_gradient_brings_the_estimates_of_a_clip_together(configure, build):
 def test_a_grid_that_leaves_out_the_noisiest_timestep_is_refused(steps):
     with pytest.raises(ValueError, match=f"solver_steps must divide .* got {steps}"):
         FewStepConfig(solver_steps=steps)
+
+
+@pytest.mark.parametrize("segments", [0, 3])
+def test_segments_that_end_between_steps_are_refused(segments):
+    with pytest.raises(ValueError, match=f"segments must divide the solver_steps, 40, .* got {segments}"):
+        FewStepConfig(segments=segments)

@@ -1,11 +1,12 @@
 """A LoRA with which few steps without guidance give what many guided ones give, by consistency distillation.
 
-On a grid of timesteps, the model without the LoRA makes one guided DDIM step from x_t to an earlier x_s. The model with
-it learns to estimate from x_t the clean latents that it estimates from x_s: then the estimate is the same all along
-the way, and few evaluations suffice. Guidance, camera-free guidance too, is part of the step, so that the LoRA holds
-it. ControlNets and the LoRAs of camera and object act alike in both models, and stay as they are.
+The timesteps are a grid in segments. On it, the model without the LoRA makes one guided DDIM step from x_t to an
+earlier x_s. The model with it learns to reach from x_t, by one DDIM step to the end of the segment, what it reaches
+from x_s: then one evaluation a segment suffices. Guidance, camera-free guidance too, is part of the step, so that the
+LoRA holds it. ControlNets and the LoRAs of camera and object act alike in both models, and stay as they are.
 
-Source: Latent Consistency Models (arXiv 2310.04378), as a LoRA (LCM-LoRA, arXiv 2311.05556).
+Source: Latent Consistency Models (arXiv 2310.04378), as a LoRA (LCM-LoRA, arXiv 2311.05556), in segments
+(Hyper-SD, arXiv 2404.13686); one segment is LCM-LoRA.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from imageconductor.checkpoints.few_step import FEW_STEP_FOLDER, few_step_scheduler
@@ -66,7 +68,7 @@ class FewStepStage(TrajectoryStage):
         self.controls, self.camera_free_scale = config.controls, config.camera_free_scale
         self.negative_prompt: str = defaults["negative_prompt"]
         self._negative: Tensor | None = None  # (1, L, D)
-        self.solver_steps, self.huber_width = config.solver_steps, config.huber_width
+        self.solver_steps, self.segments, self.huber_width = config.solver_steps, config.segments, config.huber_width
         self.sampler = few_step_scheduler(self.scheduler)
         self.preview_control = self.controls[0]
         self.preview_settings = {"guidance_scale": 1.0, "trajectory_guidance_scale": 1.0}
@@ -92,21 +94,19 @@ class FewStepStage(TrajectoryStage):
         return encoded
 
     def loss_terms(self, x_0: Tensor, t: Tensor, eps: Tensor, condition: Condition) -> dict[str, Tensor]:
-        """Distance between what the model with the LoRA estimates before and after a guided step without it."""
-        t, earlier = self._on_grid(t)
+        """Distance between clean latents that lead the model with the LoRA to the same end of the segment."""
+        t, earlier, end = self._on_grid(t)
         x_t = self.scheduler.add_noise(x_0, eps, t)
         with torch.no_grad():
             image = self.denoiser.image_residuals(t, condition)
             drawn = add(image, self._motion(t, condition, self.acting))
-            x_s = self._step(x_t, t, earlier, self._guided(x_t, t, condition, image, drawn))
-            image_s = self.denoiser.image_residuals(earlier, condition)
-            residuals = add(image_s, self._motion(earlier, condition, self.acting))
-            after = self.denoiser.decode(self.denoiser.encode(x_s, earlier, condition), residuals)
-            target = self._estimate(x_s, earlier, after)
+            guided = self._clean(x_t, t, self._guided(x_t, t, condition, image, drawn))
+            x_s = self._step(x_t, t, earlier, guided)
+            target = self._clean_for(x_t, t, end, self._follow(x_s, earlier, end, condition))
         # Autocast of older PyTorch keeps the LoRA's casts of the block above, which have no gradient (pytorch#112583).
         torch.clear_autocast_cache()
-        before = self.denoiser.decode(self.denoiser.encode(x_t, t, condition), drawn)
-        return {"consistency": pseudo_huber_loss(self._estimate(x_t, t, before), target, self.huber_width)}
+        found = self._clean(x_t, t, self.denoiser.decode(self.denoiser.encode(x_t, t, condition), drawn))
+        return {"consistency": pseudo_huber_loss(found, target, self.huber_width)}
 
     @contextmanager
     def previewing(self) -> Iterator[None]:
@@ -122,11 +122,18 @@ class FewStepStage(TrajectoryStage):
         """Writes few_step_lora/pytorch_lora_weights.safetensors, which a model folder carries along."""
         save_for_diffusers(self.unet, FEW_STEP, folder / FEW_STEP_FOLDER, torch.float16)
 
-    def _on_grid(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The timesteps (B,) of the teacher's grid that stand for `t`, and the ones before them; 0 before the first."""
+    def _on_grid(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The timesteps (B,) of the grid that stand for `t`, the ones before them, and the ends of their segments.
+
+        Clean latents are timestep -1.
+        """
         total = self.scheduler.config["num_train_timesteps"]
-        place, step = t * self.solver_steps // total, total // self.solver_steps
-        return (place + 1) * step - 1, (place * step - 1).clamp(min=0)
+        place, step, length = (
+            t * self.solver_steps // total,
+            total // self.solver_steps,
+            self.solver_steps // self.segments,
+        )
+        return (place + 1) * step - 1, place * step - 1, place // length * length * step - 1
 
     def _motion(self, t: Tensor, condition: Condition, adapters: tuple[str, ...]) -> Residuals | None:
         """What the motion ControlNet adds under these LoRAs; None without trajectories."""
@@ -166,23 +173,31 @@ class FewStepStage(TrajectoryStage):
                 guided = trajectory_guidance(guided, prompt, undrawn, self.trajectory_scale)
         return guided
 
-    def _step(self, x_t: Tensor, t: Tensor, earlier: Tensor, prediction: Tensor) -> Tensor:
-        """x_s (B, C, T, h, w) of a DDIM step from t to `earlier`, each (B,)."""
-        alpha, alpha_s = self._alphas(t), self._alphas(earlier)
-        x_0 = self._clean(x_t, t, prediction)
-        eps = (x_t - alpha**0.5 * x_0) / (1 - alpha) ** 0.5
-        return alpha_s**0.5 * x_0 + (1 - alpha_s) ** 0.5 * eps
+    def _follow(self, x_s: Tensor, t: Tensor, end: Tensor, condition: Condition) -> Tensor:
+        """Where the model with the LoRA gets from x_s at `t` by one step to the segment's end, if it is not there."""
+        is_there = (t == end).view(-1, 1, 1, 1, 1)
+        if bool(is_there.all()):
+            return x_s
+        t = t.clamp(min=0)  # of those that are there
+        residuals = add(self.denoiser.image_residuals(t, condition), self._motion(t, condition, self.acting))
+        prediction = self.denoiser.decode(self.denoiser.encode(x_s, t, condition), residuals)
+        return torch.where(is_there, x_s, self._step(x_s, t, end, self._clean(x_s, t, prediction)))
 
-    def _estimate(self, x_t: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
-        """The consistency function (B, C, T, h, w): the clean latents, and x_t itself at t = 0."""
-        place: Any = t.view(-1, 1, 1, 1, 1)
-        kept, made = self.sampler.get_scalings_for_boundary_condition_discrete(place)
-        return kept * x_t + made * self._clean(x_t, t, prediction)
+    def _step(self, x_t: Tensor, t: Tensor, earlier: Tensor, x_0: Tensor) -> Tensor:
+        """x_s (B, C, T, h, w) of a DDIM step from t to `earlier`, each (B,), by an estimate of the clean latents."""
+        (signal, noise), (signal_s, noise_s) = self._levels(t), self._levels(earlier)
+        return signal_s * x_0 + noise_s * (x_t - signal * x_0) / noise
+
+    def _clean_for(self, x_t: Tensor, t: Tensor, end: Tensor, x_s: Tensor) -> Tensor:
+        """The clean latents (B, C, T, h, w) by which a DDIM step from t to `end` gets to `x_s`."""
+        (signal, noise), (signal_s, noise_s) = self._levels(t), self._levels(end)
+        return (x_s - noise_s / noise * x_t) / (signal_s - noise_s / noise * signal)
 
     def _clean(self, x_t: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
         kind: str = self.scheduler.config["prediction_type"]
-        return estimate_x_0(prediction.float(), x_t.float(), self._alphas(t), kind)
+        return estimate_x_0(prediction.float(), x_t.float(), self._levels(t)[0] ** 2, kind)
 
-    def _alphas(self, t: Tensor) -> Tensor:
-        """Cumulative alphas (B, 1, 1, 1, 1) float32 of timesteps (B,)."""
-        return self.scheduler.alphas_cumprod.to(t.device)[t].float().view(-1, 1, 1, 1, 1)
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Shares of signal and noise, each (B, 1, 1, 1, 1) float32, at timesteps (B,); -1 = clean latents."""
+        alphas = F.pad(self.scheduler.alphas_cumprod.float(), (0, 1), value=1.0).to(t.device)[t].view(-1, 1, 1, 1, 1)
+        return alphas**0.5, (1 - alphas) ** 0.5
