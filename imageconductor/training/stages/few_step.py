@@ -128,11 +128,8 @@ class FewStepStage(TrajectoryStage):
         Clean latents are timestep -1.
         """
         total = self.scheduler.config["num_train_timesteps"]
-        place, step, length = (
-            t * self.solver_steps // total,
-            total // self.solver_steps,
-            self.solver_steps // self.segments,
-        )
+        step, length = total // self.solver_steps, self.solver_steps // self.segments
+        place = t // step
         return (place + 1) * step - 1, place * step - 1, place // length * length * step - 1
 
     def _motion(self, t: Tensor, condition: Condition, adapters: tuple[str, ...]) -> Residuals | None:
@@ -176,9 +173,7 @@ class FewStepStage(TrajectoryStage):
     def _follow(self, x_s: Tensor, t: Tensor, end: Tensor, condition: Condition) -> Tensor:
         """Where the model with the LoRA gets from x_s at `t` by one step to the segment's end, if it is not there."""
         is_there = (t == end).view(-1, 1, 1, 1, 1)
-        if bool(is_there.all()):
-            return x_s
-        t = t.clamp(min=0)  # of those that are there
+        t = t.clamp(min=0)  # Those that are there are evaluated too: sharded processes must do the same.
         residuals = add(self.denoiser.image_residuals(t, condition), self._motion(t, condition, self.acting))
         prediction = self.denoiser.decode(self.denoiser.encode(x_s, t, condition), residuals)
         return torch.where(is_there, x_s, self._step(x_s, t, end, self._clean(x_s, t, prediction)))
