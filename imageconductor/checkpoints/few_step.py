@@ -35,9 +35,8 @@ def find_few_step_lora(folder: str | Path) -> Path | None:
 def few_step_scheduler(scheduler: Any) -> DDIMScheduler:
     """DDIM from the noisiest timestep to clean latents, at the noise levels of a model's scheduler.
 
-    No noise is added between the steps, as a sampler of consistency models (LCM) does: errors of the single steps add
-    up with it (Trajectory Consistency Distillation, arXiv 2402.19159), and measured here the videos with it are worse
-    (docs/results.md, "Few steps").
+    No noise is drawn between the steps, as a sampler of consistency models (LCM) does: errors of the single steps add
+    up with it (Trajectory Consistency Distillation, arXiv 2402.19159; measured in docs/log.md).
     """
     whole = {"timestep_spacing": "trailing", "set_alpha_to_one": True}
     return cast(DDIMScheduler, DDIMScheduler.from_config(scheduler.config, **whole))

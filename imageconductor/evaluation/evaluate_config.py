@@ -172,9 +172,12 @@ class EvaluateConfig:
         if not self.all_methods:
             raise ValueError("nothing to evaluate: give model=FOLDER, videos=FOLDER or methods")
         for name, method in self.methods.items():
-            if method.original is not None and method.original not in self.all_methods.keys() - {name}:
-                others = ", ".join(self.all_methods.keys() - {name}) or "none"
-                raise ValueError(f"method {name}: original {method.original!r} is no other method; there are: {others}")
+            others = [other for other in self.all_methods if other != name]
+            if method.original is not None and method.original not in others:
+                raise ValueError(
+                    f"method {name}: original {method.original!r} is no other method; "
+                    f"there are: {', '.join(others) or 'none'}"
+                )
 
     def _check_fixed_alone(self) -> None:
         """Refuses settings that the file of fixed requests states too."""
