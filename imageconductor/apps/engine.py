@@ -45,11 +45,11 @@ class Resume:
 
     Attributes:
         step: k, number of steps that are kept.
-        latents: (B, C, T, h, w), the sample before step k.
+        latents: The sample (B, C, T, h, w) before each of the steps up to k, by its number.
     """
 
     step: int
-    latents: Tensor
+    latents: dict[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,15 @@ class Made:
     Attributes:
         inputs: The job with the model's defaults, its picture and trajectories.
         videos: (T, H, W, 3) uint8 for each of the job's seeds.
-        latents: Entry k is the sample (B, C, T, h, w) before step k, the last one the result; none if not wanted.
+        latents: The sample (B, C, T, h, w) before each step, by its number, and last the result; none if not wanted.
+            Those before the step at which a video was taken up are the earlier video's.
         seconds: Of the worker.
         is_repeatable: Whether `sample.py` makes the same videos from the job alone.
     """
 
     inputs: Inputs
     videos: list[Frames]
-    latents: list[Tensor] = field(default_factory=list)
+    latents: dict[int, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
     is_repeatable: bool = True
 
@@ -252,8 +253,10 @@ class Engine:
         keeps_latents = request.keeps_latents and not is_long(inputs.job)
         arguments = call_arguments([inputs]) | {"output_type": "latent", "keep_latents": keeps_latents}
         arguments["residual_cache"] = self._cache
+        first, latents = 0, {}
         if request.resume is not None:
-            arguments |= {"resume_from": request.resume.step, "latents": request.resume.latents}
+            first, latents = request.resume.step, dict(request.resume.latents)
+            arguments |= {"resume_from": first, "latents": latents[first]}
         report = StepReport(
             ticket.report, lambda: ticket.is_stopped, inputs.job.seeds, request.mix, every=request.estimates_every
         )
@@ -270,7 +273,8 @@ class Engine:
         finally:
             pipe.maybe_free_model_hooks()
         is_repeatable = request.resume is None and not report.has_moved
-        return Made(inputs, videos, list(output.latents or []), time.monotonic() - began, is_repeatable)
+        latents = latents | dict(enumerate(output.latents, first)) if output.latents else {}
+        return Made(inputs, videos, latents, time.monotonic() - began, is_repeatable)
 
     def _find_pipeline(self, job: SampleJob) -> Any:
         """The pipeline of a job's weights; the one that was loaded before gives way to another."""

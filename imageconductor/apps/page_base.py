@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from imageconductor.apps.form import Form
+from imageconductor.apps.form import Form, read_defaults
 from imageconductor.apps.limits import FieldError
 from imageconductor.apps.live import count_from_one, show_error
 from imageconductor.apps.page_parts import Board, History, ResultView, Resuming, Settings, Sheet, Slots
@@ -78,6 +78,10 @@ class PageEvents:
         chosen["looks"] = dict.fromkeys(chosen["looks"] or [], look_scale)
         chosen["motions"] = dict.fromkeys(chosen["motions"] or [], motion_scale)
         chosen["base"] = chosen["base"] or ""
+        usual = read_defaults(self.studio.engine.base.model)
+        for name in ("guidance_scale", "trajectory_guidance_scale"):
+            if chosen[name] == getattr(usual, name):
+                chosen[name] = None  # left alone: the few-step LoRA has another default
         return Form(picture=picture, drawing=drawing, **chosen)
 
     def errors(self, error: FieldError | None = None) -> Updates:

@@ -72,17 +72,18 @@ class Result:
         path = self.folder / name
         return path if path.exists() else None
 
-    def latents(self, step: int) -> Tensor:
-        """The sample (B, C, T, h, w) before step k.
+    def latents(self, step: int) -> dict[int, Tensor]:
+        """The sample (B, C, T, h, w) before each of the steps up to step k, by its number.
 
         Raises:
-            ValueError: There is none of that step.
+            ValueError: There is none of step k.
         """
-        path = self.folder / _LATENTS
+        path, found = self.folder / _LATENTS, {}
         if path.exists():
             with safe_open(path, "pt") as file:
-                if str(step) in file.keys():  # noqa: SIM118  not a mapping
-                    return file.get_tensor(str(step))
+                found = {int(name): file.get_tensor(name) for name in file.keys() if int(name) <= step}  # noqa: SIM118
+        if step in found:
+            return found
         raise ValueError(f"result {self.number} keeps no state before step {step}")
 
     def remove(self) -> None:
@@ -113,7 +114,7 @@ def store(made: Made, number: int, folder: Path, note: str = "", drawing: dict |
                 if path.name != _ALL:
                     archive.write(path, path.name)
         if made.latents:
-            kept = {str(step): sample.contiguous() for step, sample in enumerate(made.latents)}
+            kept = {str(step): sample.contiguous() for step, sample in made.latents.items()}
             save_file(kept, part / _LATENTS)
     boxes = made.inputs.boxes
     displacement = []

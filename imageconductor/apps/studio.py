@@ -15,7 +15,7 @@ from imageconductor.apps.progress import Step, Waiting
 from imageconductor.apps.results import Result
 from imageconductor.apps.shelf import Shelf
 from imageconductor.apps.visits import Visit, Visits
-from imageconductor.sampling.job_files import load_job
+from imageconductor.sampling.job_files import change_job, load_job
 
 News = Waiting | Step | Stopped | Result
 """What a visitor hears of a request; the last is `Stopped` or the `Result`."""
@@ -61,8 +61,8 @@ class Studio:
             visit: Whose they are.
             form: What is asked for.
             uses_mix: The mixing board's weights say how the drawing acts, in place of the control.
-            resumed: Number of a result and step k, from which it is taken up again under this form; its seeds, steps
-                and frames stay.
+            resumed: Number of a result and step k, from which it is taken up again under this form; its seeds, steps,
+                frames and few-step LoRA stay.
 
         Raises:
             FieldError: What was refused or failed, in plain words.
@@ -96,7 +96,7 @@ class Studio:
         """
         result = visit.result(number)
         try:
-            job = replace(load_job(result.folder / "run.yaml"), **changes)
+            job = change_job(load_job(result.folder / "run.yaml"), changes)
         except (ValueError, FileNotFoundError) as error:
             raise explain(error) from error
         yield from self._follow(visit, self._submit(Request(job)), "", result.drawing)
@@ -142,5 +142,6 @@ class Studio:
             latents = result.latents(step)
         except ValueError as error:
             raise FieldError("resume", str(error)) from None
-        job = replace(request.job, seed=old.seed, steps=old.steps, num_frames=old.num_frames)
+        stays = {name: getattr(old, name) for name in ("seed", "steps", "few_step", "num_frames")}
+        job = replace(request.job, **stays)
         return replace(request, job=job, resume=Resume(step, latents))

@@ -14,11 +14,13 @@ from diffusers import DDIMScheduler
 from imageconductor.models.adapters import DIFFUSERS_WEIGHTS_NAME
 
 FEW_STEP_FOLDER = "few_step_lora"
-FEW_STEP_DEFAULTS = {"steps": 4, "guidance_scale": 1.0, "trajectory_guidance_scale": 1.0}
-"""Settings of a job with the LoRA, which holds the guidance, in place of the model's."""
-
 MOST_STEPS = 8
 """At most so many steps are made with the LoRA where a model has one and nothing else is asked for."""
+
+
+def few_step_defaults(steps: int) -> dict[str, Any]:
+    """Settings of a job with the LoRA, which holds the guidance, in place of those of a model that takes `steps`."""
+    return {"steps": min(steps, 4), "guidance_scale": 1.0, "trajectory_guidance_scale": 1.0}
 
 
 def few_step_lora_path(folder: str | Path) -> Path:
@@ -36,7 +38,8 @@ def few_step_scheduler(scheduler: Any) -> DDIMScheduler:
     """DDIM from the noisiest timestep to clean latents, at the noise levels of a model's scheduler.
 
     No noise is drawn between the steps, as a sampler of consistency models (LCM) does: errors of the single steps add
-    up with it (Trajectory Consistency Distillation, arXiv 2402.19159; measured in docs/log.md).
+    up with it (Trajectory Consistency Distillation, arXiv 2402.19159; measured in docs/log.md). Six and seven steps,
+    into which diffusers divides 1000 timesteps with a remainder, end at timestep 0, which holds a trace of noise.
     """
     whole = {"timestep_spacing": "trailing", "set_alpha_to_one": True}
     return cast(DDIMScheduler, DDIMScheduler.from_config(scheduler.config, **whole))

@@ -217,8 +217,6 @@ def personalise(
     Raises:
         FileNotFoundError, ValueError: As the loaders above; nothing has been changed then.
     """
-    if base is not None:
-        load_base(pipe, base)
     fitted: dict[str, tuple[_Fitted, float]] = {}  # all are checked before any changes the model
     for kind, read, files in (("style", read_style_lora, loras), ("motion", read_motion_lora, motion_loras)):
         for number, (path, scale) in enumerate(files):
@@ -238,7 +236,11 @@ def personalise(
 
 
 def fold_loras(pipe: Any) -> None:
-    """Makes attached LoRAs part of the weights, so that no evaluation has to compute their products."""
+    """Makes attached LoRAs part of the weights, so that no evaluation has to compute their products.
+
+    A model with them is not saved: what loads it would add its few-step LoRA, say, a second time.
+    """
+    pipe.folded = sorted({name for names in pipe.get_list_adapters().values() for name in names})
     if networks := list(pipe.get_list_adapters()):
         pipe.fuse_lora(components=networks)
         pipe.unload_lora_weights()

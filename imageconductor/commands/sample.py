@@ -6,13 +6,12 @@ Without arguments: the bundled model, image and trajectories (configs/sample/spr
 import argparse
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from imageconductor.command_line import add_arguments, run_command
 from imageconductor.files import atomic_folder, check_new_folder, find_shipped
 from imageconductor.sampling.job import MOTIONS, SampleJob, load_pipeline, prepare, render
-from imageconductor.sampling.job_files import load_job, write
+from imageconductor.sampling.job_files import change_job, load_job, write
 
 DEFAULT_CONFIG = Path("configs/sample/sprites.yaml")
 _SHOWS = {"image", "prompt", "motion_lora", "appearance_lora"}  # options that replace the default image
@@ -63,8 +62,6 @@ def build_job(config: Path | None, options: dict) -> SampleJob:
     job = SampleJob() if config is None else load_job(config)
     if options.get("repeat") is not None:
         options = {"seed": [0], "num_videos": None, **options}  # the YAML's seeds give way
-    if options.get("few_step") is not None:  # What the YAML records is of sampling with the LoRA, or without it.
-        options = {**dict.fromkeys(("steps", "guidance_scale", "trajectory_guidance_scale")), **options}
     if any(options.get(name) is not None for name in MOTIONS):
         options = {**dict.fromkeys((*MOTIONS, "trajectories_size")), **options}
-    return replace(job, **options)
+    return change_job(job, options)

@@ -130,6 +130,7 @@ class BoxEvaluation:
                 negative_prompt=config.negative_prompt,
                 guidance_scale=config.guidance_scale,
                 steps=config.num_inference_steps,
+                few_step=False,
                 num_frames=config.num_frames,
                 width=config.size and config.size[0],
                 height=config.size and config.size[1],

@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from imageconductor.checkpoints.few_step import FEW_STEP_DEFAULTS
-from imageconductor.checkpoints.model_folder import locate_model
+from imageconductor.checkpoints.few_step import few_step_defaults
+from imageconductor.checkpoints.model_folder import locate_model, read_sampling_defaults
 from imageconductor.conditioning import Trajectories
 from imageconductor.evaluation.appearance import ClipScorer
 from imageconductor.evaluation.distances import list_missing_references
@@ -226,15 +226,17 @@ class Evaluation:
     def _build_inputs(self, name: str, task: Task, request: Request) -> Inputs:
         """The request as `sample.py` would be asked for it."""
         method, wanted, config = self.methods[name], self.formats[name], self.config
+        model = locate_model(method.model or "")
         asked = {
             "steps": method.num_inference_steps or config.num_inference_steps,
             "guidance_scale": config.guidance_scale,
             "trajectory_guidance_scale": config.trajectory_guidance_scale,
         }
         if method.few_step:
-            asked = {key: FEW_STEP_DEFAULTS[key] if value is None else value for key, value in asked.items()}
+            usual = few_step_defaults(read_sampling_defaults(model)["num_inference_steps"])
+            asked = {key: usual[key] if value is None else value for key, value in asked.items()}
         job = SampleJob(
-            model=str(locate_model(method.model or "")),
+            model=str(model),
             base=method.base,
             lora=method.lora,
             motion_lora=method.motion_lora,

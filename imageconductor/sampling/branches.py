@@ -5,7 +5,7 @@
 | UNet encoder: (x_t, t, text), and with gates (boxes, first frame) | once per video and distinct `for_encoder` |
 | image ControlNet: (t, text, image) | once per condition and distinct text, whatever the number of videos |
 | motion ControlNet: (t, text, trajectories, adapters) | once per condition and distinct (text, adapters) |
-| UNet decoder | once per video and branch; those of a single video together, two at a time |
+| UNet decoder | once per video and branch; those of a single video together, as many at a time as it has texts |
 | what stands before the first cross-attention: all but the text | once for both texts |
 
 ControlNet outputs can be kept between calls (`residual_cache`): each row of the table whose key is kept is left out.
@@ -138,6 +138,21 @@ class _Part:
     residuals: Residuals | None
 
 
+class MergedCopy:
+    """The motion ControlNet with LoRAs merged, for all guided steps of a call that ask for the same; one at a time."""
+
+    def __init__(self) -> None:
+        self._names: Adapters = None
+        self._network: MotionControlNet | None = None
+
+    def of(self, network: MotionControlNet, names: tuple[str, ...]) -> MotionControlNet:
+        """The copy under these LoRAs, made where the last one asked for had others."""
+        if self._network is None or names != self._names:
+            self._network = None  # no two of them at a time
+            self._names, self._network = names, merge_copy(network, *names)
+        return self._network
+
+
 class GuidedDenoiser:
     """Guided prediction `denoise(x_t, t)` for P conditions, built once for all steps of a call.
 
@@ -149,6 +164,7 @@ class GuidedDenoiser:
         conditions: For the negative prompt and the prompt, that of P videos; pictures may be of P*K videos, K for each.
         cache: Of ControlNet outputs, as this call uses it; None = all are evaluated.
         holds_residuals: Whether outputs of the ControlNets are kept for steps that reuse them.
+        merged: The copy with merged LoRAs of other steps of the call; None = one of its own.
     """
 
     def __init__(
@@ -158,6 +174,7 @@ class GuidedDenoiser:
         conditions: Mapping[Text, Condition],
         cache: CallCache | None = None,
         holds_residuals: bool = False,
+        merged: MergedCopy | None = None,
     ):
         self.denoiser, self.branches, self.cache = denoiser, branches, cache
         self.holds_residuals = holds_residuals
@@ -174,7 +191,7 @@ class GuidedDenoiser:
         sets = [adapters for adapters in self.groups if adapters]
         self.merges = len(sets) == 1 and _can_merge(denoiser.motion_controlnet)
         self._merged_set = sets[0] if self.merges else None
-        self._merged: MotionControlNet | None = None
+        self._merged = merged or MergedCopy()
         self._contents: dict[tuple[Adapters, tuple[Text, ...]], Content] = {}
         self._held: dict[tuple[Any, ...], Residuals | None] = {}
 
@@ -344,9 +361,8 @@ class GuidedDenoiser:
     @property
     def merged_denoiser(self) -> Denoiser:
         """The networks with the copy in which LoRAs are merged; it is made when it is first evaluated."""
-        if self._merged is None:
-            self._merged = merge_copy(self.denoiser.motion_controlnet, *(self._merged_set or ()))
-        return replace(self.denoiser, motion_controlnet=self._merged)
+        copy = self._merged.of(self.denoiser.motion_controlnet, self._merged_set or ())
+        return replace(self.denoiser, motion_controlnet=copy)
 
     def _stack(self, texts: Sequence[Text]) -> Condition:
         """The conditions of these texts one after the other, put together once for all steps."""

@@ -17,7 +17,7 @@ from imageconductor.diffusion.clean_estimate import estimate_x_0
 from imageconductor.diffusion.inversion import mix_noise_prior
 from imageconductor.models.denoiser import Condition
 from imageconductor.models.weights import refuse_non_finite
-from imageconductor.sampling.branches import ADAPTERS, Adapters, Control, GuidedDenoiser, Text
+from imageconductor.sampling.branches import ADAPTERS, Adapters, Control, GuidedDenoiser, MergedCopy, Text
 from imageconductor.sampling.inputs import CallInputs, draw_flow
 from imageconductor.sampling.residual_cache import CallCache
 from imageconductor.sampling.windows import Anchor, condition_window
@@ -181,6 +181,7 @@ def denoise(
     eta: float,
     callback: StepCallback | None,
     cache: CallCache | None = None,
+    merged: MergedCopy | None = None,
     start: int = 0,
     kept: list[Tensor] | None = None,
     anchor: Anchor | None = None,
@@ -198,6 +199,7 @@ def denoise(
         eta: DDIM's stochasticity.
         callback: Called after each step.
         cache: ControlNet outputs of earlier calls.
+        merged: The motion ControlNet with merged LoRAs, kept for all windows; None = one of its own.
         start: Steps that are left out.
         kept: Takes the sample before each step, and the last one, on the CPU.
         anchor: Frames that are there already, in a window that goes on from another.
@@ -208,7 +210,7 @@ def denoise(
     """
     networks, timesteps = pipe.denoiser, pipe.scheduler.timesteps
     times: list[float] = timesteps.tolist()
-    predict, planned = None, None
+    predict, planned, merged = None, None, merged or MergedCopy()
     estimates = _Estimates.asked_for(callback, pipe.scheduler, inputs)
     arguments = _step_arguments(pipe.scheduler, generators, eta)
     if start and hasattr(pipe.scheduler, "set_begin_index"):
@@ -221,9 +223,9 @@ def denoise(
             guides = inputs.shortcuts.guides(index, len(times))
             asked = pipe.guidance_scale, pipe.mix, index < inputs.gated_fraction * len(times), guides
             if predict is None or asked != planned:
-                predict, planned = None, asked  # the one before may hold a copy of a network
-                holds = inputs.shortcuts.controlnet_interval > 1
-                predict = GuidedDenoiser(networks, inputs.plan(*asked), _acting(conditions, asked[2]), cache, holds)
+                planned, holds = asked, inputs.shortcuts.controlnet_interval > 1
+                acting = _acting(conditions, asked[2])
+                predict = GuidedDenoiser(networks, inputs.plan(*asked), acting, cache, holds, merged)
             x_t = pipe.scheduler.scale_model_input(sample, t)
             shows_branches = pipe._shows_branches
             also = list(estimates.branches.values()) if shows_branches else []
@@ -260,7 +262,7 @@ def denoise_windows(
         noise: (B, C, T, h, w) float32, scaled.
         inputs: Of the call.
         conditions: Of the whole video, from `build_conditions`.
-        given: Generators, eta, callback and cache, as in `denoise`.
+        given: Generators, eta, callback, cache and merged, as in `denoise`.
 
     Raises:
         ValueError: As `denoise`, or the scheduler does not say how noisy a timestep is.

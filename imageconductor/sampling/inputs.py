@@ -126,8 +126,8 @@ def check_inputs(
         }
     )
     defaults = SamplingDefaults(**pipe.sampling_defaults)
-    width, height = size[0] or defaults.width, size[1] or defaults.height
-    num_frames = num_frames or defaults.num_frames
+    width, height = _given(size[0], defaults.width), _given(size[1], defaults.height)
+    num_frames = defaults.num_frames if num_frames is None else num_frames
     steps = _given(num_inference_steps, defaults.num_inference_steps)
     if steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
@@ -140,6 +140,9 @@ def check_inputs(
         raise ValueError("image and trajectories need ControlNets, and this is a text-to-video model, which has none")
     scale = _given(guidance_scale, defaults.guidance_scale)
     weights = parse_mix(mix)
+    for name, value in (("mix", mix), ("camera_free_scale", camera_free_scale)):
+        if value is not None and not drawn:
+            raise ValueError(f"{name}={value} weighs what trajectories do, and there are none; leave it out")
     if weights is not None:
         plan(control, scale, camera_free_scale, _given(trajectory_guidance_scale, 1.0), bool(drawn), weights)
 
@@ -283,8 +286,8 @@ def parse_seeds(seed: int | Sequence[int] | None, generator: Any, num_videos_per
     """
     if num_videos_per_prompt < 1:
         raise ValueError(f"num_videos_per_prompt must be at least 1, got {num_videos_per_prompt}")
-    given: Any = [seed] if isinstance(seed, Integral) else seed or []
-    seeds = [int(one) for one in given]
+    given: Any = [seed] if isinstance(seed, Integral) else seed
+    seeds = [] if seed is None else [int(one) for one in given]
     if seed is not None and not seeds:
         raise ValueError("seed is an empty list; give one number for each video, or leave it out")
     if seeds and (generator is not None or num_videos_per_prompt not in (1, len(seeds))):
@@ -314,6 +317,8 @@ def parse_mix(value: Mapping[Any, float] | None) -> Mix | None:
         return None
     if not isinstance(value, Mapping):
         raise ValueError(f'mix must be a mapping from controls to weights, such as {{"camera": 1.0}}, got {value!r}')
+    if not value:
+        raise ValueError("mix is empty; give the weight of at least one control, or leave it out")
     check_finite({f"mix[{name!r}]": weight for name, weight in value.items()})
     return {parse_control(name): float(weight) for name, weight in value.items()}
 

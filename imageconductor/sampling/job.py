@@ -91,7 +91,7 @@ class SampleJob:
     noise_prior: str | None = field(default=None, metadata={"metavar": "RUN[:X]"})
     domain_adapter_scale: float | None = None  # of AnimateDiff's domain adapter; default: as assembled
     steps: int | None = None  # denoising steps
-    # the model's LoRA for few steps, by default 4, without guidance; default: where it has one, for at most 8 steps
+    # the model's LoRA for few steps, by default up to 4, unguided; default: where it has one, for at most 8 steps
     few_step: bool | None = None
     seed: list[int] = field(default_factory=lambda: [0])  # one video for each
     num_videos: int | None = None  # more videos, with seeds that count up from the last one
@@ -135,9 +135,8 @@ class SampleJob:
             parse_size(self.trajectories_size, "trajectories_size")
         if self.boxes_name is not None and self.boxes is None:
             raise ValueError(f"boxes_name {self.boxes_name!r} goes with boxes; leave it out")
-        if self.mix is not None and (
-            self.camera_free_scale is not None or self.trajectory_guidance_scale not in (None, 1)
-        ):
+        has_scale = self.camera_free_scale is not None or self.trajectory_guidance_scale not in (None, 1)
+        if self.mix is not None and has_scale:
             raise ValueError(f"mix {self.mix} excludes camera_free_scale and trajectory_guidance_scale; leave them out")
         Shortcuts(self.guidance_interval, self.controlnet_interval)
         if self.compile and self.offload != "none":
@@ -213,8 +212,9 @@ def prepare(job: SampleJob) -> Inputs:
         check_controlnets(job.model, "a video of an image or trajectories")
     if job.camera_free_scale is not None and job.control != "object":
         raise ValueError(f"camera_free_scale goes with control 'object', not {job.control!r}")
-    if job.mix is not None and not trajectories.num_tracks:
-        raise ValueError(f"mix {job.mix} weighs what trajectories do; draw a track, or leave mix out")
+    if not trajectories.num_tracks and (value := job.mix or job.camera_free_scale) is not None:
+        name = "mix" if job.mix else "camera_free_scale"
+        raise ValueError(f"{name} {value} weighs what trajectories do; draw a track, or leave {name} out")
     if job.domain_adapter_scale is not None and not DomainAdapter.is_in(Path(job.model)):
         raise FileNotFoundError(f"{job.model} has no domain adapter; assemble it with domain_adapter=FILE")
     if trajectories.num_tracks:
@@ -362,7 +362,7 @@ def call_arguments(inputs: Sequence[Inputs]) -> dict[str, Any]:
 
 def _with_defaults(job: SampleJob) -> SampleJob:
     """The job with its model as a local folder, and with the model's defaults and this machine's device."""
-    from imageconductor.checkpoints.few_step import FEW_STEP_DEFAULTS
+    from imageconductor.checkpoints.few_step import few_step_defaults
     from imageconductor.checkpoints.model_folder import locate_model, read_sampling_defaults
 
     device = _check_device(job.device)
@@ -377,9 +377,9 @@ def _with_defaults(job: SampleJob) -> SampleJob:
     defaults["steps"] = defaults.pop("num_inference_steps")
     job = replace(job, few_step=takes_few_steps(job.model, job.few_step, job.steps or defaults["steps"]))
     if job.few_step:
-        defaults |= {**FEW_STEP_DEFAULTS, "steps": min(defaults["steps"], FEW_STEP_DEFAULTS["steps"])}
-    if job.mix is not None:  # whose weights take its place
-        defaults["trajectory_guidance_scale"] = 1.0
+        defaults |= few_step_defaults(defaults["steps"])
+    if job.mix is not None:
+        defaults["trajectory_guidance_scale"] = 1.0  # The mix's weights take its place.
     del defaults["control"]  # depends on the trajectories
     unset = {f.name: defaults[f.name] for f in fields(job) if getattr(job, f.name) is None and f.name in defaults}
     return replace(job, **unset)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from imageconductor import config as config_file
 from imageconductor.sampling.job import Inputs, SampleJob
-from imageconductor.sampling.loras import absolute_lora, absolute_noise_prior
+from imageconductor.sampling.loras import absolute_lora, absolute_noise_prior, takes_few_steps
 
 if TYPE_CHECKING:
     from imageconductor.sampling.video import Frames
@@ -25,6 +25,23 @@ def load_job(path: Path) -> SampleJob:
         if (value := getattr(job, name)) is not None and (path.parent / value).exists()
     }
     return replace(job, **beside)
+
+
+def change_job(job: SampleJob, changes: Mapping[str, Any]) -> SampleJob:
+    """A recorded job with some settings changed; what the record has because of those is the model's default again.
+
+    Steps and guidance are of sampling with the model's few-step LoRA, or without it. The LoRA comes and goes with the
+    number of steps, unless the record shows that it was asked for.
+    """
+    guidance = ("guidance_scale", "trajectory_guidance_scale")
+    old, new, model = job.steps, changes.get("steps"), changes.get("model", job.model)
+    if changes.get("few_step") is not None:
+        changes = {**dict.fromkeys(("steps", *guidance)), **changes}
+    elif old is not None and new is not None and job.few_step == takes_few_steps(job.model, None, old):
+        few_step = takes_few_steps(model, None, new)
+        if few_step != job.few_step:
+            changes = {"few_step": few_step, **dict.fromkeys(guidance), **changes}
+    return replace(job, **changes)
 
 
 def write(inputs: Inputs, videos: Sequence[Frames], folder: Path) -> None:

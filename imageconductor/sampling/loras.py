@@ -65,8 +65,8 @@ def find_job_loras(job: SampleJob) -> tuple[list[tuple[str, float]], list[tuple[
     styles = [find_lora(text, "style") for text in job.lora]
     styles += [find_lora(text, "appearance") for text in job.appearance_lora]
     motions = [find_lora(text, "motion") for text in job.motion_lora]
-    if job.few_step:
-        styles.append((str(find_few_step_lora(job.model)), 1.0))
+    if job.few_step and (path := find_few_step_lora(job.model)):
+        styles.append((str(path), 1.0))
     if job.first_frame_by in ("gates", "both") and (path := find_scene_lora(job.model)):
         motions.append((str(path), 1.0))
     return styles, motions

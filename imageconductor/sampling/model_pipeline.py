@@ -98,6 +98,7 @@ class ModelPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffus
         self.domain_adapter: DomainAdapter | None = None
         self._cut_prompts: set[str] = set()
         self.provenance: dict[str, str] = {}  # texts that say where the weights come from, by file name
+        self.folded: list[str] = []  # LoRAs of a job that are in the weights
         self.lora_folders: dict[str, Path] = {}  # of the model's LoRAs of the UNet, which are not attached, by name
 
     # -- model folders
@@ -153,8 +154,14 @@ class ModelPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffus
             kwargs: As diffusers', but for `push_to_hub`, which is a method of its own.
 
         Raises:
-            ValueError: A style LoRA is attached, which diffusers would write in place of the weights.
+            ValueError: A style LoRA is attached, which diffusers would write in place of the weights, or LoRAs of a job
+                are folded into the weights.
         """
+        if self.folded:
+            raise ValueError(
+                f"this pipeline was loaded for a job, whose LoRAs ({', '.join(self.folded)}) are in its weights; load "
+                "the model by from_pretrained to save it"
+            )
         if attached := sorted({name for names in self.get_list_adapters().values() for name in names}):
             raise ValueError(
                 f"{', '.join(attached)} is attached to the model; fuse_lora() or unload_lora_weights() first"

@@ -11,8 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from imageconductor.conditioning import Boxes, Trajectories
-from imageconductor.config import check_finite
-from imageconductor.sampling.branches import Control
+from imageconductor.sampling.branches import Control, MergedCopy
 from imageconductor.sampling.denoising import (
     CALLBACK_TENSORS,
     StepCallback,
@@ -220,7 +219,10 @@ class ImageConductorPipeline(ModelPipeline):
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         seeds = parse_seeds(seed, generator, num_videos_per_prompt)
         num_videos_per_prompt = max(num_videos_per_prompt, len(seeds))
-        check_finite({"eta": eta})
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1], got {eta}")
+        if decode_chunk_size < 1:
+            raise ValueError(f"decode_chunk_size must be at least 1, got {decode_chunk_size}")
         texts = choose_texts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
         inputs = check_inputs(
             self,
@@ -258,7 +260,7 @@ class ImageConductorPipeline(ModelPipeline):
         conditions, kept = build_conditions(self, inputs), [] if keep_latents else None
         times = self.scheduler.timesteps.tolist()
         cache = None if residual_cache is None else CallCache(residual_cache, self.denoiser, times)
-        given = inputs, conditions, generators, eta, callback, cache
+        given = inputs, conditions, generators, eta, callback, cache, MergedCopy()
         if len(inputs.windows) > 1:
             sample = denoise_windows(self, noise, *given)
         else:

@@ -1,9 +1,10 @@
-"""What a call may leave out at the price of another video; off by default, and the price has not been measured yet."""
+"""What a call may leave out at the price of another video (docs/results.md, "Few steps"); off by default."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from imageconductor.config import check_finite
 
@@ -29,8 +30,8 @@ class Shortcuts:
         start, stop = self.guidance_interval
         if not 0 <= start <= stop <= 1:
             raise ValueError(f"guidance_interval must be two fractions 0 <= START <= STOP <= 1, got {start:g} {stop:g}")
-        if self.controlnet_interval < 1:
-            raise ValueError(f"controlnet_interval must be at least 1, got {self.controlnet_interval}")
+        if not isinstance(self.controlnet_interval, Integral) or self.controlnet_interval < 1:
+            raise ValueError(f"controlnet_interval must be a whole number from 1, got {self.controlnet_interval}")
 
     def guides(self, step: int, num_steps: int) -> bool:
         """Whether guidance acts in a step; it begins at step / num_steps."""

@@ -134,7 +134,7 @@ def test_a_request_that_fails_leaves_the_next_unharmed(engine, job, monkeypatch)
         patch.setattr(engine_module, "to_uint8", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(engine, Request(job))
-    resume = Resume(1, torch.zeros(1, 4, 4, 9, 9))
+    resume = Resume(1, {1: torch.zeros(1, 4, 4, 9, 9)})
     with pytest.raises(ValueError, match="latents must be"):
         run(engine, Request(job, resume=resume))
 
@@ -155,10 +155,13 @@ def test_what_needs_no_weights_is_refused_at_once(engine, job):
 
 def test_a_video_taken_up_again_is_the_same_if_nothing_was_changed(engine, job):
     whole = made(engine, Request(job))
-    again = made(engine, Request(job, resume=Resume(2, whole.latents[2])))
+    kept = {step: whole.latents[step] for step in range(3)}
+    again = made(engine, Request(job, resume=Resume(2, kept)))
     assert np.array_equal(again.videos[0], whole.videos[0])
+    assert again.latents.keys() == whole.latents.keys() == {0, 1, 2, 3}
+    assert all(torch.equal(again.latents[step], sample) for step, sample in whole.latents.items())
     assert not again.is_repeatable
-    other = made(engine, Request(SampleJob(**{**vars(job), "prompt": "a dog"}), resume=Resume(2, whole.latents[2])))
+    other = made(engine, Request(SampleJob(**{**vars(job), "prompt": "a dog"}), resume=Resume(2, kept)))
     assert not np.array_equal(other.videos[0], whole.videos[0])
 
 

@@ -1,7 +1,9 @@
 """From a form to files: what is kept, what repeats it, what is made of it afterwards."""
 
+import importlib
 import json
 import zipfile
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from PIL import Image
 
 from imageconductor.apps.engine import Engine, Stopped
-from imageconductor.apps.form import Form
+from imageconductor.apps.form import Form, read_defaults
 from imageconductor.apps.limits import FieldError, Limits
 from imageconductor.apps.progress import Step
 from imageconductor.apps.results import Result, measure_background
@@ -87,6 +89,17 @@ def test_the_files_of_a_result(studio, visit, form):
     assert len(result.displacement) == 1
 
 
+def test_scales_that_a_visitor_leaves_alone_are_the_defaults_of_what_is_made(studio, form):
+    page_base = pytest.importorskip("gradio") and importlib.import_module("imageconductor.apps.page_base")
+    usual = read_defaults(studio.engine.base.model)
+    values = {**vars(form), "look_scale": 1.0, "motion_scale": 1.0, "looks": [], "motions": []}
+    values |= {"guidance_scale": usual.guidance_scale, "trajectory_guidance_scale": 2.5}
+    picture, drawing = values.pop("picture"), values.pop("drawing")
+    events = page_base.PageEvents(studio, SimpleNamespace(settings=SimpleNamespace(names=list(values))))
+    found = events.read_form((picture, drawing, *values.values()))
+    assert (found.guidance_scale, found.trajectory_guidance_scale) == (None, 2.5)
+
+
 def test_only_the_latest_results_are_kept(studio, visit, form):
     made = [make(studio, visit, change(form, steps=1, seed=seed)) for seed in range(4)]
     assert [result.number for result in visit.results] == [4, 3, 2]
@@ -107,6 +120,14 @@ def test_resumed_with_the_same_form_it_is_the_same_and_says_that_run_yaml_is_not
     for step in (0, 3):
         assert refused(studio, visit, form, resumed=(whole.number, step)).field == "resume"
     assert refused(studio, visit, form, resumed=(77, 1)).field == "resume"
+
+
+def test_a_video_that_was_taken_up_is_taken_up_before_and_after_that_step(studio, visit, form):
+    whole = make(studio, visit, form)
+    other = make(studio, visit, change(form, drawing=None), resumed=(whole.number, 1))
+    for result, step in ((whole, 1), (other, 2)):
+        again = make(studio, visit, change(form, drawing=result.drawing), resumed=(other.number, step))
+        assert np.array_equal(frames(again.find("video.mp4", 3)), frames(result.find("video.mp4", 3)))
 
 
 def test_a_video_of_several_windows_counts_all_their_steps_and_cannot_be_taken_up(studio, visit, form, tmp_path):

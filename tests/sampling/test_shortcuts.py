@@ -8,8 +8,10 @@ from PIL import Image
 
 from imageconductor.conditioning import camera_preset
 from imageconductor.evaluation.evaluate_config import Method
-from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
+from imageconductor.models.adapters import merge_copy
+from imageconductor.models.controlnets import Control, ImageControlNet, MotionControlNet
 from imageconductor.models.motion_unet import MotionUNet
+from imageconductor.sampling import branches
 from imageconductor.sampling.job import SampleJob
 from imageconductor.sampling.shortcuts import NO_SHORTCUTS, Shortcuts
 
@@ -93,12 +95,28 @@ def test_reuse_changes_nothing_where_controlnets_do_not_see_the_timestep(pipe, m
     torch.testing.assert_close(run(pipe, controlnet_interval=4), run(pipe), rtol=1e-5, atol=1e-5)
 
 
+def test_loras_are_merged_once_a_call_however_often_its_branches_change(pipe, monkeypatch):
+    made = []
+    monkeypatch.setattr(branches, "merge_copy", lambda *given: made.append(given[1:]) or merge_copy(*given))
+    run(pipe, guidance_interval=(0.25, 0.75))
+    assert made == [("camera",)]
+    tracks = camera_preset("pan-left", SIZE, 3 * T)
+    more = {"num_inference_steps": 2, "control": "camera", "guidance_interval": (0.0, 0.5), "output_type": "latent"}
+    pipe(None, tracks, prompt="a star", num_frames=3 * T, window_frames=T, window_overlap=1, seed=1, **more)
+    assert made == 2 * [("camera",)]
+    mixes = iter([{"camera": 1.0}, {"object": 1.0}, {"object": 0.5}, {"object": 0.5}])
+    following = lambda pipe, *_: setattr(pipe, "_mix", {Control(n): w for n, w in next(mixes).items()}) or {}  # noqa: E731
+    run(pipe, mix={"camera": 0.5}, callback_on_step_end=following)
+    assert made[2:] == [("camera",), ("object",)]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"guidance_interval": (0.6, 0.2)}, "two fractions 0 <= START <= STOP <= 1, got 0.6 0.2"),
         ({"guidance_interval": (0.0, float("nan"))}, "guidance_interval"),
-        ({"controlnet_interval": 0}, "controlnet_interval must be at least 1, got 0"),
+        ({"controlnet_interval": 0}, "controlnet_interval must be a whole number from 1, got 0"),
+        ({"controlnet_interval": 1.5}, "controlnet_interval must be a whole number from 1, got 1.5"),
     ],
 )
 def test_bad_values(pipe, given, message):

@@ -1,6 +1,8 @@
 """The stage `few_step`: its loss by diffusers' own schedulers and the sampler's guidance, and a run that learns."""
 
 import json
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,11 +16,21 @@ from imageconductor.commands import assemble, sample
 from imageconductor.diffusion.clean_estimate import prediction_of_x_0
 from imageconductor.diffusion.losses import pseudo_huber_loss
 from imageconductor.evaluation import protocol
+from imageconductor.evaluation.box_config import BoxEvaluateConfig, BoxMethod
+from imageconductor.evaluation.box_protocol import BoxEvaluation
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, Task
+from imageconductor.evaluation.learned_motion import LearnedMotionEvaluation
+from imageconductor.evaluation.learned_motion_config import (
+    LearnedMethod,
+    LearnedMotion,
+    LearnedMotionConfig,
+    VideoRequest,
+)
 from imageconductor.evaluation.protocol import Evaluation
 from imageconductor.models.adapters import active
 from imageconductor.sampling.branches import Control, GuidedDenoiser, plan
 from imageconductor.sampling.job import SampleJob, load_pipeline, prepare, render
+from imageconductor.sampling.job_files import change_job
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 from imageconductor.training.run import run_stage
 from imageconductor.training.stage_configs import FewStepConfig
@@ -185,6 +197,37 @@ def test_few_steps_take_the_lora_and_its_sampler_without_guidance(model, tiny_mo
         prepare(SampleJob(prompt="a star", model=str(tiny_model), device="cpu", few_step=True))
 
 
+@pytest.mark.parametrize(
+    ("recorded", "changes", "expected"),
+    [  # The model's defaults are 3 steps and a guidance of 3.
+        ({}, {"steps": 9}, (False, 9, 3.0)),
+        ({}, {"steps": 2}, (True, 2, 1.0)),
+        ({}, {"steps": 9, "guidance_scale": 5.0}, (False, 9, 5.0)),
+        ({"steps": 9}, {"steps": 4}, (True, 4, 1.0)),
+        ({"steps": 9, "guidance_scale": 5.0}, {"steps": 12}, (False, 12, 5.0)),
+        ({"guidance_scale": 2.0}, {"steps": 8}, (True, 8, 2.0)),
+        ({"steps": 9, "few_step": True}, {"steps": 12}, (True, 12, 1.0)),
+        ({"few_step": False}, {"steps": 2}, (False, 2, 3.0)),
+        ({}, {"few_step": False}, (False, 3, 3.0)),
+        ({}, {"seed": [4]}, (True, 3, 1.0)),
+    ],
+)
+def test_a_record_with_other_steps_takes_the_guidance_that_goes_with_them(model, recorded, changes, expected):
+    record = prepare(SampleJob(prompt="a star", model=str(model), device="cpu", **recorded)).job
+    job = prepare(change_job(record, changes)).job
+    assert (job.few_step, job.steps, job.guidance_scale) == expected
+
+
+def test_a_pipeline_with_it_in_its_weights_is_not_saved(model, tmp_path):
+    pipe = load_pipeline(prepare(SampleJob(prompt="a star", model=str(model), device="cpu")).job)
+    with pytest.raises(ValueError, match=r"loaded for a job, whose LoRAs \(style0\) are in its weights"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    load_pipeline(prepare(SampleJob(prompt="a star", model=str(model), steps=9, device="cpu")).job).save_pretrained(
+        tmp_path / "saved"
+    )
+
+
 def test_the_command_makes_what_diffusers_own_loader_makes_of_the_file(model, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8))
     image.save(tmp_path / "image.png")
@@ -221,13 +264,27 @@ def test_an_evaluation_has_lines_with_and_without_it(model, tmp_path, monkeypatc
     config.camera_presets = ["pan-left"]
     Evaluation(config, tmp_path / "out").run()
     (pipe, teacher), (_, two), (few, default) = made
-    assert (teacher.few_step, two.steps, default.steps) == (False, 2, 4)
+    assert (teacher.few_step, two.steps, default.steps) == (False, 2, 3)
     assert (two.guidance_scale, default.trajectory_guidance_scale) == (1.0, 1.0)
     assert few.scheduler.config.timestep_spacing == "trailing"
     assert pipe.scheduler.config.timestep_spacing == "leading"
     for name in lines:
         made_with = json.loads((tmp_path / "out" / "videos" / name / "made_with.json").read_text())
         assert any("few_step_lora" in path for path in made_with["weights"]) == (name != "teacher")
+
+
+def test_evaluations_whose_methods_do_not_name_it_leave_it_out(model):
+    folder = str(model)
+    boxes = BoxEvaluateConfig(methods={"a": BoxMethod()}, model=folder, dataset="sprites", num_inference_steps=2)
+    asked = SimpleNamespace(config=boxes, device="cpu")
+    of_boxes = BoxEvaluation._prepare(cast(Any, asked), "a")
+    motions = LearnedMotionConfig(
+        methods={"a": LearnedMethod()}, motions={"m": LearnedMotion(["c"], prompts=["a star"])}, model=folder
+    )
+    asked = SimpleNamespace(config=motions, device="cpu", requests={"m": [VideoRequest("m", "a star", 0)]})
+    learned = LearnedMotionEvaluation._prepare(cast(Any, asked), "a", "m").job
+    for job in (of_boxes, learned):
+        assert (job.few_step, job.guidance_scale) == (False, 3.0)
 
 
 def test_a_lora_of_another_model_is_not_carried_along(model, tmp_path):

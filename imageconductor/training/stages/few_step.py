@@ -173,7 +173,7 @@ class FewStepStage(TrajectoryStage):
     def _follow(self, x_s: Tensor, t: Tensor, end: Tensor, condition: Condition) -> Tensor:
         """Where the model with the LoRA gets from x_s at `t` by one step to the segment's end, if it is not there."""
         is_there = (t == end).view(-1, 1, 1, 1, 1)
-        t = t.clamp(min=0)  # Those that are there are evaluated too: sharded processes must do the same.
+        t = t.clamp(min=0)  # Those that are there are evaluated too: to ask which would be to wait for the device.
         residuals = add(self.denoiser.image_residuals(t, condition), self._motion(t, condition, self.acting))
         prediction = self.denoiser.decode(self.denoiser.encode(x_s, t, condition), residuals)
         return torch.where(is_there, x_s, self._step(x_s, t, end, self._clean(x_s, t, prediction)))
