@@ -73,6 +73,22 @@ def resident_peak_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def choose_device(name: str | None) -> str:
+    """A device by its name; None = the first GPU, or the CPU where there is none.
+
+    Raises:
+        ValueError: It cannot be used here.
+    """
+    if name is None:
+        warn_of_idle_gpu()
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a CPU build asked for CUDA
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name
+
+
 def warn_of_idle_gpu() -> None:
     """Warns where PyTorch sees no GPU although a driver is installed, as with a build of PyTorch for CPUs."""
     driver = "NVIDIA" if shutil.which("nvidia-smi") else "AMD" if Path("/dev/kfd").exists() else None

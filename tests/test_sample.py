@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from imageconductor import config as config_file
 from imageconductor.commands import sample
 from imageconductor.conditioning.preset_names import CAMERA_PRESETS, OBJECT_PRESETS
-from imageconductor.sampling.job import SampleJob
-from imageconductor.sampling.job_files import load_job
+from imageconductor.sampling.job import SampleJob, load_pipeline, prepare, render
+from imageconductor.sampling.job_files import load_job, write
 
 
 @pytest.fixture
@@ -61,8 +62,6 @@ def test_two_tracks_two_videos_and_a_run_that_repeats(tiny_model, image, tracks,
 
 
 def test_a_bare_list_is_in_pixels_of_the_video(tiny_model, image, tmp_path):
-    from imageconductor.sampling.job import prepare
-
     (tmp_path / "bare.json").write_text(json.dumps([[[4, 8], [20, 8]], [[30, 31]]]))
     job = SampleJob(model=str(tiny_model), image=str(image), trajectories=str(tmp_path / "bare.json"))
     points = prepare(job).trajectories.points
@@ -71,8 +70,6 @@ def test_a_bare_list_is_in_pixels_of_the_video(tiny_model, image, tmp_path):
 
 
 def test_a_spline_is_in_pixels_of_the_picture_or_of_the_size_given(tiny_model, image, tmp_path, caplog):
-    from imageconductor.sampling.job import prepare
-
     path = tmp_path / "spline.json"
     path.write_text("[{'x': 30, 'y': 20}, {'x': 40, 'y': 20}]")
     job = SampleJob(model=str(tiny_model), image=str(image), trajectories=str(path))
@@ -153,9 +150,62 @@ def test_an_option_replaces_what_the_yaml_says_of_motion(tmp_path):
     assert sample.build_job(path, {"steps": 3}) == SampleJob(trajectories="t.json", steps=3)
 
 
-def test_the_control_suits_what_a_file_moves(tiny_model, image, tmp_path):
-    from imageconductor.sampling.job import prepare
+def test_another_motion_brings_its_own_control(tiny_model, image, tmp_path):
+    path = tmp_path / "camera.json"
+    path.write_text('{"camera": {"pan": [0.2, 0]}}')
+    for option in ({"preset": "pan-left"}, {"trajectories": str(path)}):
+        assert prepare(sample.build_job(sample.DEFAULT_CONFIG, option)).job.control == "camera"
+    common = {"model": str(tiny_model), "image": str(image), "prompt": "a star", "device": "cpu"}
+    record = tmp_path / "run.yaml"
+    config_file.save(SampleJob(**common, preset="pan-left", control="camera", strength=2.0, steps=7), record)
+    job = prepare(sample.build_job(record, {"preset": "line-right"})).job
+    assert (job.control, job.strength, job.steps) == ("object", 1.0, 7)
+    assert sample.build_job(record, {"preset": "line-right", "control": "base"}).control == "base"
+    assert sample.build_job(record, {"boxes": "b.json"}).first_frame_by is None
+    config_file.save(SampleJob(**common, trajectories=str(path), camera_free_scale=1.5, control="object"), record)
+    assert prepare(sample.build_job(record, {"preset": "pan-left"})).job.camera_free_scale is None
 
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"start": (1.0, 1.0)}, r"start \(1.0, 1.0\) goes with an object preset"),
+        ({"start": (1.0, 1.0), "preset": "pan-left"}, "goes with an object preset"),
+        ({"strength": 2.0, "trajectories": "t.json"}, "strength 2.0 goes with preset"),
+    ],
+)
+def test_what_presets_alone_take_is_refused_beside_anything_else(given, said):
+    with pytest.raises(ValueError, match=said):
+        SampleJob(**given)
+
+
+def test_a_track_that_the_crop_leaves_out_is_told(tiny_model, tmp_path, caplog):
+    Image.new("RGB", (256, 64)).save(tmp_path / "wide.png")
+    lost, kept = {"points": [[8, 30], [40, 30]]}, {"points": [[120, 30], [140, 30]]}
+    path = tmp_path / "drawn.json"
+    job = SampleJob(image=str(tmp_path / "wide.png"), model=str(tiny_model), trajectories=str(path), device="cpu")
+    for tracks, said in (([kept], None), ([kept, lost], "track 1 is outside of the cropped picture in all frames")):
+        path.write_text(json.dumps({"width": 256, "height": 64, "tracks": tracks, "camera": {"pan": [0.1, 0]}}))
+        caplog.clear()
+        prepare(job)
+        assert [record.getMessage().removeprefix(f"{path}: ") for record in caplog.records] == [said] * (
+            said is not None
+        )
+    path.write_text(json.dumps({"width": 256, "height": 64, "tracks": [lost]}))
+    with pytest.raises(
+        ValueError, match="every track is outside of the cropped picture, which is 32x32 from the middle"
+    ):
+        prepare(job)
+
+
+def test_a_prompt_may_begin_with_the_word_that_overlays_begin_with(tiny_model, tmp_path):
+    job = SampleJob(prompt="Overlay", preset="line-right", model=str(tiny_model), steps=1, device="cpu")
+    inputs = prepare(job)
+    write(inputs, render(load_pipeline(inputs.job), [inputs])[0], tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["overlay-0.mp4", "video-overlay-0.mp4"]
+
+
+def test_the_control_suits_what_a_file_moves(tiny_model, image, tmp_path):
     path = tmp_path / "drawn.json"
     camera, track = {"pan": [0.2, 0]}, {"points": [[8, 8], [20, 8]]}
     contents = {
@@ -172,8 +222,6 @@ def test_the_control_suits_what_a_file_moves(tiny_model, image, tmp_path):
 
 
 def test_every_preset_suits_its_control(tiny_model, image):
-    from imageconductor.sampling.job import prepare
-
     for preset in (*CAMERA_PRESETS, *OBJECT_PRESETS):
         inputs = prepare(SampleJob(model=str(tiny_model), image=str(image), preset=preset))
         assert inputs.job.control == ("camera" if preset in CAMERA_PRESETS else "object")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from imageconductor.apps.limits import FieldError, Limits
 from imageconductor.apps.progress import Mix, Step, StepReport, Waiting
-from imageconductor.sampling.job import Inputs, SampleJob, call_arguments, load_pipeline, prepare
+from imageconductor.sampling.job import MIX_CONTROLS, Inputs, SampleJob, call_arguments, load_pipeline, prepare
 from imageconductor.sampling.residual_cache import ResidualCache
 from imageconductor.sampling.video import Frames, to_uint8
 
@@ -249,6 +249,7 @@ class Engine:
         request, inputs, began = ticket.request, ticket.inputs, time.monotonic()
         if request.mix is not None:  # as the sliders stand when the work begins
             inputs = replace(inputs, job=replace(inputs.job, mix=request.mix.as_tuple()))
+        mixed = None if inputs.job.mix is None else dict(zip(MIX_CONTROLS, inputs.job.mix, strict=True))
         pipe = self._find_pipeline(inputs.job)
         keeps_latents = request.keeps_latents and not is_long(inputs.job)
         arguments = call_arguments([inputs]) | {"output_type": "latent", "keep_latents": keeps_latents}
@@ -258,7 +259,8 @@ class Engine:
             first, latents = request.resume.step, dict(request.resume.latents)
             arguments |= {"resume_from": first, "latents": latents[first]}
         report = StepReport(
-            ticket.report, lambda: ticket.is_stopped, inputs.job.seeds, request.mix, every=request.estimates_every
+            *(ticket.report, lambda: ticket.is_stopped, inputs.job.seeds, request.mix, mixed),
+            every=request.estimates_every,
         )
         arguments |= {
             "callback_on_step_end": report,

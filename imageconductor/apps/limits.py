@@ -75,6 +75,8 @@ class Limits:
             FieldError: No picture of a kind that is read, or one that is too large.
         """
         name = name or path.name
+        if not path.is_file():
+            raise FieldError("picture", "this picture is no longer kept; choose it again")
         if (size := path.stat().st_size) > self.image_bytes:
             raise FieldError(
                 "picture",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,8 @@ from imageconductor.apps.page_results import ResultEvents, choose_seed, list_thu
 from imageconductor.apps.progress import Step, Waiting
 from imageconductor.apps.studio import News
 from imageconductor.apps.visits import Visit
+
+logger = logging.getLogger(__name__)
 
 
 class Events(ResultEvents, MotionEvents):
@@ -124,7 +127,11 @@ class Events(ResultEvents, MotionEvents):
             parts.stop: gr.update(interactive=True),
             parts.generate: gr.update(interactive=False),
         }
-        idle = {parts.stop: gr.update(interactive=False), parts.generate: gr.update(interactive=True)}
+
+        def idle() -> Updates:  # A request of other buttons may still be running.
+            return {parts.generate: gr.update(interactive=True), parts.stop: gr.update(interactive=visit.is_busy)}
+
+        ended: Updates = {}
         try:
             for news in make():
                 if isinstance(news, Waiting):
@@ -133,10 +140,15 @@ class Events(ResultEvents, MotionEvents):
                     pictures, last = show_pictures(news) or pictures, news if news.branches else last
                     yield {parts.live: show_step(news, last=pictures)}
                 elif isinstance(news, Stopped):
-                    yield {parts.live: show_stopped(), **idle}
+                    ended = {parts.live: show_stopped()}
                 else:
                     shown = self.show_result(news) if is_shown else {parts.number: news.number}
                     live = show_done(news.title, news.seconds, last)
-                    yield {parts.live: live, **shown, **self.list_results(visit), **idle}
+                    ended = {parts.live: live, **shown, **self.list_results(visit)}
         except FieldError as error:
-            yield {**self.errors(error), parts.live: "", **idle}
+            ended = {**self.errors(error), parts.live: ""}
+        except Exception:
+            logger.exception("a request of the page failed")
+            said = "this failed on the server, whose log says why; try again, or reload the page"
+            ended = {**self.errors(FieldError("generate", said)), parts.live: ""}
+        yield {**ended, **idle()}

@@ -131,14 +131,14 @@ class MotionEvents(PageEvents):
             settings.looks: list(preset.looks),
             settings.motions: list(preset.motions),
             settings.camera_free_scale: preset.camera_free_scale or 0,
+            settings.scene_guidance_scale: 1 if preset.scene_guidance_scale is None else preset.scene_guidance_scale,
+            settings.gated_fraction: 1 if preset.gated_fraction is None else preset.gated_fraction,
         }
         if "scene_gates" in self.studio.gates:
             changes[settings.first_frame_by] = preset.first_frame_by or AUTOMATIC
         for component, value in (
             (settings.guidance_scale, preset.guidance_scale),
             (settings.trajectory_guidance_scale, preset.trajectory_guidance_scale),
-            (settings.scene_guidance_scale, preset.scene_guidance_scale),
-            (settings.gated_fraction, preset.gated_fraction),
             (settings.look_scale, next(iter(preset.looks.values()), None)),
             (settings.motion_scale, next(iter(preset.motions.values()), None)),
         ):

@@ -78,6 +78,7 @@ class StepReport:
         is_stopped: Read at each step.
         seeds: Of the videos.
         mix: Of the mixing board; None = without it.
+        begun_with: Its weights in the first step.
         every: Decode estimates at every n-th step; 0 = never.
         num_frames: Frames decoded of each estimate, from first to last.
 
@@ -91,13 +92,14 @@ class StepReport:
         is_stopped: Callable[[], bool],
         seeds: Sequence[int],
         mix: Mix | None = None,
+        begun_with: Mapping[str, float] | None = None,
         every: int = 1,
         num_frames: int = 4,
     ):
         self.report, self.is_stopped, self.seeds, self.mix = report, is_stopped, seeds, mix
         self.every, self.num_frames = every, num_frames
         self.has_moved = False
-        self._weights = None if mix is None else mix.read()
+        self._weights = begun_with
         self._began = time.monotonic()
         self._steps = 0
 

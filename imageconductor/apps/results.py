@@ -61,10 +61,9 @@ class Result:
     def find(self, kind: str, seed: int) -> Path | None:
         """The file of a video by its kind: video.mp4, overlay.mp4 or video.gif."""
         stem, suffix = kind.rsplit(".", 1)
-        found = sorted(self.folder.glob(f"*-{seed}.{suffix}"))
-        overlays = [path for path in found if path.name.startswith("overlay-")]
-        plain = [path for path in found if path not in overlays]
-        chosen = overlays if stem == "overlay" else plain
+        overlay = self.folder / f"overlay-{seed}.{suffix}"
+        plain = [path for path in sorted(self.folder.glob(f"*-{seed}.{suffix}")) if path != overlay]
+        chosen = [overlay] if stem == "overlay" and overlay.exists() else plain if stem != "overlay" else []
         return chosen[0] if chosen else None
 
     def file(self, name: str) -> Path | None:

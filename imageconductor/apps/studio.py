@@ -67,6 +67,8 @@ class Studio:
         Raises:
             FieldError: What was refused or failed, in plain words.
         """
+        if resumed is not None:
+            form = replace(form, frames=visit.result(resumed[0], "resume").job.num_frames)
         job = build_job(form, self.engine.base, self.shelf, self.limits, visit.folder)
         drawing = None if form.drawing is None else dict(form.drawing)
         try:

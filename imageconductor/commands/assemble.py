@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from imageconductor import config as config_file
 from imageconductor.command_line import run_command
-from imageconductor.files import atomic_folder, check_writable, find_shipped
+from imageconductor.files import atomic_folder, check_writable, find_shipped, read_text
 
 if TYPE_CHECKING:
     from imageconductor.checkpoints.assembly import Assembly
@@ -72,6 +72,12 @@ def act(args: argparse.Namespace) -> None:
         raise ValueError(f"--lora PATH goes with --export {', '.join(LORA_FORMATS)}")
     if args.format and args.export != "published":
         raise ValueError("--format goes with --export published; the suffix of --output tells that of a LoRA")
+    if (args.results or args.private) and not args.push_to_hub:
+        raise ValueError("--results FILE and --private go with --push-to-hub ORG/NAME")
+    if args.overrides and not args.config:
+        raise ValueError(f"{' '.join(args.overrides)}: settings of a recipe go with --config FILE")
+    if args.push_to_hub and output is not None:
+        raise ValueError(f"--output {output}: --push-to-hub writes no folder; leave it out")
     if args.push_to_hub:
         print(push(args.model, args.push_to_hub, args.results, args.private))
         return
@@ -181,8 +187,13 @@ def load(model: Path) -> Any:
 
 def push(model: Path, repository: str, results: Path | None, private: bool) -> str:
     """Uploads a model folder; returns the commit's address."""
-    if results is not None and not results.is_file():
-        raise FileNotFoundError(f"no file at {results}")
+    if results is not None:
+        if not results.is_file():
+            raise FileNotFoundError(f"no file at {results}")
+        if "intervals" not in json.loads(read_text(results)):
+            raise ValueError(
+                f"{results} is not of an evaluation of trajectories, whose figures the card shows; leave --results out"
+            )
     pipe = load(model)
     if results is not None:
         pipe.provenance["results.json"] = results.read_text()

@@ -78,13 +78,15 @@ def _convert(args: argparse.Namespace) -> None:
     file = read_tracks(paths, drawn_size=size, format=args.source, sample=args.sample, num_frames=num_frames)
     if args.sample is not None and file.format != "tapvid":
         raise ValueError(f"--sample chooses a clip of a tapvid file, and this one is {file.format}")
-    listed = _place_timed(file, num_frames)
+    listed = _place_timed(file, args.frames or FORMATS[target].num_frames or file.num_frames or DEFAULT_FRAMES)
     tracks = listed[:: args.every]
     outputs = list_written(args.output, len(tracks), target)
     _check_outputs(outputs, paths, args.overwrite)
     print(f"read {', '.join(map(str, paths))}: {_describe(file)}")
     for note in file.notes:
         print(f"assumed: {note}")
+    if listed is not file.tracks:
+        print(f"placed: {len(listed[0].points)} points for each track, in which times, corners and the camera are kept")
     if args.every > 1:
         print(f"kept {len(tracks)} of {len(listed)} tracks")
     written = write_tracks(args.output, tracks, file.size, target, num_frames=args.frames)

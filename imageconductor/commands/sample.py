@@ -10,7 +10,7 @@ from pathlib import Path
 
 from imageconductor.command_line import add_arguments, run_command
 from imageconductor.files import atomic_folder, check_new_folder, find_shipped
-from imageconductor.sampling.job import MOTIONS, SampleJob, load_pipeline, prepare, render
+from imageconductor.sampling.job import SampleJob, load_pipeline, prepare, render
 from imageconductor.sampling.job_files import change_job, load_job, write
 
 DEFAULT_CONFIG = Path("configs/sample/sprites.yaml")
@@ -30,7 +30,11 @@ def parser() -> argparse.ArgumentParser:
     add_arguments(p, SampleJob)
     p.add_argument("--output", type=Path, metavar="FOLDER", help="new folder for the files; default: outputs/TIME")
     p.add_argument(
-        "--config", type=find_shipped, metavar="FILE", help="YAML of the same settings, e.g. a run.yaml; options win"
+        "--config",
+        type=find_shipped,
+        metavar="FILE",
+        help="YAML of the same settings, e.g. a run.yaml; options win, and one that says how things move also replaces "
+        "its control",
     )
     return p
 
@@ -58,10 +62,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_job(config: Path | None, options: dict) -> SampleJob:
-    """The job that YAML and options ask for; an option that says how things move replaces what the YAML says of it."""
+    """The job that YAML and options ask for; `change_job` says what of the YAML an option replaces beside itself."""
     job = SampleJob() if config is None else load_job(config)
     if options.get("repeat") is not None:
         options = {"seed": [0], "num_videos": None, **options}  # the YAML's seeds give way
-    if any(options.get(name) is not None for name in MOTIONS):
-        options = {**dict.fromkeys((*MOTIONS, "trajectories_size")), **options}
     return change_job(job, options)

@@ -133,6 +133,9 @@ class SampleJob:
             from imageconductor.conditioning.trajectory_json import parse_size
 
             parse_size(self.trajectories_size, "trajectories_size")
+        for name, preset, usual in (("start", self.preset in OBJECT_PRESETS, None), ("strength", self.preset, 1)):
+            if getattr(self, name) != usual and not preset:
+                raise ValueError(f"{name} {getattr(self, name)} goes with {'an object ' * (usual is None)}preset")
         if self.boxes_name is not None and self.boxes is None:
             raise ValueError(f"boxes_name {self.boxes_name!r} goes with boxes; leave it out")
         has_scale = self.camera_free_scale is not None or self.trajectory_guidance_scale not in (None, 1)
@@ -364,8 +367,9 @@ def _with_defaults(job: SampleJob) -> SampleJob:
     """The job with its model as a local folder, and with the model's defaults and this machine's device."""
     from imageconductor.checkpoints.few_step import few_step_defaults
     from imageconductor.checkpoints.model_folder import locate_model, read_sampling_defaults
+    from imageconductor.devices import choose_device
 
-    device = _check_device(job.device)
+    device = choose_device(job.device)
     if job.base is not None and not Path(job.base).is_file():
         raise FileNotFoundError(f"no file at {job.base}")
     find_job_loras(job)
@@ -383,18 +387,3 @@ def _with_defaults(job: SampleJob) -> SampleJob:
     del defaults["control"]  # depends on the trajectories
     unset = {f.name: defaults[f.name] for f in fields(job) if getattr(job, f.name) is None and f.name in defaults}
     return replace(job, **unset)
-
-
-def _check_device(name: str | None) -> str:
-    import torch
-
-    from imageconductor.devices import warn_of_idle_gpu
-
-    if name is None:
-        warn_of_idle_gpu()
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a CPU build asked for CUDA
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return name

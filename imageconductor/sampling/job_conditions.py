@@ -33,12 +33,34 @@ def build_trajectories(
         drawn = Trajectories.load(
             job.trajectories, num_frames, published_size=size, drawn_size=drawn_size, image_size=image_size
         )
-        return drawn.cover_crop(size)
+        return _crop(drawn, size, job.trajectories)
     if job.motion_from is not None:
         from imageconductor.data.video_motion import take_motion
 
         return take_motion(Path(job.motion_from), size, num_frames)
     return Trajectories.empty(size, num_frames)
+
+
+def _crop(drawn: Trajectories, size: tuple[int, int], source: str) -> Trajectories:
+    """The tracks on the cropped picture; a drawn one that is outside of it in all frames is warned of.
+
+    Raises:
+        ValueError: All of them are.
+    """
+    from imageconductor.conditioning import TRACK_CONTROLS
+
+    placed = drawn.cover_crop(size)
+    seen, kept = (tracks.visible.any(dim=1) for tracks in (drawn, placed))
+    if seen.any() and not kept.any():
+        raise ValueError(
+            f"{source}: every track is outside of the cropped picture, which is {size[0]}x{size[1]} from the middle of "
+            f"{drawn.size[0]}x{drawn.size[1]}; draw there, or ask for a video of the picture's shape"
+        )
+    codes = [-1] * drawn.num_tracks if drawn.control is None else drawn.control.tolist()
+    for n, code in enumerate(codes):
+        if seen[n] and not kept[n] and code != TRACK_CONTROLS.index("camera"):
+            logger.warning("%s: track %d is outside of the cropped picture in all frames", source, n)
+    return placed
 
 
 def suitable_control(trajectories: Trajectories, preset: str | None = None) -> Literal["camera", "object", "mixed"]:

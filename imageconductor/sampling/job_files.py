@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from imageconductor import config as config_file
-from imageconductor.sampling.job import Inputs, SampleJob
+from imageconductor.sampling.job import MOTIONS, Inputs, SampleJob
 from imageconductor.sampling.loras import absolute_lora, absolute_noise_prior, takes_few_steps
 
 if TYPE_CHECKING:
@@ -28,20 +28,39 @@ def load_job(path: Path) -> SampleJob:
 
 
 def change_job(job: SampleJob, changes: Mapping[str, Any]) -> SampleJob:
-    """A recorded job with some settings changed; what the record has because of those is the model's default again.
+    """A recorded job with some settings changed; what the record has because of those is the default again.
 
-    Steps and guidance are of sampling with the model's few-step LoRA, or without it. The LoRA comes and goes with the
-    number of steps, unless the record shows that it was asked for.
+    Another motion brings its own control, start and strength, boxes what carries the first frame, the end of a mix the
+    model's guidance by trajectories. The few-step LoRA comes and goes with the number of steps, unless the record shows
+    that it was asked for, and the guidance that goes with it, unless that is a visitor's own.
     """
-    guidance = ("guidance_scale", "trajectory_guidance_scale")
-    old, new, model = job.steps, changes.get("steps"), changes.get("model", job.model)
-    if changes.get("few_step") is not None:
-        changes = {**dict.fromkeys(("steps", *guidance)), **changes}
+    reset: set[str] = set()
+    if any(changes.get(name) is not None for name in MOTIONS):
+        reset |= {*MOTIONS, "trajectories_size", "start", "strength", "control", "camera_free_scale"}
+    if changes.get("boxes") is not None:
+        reset.add("first_frame_by")
+    if job.mix is not None and "mix" in changes and changes["mix"] is None:
+        reset.add("trajectory_guidance_scale")
+    old, new, few_step = job.steps, changes.get("steps"), changes.get("few_step")
+    if few_step is not None:
+        reset |= {"steps", *_usual_guidance(job)}
     elif old is not None and new is not None and job.few_step == takes_few_steps(job.model, None, old):
-        few_step = takes_few_steps(model, None, new)
+        few_step = takes_few_steps(changes.get("model", job.model), None, new)
         if few_step != job.few_step:
-            changes = {"few_step": few_step, **dict.fromkeys(guidance), **changes}
-    return replace(job, **changes)
+            reset |= {"few_step", *_usual_guidance(job)}
+    defaults = SampleJob()
+    return replace(job, **{name: getattr(defaults, name) for name in reset} | dict(changes))
+
+
+def _usual_guidance(job: SampleJob) -> list[str]:
+    """The guidance scales of a record that are the defaults of its model, or of the few-step LoRA."""
+    from imageconductor.checkpoints.few_step import few_step_defaults
+    from imageconductor.checkpoints.model_folder import locate_model, read_sampling_defaults
+
+    usual = read_sampling_defaults(locate_model(job.model))
+    if job.few_step:
+        usual |= few_step_defaults(usual["num_inference_steps"])
+    return [name for name in ("guidance_scale", "trajectory_guidance_scale") if getattr(job, name) == usual[name]]
 
 
 def write(inputs: Inputs, videos: Sequence[Frames], folder: Path) -> None:
@@ -66,6 +85,7 @@ def write(inputs: Inputs, videos: Sequence[Frames], folder: Path) -> None:
         preset=None,
         motion_from=None,
         start=None,
+        strength=1.0,
         boxes=None if inputs.boxes is None else "boxes.json",
         boxes_name=None,
         model=str(Path(job.model).resolve()),
@@ -79,6 +99,7 @@ def write(inputs: Inputs, videos: Sequence[Frames], folder: Path) -> None:
     if inputs.image is None:
         words = re.sub(r"\W+", "-", job.prompt.lower()).strip("-")
         name = words.encode()[:160].decode(errors="ignore") or name  # File systems take 255 bytes.
+        name = f"video-{name}" if name.startswith("overlay") else name
     else:
         inputs.image.save(folder / "first_frame.png")
     if inputs.image is not None or trajectories.num_tracks:

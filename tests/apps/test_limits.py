@@ -40,6 +40,7 @@ def test_formats_that_run_programs_are_not_tried(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
     assert Image.open(io.BytesIO((tmp_path / "a.png").read_bytes())).format == "EPS"
     assert "is not a picture" in str(refusal(Limits().check_picture, tmp_path / "a.png"))
+    assert "no longer kept; choose it again" in str(refusal(Limits().check_picture, tmp_path / "gone.png"))
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,17 @@ def test_a_timed_drawing_is_placed_on_the_frames_that_the_tool_reads(tmp_path, c
     assert json.loads((tmp_path / "again.json").read_text())["tracks"][0]["control"] == "object"
 
 
+def test_a_timed_drawing_keeps_the_frames_of_its_own_clip(tmp_path, capsys):
+    track = {"points": [[0, 8], [20, 8]], "interpolation": "linear", "easing": "linear", "start": 1, "end": 3}
+    drawn = tmp_path / "drawn.json"
+    drawn.write_text(json.dumps({"width": 64, "height": 48, "num_frames": 64, "tracks": [track]}))
+    assert main([str(drawn), str(tmp_path / "out.json")]) == 0
+    assert "placed: 64 points for each track" in capsys.readouterr().out
+    points = json.loads((tmp_path / "out.json").read_text())["tracks"][0]["points"]
+    assert [x for x, _ in points[:5]] == pytest.approx([0, 0, 10, 20, 20], abs=1e-3)
+    assert len(points) == 64
+
+
 def test_a_clip_is_chosen_of_a_file_of_several_alone(tmp_path, capsys):
     drawn = tmp_path / "drawn.json"
     drawn.write_text("[[[8, 8], [40, 30]]]")

@@ -1,5 +1,8 @@
 """`mix` of a job: the mixing board as a setting, which run.yaml records."""
 
+import json
+import shutil
+
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -7,7 +10,7 @@ from PIL import Image
 
 from imageconductor.commands import sample
 from imageconductor.sampling.job import SampleJob, call_arguments, prepare
-from imageconductor.sampling.job_files import load_job
+from imageconductor.sampling.job_files import change_job, load_job
 
 
 @pytest.fixture
@@ -34,6 +37,19 @@ def test_weights_reach_the_pipeline_by_name_in_place_of_the_models_scale(tiny_mo
     assert arguments["trajectory_guidance_scale"] == 1
     without = call_arguments([prepare(SampleJob(model=str(tiny_model), prompt="a cat", device="cpu"))])
     assert without["mix"] is None
+
+
+def test_the_end_of_a_mix_brings_the_models_scale_back(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"
+    values = json.loads(index.read_text())
+    values["sampling_defaults"]["trajectory_guidance_scale"] = 2.0
+    index.write_text(json.dumps(values))
+    job = SampleJob(model=str(tmp_path / "model"), prompt="a cat", preset="line-right", mix=(0, 2, 0), device="cpu")
+    mixed = prepare(job).job
+    assert mixed.trajectory_guidance_scale == 1.0
+    apart = prepare(change_job(mixed, {"mix": None, "control": "object"})).job
+    assert apart.trajectory_guidance_scale == 2.0
 
 
 @pytest.mark.parametrize(

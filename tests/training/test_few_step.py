@@ -206,6 +206,8 @@ def test_few_steps_take_the_lora_and_its_sampler_without_guidance(model, tiny_mo
         ({"steps": 9}, {"steps": 4}, (True, 4, 1.0)),
         ({"steps": 9, "guidance_scale": 5.0}, {"steps": 12}, (False, 12, 5.0)),
         ({"guidance_scale": 2.0}, {"steps": 8}, (True, 8, 2.0)),
+        ({"guidance_scale": 2.0}, {"steps": 9}, (False, 9, 2.0)),  # a visitor's own
+        ({"steps": 9, "guidance_scale": 5.0}, {"few_step": True}, (True, 3, 5.0)),
         ({"steps": 9, "few_step": True}, {"steps": 12}, (True, 12, 1.0)),
         ({"few_step": False}, {"steps": 2}, (False, 2, 3.0)),
         ({}, {"few_step": False}, (False, 3, 3.0)),
