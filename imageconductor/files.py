@@ -15,10 +15,10 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
 _PARTIAL = ".partial"
 _SHIPPED = ("configs", "models", "assets")  # folders of the repository that an installed package has too
@@ -237,6 +237,33 @@ def check_new_folder(folder: Path) -> None:
     check_writable(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists and is not empty; name another --output")
+
+
+def check_record(record: Path, settings: Mapping[str, Any]) -> None:
+    """Refuses to go on with results that were made with other settings than these, which `write_record` has noted.
+
+    Args:
+        record: JSON beside the results; without it nothing is known of them, and they are taken as they are.
+        settings: What the results depend on.
+
+    Raises:
+        ValueError: Names the first setting that differs, and both values.
+    """
+    if not record.is_file():
+        return
+    before, now = json.loads(read_text(record)), json.loads(json.dumps(settings, default=str))
+    if different := [key for key in {**before, **now} if before.get(key) != now.get(key)]:
+        values = " and now ".join(str(values.get(different[0]))[:80] for values in (before, now))
+        more = f", and {', '.join(different[1:])}" if len(different) > 1 else ""
+        raise ValueError(
+            f"{record.parent} holds results of other settings: {different[0]} was {values}{more}; name another output, "
+            "or delete what is there"
+        )
+
+
+def write_record(record: Path, settings: Mapping[str, Any]) -> None:
+    """Notes what results depend on, for `check_record`."""
+    write_text(record, json.dumps(settings, default=str, indent=1))
 
 
 def replace_folder(complete: Path, path: Path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from imageconductor import config as config_file
 from imageconductor.command_line import parse_command_line
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, Task
-from imageconductor.files import atomic_folder, check_writable, write_text
+from imageconductor.files import atomic_folder, check_record, check_writable, write_record, write_text
 from imageconductor.training.train_config import TrainConfig
 
 _STAGES = ("motion_controlnet", "camera_lora", "object_lora")
@@ -146,7 +146,10 @@ def make_motion_controlnet(config: AblationConfig) -> str:
     from imageconductor.models.networks import Networks
 
     folder = Path(config.output) / "fresh_motion_controlnet"
+    record, made_with = folder.with_name("fresh_motion_controlnet.json"), {"model": config.model}
+    check_record(record, made_with)
     if not (folder / "config.json").exists():
+        write_record(record, made_with)
         networks = Networks.load(config.model)
         convention = asdict(networks.motion_controlnet.flow_convention)
         network = MotionControlNet.from_unet(networks.unet, networks.vae_scale_factor, flow_map=convention)
@@ -162,6 +165,11 @@ def train_model(config: AblationConfig, name: str, plan: Mapping[str, TrainConfi
     from imageconductor.training.run import run_stage
 
     weights: dict[str, Any] = {**dict.fromkeys(_STAGES), "motion_controlnet": fresh}
+    model = Path(config.output) / "models" / name
+    record, made_with = model.with_name(f"{name}.json"), {"model": config.model, "fresh": fresh is not None}
+    made_with["stages"] = [Path(settings.output).name for settings in plan.values()]
+    if model.exists():
+        check_record(record, made_with)
     for settings in plan.values():
         folder = Path(settings.output)
         if not (folder / "done").exists():
@@ -173,10 +181,10 @@ def train_model(config: AblationConfig, name: str, plan: Mapping[str, TrainConfi
                 )
             (folder / "done").touch()
         weights[settings.stage] = str(folder / settings.stage)
-    folder = Path(config.output) / "models" / name
-    if not folder.exists():
-        write_model_folder(assemble(AssemblyConfig(recipe="trained", model=config.model, **weights)), folder)
-    return folder
+    if not model.exists():
+        write_record(record, made_with)
+        write_model_folder(assemble(AssemblyConfig(recipe="trained", model=config.model, **weights)), model)
+    return model
 
 
 def evaluate_models(config: EvaluateConfig, output: Path) -> dict[str, Any]:

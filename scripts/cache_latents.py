@@ -7,6 +7,7 @@ the work: each makes one `part`, e.g. part=0 parts=8, and the parts take the GPU
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
@@ -24,14 +25,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from webdataset.writer import TarWriter
 
-from imageconductor.checkpoints.model_folder import read_vae_scale_factor
+from imageconductor.checkpoints.assembly import sha256
+from imageconductor.checkpoints.model_folder import locate_model, read_vae_scale_factor
 from imageconductor.command_line import parse_command_line
 from imageconductor.conditioning import Trajectories
 from imageconductor.data.batches import scale_pixels
 from imageconductor.data.clip_index import ClipList, find_clips, write_index
 from imageconductor.data.clip_records import encode_tracks
 from imageconductor.data.clips import fit_to_size, open_video
-from imageconductor.files import atomic_path, check_writable, remove_partial
+from imageconductor.files import atomic_path, check_record, check_writable, remove_partial, write_record
 from imageconductor.models.networks import Encoders
 
 
@@ -97,6 +99,8 @@ def cache(config: CacheConfig) -> None:
     factor = read_vae_scale_factor(Encoders.check_folder(config.model))
     if config.size[0] % factor or config.size[1] % factor:
         raise ValueError(f"size must be in multiples of {factor} for this model, got {config.size}")
+    record, made_with = output / "made_with.json", _made_with(config, records)
+    check_record(record, made_with)
     output.mkdir(parents=True, exist_ok=True)
     if config.parts == 1:  # Otherwise other processes may be writing there.
         remove_partial(output)
@@ -123,11 +127,28 @@ def cache(config: CacheConfig) -> None:
                     else:
                         writer.write(_encode(clip, encoders, config, device))
                     bar.update()
+                if not record.exists():
+                    write_record(record, made_with)
             write_index(shard)
     if skipped and len(skipped) == remaining:
         raise ValueError(f"data={config.data}: none of the {remaining} clips can be decoded, such as {skipped[0]}")
     if skipped:
         logging.warning("%d of %d clips could not be decoded", len(skipped), remaining)
+
+
+def _made_with(config: CacheConfig, records: ClipList) -> dict[str, Any]:
+    """What the shards depend on: another model, size or list of clips makes other ones."""
+    folder, keys = locate_model(config.model), hashlib.sha256()
+    for shard in records.shards:
+        keys.update(shard.hash_keys().tobytes())
+    weights = sorted(path for part in ("vae", "text_encoder") for path in folder.glob(f"{part}/*.safetensors"))
+    return {
+        "model": {f"{path.parent.name}/{path.name}": sha256(path) for path in weights},
+        "size": list(config.size),
+        "dtype": config.dtype,
+        "clips_per_shard": config.clips_per_shard,
+        "clips": f"{len(records)} clips, sha256 of their names {keys.hexdigest()}",
+    }
 
 
 def _choose_device(config: CacheConfig) -> str:

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imageconductor.command_line import parse_command_line
-from imageconductor.files import atomic_folder, check_writable, write_text
+from imageconductor.command_line import parse_command_line, run_command
+from imageconductor.files import atomic_folder, check_record, check_writable, write_record, write_text
 from imageconductor.training.stage_configs import MotionDirectorConfig
 
 _TURNS = np.linspace(0, 1, 16)
@@ -96,19 +96,18 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns 2 after one line about bad input, else 0."""
     config, _ = parse_command_line(MiniatureConfig, __doc__ or "", argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        check_writable(Path(config.output))
-        settings = _load_settings(config)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    cells = {}
+    return run_command(lambda: compare(config))
+
+
+def compare(config: MiniatureConfig) -> None:
+    """Trains and measures what is missing, and writes the table."""
+    check_writable(Path(config.output))
+    settings, cells = _load_settings(config), {}
     for motion, count, method, seed in _list_cells(config):
         clips = write_clips(config, motion, count, names_colours=not (METHODS[method] or {}).get("recolour"))
         run = train_method(config, settings, method, motion, count, seed, clips)
         cells[motion, count, method, seed] = make_videos(config, method, motion, count, seed, run)
     write_results(config, cells)
-    return 0
 
 
 def _list_cells(config: MiniatureConfig) -> Iterator[tuple[str, int, str, int]]:
@@ -234,6 +233,9 @@ def make_videos(
 
     name = f"{motion}-{method.replace(' ', '_')}-{seed}" if run is None else run.name
     folder = Path(config.output) / "videos" / name
+    sampled_by = ("model", "motion_scale", "steps", "guidance_scale", "first_frame", "prompts")
+    record, made_with = folder / "made_with.json", {key: getattr(config, key) for key in sampled_by}
+    check_record(record, made_with)
     if not folder.is_dir():
         images = write_first_frames(config, motion) if config.first_frame else [None] * config.prompts
         jobs = [
@@ -255,6 +257,7 @@ def make_videos(
         videos = [video for start in range(0, len(inputs), 4) for video in render(pipe, inputs[start : start + 4])]
         with atomic_folder(folder) as new:
             np.savez_compressed(new / "videos.npz", videos=np.stack([video[0] for video in videos]))
+            write_record(new / record.name, made_with)
     videos = np.load(folder / "videos.npz")["videos"]
     return [
         measure_video(video, scene, motion, count)

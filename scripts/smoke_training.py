@@ -25,7 +25,8 @@ from accelerate import PartialState
 from imageconductor.command_line import parse_command_line
 from imageconductor.data.sprite_world import SpriteSet
 from imageconductor.devices import resident_peak_bytes
-from imageconductor.files import write_text
+from imageconductor.files import check_record, write_record, write_text
+from imageconductor.processes import start_processes
 from imageconductor.training.loop import leave
 from imageconductor.training.run import run_stage
 from imageconductor.training.stage_configs import load_config
@@ -122,7 +123,9 @@ def shorten(real: TrainConfig, smoke: SmokeConfig, name: str, made: dict[str, st
 def measure(real: TrainConfig, trial: TrainConfig) -> Measured:
     """Trains a stage, or reads what was measured when it was."""
     kept = Path(trial.output) / "measured.json"
+    record, made_with = kept.with_name("measured_with.json"), {**asdict(trial), "machine": _machine()}
     if kept.is_file():
+        check_record(record, made_with)
         return Measured(**json.loads(kept.read_text()))
     has_gpu = torch.cuda.is_available()
     if has_gpu:
@@ -140,8 +143,16 @@ def measure(real: TrainConfig, trial: TrainConfig) -> Measured:
         device=start["device"],
     )
     if PartialState().is_main_process:
+        write_record(record, made_with)
         write_text(kept, json.dumps(asdict(measured)))
     return measured
+
+
+def _machine() -> str:
+    """What the figures are of, beside the settings."""
+    state = start_processes()
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"{state.num_processes} x {name}"
 
 
 def table(results: list[Measured]) -> str:

@@ -3,11 +3,12 @@
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from imageconductor import config as config_file
-from scripts.ablations import AblationConfig, Variant, build_stage_configs, load_evaluation, main
+from scripts.ablations import AblationConfig, Variant, build_stage_configs, load_evaluation, main, train_model
 
 RECIPES = Path("configs/ablations")
 
@@ -76,6 +77,30 @@ def test_two_variants_are_trained_and_measured(tiny_model, tmp_path, capsys):
     capsys.readouterr()
     assert main(["--config", str(recipe)]) == 0
     assert "stages" not in capsys.readouterr().out, "nothing was trained again"
+
+
+def test_a_model_of_other_stages_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    trained = []
+
+    def run_stage(settings):
+        Path(settings.output).mkdir(parents=True)
+        trained.append(settings.stage)
+        return SimpleNamespace(step=settings.max_steps)
+
+    monkeypatch.setattr("imageconductor.training.run.run_stage", run_stage)
+    monkeypatch.setattr("imageconductor.checkpoints.assembly.assemble", lambda config: config)
+    monkeypatch.setattr(
+        "imageconductor.commands.assemble.write_model_folder", lambda _, folder: folder.mkdir(parents=True)
+    )
+    config = replace(load_recipe("loras_sprites.yaml"), output=str(tmp_path))
+    plan = build_stage_configs(config, Variant(), 0)
+    for _ in range(2):
+        assert train_model(config, "a-0", plan, None) == tmp_path / "models" / "a-0"
+    assert trained == [settings.stage for settings in plan.values()]
+    other = build_stage_configs(config, Variant(["object_lora.max_steps=7"]), 0)
+    with pytest.raises(ValueError, match=r"stages was .*name another output"):
+        train_model(config, "a-0", other, None)
+    assert len(trained) == len(plan)
 
 
 def test_a_stage_that_is_not_there_is_named():

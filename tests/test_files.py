@@ -10,12 +10,14 @@ from imageconductor.files import (
     atomic_path,
     atomic_write,
     check_new_folder,
+    check_record,
     check_writable,
     list_files,
     read_csv,
     read_text,
     remove_partial,
     replace_folder,
+    write_record,
     write_text,
 )
 
@@ -156,6 +158,19 @@ def test_names_may_be_as_long_as_the_file_system_allows(tmp_path):
     with atomic_folder(tmp_path / name) as folder:
         assert folder.name == name
     assert names(tmp_path) == [name, f"{name}.txt"]
+
+
+def test_results_of_other_settings_are_refused_by_the_setting(tmp_path):
+    record, settings = tmp_path / "made_with.json", {"model": Path("m"), "size": (32, 16), "steps": 4}
+    check_record(record, settings)  # nothing is known yet
+    write_record(record, settings)
+    check_record(record, settings)
+    with pytest.raises(
+        ValueError, match=r"holds results of other settings: size was \[32, 16\] and now \[32, 32\], and"
+    ):
+        check_record(record, {**settings, "size": (32, 32), "steps": 5})
+    with pytest.raises(ValueError, match="seed was None and now 1; name another output, or delete what is there"):
+        check_record(record, {**settings, "seed": 1})
 
 
 def test_a_complete_folder_takes_the_place_of_another(tmp_path):

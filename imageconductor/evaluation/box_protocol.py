@@ -33,6 +33,7 @@ from imageconductor.evaluation.box_clips import BoxRequest, list_requests
 from imageconductor.evaluation.box_config import BoxEvaluateConfig
 from imageconductor.evaluation.box_summary import summarise_boxes
 from imageconductor.evaluation.boxes import build_box_tracker, overlaps
+from imageconductor.evaluation.evaluate_config import check_fvd_frames
 from imageconductor.evaluation.frechet import load_network
 from imageconductor.evaluation.generation_settings import collect_box_settings, merge_with_record
 from imageconductor.evaluation.input_checks import agree_on_shape, check_clip, check_output, network_file
@@ -70,6 +71,7 @@ class BoxEvaluation:
         self.device = config.device or str(self.state.device)
         self.jobs = {name: self._prepare(name) for name in config.methods}
         self.size, self.num_frames = agree_on_shape(self.jobs)
+        check_fvd_frames(config.frechet, self.num_frames)
         self.requests = list_requests(config, self.size, self.num_frames)
         for name in config.methods:
             self.jobs[name] = self._complete(name)

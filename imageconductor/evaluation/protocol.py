@@ -31,7 +31,7 @@ from imageconductor.checkpoints.model_folder import locate_model, read_sampling_
 from imageconductor.conditioning import Trajectories
 from imageconductor.evaluation.appearance import ClipScorer
 from imageconductor.evaluation.distances import list_missing_references
-from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, RequestSet, Task
+from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, RequestSet, Task, check_fvd_frames
 from imageconductor.evaluation.external_videos import FirstFrames, check_complete
 from imageconductor.evaluation.generation_settings import collect_settings, merge_with_record
 from imageconductor.evaluation.input_checks import (
@@ -81,6 +81,8 @@ class Evaluation:
         self.drawn, self.formats = resolve_formats(config)
         check_models(config, {name: wanted.size for name, wanted in self.formats.items()})
         self._check_originals()
+        for wanted in self.formats.values():
+            check_fvd_frames(config.frechet, wanted.num_judged)
         self.requests = build_sets(config, self.drawn.size, self.drawn.num_frames)
         self._fitted: dict[Any, list[Request]] = {}
         self._settings = {name: self._settle(name, method) for name, method in self.methods.items() if method.model}
@@ -211,7 +213,7 @@ class Evaluation:
             for request, (video,) in zip(batch, videos, strict=True):
                 path = self.video_path(name, task_name, request)
                 settings = {"prompt": request.prompt, "seed": request.seed, **task.settings}
-                settings |= {"seconds": round(seconds, 3), "batch": len(batch)}
+                settings |= {"seconds": round(seconds, 3), "batch": len(batch), "request": request.sha256}
                 write_text(path.with_suffix(".json"), json.dumps(settings, indent=1))
                 write_video(path, upscale_for_viewing(video)[0])
 
@@ -219,9 +221,16 @@ class Evaluation:
         """Batches of this process's requests for which there is no video yet."""
         for task_name, task in self.config.tasks.items():
             requests = own_part(self.state, self.requests_for(name, task_name, judged=False))
-            missing = iter([r for r in requests if not self.video_path(name, task_name, r).exists()])
+            missing = iter([r for r in requests if not self._is_made(self.video_path(name, task_name, r), r)])
             while batch := list(islice(missing, self.config.batch_size)):
                 yield task_name, task, batch
+
+    def _is_made(self, path: Path, request: Request) -> bool:
+        """Whether there is a video of this request: not if its picture, prompt or tracks were others then."""
+        settings = path.with_suffix(".json")
+        if not path.exists() or not settings.is_file():
+            return path.exists()
+        return json.loads(settings.read_text()).get("request", request.sha256) == request.sha256
 
     def _build_inputs(self, name: str, task: Task, request: Request) -> Inputs:
         """The request as `sample.py` would be asked for it."""

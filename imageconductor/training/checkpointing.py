@@ -38,7 +38,7 @@ def save(
     keep: int,
     write: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Writes `folder/checkpoint-STEP`, which appears when it is complete, and removes all but the last `keep`.
+    """Writes `folder/checkpoint-STEP`, which appears when it is complete, and removes all but the last `keep` up to it.
 
     `write` may put more into it.
     """
@@ -50,8 +50,10 @@ def save(
         if write is not None:
             write(path)
         (path / "state.json").write_text(json.dumps({"step": step, "groups": sorted(tensors)}))
-    for old in _folders(folder)[:-keep]:
-        shutil.rmtree(old)
+    folders = _folders(folder)
+    place = folders.index(target) + 1  # Later ones could not be read, or the run would have gone on from them.
+    for other in (*folders[: max(0, place - keep)], *folders[place:]):
+        shutil.rmtree(other)
     return target
 
 

@@ -32,6 +32,16 @@ def shard(networks: Sequence[nn.Module], device: torch.device) -> None:
                     register_fsdp_forward_method(network, half)
 
 
+def forget_gathered(module: nn.Module) -> None:
+    """Frees full weights that a pass without gradients has left behind, which the next one would take for present ones.
+
+    Only a backward pass does it by itself.
+    """
+    for part in module.modules():
+        if type(part).__name__.startswith("FSDP"):
+            cast(Any, part).reshard()
+
+
 def check_gradients(parameters: Sequence[Tensor]) -> None:
     """Makes sure that the backward pass reached what is split.
 

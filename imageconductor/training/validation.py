@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imageconductor.data.batches import collate
+from imageconductor.training import sharding
 from imageconductor.training.engines import Replicated
 from imageconductor.training.hooks import TrainState
 from imageconductor.training.stages.base import Stage
@@ -59,6 +60,7 @@ class Validate:
             return
         with torch.no_grad(), self.average.in_place(), self.stage.without_dropout(), self.accelerator.autocast():
             losses = [self._measure(batch) for batch in self._batches()]
+        sharding.forget_gathered(self.module)  # They are of the average.
         reduce: Any = self.accelerator.reduce
         for key in losses[0]:
             mean = torch.stack([measured[key] for measured in losses]).mean()

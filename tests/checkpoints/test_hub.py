@@ -27,6 +27,12 @@ def test_a_folder_goes_to_the_hub_and_comes_back(tiny_model, tmp_path, monkeypat
     interval = {"mean": 1.234, "low": 1.0, "high": 1.5, "n": 8}
     (tmp_path / "results.json").write_text(json.dumps({"cam_mc": 1.234, "intervals": {"cam_mc": interval}}))
 
+    (tmp_path / "boxes.json").write_text('{"methods": {}}')
+    other = ["--push-to-hub", "lab/conductor", "--model", str(tiny_model), "--results", str(tmp_path / "boxes.json")]
+    assert assemble.main(other) == 2
+    assert "is not of an evaluation of trajectories" in capsys.readouterr().err
+    assert assemble.main(["--export", "published", "--model", "m", "--output", "o", "--private"]) == 2
+    assert "--results FILE and --private go with --push-to-hub" in capsys.readouterr().err
     arguments = ["--push-to-hub", "lab/conductor", "--model", tiny_model, "--results", tmp_path / "results.json"]
     assert assemble.main([str(argument) for argument in arguments]) == 0
     assert "https://hub/lab/conductor" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 
 import footage
@@ -82,6 +83,23 @@ def test_the_parts_together_are_the_cache_and_a_missing_shard_is_made_anew(clips
     (tmp_path / "parts" / "clips-000000.tar").unlink()
     assert cache(clips, encoders, tmp_path / "parts", "num_workers=0") == 0
     assert read(tmp_path / "parts").keys() == read(tmp_path / "whole").keys()
+
+
+def test_shards_of_other_clips_or_settings_are_not_taken_for_these(clips, encoders, tmp_path, capsys):
+    assert cache(clips, encoders, tmp_path / "cache", "num_workers=0") == 0
+    before = read(tmp_path / "cache").keys()
+    more = tmp_path / "clips"
+    shutil.copytree(clips, more)
+    for path in sorted(more.glob("clip-0.*")):
+        shutil.copy(path, path.with_name(path.name.replace("clip-0", "a")))
+    for source, changes, said in (
+        (clips, ["size=[16,16]"], "size was [32, 32] and now [16, 16]"),
+        (more, [], "clips was 4"),
+    ):
+        capsys.readouterr()
+        assert cache(source, encoders, tmp_path / "cache", "num_workers=0", *changes) == 2
+        assert said in capsys.readouterr().err
+    assert read(tmp_path / "cache").keys() == before
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,10 @@ def test_a_second_run_keeps_what_is_there(work, record):
         ({"clip": "./nowhere"}, "clip: no CLIP model with tokenizer at ./nowhere"),
         ({"dino": "./nowhere"}, "dino: no model at ./nowhere"),
         ({"frechet": ["fvd"]}, "fvd needs fvd_weights=FILE"),
+        (
+            {"frechet": ["fvd"], "fvd_weights": "x"},
+            "fvd needs at least 9 frames of a video, which its I3D halves three",
+        ),
         ({"grid": 3}, "a setting of protocol learned_motion"),
     ],
 )

@@ -6,6 +6,7 @@ import scipy.linalg
 import torch
 from torch import nn
 
+from imageconductor.evaluation.evaluate_config import check_fvd_frames
 from imageconductor.evaluation.frechet import (
     I3D,
     FrechetDistance,
@@ -148,6 +149,13 @@ def test_fvd_of_i3d_is_the_formula_over_its_logits(tmp_path, divisor, num_parame
     assert features[0].shape == (2, 400)
     expected = formula_of_few(*features)
     assert expected > 1e-3
+    if divisor > 1:
+        check_fvd_frames(["fvd"], 9)
+        written(clips[0][:, :, :9], return_features=True)
+        with pytest.raises(RuntimeError, match="smaller than kernel size"):
+            written(clips[0][:, :, :8], return_features=True)
+        with pytest.raises(ValueError, match=r"fvd needs at least 9 frames of a video, .* and there are 8"):
+            check_fvd_frames(["fvd"], 8)
     assert found.value == pytest.approx(expected, rel=1e-2)
 
 

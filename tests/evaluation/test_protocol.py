@@ -7,7 +7,10 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest.mock import Mock
 
 import numpy as np
@@ -207,6 +210,22 @@ def test_a_faster_method_is_compared_with_the_videos_of_its_original(write_video
     other = replace(config, methods={**methods, "small": Method(videos=".", original="whole", size=(32, 32))})
     with pytest.raises(ValueError, match="method small: its original whole has videos of another format: 32x32x"):
         evaluate(other, tmp_path / "other")
+
+
+def test_a_video_of_a_request_that_was_another_then_is_made_anew(tmp_path):
+    path, request = tmp_path / "a.mp4", SimpleNamespace(sha256="now")
+    made = partial(Evaluation._is_made, cast(Any, None), path, cast(Any, request))
+    assert not made()
+    path.touch()
+    for settings, expected in (
+        (None, True),
+        ({"seed": 1}, True),
+        ({"request": "now"}, True),
+        ({"request": "x"}, False),
+    ):
+        if settings is not None:
+            path.with_suffix(".json").write_text(json.dumps(settings))
+        assert made() is expected
 
 
 @pytest.mark.slow

@@ -210,7 +210,9 @@ def test_trained_gates_join_the_model_and_play(configure, tiny_model, tmp_path):
     assert (tmp_path / "model" / "training" / "scene_gates.yaml").is_file()
 
 
-def test_the_lora_of_the_scene_gates_goes_into_the_model_and_acts_where_they_act(configure, tiny_model, tmp_path):
+def test_the_lora_of_the_scene_gates_goes_into_the_model_and_acts_where_they_act(
+    configure, build, tiny_model, tmp_path
+):
     run = Path(configure("scene_gates", learns_object_gates=True, learning_rate=1e-2).output)
     run_stage(configure("scene_gates", learns_object_gates=True, learning_rate=1e-2))
     parts = [f"{name}={run / name}" for name in ("object_gates", "scene_gates")]
@@ -224,6 +226,20 @@ def test_the_lora_of_the_scene_gates_goes_into_the_model_and_acts_where_they_act
     for job, loras in ((drawn, []), (replace(boxed, first_frame_by="controlnet"), []), (boxed, [own])):
         inputs = prepare(replace(job, steps=1, seed=[1]))
         assert find_job_loras(inputs.job)[1] == loras
+    # Gates that go on learning do so with the LoRA that they act with.
+    going_on = configure("scene_gates", model=str(tmp_path / "model"), object_gates=None, output=str(tmp_path / "more"))
+    stage, _ = build(going_on)
+    saved = load_file(run / "scene_lora" / "pytorch_lora_weights.safetensors")
+    ups = {name: p for name, p in stage.unet.named_parameters() if ".lora_B." in name}
+    assert len(ups) == len(saved) // 2
+    assert sum(float(p.abs().sum()) for p in ups.values()) == pytest.approx(
+        sum(float(value.abs().sum()) for key, value in saved.items() if key.endswith(("lora_B.weight", "up.weight"))),
+        rel=1e-3,
+    )
+    with pytest.raises(ValueError, match=r"act with a LoRA of rank .*, with which they go on: set motion_lora_rank="):
+        run_stage(replace(going_on, motion_lora_rank=0))
+    fresh, _ = build(replace(going_on, fresh_scene_gates=True))
+    assert not any(p.any() for name, p in fresh.unet.named_parameters() if ".lora_B." in name)
     videos = []
     for _ in range(2):
         videos.append(render(load_pipeline(inputs.job), [inputs])[0][0])

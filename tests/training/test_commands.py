@@ -147,6 +147,9 @@ def test_the_smoke_run_trains_the_shipped_stages_and_tells_their_time(tiny_model
     monkeypatch.setattr(smoke_training, "run_stage", None)  # A finished stage is not repeated.
     assert smoke_training.main() == 0
     assert capsys.readouterr().out == said
+    monkeypatch.setattr("sys.argv", ["smoke_training.py", *arguments, "max_steps=3", f"settings={small}"])
+    assert smoke_training.main() == 2
+    assert "max_steps was 2 and now 3" in capsys.readouterr().err
 
 
 def test_a_smoke_run_without_its_model_is_told_in_one_line(tmp_path, monkeypatch, capsys):

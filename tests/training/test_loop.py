@@ -283,6 +283,22 @@ def test_a_truncated_checkpoint_is_passed_over(configure, caplog):
     assert "cannot be read" in caplog.text
 
 
+def test_a_run_that_has_to_go_back_behind_a_damaged_checkpoint_keeps_what_it_writes(tmp_path):
+    for step in (1000, 500):
+        checkpointing.save(tmp_path, step, {"parameters": {"w": torch.ones(1)}}, {}, keep=1)
+        if step == 1000:
+            (tmp_path / "checkpoint-00001000" / "state.json").write_text("{")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000500"]
+    for step in (600, 700):
+        checkpointing.save(tmp_path, step, {"parameters": {"w": torch.ones(1)}}, {}, keep=2)
+    assert sorted(path.name[-3:] for path in tmp_path.iterdir()) == ["600", "700"]
+
+
+def test_a_rise_of_the_learning_rate_that_would_not_come_is_refused(configure):
+    with pytest.raises(ValueError, match="warmup_steps=10 does nothing under lr_schedule=constant; set"):
+        configure("camera_lora", lr_schedule="constant", warmup_steps=10)
+
+
 def test_another_stages_run_folder_is_refused(configure):
     run_stage(configure("camera_lora"))
     with pytest.raises(ValueError, match="choose another output"):

@@ -26,11 +26,13 @@ from imageconductor.checkpoints.model_folder import (
     check_adapters,
     check_controlnets,
     check_shape,
+    find_scene_lora,
     load_adapters,
     read_gate_config,
     read_sampling_defaults,
     reads_first_frame,
 )
+from imageconductor.checkpoints.personalise import read_motion_lora
 from imageconductor.conditioning.boxes import Boxes, stack_boxes
 from imageconductor.conditioning.first_frame import keyframe_condition
 from imageconductor.conditioning.flow_map import flow_map
@@ -46,6 +48,7 @@ from imageconductor.models.controlnets import ADAPTERS, Control
 from imageconductor.models.denoiser import Condition
 from imageconductor.models.gated_attention import ObjectGates, SceneGates
 from imageconductor.models.gating import gate_scalars, gate_values
+from imageconductor.models.lora_files import read_lora
 from imageconductor.models.motion_module import motion_modules_bypassed
 from imageconductor.models.networks import Networks, load_network
 from imageconductor.models.weights import find_weights
@@ -243,6 +246,8 @@ class SceneGatesStage(BoxStage):
 
     def __init__(self, networks: Networks, config: SceneGatesConfig):
         networks.object_gates = _object_gates(networks, config)
+        lora = _scene_lora(config)
+        learned = {} if lora is None else read_motion_lora(networks, lora)["unet"]
         if networks.scene_gates is None or config.fresh_scene_gates:
             networks.scene_gates = SceneGates.from_unet(
                 networks.unet,
@@ -259,6 +264,10 @@ class SceneGatesStage(BoxStage):
         if config.motion_lora_rank:
             targets = lora_targets(self.unet, "motion")
             add_adapter(self.unet, MOTION, rank=config.motion_lora_rank, targets=targets, seed=config.seed)
+            parameters = dict(self.unet.named_parameters())
+            for layer, pair in learned.items():
+                parameters[f"{layer}.lora_A.{MOTION}.weight"].data.copy_(pair.down)
+                parameters[f"{layer}.lora_B.{MOTION}.weight"].data.copy_(pair.up * pair.alpha / pair.rank)
             activate(self.unet, MOTION)
             freeze_all_but_adapter(self.unet, MOTION)
         self.scene_gates.requires_grad_(True).train()
@@ -281,6 +290,13 @@ class SceneGatesStage(BoxStage):
                 f"{config.model} has no object gates; name those of a run of stage object_gates, object_gates=FOLDER, "
                 "or set learns_object_gates=true to train both stages jointly"
             )
+        if (lora := _scene_lora(config)) is not None:
+            ranks = sorted({pair.rank for pair in read_lora(lora).values()})
+            if ranks != [config.motion_lora_rank]:
+                raise ValueError(
+                    f"the scene gates of {config.model} act with a LoRA of rank {ranks[0]}, with which they go on: set "
+                    f"motion_lora_rank={ranks[0]}, or fresh_scene_gates=true to begin both anew"
+                )
         _check_gates(config)
 
     @torch.no_grad()
@@ -305,6 +321,12 @@ class SceneGatesStage(BoxStage):
             self.object_gates.save_pretrained(folder / "object_gates")
         if self.has_lora:
             save_for_diffusers(self.unet, MOTION, folder / SCENE_LORA_FOLDER)
+
+
+def _scene_lora(config: SceneGatesConfig) -> Path | None:
+    """The LoRA of the motion modules of scene gates that go on learning; None where there is none."""
+    goes_on = read_gate_config(config.model, "scene_gates") is not None and not config.fresh_scene_gates
+    return find_scene_lora(config.model) if goes_on else None
 
 
 def _keep(dropout: float, generators: Sequence[torch.Generator], like: Tensor) -> Tensor:
