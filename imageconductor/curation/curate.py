@@ -83,6 +83,7 @@ def curate(config: CurateConfig) -> Counter[str]:
     digest = _hash_sources(sources)
     _check_folder(run, digest)
     if not run.index.exists():
+        _check_footage(config, sources)
         _check_models(run)
     with _lock_output(run, sources, digest):
         if not run.index.exists():
@@ -93,6 +94,17 @@ def curate(config: CurateConfig) -> Counter[str]:
         shutil.rmtree(run.work, ignore_errors=True)
         table = pq.read_table(run.index, columns=["accepted", "reason"])
         return Counter("accepted" if row["accepted"] else row["reason"] for row in table.to_pylist())
+
+
+def _check_footage(config: CurateConfig, sources: Sequence[Source]) -> None:
+    """Makes sure that some footage is there: without it, a disk that is not mounted would look like a finished run.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    if not any(Path(source.path).exists() for source in sources):
+        where = f"input={config.input}" if config.videos is None else f"videos={config.videos}"
+        raise FileNotFoundError(f"{where}: the footage of no source is there, such as {sources[0].path}")
 
 
 def _check_boxes(config: CurateConfig, sources: Sequence[Source]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from imageconductor.curation.curate_config import CurateConfig
 from imageconductor.curation.footage import Picture, Rejected
@@ -56,6 +57,17 @@ def find_longest(scenes: Sequence[Scene]) -> Scene:
     return max(scenes, key=lambda scene: scene.num_frames)
 
 
+def frame_duration(times: Sequence[float] | NDArray[np.float64]) -> float:
+    """Seconds from a frame to the next: the mean of the usual steps.
+
+    Containers such as Matroska and WebM round times to milliseconds. Of 30 frames a second steps are then 33, 33 and
+    34 ms, and their median would be off by a frame after a hundred.
+    """
+    steps = np.diff(np.asarray(times))
+    middle = np.median(steps)
+    return float(steps[np.abs(steps - middle) <= middle / 2].mean())
+
+
 def choose_frames(times: Sequence[float], config: CurateConfig, random: np.random.Generator) -> tuple[list[int], int]:
     """The frames of a scene that become the clip, and the interval between them in source frames.
 
@@ -73,7 +85,7 @@ def choose_frames(times: Sequence[float], config: CurateConfig, random: np.rando
     seconds = np.asarray(times)
     if len(seconds) < config.num_frames:
         raise Rejected("too short", f"the longest scene has {len(seconds)} frames, {config.num_frames} are needed")
-    step = float(np.median(np.diff(seconds)))
+    step = frame_duration(seconds)
     available = round((seconds[-1] - seconds[0]) / step) + 1
     needed = config.num_frames - 1
     interval = int(random.integers(1, max(1, min(config.max_interval, (available - 1) // needed)) + 1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import signal
 import threading
 from collections import Counter
@@ -29,6 +30,9 @@ Tick = Callable[[str], None]
 """Called once per clip with its outcome; "done" where it is not yet known whether the clip is accepted."""
 
 _BROKEN = "broken pool"
+# No fault of the footage: after an error of CUDA a process computes nothing any more, and all its next clips fail.
+_FULL = re.compile(r"CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|CUDNN_STATUS_NOT_INITIALIZED")
+_BROKEN_GPU = re.compile(r"(CUDA|cuDNN|HIP) error|(CUBLAS|CUDNN|CUFFT|HIPBLAS)_STATUS_")
 _POLL_S = 1.0
 
 
@@ -157,8 +161,9 @@ class Workers:
                 if self._pool is pool:
                     self._pool = self._new_pool()
         except Exception as error:  # Unknown footage can raise anything.
-            is_full = type(error).__name__ == "OutOfMemoryError"
-            if is_full or isinstance(error, ImportError):
+            is_full = type(error).__name__ == "OutOfMemoryError" or bool(_FULL.search(str(error)))
+            is_broken = type(error).__name__ == "AcceleratorError" or bool(_BROKEN_GPU.search(str(error)))
+            if is_full or is_broken or isinstance(error, ImportError):
                 remedy = "; a smaller batch_size or raft_batch needs less" if is_full else ""
                 raise RuntimeError(f"{type(error).__name__}: {error}{remedy}") from error
             result = Failure("failed", f"{type(error).__name__}: {error}")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from imageconductor.curation.captions import describe
 from imageconductor.curation.curate_config import CurateConfig
-from imageconductor.curation.cuts import Scene, choose_frames, find_longest, find_scenes
+from imageconductor.curation.cuts import Scene, choose_frames, find_longest, find_scenes, frame_duration
 from imageconductor.curation.detections import BoxesError, find_detections, read_detections
 from imageconductor.curation.footage import (
     Limits,
@@ -165,7 +165,7 @@ def _scan_scenes(row: Row, source: Source, config: CurateConfig) -> tuple[Row, l
         width=sizes[0][0],
         height=sizes[0][1],
         num_source_frames=len(times),
-        source_fps=1 / float(np.median(np.diff(times))) if len(times) > 1 else None,
+        source_fps=1 / frame_duration(times) if len(times) > 1 else None,
         scale=_cover_scale(sizes[0], config),
         cuts=[scene.first for scene in scenes[1:]],
     )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
 from imageconductor.data.batches import Samples, SpriteSamples
 from imageconductor.data.box_samples import BoxSamples
+from imageconductor.data.clip_records import CorruptClipError
 from imageconductor.data.clips import ClipSamples
 from imageconductor.training.stage_configs import BoxStageConfig
 from imageconductor.training.train_config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 _SPRITE_CLIPS = 16  # held-out clips of the sprite world
 HELD_OUT_SEED = 20_000  # is added to a world's seed; evaluation uses 10,000
@@ -87,4 +91,13 @@ def read_held_out_boxes(config: BoxStageConfig, count: int | None = None) -> lis
     else:
         world = replace(config.world, seed=config.world.seed + HELD_OUT_SEED)
         samples = SpriteSamples(world, config.sets, config.num_frames, has_boxes=True)
-    return [samples[position] for position in range(count)]
+    found, faults = [], []
+    for position in range(count):
+        try:
+            found.append(samples[position])
+        except (CorruptClipError, OSError) as error:
+            faults.append(str(error))
+            logger.warning("a held-out clip is left out: %s", error)
+    if faults and not found:
+        raise CorruptClipError(f"none of {count} held-out clips can be read; the first: {faults[0]}")
+    return found

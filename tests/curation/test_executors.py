@@ -32,6 +32,12 @@ def divide(items, log):
         os._exit(3)
     return [10 / item for item in items]
 
+def lose_gpu(items):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def fill_gpu(items):
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")
+
 def sleep(items):
     time.sleep(1.3)
     return items
@@ -82,6 +88,13 @@ def test_one_bad_clip_costs_its_batch_no_other(patient_worker, faulty, tmp_path)
     assert [results[i] for i in (0, 1, 3, 4, 6)] == [10, 5, 2, 1, 0.5]
     assert (results[2].reason, results[5].reason) == ("failed", "crashed")
     assert log.read_text().split().count("3") == 2, "the last batch has one"
+
+
+def test_a_gpu_that_is_lost_or_full_is_no_fault_of_a_clip(patient_worker, faulty):
+    with pytest.raises(RuntimeError, match=r"illegal memory access was encountered$"):
+        list(patient_worker.map_batches(faulty.lose_gpu, [1, 2, 3], size=1))
+    with pytest.raises(RuntimeError, match=r"a smaller batch_size or raft_batch needs less$"):
+        list(patient_worker.map_batches(faulty.fill_gpu, [1], size=1))
 
 
 def test_a_missing_module_is_no_fault_of_a_clip(patient_worker):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from imageconductor.curation.curate_config import CurateConfig
-from imageconductor.curation.cuts import choose_frames
+from imageconductor.curation.cuts import choose_frames, frame_duration
 from imageconductor.curation.footage import Limits, Rejected, decode_mp4, encode_mp4, read_frames, read_frames_at
 from imageconductor.curation.sources import Source, find_sources
 from imageconductor.curation.steps import grid_points, scan
@@ -169,6 +169,16 @@ def test_intervals_stay_within_the_scene(count):
         intervals.add(interval)
     assert max(intervals) <= min(16, (count - 1) // 31)
     assert len(intervals) > 1 or count < 63
+
+
+@pytest.mark.parametrize(("rate", "digits"), [(30, 3), (30000 / 1001, 3), (120, 3), (24, 2), (25, 3)])
+def test_times_that_a_container_rounds_are_of_a_constant_rate(rate, digits):
+    """Matroska and WebM count in milliseconds, GIF in hundredths of a second."""
+    times = np.round(np.arange(150) / rate, digits)
+    assert 1 / frame_duration(times) == pytest.approx(rate, rel=2e-3)
+    for seed in range(60):
+        chosen, interval = choose_frames(times, CurateConfig("", ""), np.random.default_rng(seed))
+        assert set(np.diff(chosen)) == {interval}
 
 
 def test_an_uneven_rate_is_evened_out_in_time():

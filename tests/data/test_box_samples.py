@@ -11,6 +11,9 @@ from PIL import Image
 
 from imageconductor.conditioning import Boxes
 from imageconductor.data.box_samples import BoxSamples, keep_largest
+from imageconductor.data.clip_records import CorruptClipError
+from imageconductor.training import samples as training_samples
+from imageconductor.training.stage_configs import ObjectGatesConfig
 
 FIXTURES = Path(__file__).parents[1] / "data" / "parity_smcd" / "fixtures"
 
@@ -47,6 +50,25 @@ def test_boxes_go_with_their_pixels_through_crop_and_flip(tmp_path):
         assert [float(value) for value in found] == pytest.approx([x1, y1, x2, y2], abs=1.0)
         centres.add(round(x1 + x2))
     assert len(centres) > 6
+
+
+def test_a_held_out_clip_that_cannot_be_read_is_left_out(monkeypatch, caplog):
+    class Held:
+        def __init__(self, *_, **__): ...
+
+        def __getitem__(self, position):
+            if position in unreadable:
+                raise CorruptClipError(f"clip {position} is damaged")
+            return {"key": position}
+
+    monkeypatch.setattr(training_samples, "BoxSamples", Held)
+    config = ObjectGatesConfig(data=["x"], held_out_clips=3)
+    unreadable = {1}
+    assert [one["key"] for one in training_samples.read_held_out_boxes(config)] == [0, 2]
+    assert "a held-out clip is left out: clip 1 is damaged" in caplog.text
+    unreadable = {0, 1, 2}
+    with pytest.raises(CorruptClipError, match="none of 3 held-out clips can be read; the first: clip 0"):
+        training_samples.read_held_out_boxes(config)
 
 
 def test_held_out_clips_are_never_trained_on():
