@@ -249,7 +249,8 @@ class Engine:
         request, inputs, began = ticket.request, ticket.inputs, time.monotonic()
         if request.mix is not None:  # as the sliders stand when the work begins
             inputs = replace(inputs, job=replace(inputs.job, mix=request.mix.as_tuple()))
-        mixed = None if inputs.job.mix is None else dict(zip(MIX_CONTROLS, inputs.job.mix, strict=True))
+        weights = inputs.job.mix
+        mixed: dict[str, float] | None = None if weights is None else dict(zip(MIX_CONTROLS, weights, strict=True))
         pipe = self._find_pipeline(inputs.job)
         keeps_latents = request.keeps_latents and not is_long(inputs.job)
         arguments = call_arguments([inputs]) | {"output_type": "latent", "keep_latents": keeps_latents}
