@@ -151,4 +151,5 @@ def test_memory_after_twenty_requests_is_that_after_five(tmp_path):
             assert server.wait(60) == 0
             assert time.monotonic() - started < 30
     print(f"{memory[5]:.0f} MB after 5 requests, {memory[20]:.0f} MB after 20")
-    assert memory[20] < 1.04 * memory[5]
+    # Alone 1.01; on busy cores a single figure scatters by 0.04. A request that leaves 3 MB behind is found.
+    assert min(memory[18], memory[19], memory[20]) < 1.06 * memory[5]
