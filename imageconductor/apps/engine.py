@@ -249,8 +249,7 @@ class Engine:
         request, inputs, began = ticket.request, ticket.inputs, time.monotonic()
         if request.mix is not None:  # as the sliders stand when the work begins
             inputs = replace(inputs, job=replace(inputs.job, mix=request.mix.as_tuple()))
-        weights = inputs.job.mix
-        mixed: dict[str, float] | None = None if weights is None else dict(zip(MIX_CONTROLS, weights, strict=True))
+        begun_with: dict[str, float] = dict(zip(MIX_CONTROLS, inputs.job.mix or (), strict=False))
         pipe = self._find_pipeline(inputs.job)
         keeps_latents = request.keeps_latents and not is_long(inputs.job)
         arguments = call_arguments([inputs]) | {"output_type": "latent", "keep_latents": keeps_latents}
@@ -260,7 +259,11 @@ class Engine:
             first, latents = request.resume.step, dict(request.resume.latents)
             arguments |= {"resume_from": first, "latents": latents[first]}
         report = StepReport(
-            *(ticket.report, lambda: ticket.is_stopped, inputs.job.seeds, request.mix, mixed),
+            ticket.report,
+            lambda: ticket.is_stopped,
+            inputs.job.seeds,
+            request.mix,
+            begun_with=begun_with,
             every=request.estimates_every,
         )
         arguments |= {

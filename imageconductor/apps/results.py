@@ -62,9 +62,10 @@ class Result:
         """The file of a video by its kind: video.mp4, overlay.mp4 or video.gif."""
         stem, suffix = kind.rsplit(".", 1)
         overlay = self.folder / f"overlay-{seed}.{suffix}"
-        plain = [path for path in sorted(self.folder.glob(f"*-{seed}.{suffix}")) if path != overlay]
-        chosen = [overlay] if stem == "overlay" and overlay.exists() else plain if stem != "overlay" else []
-        return chosen[0] if chosen else None
+        if stem == "overlay":
+            return overlay if overlay.exists() else None
+        plain = sorted(path for path in self.folder.glob(f"*-{seed}.{suffix}") if path != overlay)
+        return plain[0] if plain else None
 
     def file(self, name: str) -> Path | None:
         """A file of the folder, if it is there."""

@@ -139,10 +139,9 @@ def check_inputs(
     if pipe.motion_controlnet is None and (drawn or image is not None):
         raise ValueError("image and trajectories need ControlNets, and this is a text-to-video model, which has none")
     scale = _given(guidance_scale, defaults.guidance_scale)
+    if not drawn:
+        _refuse_weights(mix=mix, camera_free_scale=camera_free_scale)
     weights = parse_mix(mix)
-    for name, value in (("mix", mix), ("camera_free_scale", camera_free_scale)):
-        if value is not None and not drawn:
-            raise ValueError(f"{name}={value} weighs what trajectories do, and there are none; leave it out")
     if weights is not None:
         plan(control, scale, camera_free_scale, _given(trajectory_guidance_scale, 1.0), bool(drawn), weights)
 
@@ -321,6 +320,13 @@ def parse_mix(value: Mapping[Any, float] | None) -> Mix | None:
         raise ValueError("mix is empty; give the weight of at least one control, or leave it out")
     check_finite({f"mix[{name!r}]": weight for name, weight in value.items()})
     return {parse_control(name): float(weight) for name, weight in value.items()}
+
+
+def _refuse_weights(**given: Any) -> None:
+    """Raises ValueError where a call without trajectories says how these act."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}={value} weighs what trajectories do, and there are none; leave it out")
 
 
 def _check_adapters(pipe: Any, controls: Iterable[Control]) -> None:

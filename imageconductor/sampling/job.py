@@ -133,9 +133,10 @@ class SampleJob:
             from imageconductor.conditioning.trajectory_json import parse_size
 
             parse_size(self.trajectories_size, "trajectories_size")
-        for name, preset, usual in (("start", self.preset in OBJECT_PRESETS, None), ("strength", self.preset, 1)):
-            if getattr(self, name) != usual and not preset:
-                raise ValueError(f"{name} {getattr(self, name)} goes with {'an object ' * (usual is None)}preset")
+        if self.start is not None and self.preset not in OBJECT_PRESETS:
+            raise ValueError(f"start {self.start} goes with an object preset; leave it out")
+        if self.strength != 1 and self.preset is None:
+            raise ValueError(f"strength {self.strength} goes with preset; leave it out")
         if self.boxes_name is not None and self.boxes is None:
             raise ValueError(f"boxes_name {self.boxes_name!r} goes with boxes; leave it out")
         has_scale = self.camera_free_scale is not None or self.trajectory_guidance_scale not in (None, 1)

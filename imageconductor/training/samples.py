@@ -95,7 +95,7 @@ def read_held_out_boxes(config: BoxStageConfig, count: int | None = None) -> lis
     for position in range(count):
         try:
             found.append(samples[position])
-        except (CorruptClipError, OSError) as error:
+        except (CorruptClipError, ValueError, OSError) as error:
             faults.append(str(error))
             logger.warning("a held-out clip is left out: %s", error)
     if faults and not found:

@@ -370,7 +370,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "a.mp4").touch()
     (tmp_path / "list.csv").write_text("id,caption,path\na,,a.mp4\nb,,b.mp4\n")
-    output = tmp_path / "out"
+    videos, output = f"input={tmp_path / 'videos'}", tmp_path / "out"
     for arguments, said in (
         (
             [f"input={tmp_path / 'list.csv'}", "source=csv", f"videos={tmp_path / 'off'}", f"output={output}"],
@@ -378,11 +378,8 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys):
         ),
         ([f"input={tmp_path / 'nowhere'}", f"output={output}"], "no such file or folder"),
         ([f"input={tmp_path / 'empty'}", f"output={output}"], "holds nothing that source=folder could read"),
-        ([f"input={tmp_path / 'videos'}", f"output={tmp_path / 'full'}"], "holds other files"),
-        (
-            [f"input={tmp_path / 'videos'}", f"output={output}", "tracker=cotracker", f"cotracker={tmp_path}"],
-            "CoTracker",
-        ),
+        ([videos, f"output={tmp_path / 'full'}"], "holds other files"),
+        ([videos, f"output={output}", "tracker=cotracker", f"cotracker={tmp_path}"], "CoTracker"),
     ):
         assert command(*arguments) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
