@@ -101,7 +101,7 @@ def test_a_step_that_overflows_is_named(tiny_model):
     tracks = Trajectories(points, torch.ones(1, 2, dtype=torch.bool), (32, 32))
     arguments: list[tuple[dict[str, Any], str]] = [
         ({"guidance_scale": np.nan}, "guidance_scale must be a finite number"),
-        ({"eta": np.inf}, "eta must be a finite number"),
+        ({"eta": np.inf}, r"eta must lie in \[0, 1\], got inf"),
         ({"latents": torch.full((1, 4, 2, 16, 16), torch.nan)}, "the given latents"),
         ({"trajectories": tracks}, "a visible point is not finite"),
     ]
