@@ -15,6 +15,7 @@ from imageconductor.command_line import run_command
 from imageconductor.conditioning.formats import FORMATS, TrackFile, list_written, read_tracks, write_tracks
 from imageconductor.conditioning.formats import written_formats as list_targets
 from imageconductor.conditioning.formats.track_file import DEFAULT_FRAMES
+from imageconductor.conditioning.formats.writing import takes_frames
 from imageconductor.conditioning.trajectory_json import Track, parse_size
 
 _SUFFIXES = {".json": "imageconductor", ".npz": "cotracker", ".pth": "ati", ".txt": "tora", ".pkl": "tapvid"}
@@ -74,11 +75,14 @@ def _convert(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be from 1 to 4096, got {value}")
     size = None if args.size is None else parse_size(args.size, "--size")
     paths: list[Path] = args.inputs
-    num_frames = args.frames or FORMATS[target].num_frames or DEFAULT_FRAMES
+    form = FORMATS[target]
+    num_frames = args.frames or form.num_frames or DEFAULT_FRAMES
     file = read_tracks(paths, drawn_size=size, format=args.source, sample=args.sample, num_frames=num_frames)
     if args.sample is not None and file.format != "tapvid":
         raise ValueError(f"--sample chooses a clip of a tapvid file, and this one is {file.format}")
-    listed = _place_timed(file, args.frames or FORMATS[target].num_frames or file.num_frames or DEFAULT_FRAMES)
+    if not args.frames and file.num_frames and takes_frames(form, file.num_frames):
+        num_frames = file.num_frames
+    listed = _place_timed(file, num_frames)
     tracks = listed[:: args.every]
     outputs = list_written(args.output, len(tracks), target)
     _check_outputs(outputs, paths, args.overwrite)
@@ -89,7 +93,7 @@ def _convert(args: argparse.Namespace) -> None:
         print(f"placed: {len(listed[0].points)} points for each track, in which times, corners and the camera are kept")
     if args.every > 1:
         print(f"kept {len(tracks)} of {len(listed)} tracks")
-    written = write_tracks(args.output, tracks, file.size, target, num_frames=args.frames)
+    written = write_tracks(args.output, tracks, file.size, target, num_frames=args.frames, drawn_frames=num_frames)
     for note in written.notes:
         print(f"note: {note}")
     print(f"wrote {', '.join(map(str, written.paths))}: {target}")

@@ -8,6 +8,7 @@ pixel instead: the centre of a box as a point is half a pixel less in both axes.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from imageconductor.conditioning.box_files import BoxObject, format_boxes, place_boxes, read_boxes
 from imageconductor.conditioning.first_frame import cover_scale
 from imageconductor.conditioning.trajectories import Trajectories
-from imageconductor.conditioning.trajectory_json import BORDER_PX, check_size
+from imageconductor.conditioning.trajectory_json import BORDER_PX, check_size, fill_padding
 from imageconductor.files import write_text
 
 
@@ -149,11 +150,16 @@ class Boxes:
     def centres(self) -> Trajectories:
         """The centres of the boxes as trajectories, invisible where an object is absent.
 
-        An object that keeps its place is a still track only if its centre does not move at all.
+        Points of such frames are filled as those of a file of boxes that is read as tracks. An object that keeps its
+        place is a still track only if its centre does not move at all.
         """
         points = (self.xyxy[..., :2] + self.xyxy[..., 2:]) / 2 - 0.5
         limit = points.new_tensor(self.size) - BORDER_PX
-        return Trajectories(points.clamp(min=0).minimum(limit), self.present, self.size)
+        points = points.clamp(min=0).minimum(limit).masked_fill(~self.present[..., None], math.nan)
+        for track, present in zip(points, self.present, strict=True):
+            if not present.all():
+                track.copy_(torch.as_tensor(fill_padding(track.cpu().numpy(), present.cpu().numpy())))
+        return Trajectories(points, self.present, self.size)
 
     def save(self, path: str | Path) -> None:
         """Writes our JSON form, with a box or null for each frame; `load` gives the same back."""

@@ -15,8 +15,7 @@ _DIGITS = 3  # of a pixel, where points were scaled
 def track_fields(track: Track, size: tuple[int, int]) -> dict[str, Any]:
     """One member of "tracks", which `check_tracks` reads as the same track.
 
-    A track of a point per frame becomes one of straight lines between them. Where such a track is hidden the two may
-    differ, since the positions of hidden points are read.
+    A track of a point per frame becomes one of straight lines between them.
 
     Args:
         track: in pixels of `size`.
@@ -26,7 +25,8 @@ def track_fields(track: Track, size: tuple[int, int]) -> dict[str, Any]:
     is_inside = ((track.points >= 0) & (track.points < np.asarray(size))).all()
     if not track.visible.all() or not (is_inside or track.hides_outside):
         fields["visible"] = track.visible.tolist()
-    if track.interpolation == "linear" or (track.per_frame and len(track.points) > 1):
+    is_joined = track.per_frame and len(track.points) > 1 and "visible" not in fields  # which says the same
+    if track.interpolation == "linear" or is_joined:
         fields["interpolation"] = "linear"
     if track.control is not None:
         fields["control"] = track.control

@@ -74,11 +74,12 @@ def flow_map(
     """Flow maps of a batch of clips, given as tensors of points, drawn on their device.
 
     Step i, from p_i to p_{i+1}, is written into frame i + 1 at the truncated pixel of p_i, or of p_{i+1} where the
-    convention says so. It is left out if that point lies outside the frame or either end is invisible. If two tracks
-    write the same pixel of a frame, the later one wins.
+    convention says so. It is left out if that point lies outside the frame, if either end is invisible, or if the
+    displacement is not finite, as that from a p_0 which is unknown. If two tracks write the same pixel of a frame, the
+    later one wins.
 
     Args:
-        points: (B, N, T, 2) float, xy in pixels of `size`.
+        points: (B, N, T, 2) float, xy in pixels of `size`; unknown ones are not finite.
         visible: (B, N, T) bool.
         size: (W, H).
         convention: the convention that the model was trained with.
@@ -139,6 +140,7 @@ def _steps(
         points = points + still[:, :, None, None] * ramp[:, None]
     start = points[:, :, :1] if convention.accumulate else points[:, :, :-1]
     displacements = (points[:, :, 1:] - start) * convention.scale
+    written = written & displacements.isfinite().all(-1)
     # Invisible points may be NaN, which has no pixel and survives a product with zero.
     pixels = points[:, :, steps].where(written[..., None], 0.0).long()
     # A still point on the border drifts out of the frame but is written at its pixel to the end.

@@ -34,14 +34,14 @@ def place_track(track: Track, num_frames: int, counted_in: int | None = None) ->
     if count == num_frames and track.timing.is_default:
         return control, track.visible  # Evaluating the curve could round, but a saved file must load exactly.
     knots, at = track.timing.knots(count, num_frames, counted_in or num_frames)
+    # What a tracker writes for a hidden frame says nothing of where the point is.
+    used = np.flatnonzero(track.visible) if track.per_frame and track.visible.any() else np.arange(count)
     if track.per_frame or track.interpolation == "linear":
-        # What a tracker writes for a hidden frame says nothing of where the point is.
-        used = np.flatnonzero(track.visible) if track.per_frame and track.visible.any() else np.arange(count)
         axes: list[Points] = [np.interp(at, knots[used], control[used, axis]) for axis in (0, 1)]
         points = np.stack(axes, axis=-1)
     else:
         points = cast("Points", PchipInterpolator(knots, control)(at))
     # Neither curve overshoots, but their rounding could move a border point outside the frame.
-    points = np.minimum(np.maximum(points, control.min(axis=0)), control.max(axis=0))
+    points = np.minimum(np.maximum(points, control[used].min(axis=0)), control[used].max(axis=0))
     place = np.round(np.interp(at, knots, np.arange(count)), 9)
     return points, track.visible[np.floor(place).astype(int)] & track.visible[np.ceil(place).astype(int)]

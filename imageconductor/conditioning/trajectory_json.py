@@ -35,6 +35,9 @@ MAX_FILE_FRAMES = 4096
 BORDER_PX = 1 / 64
 """Points on the right or lower border are moved this far below W, which is exact in float32 too."""
 
+FARTHEST_MEASURED_PX = 1e9
+"""Measured positions beyond are taken for damage; products with picture sizes stay finite."""
+
 PUBLISHED_SIZE = (384, 256)
 """(W, H) of the published release, whose JSON form states no size."""
 
@@ -202,6 +205,26 @@ def check_drawing(
     return Drawing(tracks, drawn_at, num_frames, camera)
 
 
+def fill_padding(points: npt.NDArray[np.float64], visible: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """The points of a measured track, with positions between the known neighbours in place of padding.
+
+    Hidden points at (0, 0), at (-1, -1) or without a number are padding. A track of nothing else is zeros.
+
+    Args:
+        points: (T, 2).
+        visible: (T,) bool.
+    """
+    is_finite = (np.abs(points) < FARTHEST_MEASURED_PX).all(-1)  # False for NaN
+    is_padding = ~visible & (~is_finite | (points == 0).all(-1) | (points == -1).all(-1))
+    if not is_padding.any():
+        return points
+    gaps, known = np.flatnonzero(is_padding), np.flatnonzero(~is_padding)
+    filled = np.where(is_padding[:, None], 0.0, points)
+    for axis in (0, 1) if len(known) else ():
+        filled[gaps, axis] = np.interp(gaps, known, points[known, axis])
+    return filled
+
+
 def write_trajectory_json(path: str | Path, tracks: Sequence[Track], size: tuple[int, int]) -> None:
     """Writes our JSON form atomically, with "visible" only for tracks that are hidden or outside the frame somewhere.
 
@@ -249,9 +272,9 @@ def _check_track(track: object, size: tuple[int, int], where: str, num_frames: i
         if value not in known and key in fields:
             raise ValueError(f"{where}: {key} must be {' or '.join(known)}, got {value!r}{suggest(value, known)}")
     timing = _check_timing(fields, where, num_frames, len(points))
-    return Track(
-        np.asarray(controls, np.float64), np.asarray(visible, np.bool_), timing, interpolation, control, outside
-    )
+    is_measured, at, seen = flags is not None, np.asarray(controls, np.float64), np.asarray(visible, np.bool_)
+    at = fill_padding(at, seen) if is_measured else at
+    return Track(at, seen, timing, interpolation, control, outside, per_frame=is_measured and len(points) > 1)
 
 
 def _check_timing(fields: dict[str, Any], where: str, num_frames: int, num_points: int | None = None) -> Timing:

@@ -33,6 +33,8 @@ _BROKEN = "broken pool"
 # No fault of the footage: after an error of CUDA a process computes nothing any more, and all its next clips fail.
 _FULL = re.compile(r"CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|CUDNN_STATUS_NOT_INITIALIZED")
 _BROKEN_GPU = re.compile(r"(CUDA|cuDNN|HIP) error|(CUBLAS|CUDNN|CUFFT|HIPBLAS)_STATUS_")
+# A call that was refused for its shapes, which are the clip's, leaves the GPU as it was.
+_REFUSED = re.compile(r"_STATUS_(NOT_SUPPORTED|BAD_PARAM|INVALID_VALUE)|error: invalid (configuration )?argument")
 _POLL_S = 1.0
 
 
@@ -163,7 +165,8 @@ class Workers:
         except Exception as error:  # Unknown footage can raise anything.
             is_full = type(error).__name__ == "OutOfMemoryError" or bool(_FULL.search(str(error)))
             is_broken = type(error).__name__ == "AcceleratorError" or bool(_BROKEN_GPU.search(str(error)))
-            if is_full or is_broken or isinstance(error, ImportError):
+            is_lost = is_broken and not _REFUSED.search(str(error))
+            if is_full or is_lost or isinstance(error, ImportError):
                 remedy = "; a smaller batch_size or raft_batch needs less" if is_full else ""
                 raise RuntimeError(f"{type(error).__name__}: {error}{remedy}") from error
             result = Failure("failed", f"{type(error).__name__}: {error}")

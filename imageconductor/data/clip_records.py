@@ -92,11 +92,13 @@ class ClipRecord:
         return info
 
     def tracks(self) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Points (N, F, 2) in pixels of the video, and visible (N, F); points that are not finite are hidden."""
+        """Points (N, F, 2) in pixels of the video, and visible (N, F); points that are not finite are hidden.
+
+        They stay as they are: a number in their place would be a start from which displacements are counted.
+        """
         with np.load(io.BytesIO(self.read("tracks.npz"))) as arrays:
             points, visible = arrays["points"].astype(np.float64), arrays["visible"].astype(np.bool_)
-        is_finite = np.isfinite(points)
-        return np.where(is_finite, points, 0.0), visible & is_finite.all(-1)
+        return points, visible & np.isfinite(points).all(-1)
 
 
 def encode_tracks(points: NDArray[np.floating], visible: NDArray[np.bool_]) -> bytes:

@@ -34,6 +34,7 @@ from imageconductor.sampling.gate_inputs import (
     encode_boxes,
     warn_without_scene_lora,
 )
+from imageconductor.sampling.job_conditions import crop_drawn
 from imageconductor.sampling.shortcuts import NO_SHORTCUTS, Shortcuts
 from imageconductor.sampling.windows import choose_window, split_frames
 
@@ -51,7 +52,7 @@ class CallInputs:
     Attributes:
         images: RGB pictures by frame, of length 1, which serves all, or `count`; none for text-to-video.
         prompts, negative_prompts: Texts or their embeddings (P, L, D), of length 1, which serves all, or `count`.
-        trajectories: Of length 1 or `count`; none without trajectories.
+        trajectories: Of length 1 or `count`, cropped to `size`; none without trajectories.
         count: P, number of conditions.
         size: (W, H) in pixels.
         num_frames: T.
@@ -160,6 +161,7 @@ def check_inputs(
     branches(scale, weights, True, True)  # raises where the scales do not go together
     if drawn:
         _check_trajectories(drawn, num_frames)
+        drawn = [crop_drawn(one, (width, height), "trajectories") for one in drawn]
         _check_adapters(pipe, [control] if weights is None else weights)
     images = [] if image is None else [_read_pictures(one, num_frames) for one in _as_list(image)]
     placed = [] if boxes is None else list(_as_list(boxes))
@@ -254,7 +256,7 @@ def draw_flow(pipe: Any, inputs: CallInputs, frames: range) -> Tensor | None:
     if not inputs.trajectories:
         return None
     convention = pipe.motion_controlnet.flow_convention
-    placed = [one.at_frames(frames).cover_crop(inputs.size) for one in inputs.trajectories]
+    placed = [one.at_frames(frames) for one in inputs.trajectories]
     flows = torch.cat([build_flow_map(one, convention, inputs.device) for one in placed])
     return flows.to(pipe.unet.dtype).expand(inputs.count, -1, -1, -1, -1)
 

@@ -1,4 +1,4 @@
-"""The conditions that a job names: trajectories of a file, a preset or a video, and boxes."""
+"""The conditions that a job names, trajectories of a file, a preset or a video, and boxes, and what a crop leaves."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build_trajectories(
         drawn = Trajectories.load(
             job.trajectories, num_frames, published_size=size, drawn_size=drawn_size, image_size=image_size
         )
-        return _crop(drawn, size, job.trajectories)
+        return crop_drawn(drawn, size, job.trajectories)
     if job.motion_from is not None:
         from imageconductor.data.video_motion import take_motion
 
@@ -41,8 +41,13 @@ def build_trajectories(
     return Trajectories.empty(size, num_frames)
 
 
-def _crop(drawn: Trajectories, size: tuple[int, int], source: str) -> Trajectories:
-    """The tracks on the cropped picture; a drawn one that is outside of it in all frames is warned of.
+def crop_drawn(drawn: Trajectories, size: tuple[int, int], source: str) -> Trajectories:
+    """The tracks on the picture cropped to `size` (W, H); a drawn one that is outside in all frames is warned of.
+
+    Args:
+        drawn: the tracks.
+        size: (W, H).
+        source: of the tracks, at the start of messages.
 
     Raises:
         ValueError: All of them are.

@@ -22,6 +22,7 @@ from imageconductor.conditioning import (
 from imageconductor.conditioning.formats import parse_tracks
 from imageconductor.conditioning.formats.json_files import parse_json
 from imageconductor.conditioning.trajectories import MAX_TRACKS
+from imageconductor.sampling.job_conditions import crop_drawn
 
 from . import host
 
@@ -95,7 +96,7 @@ class TextTracks(_TrackNode):
         def place(size: tuple[int, int], num_frames: int) -> Trajectories:
             drawn_size = (width, height) if width else size
             file = parse_tracks(text, drawn_size=drawn_size, num_frames=num_frames, max_tracks=MAX_TRACKS)
-            return Trajectories.from_file(file, num_frames).cover_crop(size)
+            return crop_drawn(Trajectories.from_file(file, num_frames), size, "tracks")
 
         return (Tracks((place,)),)
 

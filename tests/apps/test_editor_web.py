@@ -220,6 +220,7 @@ ALL_KEYS = {
         {"points": [[10, 10], [80, 300], [90, 20], [400, 350]], "times": [1, 2.5, 9, 14], "control": "camera"},
         {"points": [[10, 10], [80, 300], [20, 20]], "interpolation": "linear", "end": 12.5, "easing": "ease-in"},
         {"points": [[5, 5], [700, 8], [50, 60]], "visible": [True, False, True], "easing": "ease-out"},
+        {"points": [[9, 9], [40, 80], [50, 8], [590, 9], [50, 50]], "visible": [True, True, True, False, True]},
         {"points": [[100, 100], [110, 140], [60, 150], [65, 90]], "easing": "ease-in-out"},
         {"points": [[599, 399], [0, 0], [300, 0], [300, 399], [40, 399]], "start": 1, "end": 3},
     ],

@@ -142,6 +142,27 @@ def test_a_timed_drawing_keeps_the_frames_of_its_own_clip(tmp_path, capsys):
     assert len(points) == 64
 
 
+@pytest.mark.parametrize("fields", [{}, {"easing": "ease-in"}], ids=["plain", "timed"])
+def test_a_drawing_keeps_its_number_of_frames_where_the_tool_takes_any(fields, tmp_path):
+    track = {"points": [[0, 8], [10, 40], [20, 8]], **fields}
+    drawn = tmp_path / "drawn.json"
+    drawn.write_text(json.dumps({"width": 64, "height": 48, "num_frames": 24, "tracks": [track]}))
+
+    def count(name, *arguments):
+        output = tmp_path / "file"
+        assert main([str(drawn), str(output), "--to", name, "--overwrite", *arguments]) == 0
+        written = {"wan-move": tmp_path / "file_tracks.npy"}.get(name, output)
+        tracks = read_tracks(written, drawn_size=(64, 48), format="ltx" if name == "ltx" else None).tracks
+        return len(tracks[0].points)
+
+    expected = dict.fromkeys(["cotracker", "tapvid", "kjnodes", "ltx", "wangp", "tora"], 24)
+    expected |= {"wan-move": 81, "ati": 121}  # which take 4n + 1 and 121 alone
+    assert {name: count(name) for name in expected} == expected
+    assert count("cotracker", "--frames", "9") == 9
+    drawn.write_text(json.dumps({"width": 64, "height": 48, "tracks": [track]}))
+    assert {name: count(name) for name in ("cotracker", "tora")} == {"cotracker": 16, "tora": 49}
+
+
 def test_a_clip_is_chosen_of_a_file_of_several_alone(tmp_path, capsys):
     drawn = tmp_path / "drawn.json"
     drawn.write_text("[[[8, 8], [40, 30]]]")

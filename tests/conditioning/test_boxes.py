@@ -212,6 +212,9 @@ def test_boxes_of_tracks_and_tracks_of_boxes():
     growing = torch.linspace(2, 10, 5).view(1, 5, 1).expand(2, 5, 2)
     grown = Boxes.from_tracks(tracks, growing, ["dog", "ball"])
     assert (grown.xyxy[0, :, 2] - grown.xyxy[0, :, 0]).tolist() == pytest.approx([2, 4, 6, 8, 10])
+    late = boxes([None, (0, 0, 10, 8), None, (20, 0, 30, 8)], [None] * 4).centres().points
+    assert late[0].tolist() == [[4.5, 3.5], [4.5, 3.5], [14.5, 3.5], [24.5, 3.5]], "a start to count motion from"
+    assert not late[1].any()
     hidden = Trajectories(tracks.points, torch.tensor([[True] * 4 + [False], [True] * 5]), SIZE)
     assert not Boxes.from_tracks(hidden, (8, 6), ["a", "b"]).present[0, 4]
     with pytest.raises(ValueError, match="positive sides, got 0"):

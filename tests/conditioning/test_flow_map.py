@@ -164,6 +164,23 @@ def test_accumulated_values_count_from_the_first_frame():
     assert [values[0, 0, i + 1, 3, 2 + 2 * i].item() for i in range(5)] == [2, 4, 6, 8, 10]
 
 
+def test_a_hidden_start_counts_where_it_is_known():
+    nan = float("nan")
+    paths = [[[nan, nan], [8, 8], [11, 8]], [[-4, 2], [3, 2], [5, 2]], [[nan, 5], [3, 5], [5, 5]]]
+    visible = torch.tensor([[[False, True, True]]]).expand(1, 3, 3)
+    values = flow_map(
+        torch.tensor(paths)[None].double(),
+        visible,
+        (16, 16),
+        FlowMapConvention(1, normalisation="average", accumulate=True),
+    )
+    expected = torch.zeros(1, 2, 3, 16, 16)
+    expected[0, 0, 2, 2, 3] = 9  # from outside of the frame
+    assert torch.equal(values, expected)
+    steps = flow_map(torch.tensor(paths)[None].double(), visible, (16, 16), FlowMapConvention(1, normalisation="peak"))
+    assert [steps[0, 0, 2, y, x].item() for y, x in ((8, 8), (2, 3), (5, 3))] == [3, 2, 2]
+
+
 def test_values_at_the_end_of_a_step_lie_where_the_point_is_in_their_frame():
     points = torch.tensor([[[2.0, 3.0], [5.0, 3.0], [11.0, 3.0]], [[9.0, 8.0], [14.0, 8.0], [17.0, 8.0]]])[None]
     convention = FlowMapConvention(1, normalisation="peak", accumulate=True, at_end=True)

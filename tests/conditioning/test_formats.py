@@ -277,6 +277,24 @@ def test_unstated_sizes(tmp_path, caplog):
         read_tracks(spline)
 
 
+@pytest.mark.parametrize("kind", ["f4", "f2", "bool", "u1", "i8", "f8"])
+def test_visibility_in_fractions_holds_from_a_half_on_and_flags_as_they_are(tmp_path, kind):
+    tracks = np.cumsum(np.ones((4, 2, 2)), 0)
+    flags = np.array([[1, 0.02], [0.98, 0.4], [0.6, 1], [0, np.nan]])
+    is_fraction = kind in ("f4", "f2")
+    values = flags.astype(kind) if is_fraction else (3 if kind in ("u1", "i8") else 1) * (flags > 0.5).astype(kind)
+    np.savez(tmp_path / "t.npz", tracks=tracks, visibility=values)
+    np.save(tmp_path / "t_tracks.npy", tracks)
+    np.save(tmp_path / "t_visibility.npy", values)
+    clip = {"points": tracks.transpose(1, 0, 2) / 512, "occluded": 1 - values.T if is_fraction else values.T == 0}
+    (tmp_path / "t.pkl").write_bytes(pickle.dumps({"bear": clip}))
+    for name in ("t.npz", "t_tracks.npy", *(["t.pkl"] if kind != "f2" else [])):
+        file = read_tracks(tmp_path / name, drawn_size=SIZE)
+        seen = np.stack([track.visible for track in file.tracks], 1)
+        assert np.array_equal(seen, flags > 0.5)
+        assert any("in fractions; what is above 0.5 was taken as set" in note for note in file.notes) == is_fraction
+
+
 @pytest.mark.parametrize("num_frames", [4, 16, 31, 121])
 def test_measured_tracks_are_resampled_between_visible_frames(tmp_path, num_frames):
     line = np.stack([np.arange(31) * 4.0, np.arange(31) ** 2.0], -1)

@@ -162,6 +162,20 @@ def test_archives_are_checked_member_by_member(tmp_path):
     refuse(path, "NumPy file with no arrays")
 
 
+def test_what_lies_beside_the_tracks_is_not_read(tmp_path):
+    trace, path = tmp_path / "called", tmp_path / "t.npz"
+    beside = {"caption": "a dog", "masks": np.array([Calls(trace)], dtype=object), "empty": np.zeros(0)}
+    np.savez(path, tracks=np.cumsum(np.ones((20, 2, 2)), 0), **beside)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("video.npy", npy_bytes((81, 10**4, 10**4, 3), "|u1"))
+    assert read_tracks(path, drawn_size=SIZE).tracks[1].points[-1].tolist() == [20, 20]
+    np.savez(path, tracks_XYZ=np.zeros((5, 2, 3)), images_jpeg_bytes=np.array([b"x"] * 5, object), visibility=True)
+    refuse(path, r"tracks_XYZ float64 \(5, 2, 3\), images_jpeg_bytes object \(5,\), .*metres: project them with its")
+    np.savez(path, tracks=np.cumsum(np.ones((20, 2, 2)), 0), visibility=np.array([Calls(trace)], dtype=object))
+    refuse(path, "t.npz, visibility holds pickled Python objects")
+    assert not trace.exists()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
 def test_visible_points_are_finite(tmp_path, bad):
     points = np.cumsum(np.ones((20, 2, 2)), 0)

@@ -143,6 +143,35 @@ def test_a_frame_between_a_seen_and_a_hidden_point_is_hidden(tmp_path):
     assert Trajectories.load(path, 5).visible[0].tolist() == [True, True, True, False, False]
 
 
+@pytest.mark.parametrize(
+    ("hidden", "start"),
+    [([0, 0], [10, 8]), ([-1, -1], [10, 8]), ([1e300, 3], [10, 8]), ([-30, 8], [-30, 8]), ([0, 3], [0, 3])],
+)
+def test_padding_of_a_measured_track_is_no_place_from_which_it_moves(hidden, start, tmp_path):
+    track = {"points": [hidden, [10, 8], hidden, [14, 8]], "visible": [False, True, False, True]}
+    (tmp_path / "tracks.json").write_text(json.dumps({"width": 64, "height": 48, "tracks": [track]}))
+    points = Trajectories.load(tmp_path / "tracks.json", 4).points[0].tolist()
+    assert points == [start, [10, 8], [12, 8] if start == [10, 8] else hidden, [14, 8]]
+
+
+@pytest.mark.parametrize("num_frames", [2, 5, 16, 31, 40])
+def test_a_saved_track_is_loaded_at_another_length_as_it_is_resampled(num_frames, tmp_path):
+    line = torch.stack([torch.arange(16.0) * 3, torch.arange(16.0) ** 1.5], -1)
+    visible = torch.ones(2, 16, dtype=torch.bool)
+    visible[0, :3] = visible[0, 7:9] = visible[1, 12:] = False
+    points = torch.stack([line, line.flip(-1)]).double()
+    unknown = points.masked_fill(~visible[..., None], float("nan"))
+    points[~visible] = -500.0  # a guess of the tracker's
+    tracks = Trajectories(points, visible, (64, 64))
+    tracks.save(tmp_path / "tracks.json")
+    again, resampled = Trajectories.load(tmp_path / "tracks.json", num_frames), tracks.resample(num_frames)
+    assert torch.equal(again.visible, resampled.visible)
+    if num_frames != 16:  # a file of as many points is loaded as it is
+        assert torch.equal(again.points, resampled.points)
+        assert again.points.min() >= 0, "the guess is no part of the curve"
+        assert torch.equal(Trajectories(unknown, visible, (64, 64)).resample(num_frames).points, resampled.points)
+
+
 sizes = st.tuples(st.integers(1, 700), st.integers(1, 700))
 fractions = st.floats(0, 0.9999999) | st.sampled_from([0.0, 0.9999999])  # the edges are where it can go wrong
 

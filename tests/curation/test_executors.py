@@ -38,6 +38,9 @@ def lose_gpu(items):
 def fill_gpu(items):
     raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")
 
+def refuse(items):
+    raise RuntimeError(items[0])
+
 def sleep(items):
     time.sleep(1.3)
     return items
@@ -95,6 +98,32 @@ def test_a_gpu_that_is_lost_or_full_is_no_fault_of_a_clip(patient_worker, faulty
         list(patient_worker.map_batches(faulty.lose_gpu, [1, 2, 3], size=1))
     with pytest.raises(RuntimeError, match=r"a smaller batch_size or raft_batch needs less$"):
         list(patient_worker.map_batches(faulty.fill_gpu, [1], size=1))
+
+
+@pytest.mark.parametrize(
+    ("message", "is_lost"),
+    [
+        (
+            "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input",
+            False,
+        ),
+        ("cuDNN error: CUDNN_STATUS_BAD_PARAM", False),
+        ("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx( handle, opa, opb)`", False),
+        ("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasSgemm( handle, opa, opb)`", False),
+        ("CUDA error: invalid configuration argument\nCUDA kernel errors might be asynchronously reported", False),
+        ("CUDA error: invalid argument", False),
+        ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", True),
+        ("CUDA error: unspecified launch failure", True),
+        ("CUDA error: no kernel image is available for execution on the device", True),
+    ],
+)
+def test_what_a_gpu_refuses_of_one_clip_costs_no_other(message, is_lost, patient_worker, faulty):
+    results = patient_worker.map(faulty.refuse, [([message],)])
+    if is_lost:
+        with pytest.raises(RuntimeError, match=message):
+            list(results)
+    else:
+        assert [result.reason for result in results] == ["failed"]
 
 
 def test_a_missing_module_is_no_fault_of_a_clip(patient_worker):

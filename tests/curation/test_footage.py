@@ -181,6 +181,14 @@ def test_times_that_a_container_rounds_are_of_a_constant_rate(rate, digits):
         assert set(np.diff(chosen)) == {interval}
 
 
+def test_where_half_of_the_steps_are_long_a_frame_lasts_a_short_one():
+    times = np.cumsum([0.0, *[0.02] * 60, *[0.1] * 60])
+    assert frame_duration(times) == pytest.approx(0.02)
+    with pytest.raises(Rejected) as error:
+        choose_frames(times[40:81], CurateConfig("", ""), np.random.default_rng(0))
+    assert error.value.reason == "uneven frame rate"
+
+
 def test_an_uneven_rate_is_evened_out_in_time():
     times = np.sort(np.concatenate([np.arange(0, 4, 1 / 50), np.arange(4, 8, 1 / 25)]))
     chosen, interval = choose_frames(times, CurateConfig("", "", max_interval=4), np.random.default_rng(3))

@@ -9,6 +9,8 @@ import pytest
 import torch
 from clip_files import SIZE, WORLD, record, write_folder, write_shard
 
+from imageconductor.conditioning import FlowMapConvention
+from imageconductor.conditioning.flow_map import flow_map
 from imageconductor.data.batches import Batches, SpriteSamples, sample_frames, scale_pixels
 from imageconductor.data.clip_index import find_clips
 from imageconductor.data.clip_records import CorruptClipError, encode_tracks
@@ -58,9 +60,24 @@ def test_tracks_in_float16_of_earlier_shards_are_read(records, tmp_path):
     visible[0, 3] = False
     old["tracks.npz"] = file.getvalue()
     sample = ClipSamples([write_shard(tmp_path / "clips.tar", {"clip-1": old})], SIZE, 8)[0]
-    expected = torch.from_numpy(np.nan_to_num(points).astype(np.float32))
-    torch.testing.assert_close(sample["points"], expected, atol=1e-5, rtol=0)
+    expected = torch.from_numpy(points.astype(np.float32))
+    torch.testing.assert_close(sample["points"], expected, atol=1e-5, rtol=0, equal_nan=True)
     assert sample["visible"].tolist() == visible.tolist()
+
+
+def test_a_track_of_unknown_start_asks_for_no_motion_from_the_corner(records, tmp_path):
+    clip, points = dict(records["clip-1"]), np.full((2, 8, 2), 16.0)
+    points[0, 0], points[1, :, 0] = np.nan, 4 + 2 * np.arange(8)
+    clip["tracks.npz"] = encode_tracks(points, np.ones((2, 8), bool))
+    folder = write_folder(tmp_path / "clips", {"a": clip})
+    convention = FlowMapConvention(1, normalisation="average", accumulate=True)
+    for size, flip, motion in ((SIZE, 0.0, 14), ((16, 16), 0.0, 7), ((16, 16), 1.0, -7)):
+        sample = ClipSamples([folder], size, 8, horizontal_flip=flip)[0]
+        assert sample["points"].isnan().any(-1).nonzero().tolist() == [[0, 0]]
+        assert not sample["visible"][0, 0]
+        field = flow_map(sample["points"][None], sample["visible"][None], size, convention)
+        assert field.sum((0, 3, 4))[0].tolist() == pytest.approx([motion * t / 7 for t in range(8)], abs=1e-4)
+        assert not field[:, 1].any()
 
 
 def test_frames_are_evenly_spaced_and_every_place_occurs():
@@ -174,6 +191,7 @@ def cached(folder, tiny_model, tmp_path_factory):
         made[dtype] = output / dtype
         made[dtype].mkdir()
         (made[dtype] / ".clips-000000.host.1.partial.tar").write_text("of a killed run")
+        (made[dtype] / "made_with.json").write_text('{"model": "of shards that somebody has deleted"}')
         arguments = [f"data=[{folder}]", f"output={made[dtype]}", f"model={tiny_model}", "size=[32,32]"]
         arguments += ["clips_per_shard=2", f"dtype={dtype}", "num_workers=1"]
         assert cache_latents.main(arguments) == 0

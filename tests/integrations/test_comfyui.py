@@ -249,6 +249,15 @@ def test_text_drawn_in_another_frame_is_cropped_with_the_picture(package):
     )
 
 
+def test_text_that_the_crop_leaves_out_is_told(package, caplog):
+    lost, kept = spline([[2, 8], [6, 9]]), spline([[30, 8], [34, 9]])
+    got = place(package, "TextTracks", text=json.dumps([kept, lost]), width=64, height=32)
+    assert got.visible.any(1).tolist() == [True, False]
+    assert "tracks: track 1 is outside of the cropped picture in all frames" in caplog.text
+    with pytest.raises(ValueError, match="tracks: every track is outside of the cropped picture"):
+        place(package, "TextTracks", text=json.dumps([lost]), width=64, height=32)
+
+
 def test_tracks_follow_the_size_and_length_of_the_video(package):
     got = place(package, "CameraTracks", (64, 32), 7, pan_x=0.25, zoom=-0.1, easing="ease-in")
     want = camera_motion((64, 32), 7, pan=(0.25, 0), zoom=-0.1, easing="ease-in")

@@ -190,6 +190,15 @@ def test_trajectories_of_another_size_are_fitted(pipe, image):
     )
 
 
+def test_tracks_that_the_crop_leaves_out_are_told(pipe, image, caplog):
+    lost, kept = [[2, 8], [6, 9]], [[30, 8], [34, 9]]
+    drawn = Trajectories.from_tracks([kept, lost], (64, 32), FRAMES)
+    run(pipe, image, drawn, num_inference_steps=1, num_frames=FRAMES, width=32, height=32)
+    assert "trajectories: track 1 is outside of the cropped picture in all frames" in caplog.text
+    with pytest.raises(ValueError, match=r"trajectories: every track is outside of the cropped picture, .* of 64x32"):
+        run(pipe, image, Trajectories.from_tracks([lost], (64, 32), FRAMES), num_frames=FRAMES, width=32, height=32)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

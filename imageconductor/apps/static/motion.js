@@ -92,12 +92,17 @@ function uniformKnots(count) {
   return Array.from({length: count}, (_, k) => k / Math.max(count - 1, 1));
 }
 
-/** The curve of a track, and its knots: even ones, or the times of its points as parts of the clip. */
+/** The curve of a track, and its knots: even ones, or the times of its points as parts of the clip.
+
+    A track that states what is seen was measured: lines join its seen points. */
 function trackCurve(track, countedIn) {
   const knots = track.times
     ? track.times.map((time) => time / Math.max(countedIn - 1, 1))
     : uniformKnots(track.points.length);
-  return {knots, at: curveThrough(track.points, knots, track.interpolation === "linear")};
+  const isJoined = track.visible?.filter(Boolean).length > 1;
+  const used = (list) => isJoined ? list.filter((_, k) => track.visible[k]) : list;
+  const isLinear = track.interpolation === "linear" || Boolean(track.visible);
+  return {knots, at: curveThrough(used(track.points), used(knots), isLinear)};
 }
 
 /** The positions of a track in each of numFrames frames: [{point: [x, y], visible}, ...]. */

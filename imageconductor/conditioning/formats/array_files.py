@@ -20,6 +20,7 @@ from imageconductor.conditioning.formats.track_file import (
     find_relative_size,
     find_size,
     measured_tracks,
+    read_flags,
 )
 from imageconductor.conditioning.trajectory_json import Track
 from imageconductor.files import atomic_write
@@ -43,8 +44,8 @@ def read_wan_move(path: Path, arrays: Mapping[str, Array], hints: Hints) -> Trac
     """Wan-Move's NAME_tracks.npy, (1, T, N, 2) or (T, N, 2) in pixels of the picture, with NAME_visibility.npy."""
     tracks = _only_array(path, arrays, "wan-move")
     beside = visibility_path(path)
-    flags = _visible(load_arrays(beside).get(""), tracks, beside) if beside and beside.is_file() else None
-    return _read_pixels(path, tracks, flags, hints, "wan-move")
+    seen = _visible(load_arrays(beside).get(""), tracks, beside) if beside and beside.is_file() else None
+    return _read_pixels(path, tracks, seen, hints, "wan-move")
 
 
 def read_cotracker(path: Path, arrays: Mapping[str, Array], hints: Hints) -> TrackFile:
@@ -53,13 +54,13 @@ def read_cotracker(path: Path, arrays: Mapping[str, Array], hints: Hints) -> Tra
     if name is None:
         metres = "; TAPVid-3D's are metres: project them with its intrinsics" if _has_metres(arrays) else ""
         raise ValueError(
-            f"{path} is a NumPy file with {describe_arrays(dict(arrays))}; an array named tracks or pred_tracks is "
+            f"{path} is a NumPy file with {describe_arrays(arrays)}; an array named tracks or pred_tracks is "
             f"read, (T, N, 2) or (1, T, N, 2) in pixels{metres}"
         )
     tracks = _frames_first(path, arrays[name], name)
     flags = next((arrays[key] for key in _VISIBILITY_KEYS if key in arrays), None)
-    visible = None if flags is None else _visible(flags, tracks, path)
-    return _read_pixels(path, tracks, visible, hints, "cotracker")
+    seen = None if flags is None else _visible(flags, tracks, path)
+    return _read_pixels(path, tracks, seen, hints, "cotracker")
 
 
 def read_wangp(path: Path, arrays: Mapping[str, Array], hints: Hints) -> TrackFile:
@@ -79,7 +80,7 @@ def read_sg_i2v(path: Path, arrays: Mapping[str, Array], hints: Hints) -> TrackF
     """SG-I2V's (N, 2 + F, 2): two corners of a box, then its centre in each frame, in pixels of the picture."""
     array = arrays.get("")
     if array is None or array.ndim != 3 or array.shape[-1] != 2 or array.shape[1] < 3:
-        raise ValueError(f"{path}: sg-i2v files are (N, 2 + F, 2), found {describe_arrays(dict(arrays))}")
+        raise ValueError(f"{path}: sg-i2v files are (N, 2 + F, 2), found {describe_arrays(arrays)}")
     size, notes = find_size(path, hints, "sg-i2v")
     centres = array[:, 2:]
     visible = np.ones(centres.shape[:2], np.bool_)
@@ -139,7 +140,7 @@ def _has_metres(arrays: Mapping[str, Array]) -> bool:
 
 def _only_array(path: Path, arrays: Mapping[str, Array], name: str) -> Array:
     if "" not in arrays:
-        raise ValueError(f"{path}: {name} files are npy arrays, found an archive with {describe_arrays(dict(arrays))}")
+        raise ValueError(f"{path}: {name} files are npy arrays, found an archive with {describe_arrays(arrays)}")
     return _frames_first(path, arrays[""], "")
 
 
@@ -154,8 +155,8 @@ def _frames_first(path: Path, array: Array, name: str) -> Array:
     return tracks
 
 
-def _visible(flags: Array | None, tracks: Array, path: Path) -> Array:
-    """(T, N) visibility of (1, T, N), (T, N) or (1, T, N, 1): what is not zero."""
+def _visible(flags: Array | None, tracks: Array, path: Path) -> tuple[Array, tuple[str, ...]]:
+    """(T, N) visibility of (1, T, N), (T, N) or (1, T, N, 1), and what was assumed of it."""
     wanted = tracks.shape[:2]
     if (
         flags is None
@@ -165,17 +166,18 @@ def _visible(flags: Array | None, tracks: Array, path: Path) -> Array:
         raise ValueError(
             f"{path}: visibility must be {wanted} as the tracks are, got {None if flags is None else flags.shape}"
         )
-    return flags.reshape(wanted) != 0
+    return read_flags(flags.reshape(wanted), f"{path}: visibility")
 
 
-def _read_pixels(path: Path, tracks: Array, visible: Array | None, hints: Hints, name: str) -> TrackFile:
+def _read_pixels(
+    path: Path, tracks: Array, seen: tuple[Array, tuple[str, ...]] | None, hints: Hints, name: str
+) -> TrackFile:
     size, notes = find_size(path, hints, name)
-    if visible is None:
-        visible = np.ones(tracks.shape[:2], np.bool_)
-        notes += (f"{path} comes without visibility; every point was taken as visible",)
+    without = f"{path} comes without visibility; every point was taken as visible"
+    visible, assumed = seen or (np.ones(tracks.shape[:2], np.bool_), (without,))
     _check_axes(path, tracks, hints)
     points = tracks.transpose(1, 0, 2)
-    return TrackFile(name, measured_tracks(points, visible.T, hints, str(path)), size, notes)
+    return TrackFile(name, measured_tracks(points, visible.T, hints, str(path)), size, notes + assumed)
 
 
 def _check_axes(path: Path, tracks: Array, hints: Hints) -> None:

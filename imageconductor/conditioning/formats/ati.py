@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imageconductor.conditioning.formats.numpy_data import MAX_ARRAY_BYTES, describe_arrays, npz_bytes, read_npz
+from imageconductor.conditioning.formats.numpy_data import MAX_ARRAY_BYTES, NpzArrays, describe_arrays, npz_bytes
 from imageconductor.conditioning.formats.track_file import Hints, TrackFile, find_size, measured_tracks
 from imageconductor.conditioning.trajectory_json import Track, abbreviate
 from imageconductor.files import atomic_path
@@ -20,7 +20,7 @@ _FACTOR = 8.0
 
 def read_ati(path: Path, content: object, hints: Hints) -> TrackFile:  # noqa: ARG001
     """ATI's (N, T, 1, 3) x, y, visible; between x, y and the visibility may stand more channels."""
-    arrays = read_npz(io.BytesIO(_load_bytes(path)), str(path))
+    arrays = NpzArrays(io.BytesIO(_load_bytes(path)), str(path))
     array = arrays.get("array")
     if array is None or array.ndim != 4 or array.shape[2] != 1 or array.shape[3] < 3 or array.dtype.kind != "f":
         raise ValueError(f"{path}: ati files hold 'array' as (N, T, 1, 3) floats, found {describe_arrays(arrays)}")

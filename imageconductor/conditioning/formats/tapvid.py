@@ -29,6 +29,7 @@ from imageconductor.conditioning.formats.track_file import (
     check_counts,
     find_relative_size,
     measured_tracks,
+    read_flags,
     stated_size,
 )
 from imageconductor.conditioning.trajectory_json import Track
@@ -46,14 +47,15 @@ def read_tapvid(path: Path, content: object, hints: Hints) -> TrackFile:  # noqa
             f"{path}: tapvid clips have points (N, T, 2) and occluded (N, T), got {points.shape} and {occluded.shape}"
         )
     check_counts(points.shape, hints, str(path))
-    visible = occluded == 0
+    is_occluded, assumed = read_flags(occluded, f"{path}: occluded")
+    visible = ~(is_occluded | np.isnan(occluded))
     if (points[visible] > 2).any():
         raise ValueError(f"{path}: tapvid points are relative to the picture, from 0 to 1, got {points[visible].max()}")
     stated = _video_size(clip.get("video"))
     if stated is None:
-        size, assumed = find_relative_size(path, hints, "tapvid"), ()
+        size = find_relative_size(path, hints, "tapvid")
     else:
-        size, assumed = stated, stated_size(path, stated, hints)
+        size, assumed = stated, (*assumed, *stated_size(path, stated, hints))
     tracks = measured_tracks(points, visible, hints, str(path), scale=size, shift=-0.5)
     return TrackFile("tapvid", tracks, size, (*notes, *assumed))
 

@@ -6,12 +6,14 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from imageconductor.conditioning.camera import CameraMotion
 from imageconductor.conditioning.trajectory_json import (
+    FARTHEST_MEASURED_PX,
     MAX_FILE_FRAMES,
     MAX_FILE_TRACKS,
     PUBLISHED_SIZE,
@@ -19,13 +21,13 @@ from imageconductor.conditioning.trajectory_json import (
     check_count,
     check_size,
     check_tracks,
+    fill_padding,
 )
 
 DEFAULT_FRAMES = 16
 """Frames of a clip where nothing is known of its length, as the published release makes them."""
 
 _HOW = "as drawn_size=(W, H), sample.py --trajectories-size WxH or convert --size WxH"
-_FAR_PX = 1e9  # Positions beyond are taken for damage; products with picture sizes stay finite.
 _MIN_SAMPLED = 14  # Fewest frames of a model that reads points per frame; shorter lists are control points.
 
 
@@ -172,8 +174,7 @@ def measured_tracks(
 ) -> list[Track]:
     """Tracks of a form with a point for each frame, which may leave the picture.
 
-    Hidden points at (0, 0), at (-1, -1) or without a number are padding: positions between the neighbours take their
-    place. A track that is visible throughout and never moves is a single point.
+    Padding is filled as `fill_padding` says. A track that is visible throughout and never moves is a single point.
 
     Args:
         points: (N, T, 2) xy in the units of the file.
@@ -188,17 +189,24 @@ def measured_tracks(
     """
     check_counts(points.shape, hints, source)
     raw = points.astype(np.float64)
-    finite = (np.abs(raw) < _FAR_PX).all(-1)  # False for NaN
+    finite = (np.abs(raw) < FARTHEST_MEASURED_PX).all(-1)  # False for NaN
     if (wrong := np.argwhere(visible & ~finite)).size:
         n, k = (int(index) for index in wrong[0])
         raise ValueError(f"{source}: track {n}, point {k} must be finite, got {raw[n, k].tolist()}")
-    is_padding = ~visible & (~finite | (raw == 0).all(-1) | (raw == -1).all(-1))
-    pixels = np.where(is_padding[..., None], 0.0, raw) * np.asarray(scale) + shift
-    for n in np.flatnonzero(is_padding.any(1) & ~is_padding.all(1)):
-        gaps, known = np.flatnonzero(is_padding[n]), np.flatnonzero(~is_padding[n])
-        for axis in (0, 1):
-            pixels[n, gaps, axis] = np.interp(gaps, known, pixels[n, known, axis])
-    return [_merge_still(Track(p, v, per_frame=True)) for p, v in zip(pixels, visible, strict=True)]
+    filled = [fill_padding(*track) * np.asarray(scale) + shift for track in zip(raw, visible, strict=True)]
+    return [_merge_still(Track(p, v, per_frame=True)) for p, v in zip(filled, visible, strict=True)]
+
+
+def read_flags(values: npt.NDArray[Any], name: str) -> tuple[npt.NDArray[np.bool_], tuple[str, ...]]:
+    """Which flags are set, and what was assumed: of whole numbers those that are not 0, of fractions those above 1/2.
+
+    Args:
+        values: booleans or numbers, such as the confidence of a tracker.
+        name: of the values, at the start of the note.
+    """
+    if values.dtype.kind != "f" or ((values == 0) | (values == 1)).all():
+        return values != 0, ()
+    return values > 0.5, (f"{name} is given in fractions; what is above 0.5 was taken as set",)
 
 
 def check_counts(shape: Sequence[int], hints: Hints, source: str) -> None:

@@ -24,7 +24,13 @@ class Written:
 
 
 def write_tracks(
-    path: str | Path, tracks: Sequence[Track], size: tuple[int, int], format: str, *, num_frames: int | None = None
+    path: str | Path,
+    tracks: Sequence[Track],
+    size: tuple[int, int],
+    format: str,
+    *,
+    num_frames: int | None = None,
+    drawn_frames: int | None = None,
 ) -> Written:
     """Writes tracks in the form of another tool; a form of several files gives them names like that of `path`.
 
@@ -33,7 +39,9 @@ def write_tracks(
         tracks: in pixels of `size`, such as `TrackFile.tracks` or `Trajectories.to_tracks()`.
         size: (W, H).
         format: one of `FORMATS`.
-        num_frames: points per track; None = what the tracks have if the tool takes it, else what the tool expects.
+        num_frames: points per track; None = what the tracks have, or else `drawn_frames`, if the tool takes it, else
+            what the tool expects.
+        drawn_frames: frames of the clip that control points were drawn for; None = unknown.
 
     Raises:
         ValueError: a form that is only read, no tracks, or a point that is not finite.
@@ -45,7 +53,7 @@ def write_tracks(
         raise ValueError(f"{path}: there are no tracks to write")
     if bad := [n for n, track in enumerate(tracks) if not np.isfinite(track.points).all()]:
         raise ValueError(f"{path}: track {bad[0]} has points that are not finite; drop or fill them before saving")
-    kept, notes = _to_frames(form, tracks, num_frames)
+    kept, notes = _to_frames(form, tracks, num_frames, drawn_frames)
     kept, lost = _fit(form, kept, size)
     return Written(form.write(path, kept, size), (*notes, *lost))
 
@@ -58,30 +66,34 @@ def list_written(path: str | Path, num_tracks: int, format: str) -> list[Path]:
     return array_files.wan_move_paths(path) if format == "wan-move" else [path]
 
 
-def _to_frames(form: Format, tracks: Sequence[Track], num_frames: int | None) -> tuple[list[Track], list[str]]:
+def takes_frames(form: Format, num_frames: int) -> bool:
+    """Whether the tool reads tracks of so many points."""
+    if form.frame_rule == "exact":
+        return num_frames == form.num_frames
+    return form.frame_rule == "" or num_frames % 4 == 1
+
+
+def _to_frames(
+    form: Format, tracks: Sequence[Track], num_frames: int | None, drawn_frames: int | None
+) -> tuple[list[Track], list[str]]:
     """Tracks with as many points as the form takes, and notes of what that changed."""
     if form.num_frames is None and num_frames is None:
         return list(tracks), []
     lengths = {len(track.points) for track in tracks if track.per_frame}
     own = lengths.pop() if len(lengths) == 1 and all(len(t.points) == 1 or t.per_frame for t in tracks) else None
-    count = num_frames or (own if own and _takes(form, own) else form.num_frames or 1)
+    known = own or drawn_frames
+    count = num_frames or (known if known and takes_frames(form, known) else form.num_frames or 1)
     placed = [place_track(track, count) for track in tracks]
     notes: list[str] = []
     if count != own:
         notes.append(f"tracks were resampled to {count} points, the first and last point kept")
-    if not _takes(form, count):
+    if not takes_frames(form, count):
         notes.append(f"{form.name} takes {form.num_frames} frames{' or other 4n+1' if '4' in form.frame_rule else ''}")
     is_still = [len(track.points) == 1 and form.num_frames is None for track in tracks]
     return [
         track if still else replace(track, points=p, visible=v, timing=STEADY, per_frame=True)
         for track, (p, v), still in zip(tracks, placed, is_still, strict=True)
     ], notes
-
-
-def _takes(form: Format, num_frames: int) -> bool:
-    if form.frame_rule == "exact":
-        return num_frames == form.num_frames
-    return form.frame_rule == "" or num_frames % 4 == 1
 
 
 def _fit(form: Format, tracks: Sequence[Track], size: tuple[int, int]) -> tuple[list[Track], list[str]]:
