@@ -254,6 +254,10 @@ BAD = {
     "absent repository": (["--model", "organisation/name"], "the hub did not give one: no connection"),
     "offload without a GPU": (["--offload", "model", "--device", "cpu"], "the device is cpu"),
     "absent LoRA file": (["--lora", "nowhere.safetensors:0.5"], "no file at nowhere.safetensors"),
+    "LoRA as base": (
+        ["--base", "models/sprites/style_lora/pytorch_lora_weights.safetensors"],
+        "is a LoRA and no base model",
+    ),
     "missing config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
     "output in use": (["--output", "{used}"], "not empty"),
     "output under a file": (["--output", "{text}/out"], "note.txt is no folder"),

@@ -1,84 +1,50 @@
-"""Model folders from the parts that people download; the layouts of those parts, and the way back.
-
-| part | layouts |
-|---|---|
-| Stable Diffusion 1.5 | diffusers folder (tokenizer, text_encoder, vae, unet) |
-| published networks | `unet.ckpt`, `image_controlnet.ckpt`, `flow_controlnet.ckpt`, also as safetensors |
-| AnimateDiff v3 motion module | original `.ckpt`, or diffusers' MotionAdapter folder |
-| RGB SparseCtrl | original `.ckpt`, or diffusers' folder |
-| v3 domain adapter | original `.ckpt` (LoRA of the spatial attention) |
-"""
+"""Model folders from the parts that people download: what a recipe's parts hold, checked and put together."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import DDIMScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
 
 from imageconductor.checkpoints.domain_adapter import DomainAdapter
-from imageconductor.checkpoints.few_step import FEW_STEP_FOLDER, find_few_step_lora
+from imageconductor.checkpoints.few_step import FEW_STEP_FOLDER
 from imageconductor.checkpoints.model_card import read_provenance
 from imageconductor.checkpoints.model_folder import (
     SCENE_LORA_FOLDER,
+    UNET_LORA_FOLDERS,
     adapter_folder,
     adapter_names,
-    find_scene_lora,
-    locate,
-    locate_model,
+    check_controlnets,
     read_sampling_defaults,
 )
 from imageconductor.checkpoints.published import PUBLISHED, load_published_network, rename_motion_modules
-from imageconductor.models.adapters import DIFFUSERS_WEIGHTS_NAME, Adapter, adapter_parameters, load_adapter
+from imageconductor.checkpoints.recipe import AssemblyConfig, locate_parts
+from imageconductor.files import read_text
+from imageconductor.models.adapters import (
+    DIFFUSERS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    Adapter,
+    adapter_parameters,
+    load_adapter,
+)
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
 from imageconductor.models.gating import check_places
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
-from imageconductor.models.networks import GATES, Networks, load_network
-from imageconductor.models.weights import check_weight_file, copy_weights, find_weights, read_checkpoint
+from imageconductor.models.networks import GATES, Networks, load_network, load_scheduler, single_progress_bar
+from imageconductor.models.weights import allocate, copy_weights, find_weights, read_checkpoint
 
-
-@dataclass
-class AssemblyConfig:
-    """The parts of a model folder: local paths, or "organisation/name[/file]" on the hub."""
-
-    # The authors' three files; a base to train from; or a model folder with what was trained from it.
-    recipe: Literal["published", "animatediff", "trained"]
-    stable_diffusion: str | None = None  # diffusers folder of SD-1.5 or of a model made from it
-    unet: str | None = None  # published: unet.ckpt
-    image_controlnet: str | None = None  # published: image_controlnet.ckpt; animatediff: SparseCtrl RGB
-    motion_controlnet: str | None = None  # published: flow_controlnet.ckpt; trained: stage 1's folder
-    model: str | None = None  # trained: the folder that training began from
-    camera_lora: str | None = None  # trained: stage 2's folder
-    object_lora: str | None = None  # trained: stage 3's folder
-    object_gates: str | None = None  # trained: folder of the gates for boxes, SMCD's stage 1
-    scene_gates: str | None = None  # trained: folder of the gates for the first frame, SMCD's stage 2
-    scene_lora: str | None = None  # folder of the LoRA that acts with them; null = scene_lora/ beside them, if any
-    style_lora: str | None = None  # folder of a style LoRA that the model folder carries along
-    few_step_lora: str | None = None  # trained: folder of the LoRA that stage few_step wrote, or another of its kind
-    motion_module: str | None = None  # animatediff: v3_sd15_mm.ckpt, or diffusers' folder
-    # v3_sd15_adapter.ckpt, kept beside the UNet so that its scale can still be chosen; null = without
-    domain_adapter: str | None = None
-    domain_adapter_scale: float = 1.0  # with which it is merged; 0 where the UNet holds it already
-    motion_num_attention_heads: int = 8
-    dtype: Literal["float16", "float32"] = "float16"  # of the folder
-    sampling: dict[str, Any] = field(default_factory=dict)  # defaults of sampling that differ from the paper's
-    licences: dict[str, str] = field(default_factory=dict)  # of each part, for the model card
-
-    def __post_init__(self) -> None:
-        needed = {
-            "published": ("stable_diffusion", "unet", "image_controlnet", "motion_controlnet"),
-            "animatediff": ("stable_diffusion", "motion_module", "image_controlnet"),
-            "trained": ("model",),
-        }[self.recipe]
-        if missing := [name for name in needed if not getattr(self, name)]:
-            raise ValueError(f"recipe {self.recipe} needs {', '.join(missing)}")
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -116,53 +82,42 @@ def assemble(config: AssemblyConfig) -> Assembly:
         FileNotFoundError: A part is not there.
         ValueError: A part does not fit; names its file and every key that is missing, left over or mis-shaped.
     """
-    named = {"style_lora": config.style_lora, FEW_STEP_FOLDER: config.few_step_lora}
-    named[SCENE_LORA_FOLDER] = config.scene_lora or _beside_scene_gates(config)
-    carried = {name: locate(folder) for name, folder in named.items() if folder is not None}
-    for name, folder in carried.items():
-        if not (folder / DIFFUSERS_WEIGHTS_NAME).is_file():
-            raise FileNotFoundError(f"{name}={folder}: no folder with {DIFFUSERS_WEIGHTS_NAME}")
-    if config.recipe == "trained":
-        networks, sources, assembly = _trained(config)
-    else:
-        networks, sources, assembly = _downloaded(config)
-    networks.to(getattr(torch, config.dtype))
+    paths, dtype = locate_parts(config), getattr(torch, config.dtype)
+    networks, sources, assembly = (_trained if config.recipe == "trained" else _downloaded)(config, paths, dtype)
+    networks.to(dtype)
     networks.freeze()
-    for name, folder in carried.items():
-        sources[name] = _source(folder, len(read_checkpoint(folder / DIFFUSERS_WEIGHTS_NAME)))
-    assembly.carried |= carried
+    for name in UNET_LORA_FOLDERS:
+        if name in paths:
+            weights = paths[name] / DIFFUSERS_WEIGHTS_NAME
+            sources[name] = _source(paths[name], len(read_checkpoint(weights)), [weights])
+            assembly.carried[name] = paths[name]
     record = {"recipe": asdict(config), "sources": {name: asdict(source) for name, source in sources.items()}}
     assembly.provenance["sources.json"] = json.dumps(record, indent=1)
     return assembly
 
 
-def _beside_scene_gates(config: AssemblyConfig) -> str | None:
-    """The LoRA that stage 2 wrote beside its gates."""
-    beside = None if config.scene_gates is None else locate(config.scene_gates).parent / SCENE_LORA_FOLDER
-    return None if beside is None or not beside.is_dir() else str(beside)
-
-
-def _downloaded(config: AssemblyConfig) -> tuple[Networks, dict[str, Source], Assembly]:
-    """The recipes that begin with Stable Diffusion."""
-    root = locate(str(config.stable_diffusion))
-    if missing := [name for name in ("tokenizer", "text_encoder", "vae", "unet") if not (root / name).is_dir()]:
-        raise FileNotFoundError(f"{root} is no folder of Stable Diffusion 1.5: it lacks {', '.join(missing)}")
-    sizes = unet_sizes(root / "unet")
-    build = {"published": _published, "animatediff": _animatediff}[config.recipe]
-    unet, image_controlnet, motion_controlnet, sources = build(config, root, sizes)
+def _downloaded(
+    config: AssemblyConfig, paths: Mapping[str, Path], dtype: torch.dtype
+) -> tuple[Networks, dict[str, Source], Assembly]:
+    """The recipes that begin with Stable Diffusion; small parts first, so that a fault in one costs little."""
+    root = paths["stable_diffusion"]
+    sizes = unet_sizes(root / "unet") | {"motion_num_attention_heads": config.motion_num_attention_heads}
+    tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer")
     adapter = None
-    if config.domain_adapter is not None:
-        path = locate(config.domain_adapter)
-        adapter = DomainAdapter.read(path, config.domain_adapter_scale)
-        adapter.merge(unet.state_dict())
-        sources["domain_adapter"] = _source(path, len(adapter.state))
-    vae = load_network("vae", root / "vae")
+    if "domain_adapter" in paths:
+        adapter = DomainAdapter.read(paths["domain_adapter"], config.domain_adapter_scale)
+    with single_progress_bar():
+        encoders = {part: load_network(part, root / part, dtype) for part in ("vae", "text_encoder")}
+    build = {"published": _published, "animatediff": _animatediff}[config.recipe]
+    unet, image_controlnet, motion_controlnet, sources = build(paths, sizes, dtype, adapter)
+    if adapter is not None:
+        sources["domain_adapter"] = _source(paths["domain_adapter"], len(adapter.state))
     if motion_controlnet is None:
-        motion_controlnet = MotionControlNet.from_unet(unet, 2 ** (len(vae.config["block_out_channels"]) - 1))
+        factor = 2 ** (len(encoders["vae"].config["block_out_channels"]) - 1)
+        motion_controlnet = MotionControlNet.from_unet(unet, factor)
     networks = Networks(
-        vae=vae,
-        text_encoder=load_network("text_encoder", root / "text_encoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(root / "tokenizer"),
+        **encoders,
+        tokenizer=tokenizer,
         unet=unet,
         image_controlnet=image_controlnet,
         motion_controlnet=motion_controlnet,
@@ -170,52 +125,61 @@ def _downloaded(config: AssemblyConfig) -> tuple[Networks, dict[str, Source], As
             beta_start=0.00085, beta_end=0.012, beta_schedule="linear", steps_offset=1, clip_sample=False
         ),
     )
-    for part in ("vae", "text_encoder"):
-        sources[part] = _source(root / part, len(getattr(networks, part).state_dict()))
+    for part, network in encoders.items():
+        sources[part] = _source(root / part, len(network.state_dict()))
     return networks, sources, Assembly(networks, config.sampling, adapter, {})
 
 
-def _trained(config: AssemblyConfig) -> tuple[Networks, dict[str, Source], Assembly]:
+def _trained(
+    config: AssemblyConfig, paths: Mapping[str, Path], dtype: torch.dtype
+) -> tuple[Networks, dict[str, Source], Assembly]:
     """A model folder, and what was trained from it in place of its parts."""
-    root = locate_model(str(config.model))
-    networks = Networks.load(root)
+    root = paths["model"]
+    loras = {adapter.value: paths.get(f"{adapter.value}_lora") for adapter in Adapter}
+    given = {name: folder for name, folder in loras.items() if folder is not None}
+    if given or "motion_controlnet" in paths:
+        check_controlnets(root, "recipe trained with a motion ControlNet or a LoRA of it")
+    networks = Networks.load(root, dtype)
+    networks.scheduler = load_scheduler(root)
     provenance = read_provenance(root)
     provenance.pop("results.json", None)  # They were measured on other weights.
     before = json.loads(provenance.get("sources.json", '{"sources": {}}'))["sources"]
     sources = {name: Source(**source) for name, source in before.items()}
     sources["model"] = Source(str(root), {}, 0)
 
-    def record(name: str, folder: Path, keys: int) -> None:
-        sources[name] = _source(folder, keys)
-        if (settings := folder.parent / "config.yaml").is_file():  # the run that made it
-            provenance[f"training/{name}.yaml"] = settings.read_text()
+    def record(name: str, keys: int, files: list[Path] | None = None) -> None:
+        sources[name] = _source(paths[name], keys, files)
+        if (settings := paths[name].parent / "config.yaml").is_file():  # the run that made it
+            provenance[f"training/{name}.yaml"] = read_text(settings)
 
-    if config.motion_controlnet is not None:
-        folder = locate(config.motion_controlnet)
-        trained = load_network("motion_controlnet", folder)
+    if folder := paths.get("motion_controlnet"):
+        trained = load_network("motion_controlnet", folder, dtype)
         _check_same_sizes(networks.motion_controlnet, trained, folder)
         networks.motion_controlnet = trained
-        record("motion_controlnet", folder, len(trained.state_dict()))
-    given = {Adapter.CAMERA.value: config.camera_lora, Adapter.OBJECT.value: config.object_lora}
-    given = {name: locate(folder) for name, folder in given.items() if folder is not None}
+        record("motion_controlnet", len(trained.state_dict()))
     for name in sorted({*adapter_names(root), *given}):
         load_adapter(networks.motion_controlnet, name, given.get(name, adapter_folder(root, name)))
     for name, folder in given.items():
-        record(f"{name}_lora", folder, len(adapter_parameters(networks.motion_controlnet, name)))
+        num_keys = len(adapter_parameters(networks.motion_controlnet, name))
+        record(f"{name}_lora", num_keys, [folder / WEIGHTS_NAME])
     for name in GATES:
-        if (given_gates := getattr(config, name)) is not None:
-            folder = locate(given_gates)
-            gates = load_network(name, folder)
+        if folder := paths.get(name):
+            gates = load_network(name, folder, dtype)
             check_places(networks.unet, gates, folder)
             setattr(networks, name, gates)
-            record(name, folder, len(gates.state_dict()))
+            record(name, len(gates.state_dict()))
     domain = DomainAdapter.load(root) if DomainAdapter.is_in(root) else None
+    carried = {name: root / name for name in UNET_LORA_FOLDERS if (root / name / DIFFUSERS_WEIGHTS_NAME).is_file()}
+    outdated = {}
+    if given or "motion_controlnet" in paths:
+        outdated[FEW_STEP_FOLDER] = "it was distilled from the model before its motion ControlNet changed"
+    if "scene_gates" in paths:
+        outdated[SCENE_LORA_FOLDER] = "it acts with the scene gates that are replaced"
+    for name, reason in outdated.items():
+        if carried.pop(name, None) and name not in paths:
+            sources.pop(name, None)
+            _LOG.info("%s of %s is left out: %s", name, root, reason)
     sampling = {**read_sampling_defaults(root), **config.sampling}
-    kept = find_few_step_lora(root)  # which was distilled from the model as it was
-    replaced = config.motion_controlnet or given
-    carried = {} if kept is None or replaced else {FEW_STEP_FOLDER: kept.parent}
-    if config.scene_gates is None and (with_gates := find_scene_lora(root)):
-        carried[SCENE_LORA_FOLDER] = with_gates.parent
     return networks, sources, Assembly(networks, sampling, domain, provenance, carried)
 
 
@@ -238,7 +202,7 @@ def unet_sizes(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
-    config = json.loads(path.read_text())
+    config = json.loads(read_text(path))
     width = config.get("cross_attention_dim")
     if not isinstance(width, int) or config.get("addition_embed_type") or config.get("use_linear_projection"):
         raise ValueError(
@@ -255,45 +219,49 @@ def unet_sizes(folder: Path) -> dict[str, Any]:
     }
 
 
-def _published(config: AssemblyConfig, root: Path, sizes: dict[str, Any]) -> tuple[Any, ...]:
+def _published(
+    paths: Mapping[str, Path], sizes: dict[str, Any], dtype: torch.dtype, adapter: DomainAdapter | None
+) -> tuple[Any, ...]:
     """The authors' three networks, each converted and its file released before the next is read."""
-    del root
-    sizes |= {"motion_num_attention_heads": config.motion_num_attention_heads, "dtype": getattr(torch, config.dtype)}
-    paths = {name: locate(str(getattr(config, name))) for name in PUBLISHED}
-    for path in paths.values():
-        check_weight_file(path)
     networks, sources = [], {}
-    for name, path in paths.items():
-        state = read_checkpoint(path)
+    for name in PUBLISHED:
+        state = read_checkpoint(paths[name])
+        if name == "unet" and adapter is not None:
+            adapter.merge(state)
         try:
-            networks.append(load_published_network(name, state, **sizes))
+            networks.append(load_published_network(name, state, **sizes, dtype=dtype))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        sources[name] = _source(path, len(state))
+            raise ValueError(f"{paths[name]}: {error}") from error
+        sources[name] = _source(paths[name], len(state))
         del state
     return *networks, sources
 
 
-def _animatediff(config: AssemblyConfig, root: Path, sizes: dict[str, Any]) -> tuple[Any, ...]:
-    motion_path, image_path = locate(str(config.motion_module)), locate(str(config.image_controlnet))
+def _animatediff(
+    paths: Mapping[str, Path], sizes: dict[str, Any], dtype: torch.dtype, adapter: DomainAdapter | None
+) -> tuple[Any, ...]:
+    """UNet and image ControlNet in `dtype` from Stable Diffusion and AnimateDiff; None for the motion ControlNet."""
+    folder = paths["stable_diffusion"] / "unet"
+    motion_path, image_path = paths["motion_module"], paths["image_controlnet"]
     motion = {rename_motion_modules(key): value for key, value in _read(motion_path).items()}
     if unexpected := [key for key in motion if ".motion_modules." not in key]:
         raise ValueError(f"{motion_path} holds more than motion modules, e.g. {unexpected[0]}")
     if any(key.startswith("mid_block.") for key in motion):
         raise ValueError(f"{motion_path} has a motion module in the mid block: AnimateDiff v2, expected v3")
-    spatial = _read(root / "unet")
-    heads = config.motion_num_attention_heads
-    sizes = {**sizes, "motion_num_attention_heads": heads}
+    spatial = _read(folder)
+    sources = {"unet": _source(folder, len(spatial)), "motion_module": _source(motion_path, len(motion))}
     latent = spatial["conv_in.weight"].shape[1]
-    unet = MotionUNet(**{**SD15_ANIMATEDIFF_V3, **sizes}, in_channels=latent, out_channels=latent)
-    sources = {
-        "unet": _source(root / "unet", len(spatial)),
-        "motion_module": _source(motion_path, len(motion)),
-    }
-    copy_weights(unet.state_dict(), {**spatial, **motion}, f"{root / 'unet'} with {motion_path}")
+    with init_empty_weights(include_buffers=False):
+        unet = MotionUNet(**{**SD15_ANIMATEDIFF_V3, **sizes}, in_channels=latent, out_channels=latent)
+        image_controlnet = ImageControlNet.from_unet(unet, conditioning_channels=latent)
+    if adapter is not None:
+        adapter.merge(spatial)
+    allocate(unet, dtype)
+    copy_weights(unet.state_dict(), {**spatial, **motion}, f"{folder} with {motion_path}")
+    del spatial, motion
 
     image_state = {rename_motion_modules(key): value for key, value in _read(image_path).items()}
-    image_controlnet = ImageControlNet.from_unet(unet, conditioning_channels=latent)
+    allocate(image_controlnet, dtype)
     copy_weights(image_controlnet.state_dict(), image_state, str(image_path))
     sources["image_controlnet"] = _source(image_path, len(image_state))
     return unet, image_controlnet, None, sources
@@ -306,9 +274,10 @@ def _read(path: Path) -> dict[str, Tensor]:
     return {key: value for file in find_weights(path)[0] for key, value in read_checkpoint(file).items()}
 
 
-def _source(path: Path, keys: int) -> Source:
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
-    return Source(str(path), {file.name: sha256(file) for file in files}, keys)
+def _source(path: Path, keys: int, files: list[Path] | None = None) -> Source:
+    """The record of a part; `files` are those that were read, by default a file itself or the weights of a network."""
+    read = files or ([path] if path.is_file() else find_weights(path)[0])
+    return Source(str(path), {file.name: sha256(file) for file in read}, keys)
 
 
 def sha256(path: Path) -> str:

@@ -7,7 +7,6 @@ scale: the difference is attached as one more LoRA.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from imageconductor.files import atomic_path
 from imageconductor.models.weights import read_checkpoint
 
 _KEY = re.compile(r"^(?:unet\.)?(?P<layer>.+?)(?:\.processor)?[._](?:lora|lora_layer)\.(?P<side>down|up)\.weight$")
@@ -55,8 +55,8 @@ class DomainAdapter:
                 raise ValueError(f"{path}: {key} has no counterpart {other}")
         return cls(state, merged_scale, str(path))
 
-    def merge(self, state: Mapping[str, Tensor]) -> None:
-        """Adds `merged_scale * B @ A` of every pair to the weights of a UNet, in place.
+    def merge(self, state: dict[str, Tensor]) -> None:
+        """Puts the sum with `merged_scale * B @ A` of every pair, in float32, in the place of a UNet's weights.
 
         Raises:
             ValueError: A pair fits no weight; nothing has been changed then.
@@ -73,13 +73,13 @@ class DomainAdapter:
                 raise ValueError(f"{self.source}: {name} is {tuple(state[name].shape)}, its LoRA {tuple(update.shape)}")
             updates[name] = update
         for name, update in updates.items():
-            state[name].copy_(state[name].float() + self.merged_scale * update)
+            state[name] = state[name].float() + self.merged_scale * update
 
     def save(self, model: Path) -> None:
         """Writes `domain_adapter/` into a model folder."""
-        (model / _FILE).parent.mkdir(parents=True)
         tensors = {key: value.contiguous() for key, value in self.state.items()}
-        save_file(tensors, model / _FILE, {"format": "pt", "merged_scale": str(self.merged_scale)})
+        with atomic_path(model / _FILE) as path:
+            save_file(tensors, path, {"format": "pt", "merged_scale": str(self.merged_scale)})
 
     @staticmethod
     def is_in(model: Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from imageconductor.config import parse_yaml
-from imageconductor.files import write_text
+from imageconductor.files import read_text, write_text
 
 FILES = ("sources.json", "results.json", "training/*.yaml")
 _HEADER = """---
@@ -21,9 +21,8 @@ _STEPS = ("max_steps", "batch_size", "gradient_accumulation_steps", "learning_ra
 
 def read_provenance(folder: Path) -> dict[str, str]:
     """Texts of the files beside the weights that say where these come from, by name."""
-    return {
-        str(path.relative_to(folder)): path.read_text() for pattern in FILES for path in sorted(folder.glob(pattern))
-    }
+    paths = [path for pattern in FILES for path in sorted(folder.glob(pattern))]
+    return {path.relative_to(folder).as_posix(): read_text(path) for path in paths}
 
 
 def write_provenance(folder: Path, files: dict[str, str]) -> None:
@@ -41,7 +40,7 @@ def model_card(folder: Path, files: dict[str, str], name: str) -> str:
         files: From `read_provenance`.
         name: Folder or repository that the reader loads.
     """
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads(read_text(folder / "model_index.json"))
     sections = [_HEADER, f"# {name}\n\n{_USE.format(name=name)}", _defaults(index["sampling_defaults"])]
     if "sources.json" in files:
         sections.append(_parts(json.loads(files["sources.json"])))

@@ -14,8 +14,8 @@ sources.json, training/      where the weights come from (`model_card`)
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from imageconductor.models.adapters import (
     describe_adapters,
     load_adapter,
 )
-from imageconductor.models.controlnets import MotionControlNet
+from imageconductor.models.controlnets import Control, MotionControlNet
 from imageconductor.models.networks import GATES, Networks, is_text_to_video, load_network
 from imageconductor.models.weights import find_weights, read_checkpoint
 
@@ -63,7 +63,11 @@ ImageConductorPipeline = loader.LoadedByDiffusers
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """A model's defaults, kept in its `model_index.json`. The values here are those of the published weights."""
+    """A model's defaults, kept in its `model_index.json`. The values here are those of the published weights.
+
+    Raises:
+        ValueError: A value is of another type, a count is not positive, or there is no such control.
+    """
 
     width: int = 384
     height: int = 256
@@ -75,13 +79,24 @@ class SamplingDefaults:
     negative_prompt: str = "worst quality, low quality, letterboxed"
     control: str = "object"
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+                raise ValueError(f"{field.name} must be of type {kind.__name__}, got {value!r}")
+            if kind is int and value < 1:
+                raise ValueError(f"{field.name} must be at least 1, got {value}")
+        if self.control not in (names := [control.value for control in Control]):
+            raise ValueError(f"control must be one of {', '.join(names)}, got {self.control!r}")
 
-def locate(name: str | Path, what: str = "file or folder") -> Path:
+
+def locate(name: str | Path, what: str = "file or folder", files: Sequence[str] | None = None) -> Path:
     """A local path, or the local copy of "organisation/name[/file]" on the hub, downloaded once.
 
     Args:
         name: Path or hub name.
         what: What is wanted, for messages.
+        files: Patterns of the files that are wanted of "organisation/name"; None = all.
 
     Raises:
         FileNotFoundError: Neither exists, or the hub cannot be reached.
@@ -89,14 +104,14 @@ def locate(name: str | Path, what: str = "file or folder") -> Path:
     path = find_shipped(name)
     if path.exists():
         return path
-    if path.is_absolute() or len(path.parts) < 2 or path.parent.is_dir():
+    if path.is_absolute() or len(path.parts) < 2 or Path(*path.parts[:2]).is_dir():
         raise FileNotFoundError(f"no {what} at {name}")
     from huggingface_hub import hf_hub_download, snapshot_download
 
     repository = "/".join(path.parts[:2])
     try:
         if len(path.parts) == 2:
-            return Path(snapshot_download(repository))
+            return Path(snapshot_download(repository, allow_patterns=None if files is None else list(files)))
         return Path(hf_hub_download(repository, "/".join(path.parts[2:])))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -222,12 +237,12 @@ def save_gates(folder: str | Path, gates: Mapping[str, Any]) -> None:
 def load_companions(pipe: Any, folder: Path) -> None:
     """Gives a pipeline what diffusers does not read of its folder: LoRAs, gates, the domain adapter, provenance.
 
-    The motion ControlNet is frozen and in eval mode then.
+    The motion ControlNet is frozen and in eval mode then, and gates lie on the UNet's device.
     """
     load_adapters(pipe.motion_controlnet, folder)
     pipe.motion_controlnet.requires_grad_(False).eval()
     for name, network in load_gates(folder, pipe.unet.dtype).items():
-        setattr(pipe, name, network)
+        setattr(pipe, name, None if network is None else network.to(pipe.unet.device))
     pipe.domain_adapter = DomainAdapter.load(folder) if DomainAdapter.is_in(folder) else None
     pipe.provenance = read_provenance(folder)
     pipe.lora_folders = {name: folder / name for name in UNET_LORA_FOLDERS if (folder / name).is_dir()}

@@ -6,8 +6,11 @@ and removing one leaves no trace. A DreamBooth file replaces weights for good.
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,8 +31,9 @@ from imageconductor.models.adapters import plain_layers
 from imageconductor.models.lora_files import LoraPair, fit_pair, pair_up, peft_settings, read_lora
 from imageconductor.models.motion_unet import MotionUNet, TextToVideoUNet
 from imageconductor.models.networks import is_text_to_video
-from imageconductor.models.weights import copy_weights, read_checkpoint
+from imageconductor.models.weights import check_weights, copy_weights, read_checkpoint, read_names
 
+_LOG = logging.getLogger(__name__)
 _LDM_PARTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.")
 _TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "out_proj"}
 _KOHYA = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder"}
@@ -40,6 +44,8 @@ _Fitted = dict[str, dict[str, LoraPair]]  # pairs by network and layer
 def load_base(pipe: Any, path: str | Path) -> None:
     """Puts a DreamBooth model, original Stable Diffusion layout, in place of spatial layers, VAE and text encoder.
 
+    The UNet does not hold the domain adapter then, and the provenance names the file.
+
     Args:
         pipe: An `ImageConductorPipeline`.
         path: `.safetensors`, or `.ckpt`, which is read without running code. What it lacks, a VAE perhaps, stays.
@@ -48,16 +54,13 @@ def load_base(pipe: Any, path: str | Path) -> None:
         FileNotFoundError: No such file.
         ValueError: It is another architecture, or does not fit; nothing has been changed then.
     """
-    state = read_checkpoint(path)
-    if any(key.startswith("conditioner.") for key in state):
-        raise ValueError(f"{path} is a Stable Diffusion XL model; this pipeline stands on Stable Diffusion 1.5")
-    if not any(key.startswith(_LDM_PARTS[0]) for key in state):
-        raise ValueError(f"{path} is no Stable Diffusion single file: no key begins with {_LDM_PARTS[0]}")
+    check_base(path)
+    state = read_checkpoint(path, _LDM_PARTS)
     copies: list[tuple[Mapping[str, Tensor], Mapping[str, Tensor], str]] = []
     try:
         unet = convert_ldm_unet_checkpoint(dict(state), dict(pipe.unet.config))
         target = {key: value for key, value in pipe.unet.state_dict().items() if ".motion_modules." not in key}
-        copies.append((target, unet, f"{path}, UNet"))
+        copies.append((target, unet, f"{path}, spatial layers of the UNet"))
         if any(key.startswith(_LDM_PARTS[1]) for key in state):
             vae = convert_ldm_vae_checkpoint(dict(state), dict(pipe.vae.config))
             copies.append((pipe.vae.state_dict(), vae, f"{path}, VAE"))
@@ -65,16 +68,47 @@ def load_base(pipe: Any, path: str | Path) -> None:
         raise ValueError(f"{path} does not fit Stable Diffusion 1.5: {error} is missing") from error
     if any(key.startswith(_LDM_PARTS[2]) for key in state):
         copies.append(_text_encoder(pipe, state, path))
-    for target, values, _ in copies:  # All must fit before any is changed.
-        copy_weights({key: torch.empty_like(value, device="meta") for key, value in target.items()}, values, str(path))
-    for target, values, source in copies:
-        copy_weights(target, values, source)
+    for weights in copies:  # All must fit before any is changed.
+        check_weights(*weights)
+    for weights in copies:
+        copy_weights(*weights)
+    if pipe.domain_adapter is not None:
+        pipe.domain_adapter = replace(pipe.domain_adapter, merged_scale=0.0)
+    parts = ", ".join(source.removeprefix(f"{path}, ") for *_, source in copies)
+    record = json.loads(pipe.provenance.get("sources.json", '{"recipe": {}, "sources": {}}'))
+    num_keys = sum(len(values) for _, values, _ in copies)
+    record["sources"]["base"] = {"path": f"{path}, in place of: {parts}", "sha256": {}, "keys": num_keys}
+    pipe.provenance["sources.json"] = json.dumps(record, indent=1)
+
+
+def check_base(path: str | Path) -> None:
+    """Makes sure that a file is of the kind that `load_base` takes; no weight is read.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: It is another architecture, a LoRA, or no checkpoint.
+    """
+    names = read_names(path)
+    if any(name.startswith("conditioner.") for name in names):
+        raise ValueError(f"{path} is a Stable Diffusion XL model; this pipeline stands on Stable Diffusion 1.5")
+    if any(name.startswith(_LDM_PARTS[0]) for name in names):
+        return
+    if any("lora" in name for name in names):
+        raise ValueError(f"{path} is a LoRA and no base model; give it as lora (--lora), with its scale")
+    raise ValueError(f"{path} is no Stable Diffusion single file: no key begins with {_LDM_PARTS[0]}")
 
 
 def _text_encoder(pipe: Any, state: Mapping[str, Tensor], path: str | Path) -> tuple[Any, Any, str]:
-    """Text weights under the names of the transformers version at hand, with and without `text_model.`."""
+    """Text weights under the names of the transformers version at hand, with and without `text_model.`.
+
+    What some tools write along of the rest of CLIP, its projection, say, is left out.
+    """
     target = pipe.text_encoder.state_dict()
     converted = {k: v for k, v in convert_ldm_clip_checkpoint(dict(state)).items() if not k.endswith("position_ids")}
+    others = sorted(key for key in converted if not key.startswith("text_model.") and key not in target)
+    if others:
+        _LOG.info("%s: %s of the text encoder is left out, which the model does not have", path, ", ".join(others))
+        converted = {key: value for key, value in converted.items() if key not in others}
     if not any(key.startswith("text_model.") for key in target):
         converted = {key.removeprefix("text_model."): value for key, value in converted.items()}
     return target, converted, f"{path}, text encoder"
@@ -185,6 +219,11 @@ def _find_layer(
                 spellings = (layer, layer.removeprefix("text_model."), f"text_model.{layer}")
             if found := next((spelling for spelling in spellings if spelling in layers[network]), None):
                 return network, found
+    if "mid_block" in name and "motion_modules" in name:
+        raise ValueError(
+            f"{source} is a LoRA for motion modules with a mid block, as AnimateDiff v2's; v3 has none, nor has this "
+            f"model ({name})"
+        )
     raise ValueError(f"{source} is for another base: this model has no layer {name}")
 
 

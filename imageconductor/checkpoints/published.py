@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from imageconductor.models.adapters import Adapter, activate, adapter_parameters, attach_adapter
+from imageconductor.models.adapters import Adapter, activate, adapter_pairs, attach_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
 from imageconductor.models.lora_files import pair_up
 from imageconductor.models.motion_unet import SD15_ANIMATEDIFF_V3, MotionUNet
@@ -98,13 +98,17 @@ def to_published(network: nn.Module, adapters: Collection[str] = ()) -> dict[str
     for adapter in adapters:
         if adapter not in names:
             raise ValueError(f"the published layout has no place for a LoRA {adapter!r}, only for {', '.join(names)}")
-        for key, value in adapter_parameters(network, adapter).items():
-            layer, _, rest = key.partition(".lora_")
-            side = rest.partition(".")[0]
-            state[f"{published_name(layer + '.').removesuffix('.')}.lora_{side}.{names[adapter]}.weight"] = (
-                value.detach()
-            )
+        for layer, (down, up) in scaled_pairs(network, adapter).items():
+            name = published_name(layer + ".").removesuffix(".")
+            state[f"{name}.lora_A.{names[adapter]}.weight"] = down
+            state[f"{name}.lora_B.{names[adapter]}.weight"] = up
     return state
+
+
+def scaled_pairs(network: nn.Module, adapter: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of a LoRA by layer, B times alpha / rank, for which the published files have no place."""
+    pairs = adapter_pairs(network, adapter)
+    return {layer: (pair.down, pair.up * (pair.alpha / pair.rank)) for layer, pair in pairs.items()}
 
 
 def published_name(key: str) -> str:

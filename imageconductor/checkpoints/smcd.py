@@ -8,8 +8,8 @@
 | `pytorch_model_1.bin` | position network |
 | `pytorch_model_2.bin` | first-frame encoder |
 
-GLIGEN's files hold `...fuser.*` and `position_net.*` beside Stable Diffusion's UNet, under its original names or
-diffusers'. The order in which blocks are computed says which gate belongs where.
+GLIGEN's files hold `...fuser.*` and `position_net.*` beside Stable Diffusion's UNet, under its original names, with the
+network in `model`, or diffusers'. The order in which blocks are computed says which gate belongs where.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ SMCD_HEAD_DIM = 64
 """Width of the heads of SMCD's gates at every place."""
 GLIGEN_HEADS = 8
 """Heads of GLIGEN's gates, as of Stable Diffusion's attention."""
+MAX_OF_IMAGES = 30
+"""Objects to which gates that were trained on images, GLIGEN's and those of SMCD's first stage, pad."""
 
 _LOG = logging.getLogger(__name__)
 _GATE = re.compile(r"^(?P<block>.+\.transformer_blocks\.\d+)\.(?P<kind>gate_attn|fuser)\.(?P<weight>.+)$")
@@ -39,7 +41,7 @@ _FIRST_CONVOLUTION = "input_blocks.0.0.weight"
 
 
 def load_smcd(
-    path: str | Path, unet: Any, *, head_dim: int | None = None, max_objects: int = MAX_OBJECTS
+    path: str | Path, unet: Any, *, head_dim: int | None = None, max_objects: int | None = None
 ) -> tuple[ObjectGates, SceneGates | None]:
     """Gates of a released checkpoint for a UNet, in eval mode and without gradients.
 
@@ -47,7 +49,8 @@ def load_smcd(
         path: An accelerate folder of SMCD, or a file of GLIGEN.
         unet: That the gates are for; its text must be as wide as the checkpoint's.
         head_dim: Width of the gates' heads, which files do not tell; None = SMCD's 64, or that of GLIGEN's 8 heads.
-        max_objects: To which the checkpoint padded its clips; GLIGEN and SMCD's first stage: 30.
+        max_objects: To which the checkpoint padded its clips, which changes attention; None = 30, as GLIGEN and SMCD's
+            first stage, or 8 of a checkpoint with scene gates, SMCD's second stage.
 
     Returns:
         Object gates, and scene gates if the checkpoint has them.
@@ -72,7 +75,7 @@ def build_gates(
     unet: Any,
     source: str,
     head_dim: int | None = None,
-    max_objects: int = MAX_OBJECTS,
+    max_objects: int | None = None,
 ) -> tuple[ObjectGates, SceneGates | None]:
     """`load_smcd` from the tensors of the files: the UNet's, the position network's, the first-frame encoder's."""
     cells, others = split_gates(unet_state, source)
@@ -95,7 +98,9 @@ def build_gates(
         for name, state in objects.items()
     }
     with init_empty_weights(include_buffers=False):
-        object_gates = ObjectGates(places, text_dim, token_dim, max_objects)
+        object_gates = ObjectGates(
+            places, text_dim, token_dim, max_objects or (MAX_OBJECTS if scene else MAX_OF_IMAGES)
+        )
     named = {f"gates.{name}.{key}": value for name, state in objects.items() for key, value in state.items()}
     _fill(object_gates, {**{f"position_net.{k}": v for k, v in position.items()}, **named}, f"{source}, object gates")
     scene_gates = _build_scene(scene, others, image_state, places, source) if scene else None

@@ -106,15 +106,20 @@ def assemble_folder(path: Path, overrides: list[str], output: Path) -> None:
 
 
 def export(model: Path, form: str, output: Path) -> None:
-    """Writes the three published files of a model folder, and its LoRAs; says what these files do not hold."""
+    """Writes the three published files of a model folder, and its LoRAs; says what these files do not hold.
+
+    Raises:
+        ValueError: The model has no ControlNets, or something else that the published layout has no place for.
+    """
     import torch
     from safetensors.torch import save_file
 
-    from imageconductor.checkpoints.model_folder import adapter_folder
-    from imageconductor.checkpoints.published import PUBLISHED_ADAPTERS, to_published
-    from imageconductor.conditioning.flow_map import FlowMapConvention
-    from imageconductor.models.adapters import WEIGHTS_NAME, attached_adapters
+    from imageconductor.checkpoints.model_folder import check_controlnets
+    from imageconductor.checkpoints.published import PUBLISHED_ADAPTERS, scaled_pairs, to_published
+    from imageconductor.models.adapters import attached_adapters
+    from imageconductor.models.lora_files import PEFT_PREFIX
 
+    check_controlnets(model, "--export published")
     pipe = load(model)
     attached = attached_adapters(pipe.motion_controlnet)
     adapters = [name for name in PUBLISHED_ADAPTERS.values() if name in attached]
@@ -123,10 +128,8 @@ def export(model: Path, form: str, output: Path) -> None:
         "image_controlnet": to_published(pipe.image_controlnet),
         "flow_controlnet": to_published(pipe.motion_controlnet, adapters),
     }
-    if (convention := pipe.motion_controlnet.flow_convention) != FlowMapConvention():
-        logging.info("not in these files: how trajectories are drawn for the motion ControlNet, %s", convention)
-    if (predicted := pipe.scheduler.config["prediction_type"]) != "epsilon":
-        logging.info("not in these files: the UNet predicts %s, and the authors' code takes it for epsilon", predicted)
+    for fact in _unpublished(pipe):
+        logging.info("not in these files: %s", fact)
     with atomic_folder(output) as folder:
         for name, state in states.items():
             tensors = {key: value.contiguous().clone() for key, value in state.items()}
@@ -135,7 +138,31 @@ def export(model: Path, form: str, output: Path) -> None:
             else:
                 save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
         for name in adapters:
-            shutil.copyfile(adapter_folder(model, name) / WEIGHTS_NAME, folder / f"{name}_lora.safetensors")
+            tensors = {}
+            for layer, (down, up) in scaled_pairs(pipe.motion_controlnet, name).items():
+                tensors |= {f"{PEFT_PREFIX}{layer}.lora_A.weight": down, f"{PEFT_PREFIX}{layer}.lora_B.weight": up}
+            save_file(tensors, folder / f"{name}_lora.safetensors", metadata={"format": "pt"})
+
+
+def _unpublished(pipe: Any) -> list[str]:
+    """What a model has and the published files have no place for."""
+    from imageconductor.checkpoints.published import PUBLISHED_ADAPTERS
+    from imageconductor.conditioning.flow_map import FlowMapConvention
+    from imageconductor.models.adapters import attached_adapters
+    from imageconductor.models.networks import GATES
+
+    facts = []
+    if (convention := pipe.motion_controlnet.flow_convention) != FlowMapConvention():
+        facts.append(f"how trajectories are drawn for the motion ControlNet, {convention}")
+    if (predicted := pipe.scheduler.config["prediction_type"]) != "epsilon":
+        facts.append(f"the UNet predicts {predicted}, and the authors' code takes it for epsilon")
+    others = [name for name in attached_adapters(pipe.motion_controlnet) if name not in PUBLISHED_ADAPTERS.values()]
+    facts += [f"the motion ControlNet's LoRA {name}" for name in others]
+    facts += [name for name in GATES if getattr(pipe, name) is not None]
+    facts += list(pipe.lora_folders)
+    if pipe.domain_adapter is not None:
+        facts.append(f"the domain adapter by itself; the UNet holds it with scale {pipe.domain_adapter.merged_scale}")
+    return facts
 
 
 def export_lora(model: Path, lora: Path, form: str, output: Path) -> None:
@@ -196,7 +223,7 @@ def push(model: Path, repository: str, results: Path | None, private: bool) -> s
             )
     pipe = load(model)
     if results is not None:
-        pipe.provenance["results.json"] = results.read_text()
+        pipe.provenance["results.json"] = read_text(results)
     return str(pipe.push_to_hub(repository, private=private or None))
 
 

@@ -5,6 +5,7 @@ All faults are one line that names the file and the setting.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from imageconductor.checkpoints.model_folder import check_adapters, check_shape, locate_model
+from imageconductor.checkpoints.personalise import check_base
 from imageconductor.data.trackers import CoTracker, LucasKanadeTracker, Tracker
 from imageconductor.evaluation.appearance import ssim
 from imageconductor.evaluation.box_config import BoxEvaluateConfig
@@ -26,8 +29,11 @@ from imageconductor.evaluation.learned_motion_config import LearnedMotionConfig
 from imageconductor.evaluation.reference_videos import list_reference_files
 from imageconductor.evaluation.video_files import count_frames
 from imageconductor.files import check_writable
+from imageconductor.processes import local_main_process_first
 from imageconductor.sampling.branches import ADAPTERS, Control
 from imageconductor.sampling.job import SampleJob
+
+logger = logging.getLogger(__name__)
 
 _THREADS = 8  # that read the headers of videos, which is waiting for ffmpeg to start
 
@@ -88,6 +94,11 @@ def check_models(config: EvaluateConfig, sizes: Mapping[str, tuple[int, int]]) -
                         pass
                 except (SafetensorError, OSError) as error:
                     raise ValueError(f"method {name}: {file} is damaged or no safetensors file: {error}") from None
+        if method.base is not None:
+            try:
+                check_base(method.base)
+            except ValueError as error:
+                raise ValueError(f"method {name}: {error}") from None
 
 
 def check_instruments(config: EvaluateConfig) -> None:
@@ -120,12 +131,15 @@ def check_tracker(config: EvaluateConfig | LearnedMotionConfig) -> None:
 
 
 def build_tracker(config: EvaluateConfig | LearnedMotionConfig, device: str) -> Tracker:
-    """The point tracker that the settings name.
+    """The point tracker that the settings name; every process has to call it.
 
     Raises:
         ValueError: CoTracker cannot be loaded.
     """
-    return CoTracker(config.cotracker, device=device) if config.tracker == "cotracker" else LucasKanadeTracker()
+    if config.tracker != "cotracker":
+        return LucasKanadeTracker()
+    with local_main_process_first(PartialState()):  # torch.hub downloads into a folder that a machine's processes share
+        return CoTracker(config.cotracker, device=device)
 
 
 def network_file(config: EvaluateConfig | BoxEvaluateConfig, distance: FrechetName) -> Path | None:
@@ -135,7 +149,7 @@ def network_file(config: EvaluateConfig | BoxEvaluateConfig, distance: FrechetNa
 
 
 def check_references(config: EvaluateConfig, num_frames: int, part: slice) -> None:
-    """Makes sure, by their headers, that the reference videos can be read and are long enough.
+    """Makes sure, by their headers, that the reference videos can be read, and that some are long enough.
 
     Args:
         config: Settings of the evaluation.
@@ -144,18 +158,25 @@ def check_references(config: EvaluateConfig, num_frames: int, part: slice) -> No
 
     Raises:
         FileNotFoundError: There is none.
-        ValueError: Files cannot be read or are too short; the message names the first one.
+        ValueError: Files cannot be read, or all are too short; the message names the first one.
     """
     paths = list_reference_files(config)[part]
     needed = (num_frames - 1) * config.reference_stride + 1
     with ThreadPoolExecutor(_THREADS) as pool:
         bar = tqdm(pool.map(count_frames, paths), total=len(paths), desc="reference: checks", dynamic_ncols=True)
         counts = list(bar)
-    faults = [(path, count) for path, count in zip(paths, counts, strict=True) if count is None or count < needed]
-    if faults:
-        path, count = faults[0]
-        fault = "cannot be read as a video" if count is None else f"has {count:.0f} frames, {needed} are needed"
-        raise ValueError(f"reference: {path} {fault}; take {len(faults)} such file(s) out of {config.reference}")
+    if unreadable := [path for path, count in zip(paths, counts, strict=True) if count is None]:
+        raise ValueError(
+            f"reference: {unreadable[0]} cannot be read as a video; take {len(unreadable)} such file(s) out of "
+            f"{config.reference}"
+        )
+    short = [(path, count) for path, count in zip(paths, counts, strict=True) if count is not None and count < needed]
+    if short:
+        path, count = short[0]
+        told = f"{len(short)} of {len(paths)} files have fewer than {needed} frames, as {path} with {count:.0f}"
+        if len(short) == len(paths):
+            raise ValueError(f"reference: {told}; lower reference_stride={config.reference_stride}")
+        logger.warning("reference: %s; they are left out", told)
 
 
 def _is_path(name: str) -> bool:

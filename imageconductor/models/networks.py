@@ -10,8 +10,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -70,8 +72,12 @@ class Encoders:
     _has_warned = False  # of a text that is cut; without annotation, no part
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
-        """The parts of a model folder, networks in float32, in eval mode and frozen, without LoRAs.
+    def load(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> Self:
+        """The parts of a model folder, networks in eval mode and frozen, without LoRAs, the scheduler as DDIM.
+
+        Args:
+            folder: The folder.
+            dtype: Of the networks.
 
         Raises:
             FileNotFoundError: The folder, or a part of it, is missing.
@@ -80,7 +86,7 @@ class Encoders:
         folder = cls.check_folder(folder)
         with single_progress_bar():
             found = (field.name for field in fields(cls) if (folder / field.name).is_dir())
-            loaded = cls(**{name: load_part(name, folder / name) for name in found})
+            loaded = cls(**{name: load_part(name, folder / name, dtype) for name in found})
         loaded.freeze()
         return loaded
 
@@ -182,11 +188,25 @@ class Networks(Encoders):
             cast_network(network, dtype)
 
 
-def load_part(name: str, folder: Path) -> Any:
-    """A network in float32, the tokenizer or the scheduler, from its folder; raises as `load_network`."""
+def load_part(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A network in `dtype`, the tokenizer or DDIM, from its folder; raises as `load_network`."""
     if name in NETWORKS or name in GATES:
-        return load_network(name, folder)
+        return load_network(name, folder, dtype)
     return {"tokenizer": CLIPTokenizer, "scheduler": DDIMScheduler}[name].from_pretrained(folder)
+
+
+def load_scheduler(model: Path) -> Any:
+    """The scheduler of a model folder, of the class that it was saved as; training takes DDIM at its noise levels.
+
+    Raises:
+        ValueError: diffusers has no such scheduler.
+    """
+    path = model / "scheduler" / "scheduler_config.json"
+    name = json.loads(path.read_text(encoding="utf-8")).get("_class_name", DDIMScheduler.__name__)
+    scheduler: Any = getattr(diffusers, str(name), None)
+    if not (isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)):
+        raise ValueError(f"{path}: diffusers has no scheduler {name!r}")
+    return scheduler.from_pretrained(model / "scheduler")
 
 
 def _check_tokenizer(folder: Path) -> None:

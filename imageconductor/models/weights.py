@@ -63,25 +63,45 @@ def check_weight_file(path: Path) -> None:
         raise ValueError(f"{path} is truncated or damaged: {str(error).splitlines()[0]}") from error
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+def read_checkpoint(path: str | Path, beginnings: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
     """Tensors of a `.safetensors` or a pickled `.ckpt`/`.pt`/`.bin` file, which is read without running code.
 
     The tensors are mapped into memory: pages of the file, which the system drops again where memory is short.
+
+    Args:
+        path: The file.
+        beginnings: Of the names that are read; the noise schedule and the averages of a training checkpoint, say, may
+            hold what is not finite.
 
     Raises:
         FileNotFoundError: No such file.
         ValueError: The file is truncated, no checkpoint, a pickle that holds more than tensors, has no names for them,
             or has weights that are nan or infinite.
     """
-    content = _read(Path(path))
+    state = {key: value for key, value in _read_state(Path(path)).items() if key.startswith(beginnings)}
+    _refuse_non_finite(path, state)
+    return state
+
+
+def read_names(path: str | Path) -> list[str]:
+    """Names of the tensors in a file, whose values are not read; errors as `read_checkpoint`."""
+    path = Path(path)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return list(_read_state(path))
+    check_weight_file(path)
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file by name; errors as `read_checkpoint`, but for values that are not finite."""
+    content = _read(path)
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{path} cannot be read as a checkpoint: it is a {type(content).__name__} without names for its weights; "
             "lists of MotionDirector's LoRAs are read by imageconductor.checkpoints.motion_director"
         )
-    state = unwrap(content)
-    _refuse_non_finite(path, state)
-    return state
+    return unwrap(content)
 
 
 def read_tensor_list(path: str | Path) -> list[Tensor]:
@@ -144,12 +164,12 @@ def read_header(path: Path) -> dict[str, str]:
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors of a checkpoint that may be nested in `state_dict` or `controlnet` and prefixed by `module.`.
+    """Tensors of a checkpoint that may be nested in `state_dict`, `controlnet` or `model` and prefixed by `module.`.
 
-    The alpha of a LoRA may be a plain number.
+    GLIGEN's files have their network in `model`. The alpha of a LoRA may be a plain number.
     """
     state: Mapping[str, Any] = checkpoint
-    for key in ("state_dict", "controlnet"):
+    for key in ("state_dict", "controlnet", "model"):
         if isinstance(state.get(key), Mapping):
             state = state[key]
     alphas = {
@@ -177,10 +197,22 @@ def copy_weights(target: Mapping[str, Tensor], state: Mapping[str, Tensor], sour
     """Copies `state` into `target`, which must have the same names and shapes.
 
     Raises:
-        ValueError: Names every missing, unexpected and mis-shaped key at once; nothing has been copied then.
+        ValueError: As `check_weights`; nothing has been copied then.
     """
-    wanted = {key: value for key, value in target.items() if not key.endswith(".pe")}
-    given = {key: value for key, value in state.items() if not key.endswith(".pe")}
+    check_weights(target, state, source)
+    with torch.no_grad():
+        for key, value in _without_tables(target).items():
+            value.copy_(state[key])
+
+
+def check_weights(target: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
+    """Makes sure that `copy_weights` can copy.
+
+    Raises:
+        ValueError: Names every missing, unexpected and mis-shaped key at once; or the weights of the target are
+            offloaded, where what is copied would be lost.
+    """
+    wanted, given = _without_tables(target), _without_tables(state)
     problems = {
         "missing": sorted(wanted.keys() - given.keys()),
         "unexpected": sorted(given.keys() - wanted.keys()),
@@ -193,9 +225,16 @@ def copy_weights(target: Mapping[str, Tensor], state: Mapping[str, Tensor], sour
     if any(problems.values()):
         lines = [f"{len(keys)} {kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
         raise ValueError(f"{source} does not fit the model; " + "; ".join(lines))
-    with torch.no_grad():
-        for key, value in wanted.items():
-            value.copy_(given[key])
+    if offloaded := next((key for key, value in wanted.items() if value.is_meta and not given[key].is_meta), None):
+        raise ValueError(
+            f"{source} cannot be put in place of weights that are offloaded, e.g. {offloaded}; load it before "
+            "enable_sequential_cpu_offload"
+        )
+
+
+def _without_tables(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without sinusoidal position tables, which are computed."""
+    return {key: value for key, value in state.items() if not key.endswith(".pe")}
 
 
 def refuse_non_finite(pipe: Any, values: Tensor, where: str) -> None:

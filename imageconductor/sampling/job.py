@@ -196,7 +196,7 @@ def prepare(job: SampleJob) -> Inputs:
         read_max_frames,
         read_sampling_defaults,
     )
-    from imageconductor.checkpoints.personalise import check_loras
+    from imageconductor.checkpoints.personalise import check_base, check_loras
     from imageconductor.checkpoints.reference_run import check_noise_prior, read_num_frames
     from imageconductor.conditioning import cover_crop, load_image
     from imageconductor.sampling.branches import ADAPTERS, Control
@@ -237,6 +237,8 @@ def prepare(job: SampleJob) -> Inputs:
     job = replace(job, first_frame_by=carrier)
     styles, motions = find_job_loras(job)
     check_loras(Path(job.model), [path for path, _ in styles], [path for path, _ in motions])
+    if job.base is not None:
+        check_base(job.base)
     if job.noise_prior is not None:
         check_noise_prior(parse_noise_prior(job.noise_prior)[0], read_latent_channels(job.model), num_frames)
     job = replace(job, seed=job.seeds, num_videos=None, repeat=None)

@@ -27,6 +27,7 @@ from imageconductor.checkpoints.model_folder import (
     save_gates,
     write_pipeline_code,
 )
+from imageconductor.files import write_text
 from imageconductor.models.adapters import attached_adapters, save_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
 from imageconductor.models.denoiser import Denoiser
@@ -38,6 +39,7 @@ from imageconductor.models.networks import (
     Networks,
     is_text_to_video,
     load_network,
+    load_scheduler,
     single_progress_bar,
     tokenize,
     warn_of_cut,
@@ -118,8 +120,8 @@ class ModelPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffus
         folder = locate_model(folder)
         defaults = read_sampling_defaults(folder)
         if is_text_to_video(Networks.check_folder(folder)):
-            networks = Networks.load(folder)
-            networks.to(kwargs.get("dtype") or kwargs.get("torch_dtype") or torch.float32)
+            networks = Networks.load(folder, kwargs.get("dtype") or kwargs.get("torch_dtype") or torch.float32)
+            networks.scheduler = load_scheduler(folder)
             return cls(**networks.parts, sampling_defaults=defaults)
         # transformers would else follow the files, diffusers not.
         kwargs["dtype"] = kwargs.pop("torch_dtype", kwargs.get("dtype", torch.float32))
@@ -184,7 +186,7 @@ class ModelPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffus
     def _upload_folder(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         # diffusers has put an empty card in the place of ours.
         folder = Path(working_dir)
-        (folder / "README.md").write_text(model_card(folder, self.provenance, repo_id))
+        write_text(folder / "README.md", model_card(folder, self.provenance, repo_id))
         return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
 
     def compile(self, **kwargs: Any) -> None:

@@ -23,7 +23,7 @@ def test_a_folder_goes_to_the_hub_and_comes_back(tiny_model, tmp_path, monkeypat
     monkeypatch.setattr(hub_utils, "create_repo", lambda repo_id, **_: SimpleNamespace(repo_id=repo_id))
     monkeypatch.setattr(hub_utils, "upload_folder", upload)
     monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *_, **__: ModelCard("---\n---\nempty"))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: str(hub / name))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(hub / name))
     interval = {"mean": 1.234, "low": 1.0, "high": 1.5, "n": 8}
     (tmp_path / "results.json").write_text(json.dumps({"cam_mc": 1.234, "intervals": {"cam_mc": interval}}))
 

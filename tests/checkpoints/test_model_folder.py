@@ -3,16 +3,20 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import tiny_networks
 from PIL import Image
 from safetensors.torch import save_file
 
+from imageconductor.checkpoints.model_card import read_provenance
 from imageconductor.checkpoints.model_folder import (
     adapter_names,
     check_adapters,
     check_shape,
+    load_companions,
     locate_model,
     read_dtype,
     read_sampling_defaults,
@@ -56,6 +60,20 @@ def test_any_adapter_of_a_folder_is_loaded_by_its_name(tiny_model, tmp_path):
     shutil.copytree(folder / "camera_lora", folder / "crane_lora")
     pipe = ImageConductorPipeline.from_pretrained(folder)
     assert attached_adapters(pipe.motion_controlnet) == ("camera", "crane", "object")
+
+
+def test_gates_lie_where_the_unet_does(gated_model):
+    parts = {"unet": SimpleNamespace(dtype=torch.float16, device=torch.device("meta"))}
+    pipe = SimpleNamespace(**parts, motion_controlnet=tiny_networks().motion_controlnet)
+    load_companions(pipe, gated_model)
+    assert pipe.object_gates.device == pipe.scene_gates.device == pipe.unet.device
+
+
+def test_provenance_is_read_in_any_encoding_of_unicode(tmp_path):
+    (tmp_path / "training").mkdir()
+    for name, encoding in (("sources.json", "utf-8-sig"), ("training/camera_lora.yaml", "utf-16")):
+        (tmp_path / name).write_text("{ü: 1}", encoding=encoding)
+    assert read_provenance(tmp_path) == {"sources.json": "{ü: 1}", "training/camera_lora.yaml": "{ü: 1}"}
 
 
 def truncate(path):

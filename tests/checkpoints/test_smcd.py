@@ -177,10 +177,17 @@ def test_an_accelerate_folder(unet, tmp_path, prefix, caplog):
     encoder = scene_gates.image_encoder.state_dict()
     assert all(torch.equal(encoder[key], value) for key, value in release()[2].items())
     assert {gate.attn.heads for gate in object_gates.gates.values()} == {p.heads for p in gate_places(unet).values()}
+    assert object_gates.max_objects == 8
+    first_stage = without(state, ".cross_", ".v_linear.")
+    assert load_smcd(write(tmp_path / "first", first_stage, position), unet, head_dim=HEAD_DIM)[0].max_objects == 30
 
 
-def test_a_file_of_gligen(tmp_path):
-    """diffusers' form: the UNet's file with `fuser` and `position_net` in it; eight heads, whatever their width."""
+@pytest.mark.parametrize("is_original", [False, True])
+def test_a_file_of_gligen(tmp_path, is_original):
+    """The UNet's file with `fuser` and `position_net` in it; eight heads, whatever their width, and 30 objects.
+
+    diffusers' form, or the nesting of the original one, whose other networks and settings lie beside the UNet.
+    """
     unet = tiny_networks().unet
     gates = ObjectGates.from_unet(unet)
     state = dict(unet.state_dict())
@@ -190,10 +197,15 @@ def test_a_file_of_gligen(tmp_path):
             place, _, name = key.removeprefix("gates.").partition(".")
             key = f"{blocks[place]}.fuser.{name}"
         state[key] = value + 1
-    torch.save(dict(sorted(state.items())), tmp_path / "unet.bin")  # "mid_block" before "up_blocks", "down" first
-    loaded, scene_gates = load_smcd(tmp_path / "unet.bin", unet, max_objects=30)
+    content = dict(sorted(state.items()))  # "mid_block" before "up_blocks", "down" first
+    if is_original:
+        others = {"autoencoder": {"a": torch.zeros(1)}, "text_encoder": {}, "diffusion": {}, "config_dict": {"lr": 1}}
+        content = {"model": content, **others}
+    torch.save(content, tmp_path / "unet.bin")
+    loaded, scene_gates = load_smcd(tmp_path / "unet.bin", unet)
     assert scene_gates is None
     assert loaded.max_objects == 30
+    assert load_smcd(tmp_path / "unet.bin", unet, max_objects=5)[0].max_objects == 5
     assert {gate.attn.heads for gate in loaded.gates.values()} == {8}
     for key, value in gates.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value + 1), key

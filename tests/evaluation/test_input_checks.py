@@ -2,6 +2,9 @@
 
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import footage
 import pytest
@@ -9,7 +12,9 @@ import torch
 from PIL import Image
 
 from imageconductor.commands.evaluate import main
-from imageconductor.evaluation import protocol
+from imageconductor.evaluation import input_checks, protocol
+from imageconductor.evaluation.evaluate_config import EvaluateConfig
+from imageconductor.evaluation.reference_videos import read_references
 
 OWN = ["motions=own", "num_scenes=1", "size=[64,64]", "num_frames=16", "device=cpu"]
 
@@ -50,28 +55,69 @@ def test_networks_of_metrics(exact, tmp_path, refused):
     assert f"cotracker: {tmp_path} is no clone of CoTracker (hubconf.py is missing)" in line
 
 
+@pytest.mark.parametrize("downloads", [True, False])
+def test_one_process_of_a_machine_loads_cotracker_before_the_others(downloads, tmp_path, monkeypatch):
+    """The stand-in for its repository is not there before it has been loaded once, and the loading may fail."""
+    (tmp_path / "hubconf.py").write_text(
+        "from pathlib import Path\n"
+        "import time, torch\n"
+        "def cotracker3_offline():\n"
+        f"    folder = Path({str(tmp_path / 'downloaded')!r})\n"
+        "    if not folder.exists():\n"
+        "        folder.mkdir()\n"
+        "        time.sleep(0.3)\n"
+        f"        assert {downloads}, 'the network is down'\n"
+        "        (folder / 'whole').touch()\n"
+        "    assert (folder / 'whole').exists(), 'half of it'\n"
+        "    return torch.nn.Linear(1, 1)\n"
+    )
+    barrier, here = threading.Barrier(2), threading.local()
+    state = type("State", (), {"is_local_main_process": property(lambda _: here.is_first)})()
+    state.wait_for_everyone = lambda: barrier.wait(timeout=20)
+    monkeypatch.setattr(input_checks, "PartialState", lambda: state)
+    config = EvaluateConfig(model="m", tracker="cotracker", cotracker=str(tmp_path))
+
+    def load(is_first: bool) -> str:
+        here.is_first = is_first
+        try:
+            return input_checks.build_tracker(config, "cpu").name
+        except ValueError as error:
+            return str(error).rpartition(": ")[2]
+
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(load, (False, True)))
+    assert said == (["cotracker3_offline"] * 2 if downloads else ["half of it", "the network is down"])
+
+
 def test_models_and_what_is_attached_to_them(tiny_model, tmp_path, refused):
     settings = ["num_scenes=1", "device=cpu", "clip=organisation/clip"]
+    style_lora = Path(__file__).parents[2] / "models" / "sprites" / "style_lora" / "pytorch_lora_weights.safetensors"
     damaged = tmp_path / "style.safetensors"
     damaged.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     for files, said in (
         ("lora: [nowhere.safetensors]", "method a: no file at nowhere.safetensors"),
         (f"lora: ['{damaged}:0.5']", f"method a: {damaged} is damaged or no safetensors file"),
         (f"base: {damaged}", f"method a: {damaged} is damaged or no safetensors file"),
+        (f"base: {style_lora}", f"method a: {style_lora} is a LoRA and no base model; give it as lora"),
         ("size: [33, 32]", "method a: width and height must be multiples of"),
         ("few_step: true", f"method a: no file at {tiny_model / 'few_step_lora' / 'pytorch_lora_weights.safetensors'}"),
     ):
         assert said in refused(f"methods={{a: {{model: {tiny_model}, {files}}}}}", *settings)
 
 
-def test_reference_videos(exact, tmp_path, refused):
+def test_reference_videos(exact, tmp_path, refused, caplog):
     footage.write(tmp_path / "reference" / "a.mp4", footage.pan(0, 20, (1, 0), size=(64, 64)))
     footage.write(tmp_path / "elsewhere" / "b.mp4", footage.pan(0, 40, (1, 0), size=(64, 64)))
     (tmp_path / "reference" / "link").symlink_to(tmp_path / "elsewhere")
     settings = [f"videos={exact}", *OWN, "frechet=[frechet_small]", f"reference={tmp_path / 'reference'}"]
-    line = refused(*settings, "reference_stride=2")
-    assert f"reference: {tmp_path / 'reference' / 'a.mp4'} has " in line
-    assert "31 are needed; take 1 such file(s) out of" in line
+    line = refused(*settings, "reference_stride=4")
+    assert "reference: 2 of 2 files have fewer than 61 frames, as " in line
+    assert "lower reference_stride=4" in line
+    config = EvaluateConfig(videos="v", reference=str(tmp_path / "reference"), reference_stride=2)
+    input_checks.check_references(config, 16, slice(None))
+    assert f"1 of 2 files have fewer than 31 frames, as {tmp_path / 'reference' / 'a.mp4'} with 2" in caplog.text
+    assert [video.shape for video in read_references(config, (32, 32), 16, range(2))] == [(16, 32, 32, 3)]
+    assert "a.mp4 is left out: 10 of 16 frames" in caplog.text
     (tmp_path / "reference" / "link" / "c.mp4").write_bytes(b"no video")
     assert f"{tmp_path / 'reference' / 'link' / 'c.mp4'} cannot be read as a video" in refused(*settings)
 

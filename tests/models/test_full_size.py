@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from parity import FOLDER
-from test_personalise import ldm_unet_key, ldm_vae_key
+from test_dreambooth import ldm_unet_key, ldm_vae_key
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from imageconductor.checkpoints import assembly, personalise
@@ -82,16 +82,14 @@ def test_animatediffs_files_have_their_places(published, stable_diffusion, tmp_p
     (tmp_path / "unet" / "config.json").write_text(json.dumps({**config, "attention_head_dim": 8}))
     monkeypatch.setattr(assembly, "_read", lambda path: unwrap(files[path.name]))
     monkeypatch.setattr(assembly, "_source", lambda _, keys: keys)
-    monkeypatch.setattr(assembly, "locate", lambda name: tmp_path / name)
     monkeypatch.setattr("imageconductor.checkpoints.domain_adapter.read_checkpoint", lambda path: files[path.name])
-    recipe = assembly.AssemblyConfig(
-        "animatediff", str(tmp_path), image_controlnet="sparsectrl.ckpt", motion_module="mm.ckpt"
-    )
+    paths = {"motion_module": tmp_path / "mm.ckpt", "image_controlnet": tmp_path / "sparsectrl.ckpt"}
+    paths["stable_diffusion"] = tmp_path
     with torch.device("meta"):
-        unet, image_controlnet, _, sources = assembly._animatediff(
-            recipe, tmp_path, assembly.unet_sizes(tmp_path / "unet")
-        )
-        assembly.DomainAdapter.read(tmp_path / "adapter.ckpt", 1.0).merge(unet.state_dict())
+        lora = assembly.DomainAdapter.read(tmp_path / "adapter.ckpt", 1.0)
+        sizes = assembly.unet_sizes(tmp_path / "unet")
+        unet, image_controlnet, _, sources = assembly._animatediff(paths, sizes, torch.float16, lora)
+    assert {parameter.dtype for parameter in (*unet.parameters(), *image_controlnet.parameters())} == {torch.float16}
     assert millions(unet.parameters()) == 1276.7
     assert millions(image_controlnet.parameters()) == 496.7
     assert sources["unet"] == 686
@@ -110,10 +108,11 @@ def test_a_stable_diffusion_single_file_has_its_places(stable_diffusion, monkeyp
     for key, value in text.state_dict().items():
         state[f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}"] = value
     assert len(state) == 686 + 248 + 196
-    monkeypatch.setattr(personalise, "read_checkpoint", lambda _: state)
+    monkeypatch.setattr(personalise, "read_names", lambda _: list(state))
+    monkeypatch.setattr(personalise, "read_checkpoint", lambda *_: state)
     with torch.device("meta"):
         motion_unet = MotionUNet(**SD15_ANIMATEDIFF_V3)
-        pipe = SimpleNamespace(unet=motion_unet, vae=vae, text_encoder=text)
+        pipe = SimpleNamespace(unet=motion_unet, vae=vae, text_encoder=text, domain_adapter=None, provenance={})
         personalise.load_base(pipe, "dreambooth.safetensors")
         state.pop("model.diffusion_model.input_blocks.7.0.in_layers.2.weight")
         with pytest.raises(ValueError, match="1 missing"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_networks
-from diffusers import DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, TextToVideoSDPipeline, UNet3DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -60,6 +60,18 @@ def modelscope(tmp_path_factory):
         networks.vae, networks.text_encoder, networks.tokenizer, unet, DDIMScheduler(clip_sample=False)
     ).save_pretrained(folder)
     return folder
+
+
+def test_a_text_to_video_model_keeps_its_scheduler(modelscope, tmp_path):
+    folder = shutil.copytree(modelscope, tmp_path / "model")
+    pipe = ImageConductorPipeline.from_pretrained(folder)
+    assert type(pipe.scheduler) is DDIMScheduler
+    EulerDiscreteScheduler.from_config(pipe.scheduler.config).save_pretrained(folder / "scheduler")
+    assert type(ImageConductorPipeline.from_pretrained(folder).scheduler) is EulerDiscreteScheduler
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace("EulerDiscreteScheduler", "UNet2DModel"))
+    with pytest.raises(ValueError, match="diffusers has no scheduler 'UNet2DModel'"):
+        ImageConductorPipeline.from_pretrained(folder)
 
 
 def make(tiny_model, output, *options):
