@@ -71,7 +71,7 @@ class Timing:
     ratios: Ratios | None
 
 
-class EnoughSteps(Exception):  # noqa: N818  not an error
+class EnoughSteps(BaseException):  # An Exception would be passed over as a failing preview.
     """Ends `train` without its files."""
 
 

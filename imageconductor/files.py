@@ -10,15 +10,24 @@ import csv
 import errno
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TextIO
+
+try:
+    import fcntl
+except ImportError:  # under Windows
+    fcntl = None
+
+logger = logging.getLogger(__name__)
 
 _PARTIAL = ".partial"
 _SHIPPED = ("configs", "models", "assets")  # folders of the repository that an installed package has too
@@ -239,25 +248,27 @@ def check_new_folder(folder: Path) -> None:
         raise ValueError(f"{folder} exists and is not empty; name another --output")
 
 
-def check_record(record: Path, settings: Mapping[str, Any]) -> None:
+def check_record(record: Path, settings: Mapping[str, Any], results: Path | None = None) -> None:
     """Refuses to go on with results that were made with other settings than these, which `write_record` has noted.
 
     Args:
         record: JSON beside the results; without it nothing is known of them, and they are taken as they are.
         settings: What the results depend on.
+        results: File or folder with them, without which there is nothing to check; None = the record's folder.
 
     Raises:
         ValueError: Names the first setting that differs, and both values.
     """
-    if not record.is_file():
+    results = record.parent if results is None else results
+    if not record.is_file() or not results.exists():
         return
     before, now = json.loads(read_text(record)), json.loads(json.dumps(settings, default=str))
     if different := [key for key in {**before, **now} if before.get(key) != now.get(key)]:
         values = " and now ".join(str(values.get(different[0]))[:80] for values in (before, now))
         more = f", and {', '.join(different[1:])}" if len(different) > 1 else ""
         raise ValueError(
-            f"{record.parent} holds results of other settings: {different[0]} was {values}{more}; name another output, "
-            "or delete what is there"
+            f"{results} holds results of other settings: {different[0]} was {values}{more}; name another output, or "
+            "delete it"
         )
 
 
@@ -267,7 +278,13 @@ def write_record(record: Path, settings: Mapping[str, Any]) -> None:
 
 
 def replace_folder(complete: Path, path: Path) -> None:
-    """Moves a complete folder to `path`, on the same disk; one that is there is deleted afterwards."""
+    """Moves a complete folder to `path`, on the same disk; one that is there is deleted afterwards.
+
+    What it holds is on the disk before its name is.
+    """
+    for part in (*complete.rglob("*"), complete):
+        if not part.is_symlink():
+            _flush(part)
     old = complete.with_name(f"{complete.name}.old")
     if path.exists():
         path.rename(old)
@@ -277,16 +294,56 @@ def replace_folder(complete: Path, path: Path) -> None:
         if old.exists():
             old.rename(path)
         raise
+    with suppress(OSError):  # It is in its place already.
+        _flush(path.absolute().parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_partial(folder: Path) -> None:
-    """Deletes what killed processes left half-written below a folder; nothing may be writing there."""
-    for path in sorted(folder.rglob(f".*{_PARTIAL}*")):
+def remove_partial(folder: Path, below: bool = True) -> None:
+    """Deletes what killed processes left half-written in a folder; nothing may be writing there.
+
+    Args:
+        folder: Of the files; it need not be there.
+        below: Whether also in the folders within it; not where those may be of others.
+    """
+    name = f".*{_PARTIAL}*"
+    for path in sorted(folder.rglob(name) if below else folder.glob(name)):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock(path: Path, patience_s: float = 0.0) -> Iterator[None]:
+    """Inside the block no other process can lock the same file, which stays.
+
+    Where a file system has no locks this warns, and under Windows nothing is locked.
+
+    Args:
+        path: Of the file; its folder is made if it is not there.
+        patience_s: Seconds to wait for another process that may be ending.
+
+    Raises:
+        ValueError: Another process has locked it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        end = time.monotonic() + patience_s
+        while fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise ValueError(
+                        f"another process is writing into {path.parent}; wait for its end, or name another output"
+                    ) from None
+                time.sleep(0.2)
+                continue
+            except OSError as error:
+                logger.warning("%s cannot be locked (%s): start nothing else that writes there", path.parent, error)
+            break
+        yield
 
 
 def _partial_name(name: str) -> str:
@@ -303,7 +360,9 @@ def _check_free(path: Path, replace: bool) -> None:
 
 def _flush(path: Path) -> None:
     """The rename must not reach the disk before the content; some network file systems cannot promise that."""
-    descriptor = os.open(path, os.O_RDWR)
+    if os.name == "nt" and path.is_dir():  # which cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -1,6 +1,8 @@
 """Files and folders appear whole or not at all."""
 
+import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from imageconductor.files import (
     check_record,
     check_writable,
     list_files,
+    lock,
     read_csv,
     read_text,
     remove_partial,
@@ -169,8 +172,13 @@ def test_results_of_other_settings_are_refused_by_the_setting(tmp_path):
         ValueError, match=r"holds results of other settings: size was \[32, 16\] and now \[32, 32\], and"
     ):
         check_record(record, {**settings, "size": (32, 32), "steps": 5})
-    with pytest.raises(ValueError, match="seed was None and now 1; name another output, or delete what is there"):
+    with pytest.raises(ValueError, match="seed was None and now 1; name another output, or delete it"):
         check_record(record, {**settings, "seed": 1})
+    result = tmp_path / "model"
+    check_record(record, {**settings, "seed": 1}, result)  # somebody has deleted it
+    result.mkdir()
+    with pytest.raises(ValueError, match="model holds results of other settings: seed"):
+        check_record(record, {**settings, "seed": 1}, result)
 
 
 def test_a_complete_folder_takes_the_place_of_another(tmp_path):
@@ -190,6 +198,57 @@ def test_what_a_killed_process_left_can_be_swept_away(tmp_path):
     write_text(tmp_path / "deep" / "kept", "")
     remove_partial(tmp_path)
     assert names(tmp_path / "deep") == ["kept"]
+
+
+def test_what_lies_deeper_is_spared_where_it_may_be_of_others(tmp_path):
+    for name in (".a.host.1.partial", "deep/.b.host.1.partial"):
+        write_text(tmp_path / name, "")
+    remove_partial(tmp_path, below=False)
+    remove_partial(tmp_path / "nowhere", below=False)
+    assert names(tmp_path) == ["deep"]
+    assert names(tmp_path / "deep") == [".b.host.1.partial"]
+
+
+def test_a_folder_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
+    target, flushed, flush = tmp_path / "model", [], os.fsync
+
+    def note(descriptor):
+        flushed.append((os.fstat(descriptor).st_ino, target.exists()))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    with atomic_folder(target) as folder:
+        write_text(folder / "deep" / "weights", "")
+        (folder / "link").symlink_to(tmp_path / "nowhere")
+        (folder / "read_only").touch(mode=0o400)
+    parts = (target, target / "deep", target / "deep" / "weights", target / "read_only")
+    assert {(path.stat().st_ino, False) for path in parts} <= set(flushed)
+    assert flushed[-1] == (tmp_path.stat().st_ino, True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="nothing is locked there")
+def test_a_file_is_locked_by_one_at_a_time(tmp_path):
+    path = tmp_path / "new" / ".lock"
+    for _ in range(2):
+        with lock(path), pytest.raises(ValueError, match=r"writing into .*new; wait for its end"), lock(path):
+            pytest.fail("it is locked")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="nothing is locked there")
+def test_a_lock_is_waited_for(tmp_path):
+    first = lock(tmp_path / ".lock")
+    first.__enter__()
+    threading.Timer(0.3, first.__exit__, (None, None, None)).start()
+    with lock(tmp_path / ".lock", patience_s=30):
+        pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="nothing is locked there")
+def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, caplog):
+    error = OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(error))
+    with lock(tmp_path / ".lock"):
+        assert "cannot be locked ([Errno 37] No locks available)" in caplog.text
 
 
 def test_a_folder_that_cannot_be_moved_leaves_the_one_before(tmp_path, monkeypatch):

@@ -11,7 +11,6 @@ continues with the missing chunks and ends with the same bytes as an uninterrupt
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -39,7 +38,7 @@ from imageconductor.curation.motion_score import motion_threshold
 from imageconductor.curation.passes import Annotate, Scan, Score
 from imageconductor.curation.run_folder import Run
 from imageconductor.curation.sources import Source, find_sources
-from imageconductor.files import atomic_path, check_writable, remove_partial, write_text
+from imageconductor.files import atomic_path, check_writable, lock, remove_partial, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -163,12 +162,7 @@ def _check_folder(run: Run, digest: str) -> None:
 @contextmanager
 def _lock_output(run: Run, sources: Sequence[Source], digest: str) -> Iterator[None]:
     """Locks the output folder, so that no other process curates into it, and prepares it."""
-    run.output.mkdir(parents=True, exist_ok=True)
-    with run.source_digest.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"output={run.output}: another curation is writing there") from error
+    with lock(run.source_digest):
         config_file.save(run.config, run.settings)
         if not run.index.exists():
             for folder in ("scanned", "scores", "rows"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,6 +18,7 @@ from imageconductor.data.batches import scale_pixels
 from imageconductor.devices import choose_precision
 from imageconductor.training import checkpointing
 from imageconductor.training.optimizers import MuonAndAdamW
+from imageconductor.training.stopping import Stop, spare_worker
 
 
 @dataclass
@@ -83,46 +82,52 @@ def train_autoencoder(
         optimizer._opt_called = True  # type: ignore[attr-defined]
         schedule.step()
 
-    done, end = start, math.inf if config.max_minutes is None else time.monotonic() + 60 * config.max_minutes
+    done = start
     steps = range(start, config.max_steps)
-    loader = DataLoader(data, batch_size=None, sampler=steps, num_workers=num_workers)
+    loader = DataLoader(data, batch_size=None, sampler=steps, num_workers=num_workers, worker_init_fn=spare_worker)
     bar = tqdm(steps, initial=start, total=config.max_steps, desc="autoencoder", unit="step")
-    for step, batch in zip(bar, loader, strict=True):
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        frames = sample_frames(batch["pixel_values"], config.frames_per_clip, generator)
-        if step < config.whole_frames_from * config.max_steps:
-            frames = _crop(frames, config.crop, config.crop_candidates, generator)
-        else:
-            frames = frames[: max(1, len(frames) * config.crop**2 // (frames.shape[-1] * frames.shape[-2]))]
-        frames = scale_pixels(frames.to(device, memory_format=torch.channels_last))
-        with torch.autocast(frames.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            posterior = vae.encode(frames).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-            latents = posterior.mean + posterior.std * noise
-            if is_shifted := bool(torch.rand((), generator=generator) < config.equivariance):
-                latents, frames = shift(latents, frames, generator)
-            decoded = vae.decode(latents).sample.float()
-            again = vae.encode(frames).latent_dist.mean if is_shifted and config.latent_equivariance else None
-        loss = F.l1_loss(decoded, frames) + F.mse_loss(decoded, frames)
-        if again is not None:
-            loss = loss + config.latent_equivariance * carrying_error(latents.float(), again.float())
-        loss = loss + config.kl_weight * posterior.kl().mean()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"autoencoder loss is {loss.item()} at step {step}")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 10 == 0 and not is_shifted:
-            psnr = -10 * torch.log10((decoded.detach() - frames).square().mean() / 4)
-            bar.set_postfix(loss=f"{loss.item():.4f}", psnr=f"{psnr.item():.1f} dB")
-        done = step + 1
-        is_over = done == config.max_steps or time.monotonic() >= end
-        if done % config.save_every == 0 or is_over:
-            _save(runs, done, vae, optimizer)
-        if is_over:
-            break
+    with checkpointing.lock_folder(runs), Stop(config.max_minutes) as stop:
+        for step, batch in zip(bar, loader, strict=True):
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            frames = sample_frames(batch["pixel_values"], config.frames_per_clip, generator)
+            if step < config.whole_frames_from * config.max_steps:
+                frames = _crop(frames, config.crop, config.crop_candidates, generator)
+            else:
+                frames = frames[: max(1, len(frames) * config.crop**2 // (frames.shape[-1] * frames.shape[-2]))]
+            frames = scale_pixels(frames.to(device, memory_format=torch.channels_last))
+            with torch.autocast(frames.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                posterior = vae.encode(frames).latent_dist
+                noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+                latents = posterior.mean + posterior.std * noise
+                if is_shifted := bool(torch.rand((), generator=generator) < config.equivariance):
+                    latents, frames = shift(latents, frames, generator)
+                decoded = vae.decode(latents).sample.float()
+                again = vae.encode(frames).latent_dist.mean if is_shifted and config.latent_equivariance else None
+            loss = F.l1_loss(decoded, frames) + F.mse_loss(decoded, frames)
+            if again is not None:
+                loss = loss + config.latent_equivariance * carrying_error(latents.float(), again.float())
+            loss = loss + config.kl_weight * posterior.kl().mean()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            found = torch.stack([loss.detach(), norm])
+            if not found.isfinite().all():
+                value, length = found.tolist()
+                raise FloatingPointError(
+                    f"autoencoder loss is {value} at step {step}, the length of its gradients {length}; go on from the "
+                    "last checkpoint with a lower learning_rate"
+                )
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if step % 10 == 0 and not is_shifted:
+                psnr = -10 * torch.log10((decoded.detach() - frames).square().mean() / 4)
+                bar.set_postfix(loss=f"{loss.item():.4f}", psnr=f"{psnr.item():.1f} dB")
+            done = step + 1
+            is_over = done == config.max_steps or stop.is_due(done)
+            if done % config.save_every == 0 or is_over:
+                _save(runs, done, vae, optimizer)
+            if is_over:
+                break
 
     vae.eval().requires_grad_(False)
     if config.decoder_only:

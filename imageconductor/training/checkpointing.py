@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
+import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from imageconductor.files import atomic_folder, replace_folder
+from imageconductor.files import atomic_folder, lock, replace_folder
 
 logger = logging.getLogger(__name__)
+_PATIENCE_S = 10.0  # The workers of a run that was just killed hold its lock until they notice.
 _PREFIX = "checkpoint-"
+_NAME = re.compile(rf"{_PREFIX}\d{{8,}}")
+# What readers raise for a file that is not whole. Memory or a disk that fails says nothing of the file.
+_DAMAGE = (
+    SafetensorError,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+    EOFError,
+    FileNotFoundError,
+    KeyError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +58,7 @@ def save(
 ) -> Path:
     """Writes `folder/checkpoint-STEP`, which appears when it is complete, and removes all but the last `keep` up to it.
 
+    Later ones, which could not be read when the run went on from an earlier one, stay until their step is saved again.
     `write` may put more into it.
     """
     target = folder / f"{_PREFIX}{step:08d}"
@@ -50,31 +69,60 @@ def save(
         if write is not None:
             write(path)
         (path / "state.json").write_text(json.dumps({"step": step, "groups": sorted(tensors)}))
-    folders = _folders(folder)
-    place = folders.index(target) + 1  # Later ones could not be read, or the run would have gone on from them.
-    for other in (*folders[: max(0, place - keep)], *folders[place:]):
-        shutil.rmtree(other)
+    done = [path for path in _folders(folder) if _step(path) <= step]
+    for old in done[:-keep]:
+        try:
+            shutil.rmtree(old)
+        except OSError as error:  # of a network disk whose file is still open somewhere
+            logger.warning("the old checkpoint %s cannot be deleted (%s)", old, error)
     return target
 
 
+def load(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step.
+
+    Raises:
+        ValueError: It is not there, or damaged.
+    """
+    path = folder / f"{_PREFIX}{step:08d}"
+    try:
+        state = json.loads((path / "state.json").read_text())
+        tensors = {group: load_file(path / f"{group}.safetensors") for group in state["groups"]}
+        return Checkpoint(state["step"], tensors, _read_optimizer(path / "optimizer.pt"))
+    except _DAMAGE as error:
+        reason = f"{type(error).__name__} {error}".partition("\n")[0]
+        raise ValueError(f"checkpoint {path} cannot be read ({reason})") from error
+
+
 def latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that can be read; others are passed over with a warning."""
-    for path in reversed(_folders(folder)):
+    """The newest checkpoint that is not damaged, others being passed over with a warning; None in a fresh folder.
+
+    Raises:
+        ValueError: There are checkpoints, and all are damaged.
+    """
+    folders = _folders(folder)
+    for path in reversed(folders):
         try:
-            state = json.loads((path / "state.json").read_text())
-            tensors = {group: load_file(path / f"{group}.safetensors") for group in state["groups"]}
-            optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-        except Exception as error:  # Every reader has its own way to say "truncated".
-            logger.warning("checkpoint %s cannot be read (%s); trying the one before", path, error)
-            continue
-        return Checkpoint(state["step"], tensors, optimizer)
+            return load(folder, _step(path))
+        except ValueError as error:
+            logger.warning("%s; trying the one before", error)
+    if folders:
+        raise ValueError(
+            f"{folder}: none of its {len(folders)} checkpoints can be read; delete them to begin anew, or choose "
+            "another output"
+        )
     return None
 
 
 def latest_step(folder: Path) -> int | None:
     """The step of the newest checkpoint, readable or not; None without one."""
     folders = _folders(folder)
-    return int(folders[-1].name.removeprefix(_PREFIX)) if folders else None
+    return _step(folders[-1]) if folders else None
+
+
+def lock_folder(folder: Path) -> AbstractContextManager[None]:
+    """A block in which no other run writes into a run folder; ValueError if one does."""
+    return lock(folder / ".lock", patience_s=_PATIENCE_S)
 
 
 def save_result(folder: Path, write: Callable[[Path], None]) -> None:
@@ -85,5 +133,21 @@ def save_result(folder: Path, write: Callable[[Path], None]) -> None:
             replace_folder(part, folder / part.name)
 
 
+def _read_optimizer(path: Path) -> Any:
+    zipfile.ZipFile(path).close()  # A file that is cut off is told apart here; torch has many words for it.
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):
+            raise
+        raise zipfile.BadZipFile(str(error)) from error
+
+
 def _folders(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"{_PREFIX}*"))
+    """Checkpoints by step; copies under other names and links are the user's."""
+    found = [path for path in folder.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name)]
+    return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix(_PREFIX))

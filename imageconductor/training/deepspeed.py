@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -86,7 +87,7 @@ class DeepSpeed(Replicated):
         self.engine.backward(loss, scale_wrt_gas=False)
         self.engine.step()
         if self.zero.overflow:  # It would pass over the step and say nothing.
-            raise FloatingPointError("the gradients are not finite")
+            self.norm = torch.tensor(math.inf, device=self.accelerator.device)
 
     def step(self) -> None:
         """Nothing: the last `backward` has changed the weights."""

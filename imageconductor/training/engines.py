@@ -6,6 +6,7 @@ run may begin under one and go on under another, on another number of processes.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -21,6 +22,11 @@ from imageconductor.training import sharding
 from imageconductor.training.stages.base import ParameterGroup, Stage
 from imageconductor.training.train_config import LoopConfig
 
+_MAX_SKIPPED = 50  # steps in a row; the scale of fp16's losses, which each halves, is hopeless then
+
+REMEDY = "and are not saved; go on from the last checkpoint with a lower learning_rate, or with mixed_precision=no"
+"""What is to be done after gradients that are not finite."""
+
 Tensors = dict[str, Mapping[str, Tensor]]
 """Tensors of a checkpoint by kind ("parameters", "ema"), then by name."""
 
@@ -35,6 +41,9 @@ class Replicated:
     Attributes:
         groups: What learns, as the stage groups it.
         parameters: The same by name.
+        norm: Length () of the last step's gradients, of the group with the longest; None under fp16, whose steps are
+            skipped where it is not finite.
+        skipped: Number of such steps since the start.
 
     Raises:
         ValueError: The run's settings do not go with it; names them.
@@ -47,6 +56,8 @@ class Replicated:
         self.config, self.accelerator = config, accelerator
         self.groups: dict[str, ParameterGroup] = {}
         self.parameters: dict[str, nn.Parameter] = {}
+        self.norm: Tensor | None = None
+        self.skipped = self.skipped_in_a_row = 0
         self.module: nn.Module
         self.optimizer: Any
 
@@ -91,14 +102,35 @@ class Replicated:
         self.accelerator.backward(loss)
 
     def step(self) -> None:
-        """Clips the gradients group by group, changes the weights and forgets the gradients."""
+        """Clips the gradients group by group, changes the weights and forgets the gradients.
+
+        Raises:
+            FloatingPointError: Under fp16, no gradients are finite any more, at whatever scale.
+        """
         self.accelerator.unscale_gradients()
+        norms: list[Tensor] = []
         for group in self.groups.values():
-            norm = self.config.max_grad_norm if group.max_grad_norm is None else group.max_grad_norm
-            if norm is not None:
-                torch.nn.utils.clip_grad_norm_(group.parameters.values(), norm)
+            longest = self.config.max_grad_norm if group.max_grad_norm is None else group.max_grad_norm
+            norm = torch.nn.utils.clip_grad_norm_(group.parameters.values(), math.inf if longest is None else longest)
+            norms.append(sharding.gather(norm).to(self.accelerator.device))
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self._scaler is None:
+            self.norm = torch.stack(norms).max()
+        else:
+            self._count_skipped(self.optimizer.step_was_skipped)
+
+    def check_finite(self, step: int) -> None:
+        """Makes sure, in all processes alike, that what the run has learned after `step` steps can be gone on with.
+
+        Raises:
+            FloatingPointError: A weight is not finite, or the last gradients were not.
+        """
+        parts = [sharding.own_part(parameter.detach()) for parameter in self.parameters.values()]
+        checks = [part.isfinite().all() for part in parts] + ([] if self.norm is None else [self.norm.isfinite()])
+        reduce: Any = self.accelerator.reduce
+        if reduce(1 - torch.stack(checks).all().float(), "sum").item():
+            raise FloatingPointError(f"weights or gradients are not finite after step {step}, {REMEDY}")
 
     def gather_state(self, tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
         """Tensors and states for a checkpoint, complete in the main process and of no use in others."""
@@ -112,6 +144,12 @@ class Replicated:
         if stage.learns_in_parts:
             cast(Any, self.accelerator).ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         return self.accelerator.prepare(stage, optimizer)
+
+    def _count_skipped(self, is_skipped: bool) -> None:
+        self.skipped += is_skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
+        if self.skipped_in_a_row >= _MAX_SKIPPED:
+            raise FloatingPointError(f"the last {_MAX_SKIPPED} steps had no finite gradients under fp16, {REMEDY}")
 
     @property
     def _scaler(self) -> Any:

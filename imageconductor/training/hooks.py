@@ -1,10 +1,8 @@
-"""What happens between the steps of a run: a line of metrics, a checkpoint, preview videos, each at its interval.
-
-And whether there is time for another step.
-"""
+"""What happens between the steps of a run: a line of metrics, a checkpoint, preview videos, each at its interval."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -23,6 +20,8 @@ from imageconductor.training.record import RunRecord, clips_per_step
 from imageconductor.training.stages.base import Stage
 from imageconductor.training.train_config import LoopConfig
 from imageconductor.training.weight_average import WeightAverage
+
+logger = logging.getLogger(__name__)
 
 Preview = Callable[[int, Networks], None]
 """Called with the step and the networks as they would be saved then."""
@@ -67,7 +66,7 @@ class Log:
     """
 
     def __init__(self, config: LoopConfig, engine: Replicated, lr_scheduler: Any, state: TrainState, stage: Stage):
-        self.stage, self.config = stage, config
+        self.stage, self.config, self.engine = stage, config, engine
         self.accelerator, self.lr_scheduler = engine.accelerator, lr_scheduler
         is_main = self.accelerator.is_main_process
         processes = self.accelerator.num_processes
@@ -109,6 +108,8 @@ class Log:
             "clips_per_second": round(clips_per_second, 3),
             "corrupt_clips": float(corrupt),
         }
+        if self.config.mixed_precision == "fp16":
+            measured["skipped_steps"] = float(self.engine.skipped)
         self.record.log(state.step, {**state.losses, **own, **held_out, **measured})
         shown = {key: f"{value:.4f}" for key, value in state.losses.items()}
         if "validation/loss" in held_out:
@@ -123,31 +124,6 @@ class Log:
         self.bar.close()
         if self.record is not None:
             self.record.close()
-
-
-class TimeLimit:
-    """Tells every process of a run the same about whether its `max_minutes` are over; they begin here.
-
-    Args:
-        config: Of the run.
-        accelerator: Of this process.
-    """
-
-    def __init__(self, config: LoopConfig, accelerator: Accelerator):
-        self.config, self.accelerator = config, accelerator
-        self.end = None if config.max_minutes is None else time.monotonic() + 60 * config.max_minutes
-
-    def is_over(self, state: TrainState) -> bool:
-        """Whether the run has to stop; several processes agree on it when metrics are logged, and wait then anyway."""
-        if self.end is None:
-            return False
-        is_late = time.monotonic() >= self.end
-        if self.accelerator.num_processes == 1:
-            return is_late
-        if state.step % self.config.log_every:
-            return False
-        reduce: Any = self.accelerator.reduce
-        return reduce(torch.tensor(float(is_late), device=self.accelerator.device), "sum").item() > 0
 
 
 class Save:
@@ -169,7 +145,12 @@ class Save:
             self.write(state)
 
     def write(self, state: TrainState) -> None:
-        """Saves the step."""
+        """Saves the step.
+
+        Raises:
+            FloatingPointError: Weights are not finite.
+        """
+        self.engine.check_finite(state.step)
         config, is_main = self.config, self.engine.accelerator.is_main_process
         if not (is_main or self.engine.saves_together):
             return
@@ -207,9 +188,16 @@ class ShowPreview:
         self.stage, self.preview = stage, preview
 
     def __call__(self, state: TrainState) -> None:
-        """Makes previews of the step if their time has come."""
+        """Makes previews of the step if their time has come; one that fails costs a warning, not the run."""
         every = self.config.preview_every
         if self.preview is None or not every or state.step % every or not self.accelerator.is_main_process:
             return
-        with self.average.in_place(), self.stage.previewing(), self.accelerator.autocast():
-            self.preview(state.step, self.stage.networks)
+        try:
+            with self.average.in_place(), self.stage.previewing(), self.accelerator.autocast():
+                self.preview(state.step, self.stage.networks)
+        except Exception as error:
+            logger.warning("no preview of step %d: %s", state.step, str(error) or repr(error))
+        else:
+            return
+        if torch.cuda.is_available():  # Of what the preview took, nothing is held after the except clause.
+            torch.cuda.empty_cache()

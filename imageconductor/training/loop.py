@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -21,11 +22,13 @@ from imageconductor.devices import HALF
 from imageconductor.files import remove_partial
 from imageconductor.models.motion_module import Float32Attention
 from imageconductor.models.networks import cast_network
+from imageconductor.processes import run_together
 from imageconductor.training import checkpointing, sharding
-from imageconductor.training.engines import build_engine
-from imageconductor.training.hooks import Log, Preview, Save, ShowPreview, TimeLimit, TrainState, count_loading
+from imageconductor.training.engines import REMEDY, build_engine
+from imageconductor.training.hooks import Log, Preview, Save, ShowPreview, TrainState, count_loading
 from imageconductor.training.optimizers import build_optimizer
 from imageconductor.training.stages.base import Stage
+from imageconductor.training.stopping import Stop, spare_worker
 from imageconductor.training.train_config import LoopConfig
 from imageconductor.training.validation import Validate
 from imageconductor.training.weight_average import WeightAverage
@@ -47,7 +50,8 @@ def train(
 ) -> TrainState:
     """Runs a stage to `config.max_steps`, continuing what its output folder holds, and saves what it learned.
 
-    A run whose `config.max_minutes` are over ends before that, with a checkpoint; the state says at which step.
+    A run whose `config.max_minutes` are over, or that gets SIGTERM, ends before that, with a checkpoint; the state says
+    at which step.
 
     Args:
         stage: What is trained.
@@ -58,9 +62,10 @@ def train(
         held_out: Samples on which the loss is measured every `config.validation_every` steps.
 
     Raises:
-        FloatingPointError: A loss is not finite; names step, process and clips.
+        FloatingPointError: A loss is not finite, which names step, process and clips, or gradients are not.
         CorruptClipError: More clips than `config.max_corrupt_fraction` cannot be read.
-        ValueError: The run folder belongs to another stage, or the launcher asks for what is not supported.
+        ValueError: The run folder belongs to another stage or cannot be read, or the launcher asks for what is not
+            supported.
     """
     engine = build_engine(config)
     accelerator, output = engine.accelerator, Path(config.output)
@@ -70,16 +75,18 @@ def train(
         stage.begin(data)
     optimizer = build_optimizer(engine.groups.values(), config, accelerator.device)
     average = WeightAverage(parameters, config.ema_decay)
-    checkpoint = checkpointing.latest(output)
+    checkpoint = _read_checkpoint(output, accelerator)
     state = TrainState(step=_restore(checkpoint, parameters, average))
     lr_scheduler = get_scheduler(
         config.lr_schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
     )
     module = engine.prepare(stage, optimizer, checkpoint.optimizer if checkpoint else None)
+    del checkpoint  # Its files are mapped into memory, and may have to go.
     _set_step(lr_scheduler, state.step)
 
     if accelerator.is_main_process:
-        remove_partial(output)  # of a run that was killed while it wrote
+        for folder in (output, output / "previews"):  # Folders within may be those of other runs.
+            remove_partial(folder, below=False)
     log = Log(config, engine, lr_scheduler, state, stage)
     save = Save(config, engine, average, stage)
     hooks = (
@@ -90,39 +97,39 @@ def train(
     )
     batches = count_loading(_batches(data, config, accelerator, start=state.step), state)
     num_micro_steps, num_timesteps = config.gradient_accumulation_steps, stage.scheduler.config["num_train_timesteps"]
-    limit = TimeLimit(config, accelerator)
-    while state.step < config.max_steps and not limit.is_over(state):
-        state.terms = {}
-        found: list[tuple[Tensor, list[str]]] = []
-        for micro_step in range(num_micro_steps):
-            batch, generators = next(batches)
-            is_last = micro_step + 1 == num_micro_steps
-            with engine.micro_step(is_last):
-                with accelerator.autocast():
-                    x_0, condition = stage.encode(batch, generators)  # frozen parts, no grad
-                    t, eps = draw_noise(x_0, num_timesteps, config.timestep_shift, generators)
-                    losses: dict[str, Tensor] = module(x_0, t, eps, condition)  # Eq. 1 | Eq. 3 + lambda * Eq. 4
-                total = torch.stack(list(losses.values())).sum() / num_micro_steps
-                found.append((total.detach(), batch["key"]))
-                if is_last:  # The GPU is waited for once a step, and before any weight can change.
-                    _check_finite(found, state.step, accelerator.process_index)
-                engine.backward(total)
-            for key, value in losses.items():
-                state.terms[key] = state.terms.get(key, 0) + value.detach() / num_micro_steps
-            _count_corrupt(state, batch, config)
-        engine.step()
-        lr_scheduler.step()
-        average.update()
-        state.step += 1
-        for hook in hooks:
-            hook(state)
+    with Stop(config.max_minutes, accelerator, config.log_every) as stop:
+        while state.step < config.max_steps and not stop.is_due(state.step):
+            state.terms = {}
+            found: list[tuple[Tensor, list[str]]] = []
+            for micro_step in range(num_micro_steps):
+                batch, generators = next(batches)
+                is_last = micro_step + 1 == num_micro_steps
+                with engine.micro_step(is_last):
+                    with accelerator.autocast():
+                        x_0, condition = stage.encode(batch, generators)  # frozen parts, no grad
+                        t, eps = draw_noise(x_0, num_timesteps, config.timestep_shift, generators)
+                        losses: dict[str, Tensor] = module(x_0, t, eps, condition)  # Eq. 1 | Eq. 3 + lambda * Eq. 4
+                    total = torch.stack(list(losses.values())).sum() / num_micro_steps
+                    found.append((total.detach(), batch["key"]))
+                    if is_last:  # The GPU is waited for once a step, and before any weight can change.
+                        _check_finite(found, engine.norm, state.step, accelerator.process_index)
+                    engine.backward(total)
+                for key, value in losses.items():
+                    state.terms[key] = state.terms.get(key, 0) + value.detach() / num_micro_steps
+                _count_corrupt(state, batch, config)
+            engine.step()
+            lr_scheduler.step()
+            average.update()
+            state.step += 1
+            for hook in hooks:
+                hook(state)
 
-    if state.step < config.max_steps:
-        save.write(state)
-    average.copy_to_weights()
-    engine.gather_weights(stage)
-    if accelerator.is_main_process:
-        checkpointing.save_result(output, stage.save)
+        if state.step < config.max_steps:
+            save.write(state)
+        average.copy_to_weights()
+        engine.gather_weights(stage)
+        if accelerator.is_main_process:
+            checkpointing.save_result(output, stage.save)
     log.close()
     accelerator.wait_for_everyone()
     return state
@@ -180,6 +187,7 @@ def _batches(
     rank, world, micro_steps = accelerator.process_index, accelerator.num_processes, config.gradient_accumulation_steps
     indices = range(start * micro_steps * world + rank, config.max_steps * micro_steps * world, world)
     workers: dict[str, Any] = {"num_workers": config.num_workers, "persistent_workers": config.num_workers > 0}
+    workers["worker_init_fn"] = spare_worker
     loader = DataLoader(data, batch_size=None, sampler=indices, pin_memory=accelerator.device.type == "cuda", **workers)
     for index, batch in zip(indices, send_clips(loader, accelerator.device), strict=True):
         yield batch, _generators(config.seed, index * config.batch_size, len(batch["key"]))
@@ -202,6 +210,25 @@ def _count_corrupt(state: TrainState, batch: dict[str, Any], config: LoopConfig)
             f"{state.corrupt} of {state.clips} clips cannot be read, more than max_corrupt_fraction="
             f"{config.max_corrupt_fraction}; the last: {skipped[-1]}"
         )
+
+
+def _read_checkpoint(output: Path, accelerator: Accelerator) -> checkpointing.Checkpoint | None:
+    """The checkpoint that the run goes on from, the same in every process: the main process chooses."""
+    found = run_together(lambda: checkpointing.latest(output) if accelerator.is_main_process else None)
+    (step,) = broadcast_object_list([found and found.step])
+
+    def read() -> checkpointing.Checkpoint | None:
+        if accelerator.is_main_process or step is None:
+            return found
+        try:
+            return checkpointing.load(output, step)
+        except ValueError as error:
+            raise ValueError(
+                f"process {accelerator.process_index}: {error}, which the main process has read; put output={output} "
+                "on a disk that all processes share"
+            ) from error
+
+    return run_together(read)
 
 
 def _restore(
@@ -239,9 +266,15 @@ def _set_step(lr_scheduler: Any, step: int) -> None:
     lr_scheduler.step()
 
 
-def _check_finite(losses: Sequence[tuple[Tensor, list[str]]], step: int, rank: int) -> None:
-    """Raises FloatingPointError that names the clips of the first micro-step whose loss is not finite."""
-    values = torch.stack([loss for loss, _ in losses]).tolist()
-    for value, (_, keys) in zip(values, losses, strict=True):
+def _check_finite(losses: Sequence[tuple[Tensor, list[str]]], norm: Tensor | None, step: int, rank: int) -> None:
+    """Makes sure that the losses of a step are finite, and so was the length () of the gradients of the step before.
+
+    Raises:
+        FloatingPointError: Names the step, and of a loss the process and the clips of the first such micro-step.
+    """
+    values = torch.stack([*(loss for loss, _ in losses), *([] if norm is None else [norm])]).tolist()
+    if norm is not None and not math.isfinite(values[-1]):
+        raise FloatingPointError(f"the gradients of step {step - 1} are not finite, {REMEDY}")
+    for value, (_, keys) in zip(values, losses, strict=False):
         if not math.isfinite(value):
             raise FloatingPointError(f"loss is {value} at step {step} on process {rank}; clips: {', '.join(keys)}")

@@ -123,6 +123,8 @@ def _changes(config: LoopConfig, path: Path) -> dict[str, str]:
             f"the run in {path.parent} cannot be continued, its settings no longer hold: {error}"
         ) from None
     old = {field.key: field.default for field in config_file.list_fields(type(config), before)}
+    if before.lr_schedule == "constant":
+        old["warmup_steps"] = 0  # It did nothing, and is refused today.
     new = {field.key: field.default for field in config_file.list_fields(type(config), config)}
     free = config.FREE_TO_CHANGE | ({"max_steps"} if config.lr_schedule in _CONSTANT else set())
     if (before_clips := _last_clips_per_step(path.with_name(_STARTS))) is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,11 +14,12 @@ from imageconductor.data.batches import Batches
 from imageconductor.devices import choose_precision
 from imageconductor.files import check_writable
 from imageconductor.models.networks import Networks
-from imageconductor.processes import start_processes
+from imageconductor.processes import run_together, start_processes
+from imageconductor.training import checkpointing
 from imageconductor.training.loop import Preview, TrainState, train
 from imageconductor.training.record import check_continuation
 from imageconductor.training.stages.registry import find_stage
-from imageconductor.training.train_config import StageConfig
+from imageconductor.training.train_config import StageConfig, check_schedule
 
 PreviewFactory = Callable[[Sequence[dict[str, Any]], "str | None", Path, dict[str, Any]], Preview]
 """Makes the previews of a run from held-out samples, the control that the stage learns, a folder, and its settings."""
@@ -34,23 +36,35 @@ def run_stage(config: StageConfig, previews: PreviewFactory | None = None) -> Tr
 
     Raises:
         FileNotFoundError: The model folder, a network named in the settings, or a source of clips is missing.
-        ValueError: The model does not fit the clips.
+        ValueError: The model does not fit the clips, or another process trains into the run folder.
     """
     stage_class = find_stage(config.stage)
     check_inputs(config)
-    device = cast(torch.device, start_processes().device)
+    processes = start_processes()
+    device = cast(torch.device, processes.device)
     config = replace(config, mixed_precision=cast(Any, choose_precision(config.mixed_precision, device)))
     data = Batches(stage_class.build_samples(config), config.batch_size)
     shows_previews = previews is not None and config.preview_every
     held_out = stage_class.read_held_out(config) if config.validation_every else []
     clips = (held_out or stage_class.read_held_out(config, _PREVIEWED_CLIPS)) if shows_previews else []
-    stage = stage_class(Networks.load(config.model), config)
-    preview = None
-    if previews is not None and clips:
-        sampling = {"num_inference_steps": config.preview_steps, "guidance_scale": config.preview_guidance_scale}
-        sampling |= stage.preview_settings
-        preview = previews(clips[:_PREVIEWED_CLIPS], stage.preview_control, Path(config.output) / "previews", sampling)
-    return train(stage, data, config, preview, held_out)
+    with _lock_folder(Path(config.output), processes.is_main_process):
+        stage = stage_class(Networks.load(config.model), config)
+        preview = None
+        if previews is not None and clips:
+            sampling = {"num_inference_steps": config.preview_steps, "guidance_scale": config.preview_guidance_scale}
+            sampling |= stage.preview_settings
+            folder = Path(config.output) / "previews"
+            preview = previews(clips[:_PREVIEWED_CLIPS], stage.preview_control, folder, sampling)
+        return train(stage, data, config, preview, held_out)
+
+
+@contextmanager
+def _lock_folder(folder: Path, is_main_process: bool) -> Iterator[None]:
+    """Inside the block no other run writes into a folder; all processes of this one begin it, or none."""
+    with ExitStack() as stack:
+        lock = checkpointing.lock_folder(folder)
+        run_together(lambda: stack.enter_context(lock) if is_main_process else None)
+        yield
 
 
 def check_inputs(config: StageConfig) -> None:
@@ -58,9 +72,10 @@ def check_inputs(config: StageConfig) -> None:
 
     Raises:
         FileNotFoundError: A part of the model, or a network named in the settings, is missing.
-        ValueError: The model cannot make videos of the clips' shape, the run folder cannot be written, or it holds a
-            run of other settings.
+        ValueError: The model cannot make videos of the clips' shape, the run folder cannot be written or holds a run
+            of other settings, or the learning rate is told to rise and cannot.
     """
+    check_schedule(config)
     check_writable(Path(config.output))
     Networks.check_folder(config.model)
     check_continuation(config)

@@ -76,6 +76,7 @@ def build_box_samples(config: BoxStageConfig) -> Samples:
         horizontal_flip=config.horizontal_flip,
         random_crop=config.random_crop,
         min_box_area=config.min_box_area,
+        reserved_clips=config.reserved_clips,
         held_out_clips=config.held_out_clips,
     )
 
@@ -86,6 +87,7 @@ def read_held_out_boxes(config: BoxStageConfig, count: int | None = None) -> lis
     if config.data:
         frames = config.num_frames or 16
         kept: dict[str, Any] = {"held_out_clips": config.held_out_clips, "shows_held_out": True}
+        kept["reserved_clips"] = config.reserved_clips
         samples: Samples = BoxSamples(config.data, config.split, config.size, frames, config.max_objects, **kept)
         count = min(count, config.held_out_clips)
     else:

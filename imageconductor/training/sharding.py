@@ -64,6 +64,16 @@ def gather_tensors(state: Any, keep: bool) -> Any:
     return tree_map(gather, state)
 
 
+def gather(value: Tensor) -> Tensor:
+    """A full tensor in the place of a shard; all processes must call it."""
+    return cast(Any, value).full_tensor() if _is_split(value) else value
+
+
+def own_part(value: Tensor) -> Tensor:
+    """This process's shard of a tensor, or all of one that is not split."""
+    return cast(Any, value).to_local() if _is_split(value) else value
+
+
 def split_like(value: Tensor, parameter: Tensor) -> Tensor:
     """This process's shard of a full tensor, split as a parameter is, or all of it, in the parameter's memory format.
 

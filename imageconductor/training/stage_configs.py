@@ -138,6 +138,8 @@ class BoxStageConfig(TrainConfig):
     """What SMCD's two stages share; `data` names folders of GOT-10k or YouTube-VIS, or JSON lines of detections."""
 
     split: str = "train"  # of the folders in `data`
+    # The first clips of YouTube-VIS, in the order of its instances.json, are left to the evaluation, which takes them.
+    reserved_clips: int = 0
     object_gates: str | None = None  # folder of object gates to go on from; null = the model's, or fresh ones
     max_objects: int = 8  # to which every clip is padded with absent objects, in training and in sampling
     # Places of fresh gates among the UNet's spatial transformer blocks, or beginnings of their names, such as
@@ -165,6 +167,8 @@ class BoxStageConfig(TrainConfig):
         super().__post_init__()
         if self.max_objects < 1:
             raise ValueError(f"max_objects must be at least 1, got {self.max_objects}")
+        if self.reserved_clips < 0:
+            raise ValueError(f"reserved_clips must not be negative, got {self.reserved_clips}")
         if isinstance(self.data, Mapping):
             raise ValueError("data must be a list; clips with boxes are drawn evenly from all sources")
         if self.gate_learning_rate is not None and self.gate_learning_rate <= 0:
@@ -280,7 +284,7 @@ class MotionDirectorConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.data:
-            raise ValueError("data must name the reference clips, e.g. data=[clip.mp4]")
+            raise ValueError("data must name the reference clips, e.g. 'data=[clip.mp4]'")
         for name, least in (("lora_rank", 1), ("num_frames", 1), ("frame_step", 1), ("inversion_steps", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -84,11 +84,6 @@ class LoopConfig:
         for name in ("validation_every", "preview_every", "num_workers", "warmup_steps", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.lr_schedule == "constant" and self.warmup_steps:
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps} does nothing under lr_schedule=constant; set "
-                "lr_schedule=constant_with_warmup, or leave warmup_steps out"
-            )
         if not 0 <= self.max_corrupt_fraction <= 1:
             raise ValueError(f"max_corrupt_fraction must lie in [0, 1], got {self.max_corrupt_fraction}")
         for name in ("learning_rate", "timestep_shift", "max_grad_norm", "max_minutes"):
@@ -171,6 +166,19 @@ class TrajectoryConfig(TrainConfig):
         super().__post_init__()
         if self.max_tracks < 1:
             raise ValueError(f"max_tracks must be at least 1, got {self.max_tracks}")
+
+
+def check_schedule(config: LoopConfig) -> None:
+    """Refuses a rise of the learning rate that would not come; records of earlier runs may hold one.
+
+    Raises:
+        ValueError: Steps of it are set under a schedule without them.
+    """
+    if config.lr_schedule == "constant" and config.warmup_steps:
+        raise ValueError(
+            f"warmup_steps={config.warmup_steps} does nothing under lr_schedule=constant; set "
+            "lr_schedule=constant_with_warmup, or warmup_steps=0"
+        )
 
 
 def check_sources(data: object) -> None:

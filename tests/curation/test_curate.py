@@ -360,7 +360,7 @@ def test_two_runs_do_not_write_to_one_folder(videos, tmp_path, capsys):
     with (output / ".sources").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert command(*settings(videos, output)) == 2
-    assert "another curation is writing there" in capsys.readouterr().err
+    assert "another process is writing into" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys):

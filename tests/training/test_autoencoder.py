@@ -1,6 +1,8 @@
 """The autoencoder's own training."""
 
 import copy
+import os
+import signal
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from imageconductor.training.autoencoder import (
     shift,
     train_autoencoder,
 )
+
+WORLD = SpriteWorldConfig(size=(32, 32), num_frames=4)
 
 
 @pytest.mark.parametrize(("decoder_only", "optimizer"), [(False, "adamw"), (True, "adamw"), (True, "muon")])
@@ -146,3 +150,34 @@ def test_a_run_that_is_continued_repeats(tiny_model, tmp_path):
     assert train_autoencoder(finished, Batches(samples, 4), config, tmp_path / "once") == 4  # killed before "done"
     assert torch.equal(finished.decoder.conv_out.weight, once["decoder.conv_out.weight"])
     assert all(torch.equal(value, twice[key]) for key, value in once.items())
+
+
+def test_gradients_that_are_not_finite_stop_it_before_weights_change(tiny_model, tmp_path, monkeypatch):
+    vae, samples = Networks.load(tiny_model).vae, SpriteSamples(WORLD, [SpriteSet.MIXED])
+    error = torch.nn.functional.mse_loss
+    # 0 more, and an infinite gradient
+    monkeypatch.setattr("torch.nn.functional.mse_loss", lambda a, b: (e := error(a, b)) + (e - e.detach()).sqrt())
+    before = copy.deepcopy(vae.state_dict())
+    config = AutoencoderConfig(max_steps=2, batch_size=4, crop=16)
+    with pytest.raises(
+        FloatingPointError, match=r"^autoencoder loss is \d.* at step 0, the length of its gradients nan"
+    ):
+        train_autoencoder(vae, Batches(samples, 4), config, tmp_path)
+    assert all(torch.equal(value, before[key]) for key, value in vae.state_dict().items())
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+class Signalling(Batches):
+    """Batches at whose second the process is asked to end."""
+
+    def __getitem__(self, index):
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__getitem__(index)
+
+
+def test_a_signal_ends_it_with_a_checkpoint(tiny_model, tmp_path):
+    vae, samples = Networks.load(tiny_model).vae, SpriteSamples(WORLD, [SpriteSet.MIXED])
+    config = AutoencoderConfig(max_steps=9, batch_size=4, crop=16, decoder_only=True)
+    assert train_autoencoder(vae, Signalling(samples, 4), config, tmp_path) == 2
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000002"]

@@ -1,18 +1,21 @@
 """The training commands: whose YAML they take, and what they say of a wrong one."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from imageconductor.commands.train import main
+from imageconductor.config import load
 from imageconductor.training.stage_configs import STAGE_CONFIGS, BoxStageConfig, load_config
 from imageconductor.training.stages.registry import STAGES
 from imageconductor.training.train_config import TrainConfig
 from scripts import smoke_training
 
 SPRITES = Path("configs/train/sprites")
-RECIPES = {Path("configs/train") / f"{name}.yaml" for name in ("sprites", "sprites_text", "smoke")}
+RECIPES = {Path("configs/train") / f"{name}.yaml" for name in ("sprites", "sprites_text", "smoke", "24gb/smoke")}
 SHIPPED = sorted(set(Path("configs/train").rglob("*.yaml")) - RECIPES)
 DOORS = ("motion_controlnet", "camera_lora", "object_lora")
 
@@ -139,6 +142,8 @@ def test_the_smoke_run_trains_the_shipped_stages_and_tells_their_time(tiny_model
     shown = [line.split("|")[1].strip() for line in said.splitlines() if line.startswith("|")][2:]
     assert shown == ["motion_controlnet_dense", "motion_controlnet_sparse", "camera_lora", "object_lora", "all"]
     assert (tmp_path / "smoke" / "results.md").read_text() == said
+    remedy = "a step has 1 clips here and 64 in the real run; set 'settings=[gradient_accumulation_steps=64]'"
+    assert [line for line in said.splitlines() if "real run;" in line] == [f"{name}: {remedy}" for name in shown[:-1]]
     measured = json.loads((tmp_path / "smoke" / "object_lora" / "measured.json").read_text())
     assert measured["real_steps"] == load_config(Path("configs/train/object_lora.yaml")).max_steps
     assert measured["clips_per_step"] == 1
@@ -150,6 +155,19 @@ def test_the_smoke_run_trains_the_shipped_stages_and_tells_their_time(tiny_model
     monkeypatch.setattr("sys.argv", ["smoke_training.py", *arguments, "max_steps=3", f"settings={small}"])
     assert smoke_training.main() == 2
     assert "max_steps was 2 and now 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("recipe", "processes"), [("smoke", 8), ("24gb/smoke", 1)])
+def test_a_smoke_run_on_the_gpus_of_its_recipe_times_the_steps_of_the_real_runs(recipe, processes, monkeypatch):
+    monkeypatch.setattr(smoke_training, "start_processes", lambda: SimpleNamespace(num_processes=processes))
+    config = load(smoke_training.SmokeConfig, Path(f"configs/train/{recipe}.yaml"))
+    assert config.clips_per_step == 64
+    for path in config.stages:
+        real = load_config(Path(path))
+        assert smoke_training.warn_of_batch(real, config.clips_per_step) is None
+        assert "96 in the real run; processes x batch_size" in smoke_training.warn_of_batch(
+            replace(real, batch_size=5), 96
+        )
 
 
 def test_a_smoke_run_without_its_model_is_told_in_one_line(tmp_path, monkeypatch, capsys):

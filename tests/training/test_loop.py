@@ -58,7 +58,7 @@ def test_a_run_whose_time_is_over_stops_with_its_result_and_goes_on(configure, b
     train(whole, data, config)
 
     minutes = iter(range(100))
-    monkeypatch.setattr("imageconductor.training.hooks.time.monotonic", lambda: 60 * next(minutes))
+    monkeypatch.setattr("imageconductor.training.stopping.time.monotonic", lambda: 60 * next(minutes))
     parts = replace(config, output=str(tmp_path / "parts"), max_minutes=3)
     stopped, data = build(parts)
     assert train(stopped, data, parts).step == 2
@@ -140,14 +140,6 @@ def test_a_parameter_in_two_groups_is_refused(configure, build):
     stage.trainable = lambda: {}
     with pytest.raises(ValueError, match=r"motion_controlnet\..* in none of its groups"):
         build_engine(config).take(stage)
-
-
-def test_what_a_killed_run_left_half_written_goes(configure, build):
-    config = configure("camera_lora")
-    for name in (".checkpoint-00000001.host.1.partial", ".result.abc.partial"):
-        (Path(config.output) / name).mkdir(parents=True)
-    train(*build(config), config)
-    assert not list(Path(config.output).glob(".*"))
 
 
 def test_an_optimiser_knows_its_groups(configure, build):
@@ -244,6 +236,7 @@ def test_what_a_run_folder_holds(configure):
     run_stage(config, VideoPreview)
     folder = Path(config.output)
     assert {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")} == {
+        ".lock",
         "camera_lora",
         "config.yaml",
         "environment.jsonl",
@@ -272,31 +265,35 @@ def test_previews_and_validation_change_nothing(configure, monkeypatch):
     assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
 
 
-def test_a_truncated_checkpoint_is_passed_over(configure, caplog):
-    config = configure("camera_lora")
-    run_stage(config)
-    newest = Path(config.output) / "checkpoint-00000002" / "parameters.safetensors"
-    newest.write_bytes(newest.read_bytes()[:100])
-    found = checkpointing.latest(Path(config.output))
-    assert found is not None
-    assert found.step == 1
-    assert "cannot be read" in caplog.text
+def test_a_preview_that_fails_costs_a_warning(configure, build, caplog):
+    config = configure("camera_lora", preview_every=1, ema_decay=0.5)
+    plain = replace(config, output=config.output + "-plain", preview_every=0)
+    stages = []
+    for given in (config, plain):
+        stage, data = build(given)
+        shown = []
+
+        def fail(step, networks, shown=shown):
+            shown.append(step)
+            raise (RuntimeError("CUDA out of memory") if step == 1 else ImportError("cannot import name 'x'"))
+
+        assert train(stage, data, given, fail).step == 2
+        stages.append(stage)
+        assert shown == ([1, 2] if given is config else [])
+    assert "no preview of step 1: CUDA out of memory" in caplog.text
+    assert "no preview of step 2: cannot import" in caplog.text
+    for key, value in stages[0].state_dict().items():
+        assert torch.equal(value, stages[1].state_dict()[key]), key
 
 
-def test_a_run_that_has_to_go_back_behind_a_damaged_checkpoint_keeps_what_it_writes(tmp_path):
-    for step in (1000, 500):
-        checkpointing.save(tmp_path, step, {"parameters": {"w": torch.ones(1)}}, {}, keep=1)
-        if step == 1000:
-            (tmp_path / "checkpoint-00001000" / "state.json").write_text("{")
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000500"]
-    for step in (600, 700):
-        checkpointing.save(tmp_path, step, {"parameters": {"w": torch.ones(1)}}, {}, keep=2)
-    assert sorted(path.name[-3:] for path in tmp_path.iterdir()) == ["600", "700"]
+def test_a_preview_can_be_interrupted(configure, build):
+    config = configure("camera_lora", preview_every=1)
 
+    def interrupt(step, networks):
+        raise KeyboardInterrupt
 
-def test_a_rise_of_the_learning_rate_that_would_not_come_is_refused(configure):
-    with pytest.raises(ValueError, match="warmup_steps=10 does nothing under lr_schedule=constant; set"):
-        configure("camera_lora", lr_schedule="constant", warmup_steps=10)
+    with pytest.raises(KeyboardInterrupt):
+        train(*build(config), config, interrupt)
 
 
 def test_another_stages_run_folder_is_refused(configure):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from launched import PRELOADED, run_rank
 from safetensors.torch import load_file
+
+from imageconductor.files import lock
+from imageconductor.training import checkpointing
 
 
 def command(model, output, processes, script="train_motion_controlnet.py", **settings):
@@ -161,6 +165,57 @@ def test_a_model_is_built_in_parts_by_two_processes_on_a_machine_with_few_packag
     assert "\nbatch_size: 16\n" in (output / "training" / "foundation_dense.yaml").read_text()
 
 
+_CHOOSING = """
+import sys
+from pathlib import Path
+from accelerate import Accelerator
+from imageconductor.training import checkpointing
+from imageconductor.training.loop import _read_checkpoint
+from imageconductor.training.run import _lock_folder
+
+checkpointing._PATIENCE_S = 0
+accelerator = Accelerator(cpu=True)
+folder = Path(sys.argv[1]) / str(accelerator.process_index)
+try:
+    with _lock_folder(folder, accelerator.is_main_process):
+        found = _read_checkpoint(folder, accelerator)
+    said = f"goes on from {found and found.step}"
+except ValueError as error:
+    said = str(error)
+(folder / "said").write_text(said)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        (([1, 2], [1, 2]), ["goes on from 2", "goes on from 2"]),
+        (([1], [1, 2]), ["goes on from 1", "goes on from 1"]),
+        (
+            ([1, 2], [1]),
+            ["process 1: checkpoint .*2 cannot be read .* put output=.*1 on a disk that all"] * 2,
+        ),
+        (([], [1]), ["goes on from None", "goes on from None"]),
+        (([-1], [1]), ["none of its 1 checkpoints can be read"] * 2),
+        ((None, [1]), ["another process is writing into"] * 2),
+    ],
+    ids=["same", "newer", "missing", "none", "damaged", "locked"],
+)
+def test_all_processes_go_on_from_the_main_ones_checkpoint_or_none_does(steps, said, tmp_path, run_forked):
+    for rank, found in enumerate(steps):
+        (tmp_path / str(rank)).mkdir()
+        for step in found or []:
+            checkpointing.save(tmp_path / str(rank), abs(step), {"parameters": {"w": torch.ones(1)}}, {}, keep=5)
+            if step < 0:
+                (tmp_path / str(rank) / "checkpoint-00000001" / "state.json").write_text("{")
+    (tmp_path / "choose.py").write_text(_CHOOSING)
+    with lock(tmp_path / "0" / ".lock") if steps[0] is None else contextlib.nullcontext():
+        run_forked(["--nproc_per_node=2", str(tmp_path / "choose.py"), str(tmp_path)])
+    for rank in range(2):
+        assert re.search(said[rank], (tmp_path / str(rank) / "said").read_text())
+
+
 # What accelerate makes of configs/accelerate/fsdp.yaml and deepspeed.yaml.
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
@@ -188,7 +243,7 @@ def test_sharding_changes_nothing_and_a_run_may_begin_or_end_with_it(
 @pytest.mark.slow
 def test_sharding_may_be_tried_in_one_process(tiny_model, tmp_path, run_forked):
     # Validation is by the average, which the next step must not find in place of the weights.
-    settings = {"batch_size": 1, "max_steps": 4, "log_every": 1, "ema_decay": 0.9, "validation_every": 1}
+    settings = {"batch_size": 1, "max_steps": 4, "log_every": 1, "ema_decay": 0.9, "validation_every": 2}
     for name, variables in (("plain", {}), ("fsdp", FSDP)):
         run_forked(command(tiny_model, tmp_path / name, 1, **settings), **variables)
     plain, fsdp = (torch.tensor(losses(tmp_path / name)) for name in ("plain", "fsdp"))
@@ -243,6 +298,46 @@ def test_a_sharded_unet_with_accumulation_and_averages_can_be_resumed(
     torch.testing.assert_close(found, expected, atol=2.5 * rounding, rtol=25 * rounding)
 
 
+_SPOILED = """
+import os, sys
+from imageconductor.commands.train import main
+from imageconductor.training import loop
+
+build, calls = loop.build_engine, iter(range(100))
+
+def build_spoiled(config):
+    engine = build(config)
+    backward = engine.backward
+    engine.backward = lambda loss: backward(loss * (float("inf") if next(calls) == 1 else 1))
+    return engine
+
+loop.build_engine = build_spoiled
+try:
+    main(sys.argv[2:], "motion_controlnet")
+except FloatingPointError as error:
+    with open(f"{sys.argv[1]}/{os.environ['RANK']}", "w") as file:
+        file.write(str(error))
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [pytest.param({}, id="ddp"), *ENGINES])
+@pytest.mark.parametrize(
+    ("save_every", "said"),
+    [(1, "weights or gradients are not finite after step 2,"), (3, "the gradients of step 1 are not finite,")],
+    ids=["saved", "next"],
+)
+def test_gradients_that_are_not_finite_stop_all_processes(engine, save_every, said, tiny_model, tmp_path, run_forked):
+    (tmp_path / "spoil.py").write_text(_SPOILED)
+    arguments = command(tiny_model, tmp_path / "run", 2, batch_size=1, max_steps=3, save_every=save_every)
+    place = arguments.index("train_motion_controlnet.py")
+    run_forked([*arguments[:place], str(tmp_path / "spoil.py"), str(tmp_path), *arguments[place + 1 :]], **engine)
+    for rank in range(2):
+        assert (tmp_path / str(rank)).read_text().startswith(said)
+    assert checkpointing.latest_step(tmp_path / "run") == (1 if save_every == 1 else None)
+
+
 @pytest.mark.parametrize("path", sorted(Path("configs/accelerate").iterdir()), ids=lambda path: path.stem)
 def test_the_launchers_configurations_are_what_they_say(path):
     arguments = launch_command_parser().parse_args(["--config_file", str(path), "train_camera_lora.py"])
@@ -277,3 +372,25 @@ def test_killed_and_resumed_is_never_killed(processes, two, tiny_model, tmp_path
     assert all(torch.equal(found[key], value) for key, value in expected.items())
     assert losses(killed) == losses(whole)
     assert len(Path(killed / "environment.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_asked_to_end_leave_a_checkpoint_and_go_on(two, tiny_model, tmp_path, run_forked):
+    arguments = {"batch_size": 1, "max_steps": STEPS, "save_every": 100, "log_every": 1}
+    ended = tmp_path / "ended"
+    process = start(command(tiny_model, ended, 2, **arguments), ACCELERATE_USE_CPU="true")
+    deadline = time.monotonic() + 200
+    while not (ended / "metrics.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    process.terminate()  # torchrun hands it on
+    said, _ = process.communicate(timeout=100)
+    (checkpoint,) = ended.glob("checkpoint-*")
+    step = int(checkpoint.name[-8:])
+    assert 1 <= step < STEPS, said
+    assert said.count(f"SIGTERM: the run ends after step {step}") in (1, 2)
+    assert f"stopped at step {step} of {STEPS}; the same command goes on" in said
+    assert (ended / "motion_controlnet").is_dir()
+    run_forked(command(tiny_model, ended, 2, **arguments))
+    expected, found = weights(two), weights(ended)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert losses(ended) == losses(two)

@@ -8,9 +8,14 @@ import pytest
 import torch
 
 from imageconductor.config import load
+from imageconductor.data.sprite_world import SpriteWorldConfig
 from imageconductor.models.networks import Networks
 from imageconductor.models.small_model import SmallModelConfig, build_small_model
-from scripts.train_sprites import SpriteRecipe, stage_config, starting_networks
+from imageconductor.training.autoencoder import AutoencoderConfig
+from scripts import train_sprites
+from scripts.train_sprites import Clock, OutOfTimeError, SpriteRecipe, check_budget, stage_config, starting_networks
+
+SMALL = SmallModelConfig(autoencoder_channels=(8, 16), block_out_channels=(16, 32), text_width=16, text_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +32,30 @@ def test_every_phase_takes_the_recipes_world_and_a_share_of_its_steps(recipe, tm
         assert tried.max_steps == max(2, round(config.max_steps / 100))
     spacings = [stage_config(path, recipe, 1, tmp_path, tmp_path).max_frame_spacing for path in recipe.foundation]
     assert spacings == [5, 5, None, None]  # far and near, then whole clips
+
+
+def test_a_trial_neither_replaces_a_model_nor_leaves_parts_to_the_real_run(tmp_path, monkeypatch, capsys):
+    output, runs = tmp_path / "model", tmp_path / "runs"
+    output.mkdir()
+    command = ["train_sprites.py", "--config", "configs/train/sprites.yaml", "--device", "cpu", "--budget", "0.001"]
+    monkeypatch.setattr("sys.argv", [*command, f"output={output}", f"runs={runs}"])
+    with pytest.raises(SystemExit) as end:
+        train_sprites.main()
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"error: --budget 0.001 would replace {output} by a model of fewer steps; name other folders"
+    )
+    assert not runs.exists()
+
+    check_budget(SpriteRecipe(output=str(output), runs=str(runs)), 1.0)
+    tried = SpriteRecipe(output=str(tmp_path / "try"), runs=str(runs), autoencoder=AutoencoderConfig(max_steps=2000))
+    tried = replace(tried, model=SMALL, world=SpriteWorldConfig(size=(32, 32), num_frames=4))
+    with pytest.raises(OutOfTimeError):
+        train_sprites.build(tried, 0.001, Clock(1e-6))
+    check_budget(tried, 0.001)
+    with pytest.raises(ValueError, match=r"holds results of other settings: budget was 0\.001 and now 1\.0"):
+        check_budget(SpriteRecipe(output=str(output), runs=str(runs)), 1.0)
 
 
 def test_a_gpu_takes_more_clips_and_processes_share_them(recipe, tmp_path, monkeypatch):
@@ -63,11 +92,9 @@ def test_the_text_to_video_recipe_goes_on_from_the_bundled_model_and_shows_no_pi
 
 
 def test_a_start_goes_on_with_what_it_predicts_or_as_one_of_v(monkeypatch):
-    small = SmallModelConfig(autoencoder_channels=(8, 16), block_out_channels=(16, 32), text_width=16, text_layers=1)
-
     def start(given, wanted):
-        monkeypatch.setattr(Networks, "load", lambda _: build_small_model(replace(small, prediction_type=given), ["a"]))
-        recipe = SpriteRecipe(start="FOLDER", model=replace(small, prediction_type=wanted))
+        monkeypatch.setattr(Networks, "load", lambda _: build_small_model(replace(SMALL, prediction_type=given), ["a"]))
+        recipe = SpriteRecipe(start="FOLDER", model=replace(SMALL, prediction_type=wanted))
         return starting_networks(recipe).scheduler.config["prediction_type"]
 
     assert start("sample", "sample") == "sample"

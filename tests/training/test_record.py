@@ -10,7 +10,7 @@ from imageconductor.commands.train import main
 from imageconductor.training import checkpointing
 from imageconductor.training.loop import train
 from imageconductor.training.record import RunRecord, check_continuation
-from imageconductor.training.run import run_stage
+from imageconductor.training.run import check_inputs, run_stage
 from imageconductor.training.stage_configs import load_config
 
 
@@ -99,6 +99,17 @@ def test_a_run_of_another_stage_or_of_more_steps_is_refused(begun, configure):
         check_continuation(configure("object_lora"))
     with pytest.raises(ValueError, match="has 2 steps behind it, more than max_steps=1"):
         check_continuation(replace(begun, max_steps=1))
+
+
+def test_a_rise_of_the_learning_rate_that_would_not_come_is_refused_but_not_in_records(configure):
+    config = configure("camera_lora", lr_schedule="constant", warmup_steps=10)
+    with pytest.raises(ValueError, match="warmup_steps=10 does nothing under lr_schedule=constant; set") as refusal:
+        check_inputs(config)
+    assert "warmup_steps=0" in str(refusal.value)
+    leave_record(config)
+    check_inputs(replace(config, warmup_steps=0))
+    with pytest.raises(ValueError, match="lr_schedule=constant, now constant_with_warmup, warmup_steps=0, now 10;"):
+        check_inputs(replace(config, lr_schedule="constant_with_warmup"))
 
 
 def test_a_model_of_other_sizes_is_refused_by_the_parameter(trained, build):

@@ -1,0 +1,146 @@
+"""How a run ends before its last step: by a signal, by its time, and by numbers that are not finite."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from imageconductor.training import checkpointing
+from imageconductor.training.engines import build_engine
+from imageconductor.training.loop import train
+from imageconductor.training.stages.base import ParameterGroup
+from imageconductor.training.stopping import Stop
+from imageconductor.training.train_config import LoopConfig
+
+
+def call_before(stage, number, action):
+    """Lets `action` happen before the stage's losses are computed for the n-th time."""
+    terms, calls = stage.loss_terms, iter(range(10**6))
+
+    def act_and_compute(*arguments):
+        if next(calls) == number:
+            action()
+        return terms(*arguments)
+
+    stage.loss_terms = act_and_compute
+
+
+def test_a_signal_ends_a_run_with_a_checkpoint_and_it_goes_on(configure, build, tmp_path, caplog):
+    config = configure("camera_lora", max_steps=3, save_every=100, gradient_accumulation_steps=3)
+    whole, data = build(config)
+    train(whole, data, config)
+
+    def signal_all():  # as a queue does
+        for process in (*multiprocessing.active_children(), multiprocessing.process.current_process()):
+            os.kill(process.pid, signal.SIGTERM)
+
+    parts = replace(config, output=str(tmp_path / "parts"), num_workers=1)
+    stopped, data = build(parts)
+    call_before(stopped, 3, signal_all)  # in the second step, whose clips are not all there
+    assert train(stopped, data, parts).step == 2
+    assert "SIGTERM: the run ends after step 2" in caplog.text
+    assert [path.name for path in Path(parts.output).glob("checkpoint-*")] == ["checkpoint-00000002"]
+    assert (Path(parts.output) / "camera_lora").is_dir()
+
+    resumed, data = build(parts)
+    assert train(resumed, data, parts).step == 3
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_asks_only_while_a_run_lasts(name):
+    number, got = getattr(signal, name), []
+    before = signal.signal(number, lambda *_: got.append(number))
+    try:
+        with Stop(None) as stop:
+            assert not stop.is_due(1)
+            os.kill(os.getpid(), number)
+            assert stop.is_due(1)
+        assert not got
+        os.kill(os.getpid(), number)
+        assert got == [number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_run_outside_the_main_thread_leaves_signals_alone():
+    def enter():
+        with Stop(None) as stop:
+            found.append(stop.is_due(1))
+
+    found, thread = [], threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+class _Unbounded(torch.autograd.Function):
+    """A number whose gradient is infinite."""
+
+    @staticmethod
+    def forward(_, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(_, gradient):
+        return gradient * torch.inf
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, None])
+@pytest.mark.parametrize(
+    ("save_every", "words"),
+    [(1, "weights or gradients are not finite after step 2, "), (3, "the gradients of step 1 are not finite, ")],
+)
+def test_gradients_that_are_not_finite_stop_the_run_and_are_never_saved(
+    save_every, words, max_grad_norm, configure, build
+):
+    config = configure("camera_lora", max_steps=3, save_every=save_every, max_grad_norm=max_grad_norm)
+    stage, data = build(config)
+    terms, calls = stage.loss_terms, iter(range(10))
+
+    def compute(*arguments):
+        losses = terms(*arguments)
+        return {name: _Unbounded.apply(value) for name, value in losses.items()} if next(calls) == 1 else losses
+
+    stage.loss_terms = compute
+    with pytest.raises(FloatingPointError, match=f"^{words}and are not saved; go on from the last checkpoint with a"):
+        train(stage, data, config)
+    found = checkpointing.latest(Path(config.output))
+    assert (found and found.step) == (1 if save_every == 1 else None)
+    assert not (Path(config.output) / "camera_lora").exists()
+
+
+@pytest.fixture
+def scaled():
+    """A step of plain gradient descent whose losses are scaled as under fp16, by the gradient that it is given."""
+    engine = build_engine(LoopConfig(output="runs/none", learning_rate=1.0))
+    weight = torch.nn.Parameter(torch.zeros(2))
+    engine.groups = {"all": ParameterGroup({"weight": weight})}
+    engine.accelerator.scaler = torch.amp.GradScaler("cpu")
+    engine.optimizer = engine.accelerator.prepare_optimizer(torch.optim.SGD([weight], lr=1.0))
+
+    def step(gradient):
+        engine.backward((weight * gradient).sum())
+        engine.step()
+
+    yield engine, weight, step
+    AcceleratorState._reset_state()
+
+
+def test_steps_that_fp16_skips_are_counted_and_only_many_in_a_row_stop_the_run(scaled):
+    engine, weight, step = scaled
+    for gradient in [torch.inf] * 49 + [1.0] + [torch.inf] * 49:
+        step(gradient)
+    assert engine.skipped == 98
+    assert engine.norm is None
+    assert weight.isfinite().all()
+    assert weight.abs().max() > 0
+    with pytest.raises(FloatingPointError, match="the last 50 steps had no finite gradients under fp16"):
+        step(torch.inf)
