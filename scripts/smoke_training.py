@@ -28,6 +28,7 @@ from imageconductor.devices import resident_peak_bytes
 from imageconductor.files import check_record, write_record, write_text
 from imageconductor.processes import start_processes
 from imageconductor.training.loop import leave
+from imageconductor.training.record import clips_per_step
 from imageconductor.training.run import run_stage
 from imageconductor.training.stage_configs import load_config
 from imageconductor.training.train_config import TrainConfig
@@ -42,7 +43,8 @@ class SmokeConfig:
     max_steps: int = 100  # optimiser steps of each stage; the first tenth is not timed
     settings: list[str] = field(
         default_factory=list
-    )  # changes in every stage, e.g. settings=[batch_size=2,num_workers=8]
+    )  # changes in every stage, e.g. 'settings=[batch_size=2,num_workers=8]'
+    clips_per_step: int | None = None  # of the real runs; other steps are timed with a warning; null = any
     output: str = "runs/smoke"  # run folders of the stages, and results.md
 
     def __post_init__(self) -> None:
@@ -77,16 +79,31 @@ def main() -> int:
                 raise ValueError(f"{path}: stage {real.stage} is not trained on annotated clips, as these stages are")
             trials.append((real, shorten(real, config, Path(path).stem, made)))
             made[real.stage] = f"{trials[-1][1].output}/{real.stage}"
+        warnings = [text for real, _ in trials if (text := warn_of_batch(real, config.clips_per_step)) is not None]
+        for text in warnings:
+            logging.warning(text)
         results = [measure(real, trial) for real, trial in trials]
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if PartialState().is_main_process:
-        text = table(results)
+        text = "\n".join([table(results), *(f"{warning}\n" for warning in warnings)])
         write_text(Path(config.output) / "results.md", text)
         print(text, end="")
     leave()
     return 0
+
+
+def warn_of_batch(real: TrainConfig, wanted: int | None) -> str | None:
+    """What to say of a stage whose steps have other clips here than in the real run, and so take another time."""
+    processes = start_processes().num_processes
+    clips = clips_per_step(real, processes)
+    if wanted is None or clips == wanted:
+        return None
+    remedy = f"processes x batch_size x gradient_accumulation_steps must be {wanted}"
+    if wanted % (real.batch_size * processes) == 0:
+        remedy = f"set 'settings=[gradient_accumulation_steps={wanted // (real.batch_size * processes)}]'"
+    return f"{Path(real.output).name}: a step has {clips} clips here and {wanted} in the real run; {remedy}"
 
 
 def shorten(real: TrainConfig, smoke: SmokeConfig, name: str, made: dict[str, str]) -> TrainConfig:
@@ -124,8 +141,8 @@ def measure(real: TrainConfig, trial: TrainConfig) -> Measured:
     """Trains a stage, or reads what was measured when it was."""
     kept = Path(trial.output) / "measured.json"
     record, made_with = kept.with_name("measured_with.json"), {**asdict(trial), "machine": _machine()}
+    check_record(record, made_with, kept)
     if kept.is_file():
-        check_record(record, made_with)
         return Measured(**json.loads(kept.read_text()))
     has_gpu = torch.cuda.is_available()
     if has_gpu:

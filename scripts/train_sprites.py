@@ -35,7 +35,7 @@ from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
 from imageconductor.data.sprites import caption_words, captions
 from imageconductor.evaluation.motion import psnr
 from imageconductor.evaluation.one_step_error import format_errors, measure_one_step_errors
-from imageconductor.files import atomic_folder, atomic_path, check_writable, write_text
+from imageconductor.files import atomic_folder, atomic_path, check_record, check_writable, write_record, write_text
 from imageconductor.models.controlnets import MotionControlNet
 from imageconductor.models.networks import Networks
 from imageconductor.models.small_model import (
@@ -111,7 +111,10 @@ def main() -> None:
     """Parses the command and builds the model."""
     extra = argparse.ArgumentParser(add_help=False)
     extra.add_argument(
-        "--budget", type=finite_float, default=1.0, help="scales the steps of every part, e.g. 0.01 to try it"
+        "--budget",
+        type=finite_float,
+        default=1.0,
+        help="scales the steps of every part, e.g. 0.01 output=models/try runs=runs/try to try it",
     )
     extra.add_argument(
         "--minutes", type=finite_float, help="stop after so many; the same command goes on where this one stopped"
@@ -125,6 +128,7 @@ def main() -> None:
     try:
         for folder in (recipe.output, recipe.runs):
             check_writable(Path(folder))
+        check_budget(recipe, args.budget)
     except ValueError as error:
         extra.exit(2, f"error: {error}\n")
     try:
@@ -136,6 +140,20 @@ def main() -> None:
     leave()
 
 
+def check_budget(recipe: SpriteRecipe, budget: float) -> None:
+    """Keeps a trial from taking the place of a model, and its parts from being taken for those of a whole run.
+
+    Raises:
+        ValueError: A model would be replaced by one of fewer steps, or the working folder has parts of another budget.
+    """
+    if budget < 1 and Path(recipe.output).exists():
+        raise ValueError(
+            f"--budget {budget:g} would replace {recipe.output} by a model of fewer steps; name other folders, e.g. "
+            "output=models/try runs=runs/try"
+        )
+    check_record(Path(recipe.runs) / "budget.json", {"budget": budget})
+
+
 def build(recipe: SpriteRecipe, budget: float, clock: Clock) -> None:
     """Makes what is missing of the model.
 
@@ -145,6 +163,7 @@ def build(recipe: SpriteRecipe, budget: float, clock: Clock) -> None:
     runs, model = Path(recipe.runs), Path(recipe.runs) / "model"
     if model.is_dir() and not (model / "model_index.json").is_file():
         raise SystemExit(f"{model} is of an earlier version, or not whole; name other runs=FOLDER, or delete it")
+    alone(lambda: write_record(runs / "budget.json", {"budget": budget}))
     alone(lambda: start_model(recipe, model))
     if recipe.start is None:
         train_vae(recipe, recipe.autoencoder, budget, runs / "autoencoder", model, clock)

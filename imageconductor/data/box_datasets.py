@@ -138,6 +138,7 @@ def read_youtube_vis(
     captions: str | Path | None = None,
     min_frames: int = 1,
     max_objects: int | None = None,
+    first: int = 0,
 ) -> list[BoxClip]:
     """The clips of a split of YouTube-VIS 2021, of at least `min_frames`.
 
@@ -148,6 +149,7 @@ def read_youtube_vis(
             A clip without a caption is described by the classes of its objects.
         min_frames: T of the windows that will be drawn.
         max_objects: The first objects of a clip that are kept; None = all.
+        first: Number of the first clip that is read, in the order of `instances.json`.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -164,7 +166,7 @@ def read_youtube_vis(
             annotated.setdefault(annotation["video_id"], []).append(annotation)
         clips = [
             _youtube_clip(folder, video, annotated.get(video["id"], [])[:max_objects], names, texts)
-            for video in content["videos"]
+            for video in content["videos"][first:]
             if len(video["file_names"]) >= min_frames
         ]
     except (KeyError, TypeError) as error:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from imageconductor.conditioning.box_files import BoxObject
@@ -42,12 +44,14 @@ class BoxSamples:
         horizontal_flip: Probability that a window is mirrored.
         random_crop: Smallest size of a crop, as a fraction of the largest that fits; 1 = the largest, in the middle.
         min_box_area: Fraction of the frame's area; a smaller box is an absent object.
+        reserved_clips: The first clips of YouTube-VIS, in the order of its `instances.json`, are left to an evaluation.
         held_out_clips: Clips, chosen by their keys, that are not among the samples.
         shows_held_out: Whether these are the samples instead, each once, with their first window, in the middle.
 
     Raises:
         FileNotFoundError: A source does not exist, or holds no clip of so many frames.
-        ValueError: A source is malformed, or all clips are held out.
+        ValueError: A source is malformed, or all clips are held out; of JSON lines the first picture is looked at,
+            the others when their turn comes.
     """
 
     def __init__(
@@ -62,10 +66,11 @@ class BoxSamples:
         horizontal_flip: float = 0.0,
         random_crop: float = 1.0,
         min_box_area: float = 0.0,
+        reserved_clips: int = 0,
         held_out_clips: int = 0,
         shows_held_out: bool = False,
     ):
-        entries = [entry for source in sources for entry in _list_clips(Path(source), split, num_frames)]
+        entries = [entry for one in sources for entry in _list_clips(Path(one), split, num_frames, reserved_clips)]
         entries.sort(key=lambda entry: hashlib.sha256(_key(entry).encode()).digest())
         self.entries = entries[:held_out_clips] if shows_held_out else entries[held_out_clips:]
         if not self.entries:
@@ -73,6 +78,7 @@ class BoxSamples:
         self.size, self.num_frames, self.max_objects = size, num_frames, max_objects
         self.seed, self.is_fixed = seed, shows_held_out
         self.horizontal_flip, self.random_crop, self.min_box_area = horizontal_flip, random_crop, min_box_area
+        self._order: tuple[int, NDArray[np.int64]] | None = None
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """Sample `position`; clips that cannot be read are left out, and `skipped` says why.
@@ -85,7 +91,7 @@ class BoxSamples:
         skipped: list[str] = []
         random = np.random.default_rng([self.seed, position])
         epoch, turn = divmod(position, len(self.entries))
-        order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.entries))
+        order = self._permutation(epoch)
         for attempt in range(_MAX_ATTEMPTS):
             try:
                 entry = self.entries[order[(turn + attempt) % len(order)]]
@@ -94,11 +100,15 @@ class BoxSamples:
                 skipped.append(str(error))
         raise CorruptClipError(f"{_MAX_ATTEMPTS} clips in a row cannot be read; the last: {skipped[-1]}")
 
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        """The order of the clips in an epoch; the last one is kept, since that of millions takes a second."""
+        if self._order is None or self._order[0] != epoch:
+            random = np.random.default_rng([self.seed, 1, epoch])
+            self._order = (epoch, random.permutation(len(self.entries)))
+        return self._order[1]
+
     def _sample(self, entry: _Entry, random: np.random.Generator | None) -> dict[str, Any]:
-        if isinstance(entry, ClipRecord):
-            clip = read_box_record(entry)
-        else:
-            clip = read_got10k(entry) if isinstance(entry, Path) else entry
+        clip = _read(entry)
         last = len(clip.pictures) - self.num_frames
         if last < 0:
             raise CorruptClipError(f"{clip.key}: {len(clip.pictures)} frames, {self.num_frames} are needed")
@@ -156,20 +166,56 @@ def _within(box: tuple[float, ...], width: int, height: int) -> tuple[float, ...
     return max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(width)), min(box[3], float(height))
 
 
-_Entry = BoxClip | Path | ClipRecord
+@dataclass(frozen=True, slots=True)
+class _Detection:
+    """A line of a file of pictures with detections; its picture is opened when the sample is drawn."""
+
+    key: str
+    caption: str
+    picture: Path
+    objects: tuple[BoxObject, ...]
+    where: str
+
+    def read(self) -> BoxClip:
+        """The picture as a clip.
+
+        Raises:
+            FileNotFoundError: There is no picture.
+            ValueError: It cannot be read, or an object is not in it.
+        """
+        try:
+            with Image.open(self.picture) as image:
+                size = image.size
+            boxes = Boxes.from_objects(self.objects, size, 1)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.where}: no picture at {self.picture}") from None
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.where}: {error}") from error
+        return BoxClip(self.key, self.caption, (self.picture,), 1.0, boxes)
+
+
+_Entry = BoxClip | Path | ClipRecord | _Detection
+
+
+def _read(entry: _Entry) -> BoxClip:
+    if isinstance(entry, ClipRecord):
+        return read_box_record(entry)
+    if isinstance(entry, Path):
+        return read_got10k(entry)
+    return entry.read() if isinstance(entry, _Detection) else entry
 
 
 def _key(entry: _Entry) -> str:
     return entry.name if isinstance(entry, Path) else entry.key
 
 
-def _list_clips(source: Path, split: str, num_frames: int) -> Sequence[_Entry]:
+def _list_clips(source: Path, split: str, num_frames: int, reserved: int) -> Sequence[_Entry]:
     if source.is_file() and source.suffix != ".tar":
         if num_frames > 1:
             raise ValueError(f"{source} holds single pictures; num_frames must be 1, not {num_frames}")
         return _read_detections(source)
     if (source / split / "instances.json").is_file():
-        return read_youtube_vis(source, split, min_frames=num_frames)
+        return read_youtube_vis(source, split, min_frames=num_frames, first=reserved)
     if (source / split).is_dir():
         return find_got10k(source, split, num_frames)
     try:
@@ -184,9 +230,9 @@ def _list_clips(source: Path, split: str, num_frames: int) -> Sequence[_Entry]:
     return records
 
 
-def _read_detections(path: Path) -> list[BoxClip]:
+def _read_detections(path: Path) -> list[_Detection]:
     """Pictures with detections, a JSON object a line; files are named relative to it."""
-    clips: list[BoxClip] = []
+    found: list[_Detection] = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         where = f"{path}, line {number}"
         if not line.strip():
@@ -196,20 +242,16 @@ def _read_detections(path: Path) -> list[BoxClip]:
             check_keys(content, _DETECTION_KEYS, where)
             picture = path.parent / content["image"]
             objects = [(str(one["name"]), [float(value) for value in one["box"]]) for one in content["objects"]]
-            with Image.open(picture) as image:
-                size = image.size
-            placed = [BoxObject(name, np.array([box]), np.array([True])) for name, box in objects]
-            boxes = Boxes.from_objects(placed, size, 1)
+            placed = tuple(BoxObject(name, np.array([box]), np.array([True])) for name, box in objects)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{where} must be {_DETECTION_FORM}: {error!r}") from error
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{where}: no picture at {picture}") from None
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        clips.append(BoxClip(str(content["image"]), str(content.get("caption", "")), (picture,), 1.0, boxes))
-    if not clips:
+        found.append(_Detection(str(content["image"]), str(content.get("caption", "")), picture, placed, where))
+    if not found:
         raise ValueError(f"{path} holds no picture")
-    return clips
+    found[0].read()  # a wrong folder is so told before the training
+    return found
 
 
 _DETECTION_FORM = '{"image": FILE, "caption": TEXT, "objects": [{"name": NAME, "box": [x1, y1, x2, y2]}]}'

@@ -152,7 +152,7 @@ class EvaluateConfig:
     fvd_weights: str | None = None  # file of an I3D as TorchScript, needed for fvd
     # Folder of mp4 files that form the reference set of a Fréchet distance; null = clips of the sprite world.
     reference: str | None = None
-    num_reference: int = 256  # reference videos to use, the first ones by name; the paper takes 5,000 of WebVid
+    num_reference: int = 256  # reference videos, drawn by the hashes of their names; the paper draws 5,000 of WebVid
     # Every n-th frame of a reference video is used, e.g. 3 for footage at 24 fps beside videos at 8 fps.
     reference_stride: int = 1
     shown: int = 12  # videos of each task in the report, those with the largest errors

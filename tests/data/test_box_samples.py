@@ -16,6 +16,7 @@ from imageconductor.training import samples as training_samples
 from imageconductor.training.stage_configs import ObjectGatesConfig
 
 FIXTURES = Path(__file__).parents[1] / "data" / "parity_smcd" / "fixtures"
+VIDEOS = FIXTURES / "youvis" / "train" / "instances.json"
 
 
 def test_windows_of_both_data_sets_come_with_their_boxes():
@@ -80,6 +81,37 @@ def test_held_out_clips_are_never_trained_on():
         BoxSamples([data], "train", (16, 16), 4, 8, held_out_clips=9)
 
 
+def test_clips_of_an_evaluation_are_never_trained_on():
+    data = FIXTURES / "youvis"
+    listed = [Path(video["file_names"][0]).parent.name for video in json.loads(VIDEOS.read_text())["videos"]]
+
+    def keys(num_frames, **settings):
+        return {entry.key for entry in BoxSamples([data], "train", (16, 16), num_frames, 8, **settings).entries}
+
+    assert keys(1, reserved_clips=1) == set(listed[1:])
+    assert keys(8, reserved_clips=1) == {listed[1]}, "the last one is too short"
+    held = {"held_out_clips": 1, "shows_held_out": True}
+    assert keys(1, reserved_clips=len(listed) - 1, **held) == set(listed[-1:])
+    config = ObjectGatesConfig(data=[str(data)], size=(16, 16), reserved_clips=len(listed) - 1, held_out_clips=1)
+    assert [one["key"] for one in training_samples.read_held_out_boxes(config)] == listed[-1:]
+    config.held_out_clips = 0
+    assert training_samples.build_box_samples(config)[5]["key"] == listed[-1]
+    with pytest.raises(ValueError, match="reserved_clips must not be negative, got -1"):
+        ObjectGatesConfig(data=["x"], reserved_clips=-1)
+
+
+def test_an_epoch_has_every_clip_once_and_any_sample_may_come_first():
+    samples = BoxSamples([FIXTURES / "youvis"], "train", (16, 16), 1, 8, seed=3)
+    count = len(samples.entries)
+    keys = [samples[position]["key"] for position in range(3 * count)]
+    for epoch in range(3):
+        assert len(set(keys[epoch * count : (epoch + 1) * count])) == count
+    backwards = [samples[position]["key"] for position in reversed(range(3 * count))]
+    assert backwards == keys[::-1]
+    order = samples._permutation(1)
+    assert samples._permutation(1) is order, "that of ten million clips takes a second"
+
+
 def test_the_largest_objects_are_kept_in_their_order():
     xyxy = torch.tensor([[[0.0, 0, 4, 4]], [[0.0, 0, 9, 9]], [[0.0, 0, 1, 1]], [[0.0, 0, 6, 6]]])
     present = torch.tensor([[True], [True], [True], [False]])
@@ -103,6 +135,21 @@ def test_detections_that_are_malformed(tmp_path, line, message):
     (tmp_path / "d.jsonl").write_text(line)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         BoxSamples([tmp_path / "d.jsonl"], "train", (8, 8), 1, 4)
+
+
+def test_of_many_detections_only_the_first_picture_is_opened_at_the_start(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    boxes = {"a.png": [0, 0, 4, 4], "b.png": [0, 0, 4, 4], "c.png": [0, 0, 4, 4]}
+    lines = [{"image": name, "objects": [{"name": "x", "box": box}]} for name, box in boxes.items()]
+    lines.append({"image": "a.png", "objects": [{"name": "x", "box": [0, 0, 99, 4]}]})
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    samples = BoxSamples([tmp_path / "d.jsonl"], "train", (8, 8), 1, 4)
+    found = [samples[position] for position in range(4)]
+    assert {sample["key"] for sample in found} == {"a.png"}
+    told = "\n".join(reason for sample in found for reason in sample["skipped"])
+    for reason in ("line 2: cannot identify", f"line 3: no picture at {tmp_path}/c.png", "line 4: ", "leaves the 8x8"):
+        assert reason in told
 
 
 def test_damaged_clips_are_left_out_and_told(tmp_path):

@@ -1,12 +1,14 @@
 """Fréchet distances against their formula."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from torch import nn
 
-from imageconductor.evaluation.evaluate_config import check_fvd_frames
+from imageconductor.evaluation.evaluate_config import EvaluateConfig, check_fvd_frames
 from imageconductor.evaluation.frechet import (
     I3D,
     FrechetDistance,
@@ -17,6 +19,7 @@ from imageconductor.evaluation.frechet import (
     frechet_distance,
 )
 from imageconductor.evaluation.inception import Inception
+from imageconductor.evaluation.reference_videos import list_reference_files
 from tests.evaluation.i3d import write_i3d
 
 pytest.importorskip("torchmetrics")
@@ -100,6 +103,27 @@ def test_the_small_extractor_sees_time():
     order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
     assert (SmallExtractor()(clip) - SmallExtractor()(clip[:, :, order])).abs().max() > 1e-3
     assert torch.equal(SmallExtractor()(clip), SmallExtractor()(clip))
+
+
+def test_reference_files_are_drawn_from_the_whole_folder_by_their_names_in_it(tmp_path):
+    for root in ("a", "z"):
+        for number in range(200):
+            path = tmp_path / root / f"part{number // 100}" / f"{number:03}.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    config = EvaluateConfig(model="m", reference=str(tmp_path / "a"), num_reference=40)
+    numbers = [int(path.stem) for path in list_reference_files(config)]
+    assert len(set(numbers)) == 40
+    assert numbers == sorted(numbers)
+    assert 10 < sum(number < 100 for number in numbers) < 30
+    (tmp_path / "a" / "part0" / f"{numbers[0]:03}.mp4").rename(tmp_path / "a" / "damaged")
+    assert len({int(path.stem) for path in list_reference_files(config)} - set(numbers)) == 1, "one takes its place"
+    (tmp_path / "a" / "damaged").rename(tmp_path / "a" / "part0" / f"{numbers[0]:03}.mp4")
+    moved = replace(config, reference=str(tmp_path / "z"))
+    assert [int(path.stem) for path in list_reference_files(moved)] == numbers
+    for count in (200, 201):
+        whole = list_reference_files(replace(config, num_reference=count))
+        assert [int(path.stem) for path in whole] == list(range(200))
 
 
 class Port(nn.Module):
