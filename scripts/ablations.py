@@ -147,7 +147,7 @@ def make_motion_controlnet(config: AblationConfig) -> str:
 
     folder = Path(config.output) / "fresh_motion_controlnet"
     record, made_with = folder.with_name("fresh_motion_controlnet.json"), {"model": config.model}
-    check_record(record, made_with)
+    check_record(record, made_with, folder)
     if not (folder / "config.json").exists():
         write_record(record, made_with)
         networks = Networks.load(config.model)
@@ -168,8 +168,7 @@ def train_model(config: AblationConfig, name: str, plan: Mapping[str, TrainConfi
     model = Path(config.output) / "models" / name
     record, made_with = model.with_name(f"{name}.json"), {"model": config.model, "fresh": fresh is not None}
     made_with["stages"] = [Path(settings.output).name for settings in plan.values()]
-    if model.exists():
-        check_record(record, made_with)
+    check_record(record, made_with, model)
     for settings in plan.values():
         folder = Path(settings.output)
         if not (folder / "done").exists():

@@ -99,9 +99,11 @@ def cache(config: CacheConfig) -> None:
     factor = read_vae_scale_factor(Encoders.check_folder(config.model))
     if config.size[0] % factor or config.size[1] % factor:
         raise ValueError(f"size must be in multiples of {factor} for this model, got {config.size}")
-    record, made_with = output / "made_with.json", _made_with(config, records)
-    check_record(record, made_with)
     output.mkdir(parents=True, exist_ok=True)
+    record, made_with = output / "made_with.json", _made_with(config, records)
+    if is_new := not any(output.glob("clips-*.tar")):
+        record.unlink(missing_ok=True)  # of shards that somebody has deleted
+    check_record(record, made_with)
     if config.parts == 1:  # Otherwise other processes may be writing there.
         remove_partial(output)
     starts = list(enumerate(range(0, len(records), config.clips_per_shard)))
@@ -127,7 +129,7 @@ def cache(config: CacheConfig) -> None:
                     else:
                         writer.write(_encode(clip, encoders, config, device))
                     bar.update()
-                if not record.exists():
+                if is_new and not record.exists():
                     write_record(record, made_with)
             write_index(shard)
     if skipped and len(skipped) == remaining:

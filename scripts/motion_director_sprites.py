@@ -196,7 +196,7 @@ def write_first_frames(config: MiniatureConfig, motion: str) -> list[str]:
 
     from imageconductor.data.scenes import render
 
-    folder = Path(config.output) / "first_frames" / motion
+    folder = Path(config.output) / "first_frames" / f"{motion}-{config.prompts}"
     if not folder.is_dir():
         with atomic_folder(folder) as new:
             for number, scene in enumerate(prompt_scenes(config.prompts, motion)):
@@ -246,6 +246,7 @@ def make_videos(
                 motion_lora=[] if run is None else [f"{run}:{config.motion_scale:g}"],
                 appearance_lora=_appearance_loras(run) if method.startswith("plain LoRA") else [],
                 steps=config.steps,
+                few_step=False,
                 guidance_scale=config.guidance_scale,
                 seed=[1000 * seed + number],
             )

@@ -160,6 +160,8 @@ def build_job(form: Form, base: SampleJob, shelf: Shelf, limits: Limits, folder:
         job = _with_drawing(job, form.drawing, limits, folder)
     if job.boxes is None and job.first_frame_by not in ("gates", "both"):  # no gate acts
         job = replace(job, scene_guidance_scale=1.0, gated_fraction=1.0)
+    if job.trajectories is None:  # nor does the scale of what they do
+        job = replace(job, camera_free_scale=None)
     return job
 
 

@@ -142,6 +142,5 @@ class MotionEvents(PageEvents):
             (settings.look_scale, next(iter(preset.looks.values()), None)),
             (settings.motion_scale, next(iter(preset.motions.values()), None)),
         ):
-            if value is not None:
-                changes[component] = value
+            changes[component] = component.value if value is None else value  # what the page begins with
         return {**self.errors(), **changes}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -78,6 +81,14 @@ class BoxRequest:
     clip: TrueClip
     chosen: range
     size: tuple[int, int]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of all that a video is made of and judged by, hexadecimal: prompt, boxes and first frame."""
+        boxes = [list(self.boxes.names), self.boxes.xyxy.tolist(), self.boxes.present.tolist()]
+        digest = hashlib.sha256(json.dumps([self.prompt, boxes]).encode())
+        digest.update(self.read_frames(1).tobytes())
+        return digest.hexdigest()
 
     def read_frames(self, count: int | None = None) -> NDArray[np.uint8]:
         """The true frames (T, H, W, 3), or the first `count` of them, cropped to the video's size."""

@@ -40,7 +40,7 @@ from imageconductor.evaluation.input_checks import agree_on_shape, check_clip, c
 from imageconductor.evaluation.motion import psnr
 from imageconductor.evaluation.score_files import identify_file, is_scored, write_score
 from imageconductor.evaluation.scores import run_instruments
-from imageconductor.evaluation.video_files import read_video, write_video
+from imageconductor.evaluation.video_files import is_made, keep_video, read_video
 from imageconductor.files import remove_partial, write_text
 from imageconductor.processes import own_part, show_progress, start_processes
 from imageconductor.sampling.branches import ADAPTERS, Control
@@ -185,13 +185,12 @@ class BoxEvaluation:
             for request, (video,) in zip(batch, videos, strict=True):
                 path = self.video_path(name, request)
                 facts = {"prompt": request.prompt, "seed": request.seed, "seconds": round(seconds, 3)}
-                write_text(path.with_suffix(".json"), json.dumps(facts, indent=1))
-                write_video(path, upscale_for_viewing(video)[0])
+                keep_video(path, upscale_for_viewing(video)[0], facts | {"request": request.sha256})
 
     def _list_missing(self, name: str) -> Iterator[list[BoxRequest]]:
         """Batches of this process's requests for which there is no video yet."""
         own = own_part(self.state, self.requests)
-        missing = iter([request for request in own if not self.video_path(name, request).exists()])
+        missing = iter([request for request in own if not is_made(self.video_path(name, request), request.sha256)])
         while batch := list(islice(missing, self.config.batch_size)):
             yield batch
 
@@ -255,7 +254,7 @@ class BoxEvaluation:
         """The video, and all that its score depends on."""
         return {
             "video": None if name == TRUE_CLIPS else identify_file(self.video_path(name, request)),
-            "boxes": [list(request.boxes.names), request.boxes.xyxy.tolist(), request.boxes.present.tolist()],
+            "request": request.sha256,
             "tracker": f"{self.tracker.name} {self.tracker.version}",
             **{setting: getattr(self.config, setting) for setting in ("clip", "dino")},
         }

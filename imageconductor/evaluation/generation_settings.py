@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from imageconductor.checkpoints.few_step import FEW_STEP_FOLDER, few_step_lora_path
+from imageconductor.checkpoints.few_step import FEW_STEP_FOLDER, few_step_lora_path, find_few_step_lora
 from imageconductor.checkpoints.model_folder import locate_model, read_gate_config, read_sampling_defaults
 from imageconductor.checkpoints.reference_run import NOISE_PRIOR_NAME
 from imageconductor.evaluation.box_config import BoxEvaluateConfig, BoxMethod
@@ -122,6 +122,7 @@ def collect_learned_settings(method: LearnedMethod, jobs: Mapping[str, SampleJob
             "method": asdict(filled) | {"model": job.model},
             "weights": _describe_files([*_list_weights(Path(job.model)), *files]),
             **{key: getattr(job, key) for key in kept},
+            **_describe_few_steps(job),
         }
     return json.loads(json.dumps(settings, default=str))
 
@@ -144,8 +145,14 @@ def collect_box_settings(config: BoxEvaluateConfig, method: BoxMethod, job: Samp
         "method": asdict(method) | {"model": job.model},
         "weights": _describe_files([*_list_weights(Path(job.model)), *map(Path, loras)]),
         "gates": read_gate_config(str(job.model), "object_gates"),
+        **_describe_few_steps(job),
     }
     return json.loads(json.dumps(settings, default=str))
+
+
+def _describe_few_steps(job: SampleJob) -> dict[str, bool]:
+    """Whether the model's few-step LoRA acts, where it has one."""
+    return {} if find_few_step_lora(job.model) is None else {"few_step": bool(job.few_step)}
 
 
 def _describe_files(paths: Iterable[Path]) -> dict[str, tuple[int, int]]:

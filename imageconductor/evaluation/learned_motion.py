@@ -42,7 +42,7 @@ from imageconductor.evaluation.learned_motion_summary import summarise_learned_m
 from imageconductor.evaluation.motion_fidelity import TrackSet, fidelity_to_references, track_grid
 from imageconductor.evaluation.score_files import identify_file, is_scored, write_score
 from imageconductor.evaluation.scores import run_instruments
-from imageconductor.evaluation.video_files import read_video, write_video
+from imageconductor.evaluation.video_files import keep_video, read_video
 from imageconductor.files import remove_partial, write_text
 from imageconductor.processes import own_part, show_progress, start_processes
 from imageconductor.sampling.job import Inputs, SampleJob, load_pipeline, prepare, render
@@ -213,8 +213,7 @@ class LearnedMotionEvaluation:
             for request, (video,) in zip(batch, videos, strict=True):
                 path = self.video_path(name, request)
                 facts = {"prompt": request.prompt, "seed": request.seed, "seconds": round(seconds, 3)}
-                write_text(path.with_suffix(".json"), json.dumps(facts, indent=1))
-                write_video(path, upscale_for_viewing(video)[0])
+                keep_video(path, upscale_for_viewing(video)[0], facts)
 
     def _of_request(self, inputs: Inputs, request: VideoRequest) -> Inputs:
         """What a method is asked for under a motion, for one video."""

@@ -48,7 +48,7 @@ from imageconductor.evaluation.requests import Request, build_sets
 from imageconductor.evaluation.score_files import identify_file, is_scored, write_score
 from imageconductor.evaluation.scores import measure
 from imageconductor.evaluation.summary import summarise_evaluation, summarise_true_clips
-from imageconductor.evaluation.video_files import read_video, write_video
+from imageconductor.evaluation.video_files import is_made, keep_video, read_video
 from imageconductor.evaluation.video_format import fit_requests, resolve_formats
 from imageconductor.files import remove_partial, write_text
 from imageconductor.processes import own_part, show_progress, start_processes
@@ -214,23 +214,15 @@ class Evaluation:
                 path = self.video_path(name, task_name, request)
                 settings = {"prompt": request.prompt, "seed": request.seed, **task.settings}
                 settings |= {"seconds": round(seconds, 3), "batch": len(batch), "request": request.sha256}
-                write_text(path.with_suffix(".json"), json.dumps(settings, indent=1))
-                write_video(path, upscale_for_viewing(video)[0])
+                keep_video(path, upscale_for_viewing(video)[0], settings)
 
     def _list_missing(self, name: str) -> Iterator[tuple[str, Task, list[Request]]]:
         """Batches of this process's requests for which there is no video yet."""
         for task_name, task in self.config.tasks.items():
             requests = own_part(self.state, self.requests_for(name, task_name, judged=False))
-            missing = iter([r for r in requests if not self._is_made(self.video_path(name, task_name, r), r)])
+            missing = iter([r for r in requests if not is_made(self.video_path(name, task_name, r), r.sha256)])
             while batch := list(islice(missing, self.config.batch_size)):
                 yield task_name, task, batch
-
-    def _is_made(self, path: Path, request: Request) -> bool:
-        """Whether there is a video of this request: not if its picture, prompt or tracks were others then."""
-        settings = path.with_suffix(".json")
-        if not path.exists() or not settings.is_file():
-            return path.exists()
-        return json.loads(settings.read_text()).get("request", request.sha256) == request.sha256
 
     def _build_inputs(self, name: str, task: Task, request: Request) -> Inputs:
         """The request as `sample.py` would be asked for it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -18,9 +20,14 @@ from imageconductor.data.sprites import sample_scene
 from imageconductor.evaluation.evaluate_config import EvaluateConfig
 from imageconductor.evaluation.requests import build_world, render_frames
 
+logger = logging.getLogger(__name__)
+
 
 def list_reference_files(config: EvaluateConfig) -> list[Path]:
-    """The first `num_reference` mp4 files below the folder `reference`, by name; links to folders are followed.
+    """`num_reference` of the mp4 files below the folder `reference`, in the order of their names.
+
+    They are those whose names within the folder have the smallest hashes: a draw at random, since the beginning of a
+    folder may be of one kind, which is the same everywhere. Links to folders are followed.
 
     Raises:
         FileNotFoundError: There is none.
@@ -29,7 +36,9 @@ def list_reference_files(config: EvaluateConfig) -> list[Path]:
     paths = [Path(folder, name) for folder, _, names in walk for name in names if name.lower().endswith(".mp4")]
     if not paths:
         raise FileNotFoundError(f"reference: no mp4 file in {config.reference}")
-    return sorted(paths)[: config.num_reference]
+    root = Path(config.reference or "")
+    drawn = sorted(paths, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
+    return sorted(drawn[: config.num_reference])
 
 
 def count_references(config: EvaluateConfig) -> int:
@@ -42,6 +51,8 @@ def read_references(
 ) -> Iterator[NDArray[np.uint8]]:
     """Reference videos (T, H, W, 3), one at a time; no request shows a clip of the sprite world that is among them.
 
+    Files that are too short are left out, with a warning.
+
     Args:
         config: Settings of the evaluation.
         size: (W, H).
@@ -50,8 +61,12 @@ def read_references(
     """
     if config.reference is not None:
         paths = list_reference_files(config)
-        for number in numbers:
-            yield _read_footage(paths[number], size, num_frames, config.reference_stride)
+        for path in (paths[number] for number in numbers):
+            frames = _read_footage(path, size, num_frames, config.reference_stride)
+            if len(frames) == num_frames:
+                yield frames
+            else:
+                logger.warning("reference: %s is left out: %d of %d frames", path, len(frames), num_frames)
         return
     world = build_world(config, SpriteSet.MIXED, size, num_frames, seed=config.world_seed + 1)
     for number in numbers:
@@ -59,13 +74,7 @@ def read_references(
 
 
 def _read_footage(path: Path, size: tuple[int, int], num_frames: int, stride: int) -> NDArray[np.uint8]:
-    """The first frames of a file, every `stride`-th, cropped about their centre to the shape of `size`.
-
-    Raises:
-        ValueError: The file is too short.
-    """
+    """The first frames of a file, every `stride`-th, as many as it has, cropped about their centre to a `size`."""
     needed = (num_frames - 1) * stride + 1
     frames = list(islice(iio.imiter(path, plugin="FFMPEG"), needed))[::stride]
-    if len(frames) < num_frames:
-        raise ValueError(f"{path} has fewer than the {needed} frames that are needed; take it out of the folder")
     return np.stack([np.asarray(cover_crop(Image.fromarray(frame), size)) for frame in frames])

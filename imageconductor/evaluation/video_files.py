@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import imageio.v3 as iio
 import numpy as np
 from numpy.typing import NDArray
 
-from imageconductor.files import atomic_path
+from imageconductor.files import atomic_path, read_text, write_text
 from imageconductor.sampling.video import write_mp4
 
 _SAME_ASPECT = 0.02  # largest relative difference of two aspect ratios that count as the same
@@ -54,6 +56,24 @@ def write_video(path: Path, frames: NDArray[np.uint8]) -> None:
     """Writes frames (T, H, W, 3) as an mp4 file of their size."""
     with atomic_path(path) as temporary:
         write_mp4(temporary, frames, _FPS)
+
+
+def keep_video(path: Path, frames: NDArray[np.uint8], facts: Mapping[str, Any]) -> None:
+    """Writes a video (T, H, W, 3) that a method has made, and beside it KEY.json with its facts.
+
+    A former video goes first, so that facts of this one never stand beside it.
+    """
+    path.unlink(missing_ok=True)
+    write_text(path.with_suffix(".json"), json.dumps(facts, indent=1))
+    write_video(path, frames)
+
+
+def is_made(path: Path, request: str) -> bool:
+    """Whether there is a video of this request; not if the `request` among its facts is another digest."""
+    facts = path.with_suffix(".json")
+    if not path.exists() or not facts.is_file():
+        return path.exists()
+    return json.loads(read_text(facts)).get("request", request) == request
 
 
 def _resize(frame: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 def load_job(path: Path) -> SampleJob:
     """A job from YAML; files that it names are looked for beside it first, then in the working folder."""
-    job = config_file.load(SampleJob, path)
+    settings = config_file.read_yaml(path)
+    unused = []  # Records of former versions keep the strength of a preset that became tracks, and scales of no tracks.
+    if settings.get("trajectories") is not None and settings.get("preset") is None and "strength" in settings:
+        unused.append("strength=1.0")
+    if "trajectories" in settings and not any(settings.get(name) for name in MOTIONS):
+        unused.append("camera_free_scale=null")
+    job = config_file.load(SampleJob, path, unused)
     beside = {
         name: str(path.parent / value)
         for name in ("image", "trajectories", "motion_from", "boxes", "model")
@@ -30,37 +36,62 @@ def load_job(path: Path) -> SampleJob:
 def change_job(job: SampleJob, changes: Mapping[str, Any]) -> SampleJob:
     """A recorded job with some settings changed; what the record has because of those is the default again.
 
-    Another motion brings its own control, start and strength, boxes what carries the first frame, the end of a mix the
-    model's guidance by trajectories. The few-step LoRA comes and goes with the number of steps, unless the record shows
+    Another motion brings its own control, start and strength, boxes what carries the first frame, another model its own
+    defaults where the record has those of the old one. Of a mix, a control and the scales that only one of them takes,
+    what was asked for last stays. The few-step LoRA comes and goes with the number of steps, unless the record shows
     that it was asked for, and the guidance that goes with it, unless that is a visitor's own.
     """
+    given = {name for name, value in changes.items() if value is not None}
     reset: set[str] = set()
-    if any(changes.get(name) is not None for name in MOTIONS):
-        reset |= {*MOTIONS, "trajectories_size", "start", "strength", "control", "camera_free_scale"}
-    if changes.get("boxes") is not None:
+    if given & set(MOTIONS):
+        reset |= {*MOTIONS, "trajectories_size", "start", "strength", "control", "camera_free_scale", "mix"}
+    if "boxes" in given:
         reset.add("first_frame_by")
-    if job.mix is not None and "mix" in changes and changes["mix"] is None:
-        reset.add("trajectory_guidance_scale")
-    old, new, few_step = job.steps, changes.get("steps"), changes.get("few_step")
-    if few_step is not None:
-        reset |= {"steps", *_usual_guidance(job)}
-    elif old is not None and new is not None and job.few_step == takes_few_steps(job.model, None, old):
-        few_step = takes_few_steps(changes.get("model", job.model), None, new)
-        if few_step != job.few_step:
-            reset |= {"few_step", *_usual_guidance(job)}
+    if "mix" in given:
+        reset |= {"camera_free_scale", "trajectory_guidance_scale"}
+    elif given & {"control", "camera_free_scale"} or changes.get("trajectory_guidance_scale") not in (None, 1):
+        reset.add("mix")
+    if changes.get("control") not in (None, "object"):
+        reset.add("camera_free_scale")
+    if job.mix is not None and ("mix" in reset or ("mix" in changes and changes["mix"] is None)):
+        reset.add("trajectory_guidance_scale")  # 1 in a mix, the model's own elsewhere
+    reset |= _reset_by_steps(job, changes)
     defaults = SampleJob()
     return replace(job, **{name: getattr(defaults, name) for name in reset} | dict(changes))
 
 
-def _usual_guidance(job: SampleJob) -> list[str]:
-    """The guidance scales of a record that are the defaults of its model, or of the few-step LoRA."""
+def _reset_by_steps(job: SampleJob, changes: Mapping[str, Any]) -> set[str]:
+    """Settings of a record that are the default again because of another model, few-step LoRA or number of steps."""
+    model, old, new = changes.get("model"), job.steps, changes.get("steps")
+    if model is not None and Path(model).resolve() != Path(job.model).resolve():
+        return {"few_step", *_usual(job)}
+    if changes.get("few_step") is not None:
+        return {"steps", *_usual(job, _GUIDANCE)}
+    if old is None or new is None or job.few_step != takes_few_steps(job.model, None, old):
+        return set()
+    return {"few_step", *_usual(job, _GUIDANCE)} if takes_few_steps(job.model, None, new) != job.few_step else set()
+
+
+_GUIDANCE = ("guidance_scale", "trajectory_guidance_scale")
+
+
+def _usual(job: SampleJob, names: Collection[str] | None = None) -> set[str]:
+    """Settings of a record, of these names if given, that are the defaults of its model or its few-step LoRA.
+
+    Where the model is gone nobody knows them: those named are taken for its own.
+    """
     from imageconductor.checkpoints.few_step import few_step_defaults
     from imageconductor.checkpoints.model_folder import locate_model, read_sampling_defaults
 
-    usual = read_sampling_defaults(locate_model(job.model))
+    try:
+        usual = read_sampling_defaults(locate_model(job.model))
+    except FileNotFoundError:
+        return set(names or ())
+    usual |= {"steps": usual.pop("num_inference_steps"), "window_frames": usual["num_frames"]}
     if job.few_step:
-        usual |= few_step_defaults(usual["num_inference_steps"])
-    return [name for name in ("guidance_scale", "trajectory_guidance_scale") if getattr(job, name) == usual[name]]
+        usual |= few_step_defaults(usual["steps"])
+    del usual["control"]  # depends on the trajectories
+    return {name for name in names or usual if getattr(job, name) == usual[name]}
 
 
 def write(inputs: Inputs, videos: Sequence[Frames], folder: Path) -> None:

@@ -160,6 +160,12 @@ def test_the_mixing_board_weighs_and_its_run_yaml_repeats(studio, visit, form, t
     assert refused(studio, visit, change(form, drawing=None), uses_mix=True).field == "drawing"
 
 
+def test_without_tracks_there_is_nothing_for_the_camera_free_scale(studio, visit, form):
+    *_, last = studio.make(visit, change(form, drawing=None, camera_free_scale=1.5))
+    assert isinstance(last, Result), last
+    assert last.job.camera_free_scale is None
+
+
 @pytest.mark.parametrize(
     ("changes", "field", "said"),
     [

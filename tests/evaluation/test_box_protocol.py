@@ -1,6 +1,7 @@
 """An evaluation of boxes on a GOT-10k folder whose object truly moves, by a tiny model with and without gates."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from imageconductor.evaluation.appearance import DinoEncoder, first_frame_fideli
 from imageconductor.evaluation.box_clips import list_requests
 from imageconductor.evaluation.box_config import BoxEvaluateConfig, BoxMethod
 from imageconductor.evaluation.box_protocol import TRUE_CLIPS
+from imageconductor.training.stage_configs import load_config
 
 T, SIZE = 4, (64, 48)  # of the data set's pictures; the model's videos are 32 x 32
 
@@ -126,6 +128,22 @@ def test_a_second_run_keeps_what_is_there(work, record):
     assert all(path.stat().st_mtime_ns == before for path, before in {**videos, **scores}.items())
 
 
+def test_an_edited_caption_is_made_and_scored_anew(work, record, tmp_path):
+    shutil.copytree(work / "got", tmp_path / "got")
+    values = settings(
+        work, data=f"{tmp_path}/got", methods={"image": {"boxes": False}}, clip=None, dino=None, frechet=[]
+    )
+    assert run(tmp_path / "e.yaml", values, tmp_path / "out") == 0
+    files = [tmp_path / "out" / kind for kind in ("videos/image", "scores/image", f"scores/{TRUE_CLIPS}")]
+    before = {path: path.stat().st_mtime_ns for folder in files for path in folder.glob("GOT*")}
+    assert len(before) == 8
+    meta = tmp_path / "got" / "val" / "GOT-10k_Val_000001" / "meta_info.ini"
+    meta.write_text(meta.read_text().replace("star", "heart"))
+    assert run(tmp_path / "e.yaml", values, tmp_path / "out") == 0
+    for path, time in before.items():
+        assert (path.stat().st_mtime_ns != time) is ("000001" in path.name), path
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -183,6 +201,7 @@ def test_sprites_are_held_out_scenes_with_exact_boxes(work):
         BoxEvaluateConfig(**settings, data="x")
 
 
+CENTRES = "methods.centres={model: models/mine, boxes: false, centres: true}"
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "evaluate").glob("smcd_*.yaml"))
 
 
@@ -192,6 +211,23 @@ def test_the_configs_load(path):
     config = config_file.load(BoxEvaluateConfig, path)
     given = {(one.image, one.boxes) for one in config.methods.values()}
     assert given >= {(True, True), (False, True), (True, False)}, "both, boxes only, image only"
+    if config.dataset == "sprites":
+        return
+    # models/animatediff_v3, on which these models stand, has no LoRAs that would follow trajectories.
+    assert not any(one.centres for one in config.methods.values())
+    with_centres = config_file.load(BoxEvaluateConfig, path, [CENTRES])
+    assert (with_centres.methods["centres"].model, with_centres.methods["centres"].centres) == ("models/mine", True)
+    assert CENTRES in (Path(__file__).parents[2] / "docs" / "boxes.md").read_text()
+    training = load_config(Path("configs/train/smcd/scene_gates.yaml"))
+    assert training.data == ["data/got-10k", "data/youtube_vis_2021"], "what the pages say how to get"
+    if config.split == training.split:  # what is evaluated must not be trained on; one clip in four may not serve
+        assert config.num_clips <= 3 / 4 * training.reserved_clips
+
+
+@pytest.mark.parametrize("name", ["object_gates", "scene_gates", "joint"])
+def test_the_stages_leave_out_the_same_clips(name):
+    scene, config = (load_config(Path(f"configs/train/smcd/{one}.yaml")) for one in ("scene_gates", name))
+    assert (config.data, config.reserved_clips) == (scene.data, scene.reserved_clips)
 
 
 def test_dino_reads_the_class_token(work):

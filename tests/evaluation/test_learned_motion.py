@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from imageconductor import config as config_file
 from imageconductor.commands import sample, train
 from imageconductor.commands.evaluate import choose_protocol, main
-from imageconductor.evaluation import learned_motion
+from imageconductor.evaluation import learned_motion, video_files
 from imageconductor.evaluation.evaluate_config import EvaluateConfig
 from imageconductor.evaluation.learned_motion import LearnedMotionEvaluation
 from imageconductor.evaluation.learned_motion_config import (
@@ -118,13 +118,13 @@ def finished(work, tmp_path_factory):
 @pytest.fixture
 def written(monkeypatch):
     """Paths of the videos that are made, in order."""
-    paths, write_video = [], learned_motion.write_video
+    paths, write_video = [], video_files.write_video
 
     def write(path, frames):
         paths.append(path)
         write_video(path, frames)
 
-    monkeypatch.setattr(learned_motion, "write_video", write)
+    monkeypatch.setattr(video_files, "write_video", write)
     return paths
 
 
@@ -164,7 +164,7 @@ def test_the_videos_are_those_of_sample_py(work, finished, tmp_path):
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_more_costs_only_itself(settings, finished, tmp_path, monkeypatch, written):
     del settings["methods"]["base"], settings["methods"]["ours"]
-    out, write = tmp_path / "out", learned_motion.write_video
+    out, write = tmp_path / "out", video_files.write_video
 
     def write_or_die(path, frames):
         if len(written) == 2:
@@ -172,7 +172,7 @@ def test_a_killed_evaluation_goes_on_and_more_costs_only_itself(settings, finish
         write(path, frames)
 
     with monkeypatch.context() as dying:
-        dying.setattr(learned_motion, "write_video", write_or_die)
+        dying.setattr(video_files, "write_video", write_or_die)
         with pytest.raises(KeyboardInterrupt):
             evaluate(settings, out)
     written.clear()

@@ -7,9 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import Mock
 
@@ -21,12 +19,12 @@ from imageconductor import config as config_file
 from imageconductor.commands.evaluate import main
 from imageconductor.conditioning import Trajectories, camera_preset
 from imageconductor.data.sprite_world import SpriteWorldConfig
-from imageconductor.evaluation import protocol
+from imageconductor.evaluation import video_files
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, Task
 from imageconductor.evaluation.protocol import Evaluation
 from imageconductor.evaluation.report import format_markdown
 from imageconductor.evaluation.requests import build_requests
-from imageconductor.evaluation.video_files import write_video
+from imageconductor.evaluation.video_files import is_made, keep_video, write_video
 from imageconductor.sampling.job import SampleJob, load_pipeline, prepare, render
 from imageconductor.sampling.video import upscale_for_viewing, write_mp4
 
@@ -213,9 +211,8 @@ def test_a_faster_method_is_compared_with_the_videos_of_its_original(write_video
 
 
 def test_a_video_of_a_request_that_was_another_then_is_made_anew(tmp_path):
-    path, request = tmp_path / "a.mp4", SimpleNamespace(sha256="now")
-    made = partial(Evaluation._is_made, cast(Any, None), path, cast(Any, request))
-    assert not made()
+    path = tmp_path / "a.mp4"
+    assert not is_made(path, "now")
     path.touch()
     for settings, expected in (
         (None, True),
@@ -225,13 +222,22 @@ def test_a_video_of_a_request_that_was_another_then_is_made_anew(tmp_path):
     ):
         if settings is not None:
             path.with_suffix(".json").write_text(json.dumps(settings))
-        assert made() is expected
+        assert is_made(path, "now") is expected
+
+
+def test_a_video_that_could_not_be_written_leaves_no_former_one_beside_its_facts(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"of the former request")
+    path.with_suffix(".json").write_text(json.dumps({"request": "former"}))
+    with pytest.raises((ValueError, TypeError, AttributeError, IndexError)):
+        keep_video(path, cast(Any, None), {"request": "now"})
+    assert not is_made(path, "now")
 
 
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_ends_the_same(tiny_model, tmp_path, monkeypatch):
     undisturbed = evaluate(tiny_config(tiny_model), tmp_path / "whole")
-    write_video, written = protocol.write_video, []
+    write_video, written = video_files.write_video, []
 
     def write_or_die(path, frames):
         if len(written) == 4:  # after two batches of three
@@ -239,7 +245,7 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(tiny_model, tmp_path, mon
         written.append(path.name)
         write_video(path, frames)
 
-    monkeypatch.setattr(protocol, "write_video", write_or_die)
+    monkeypatch.setattr(video_files, "write_video", write_or_die)
     with pytest.raises(KeyboardInterrupt):
         Evaluation(tiny_config(tiny_model), tmp_path / "cut").run()
     written.clear()

@@ -39,17 +39,45 @@ def test_weights_reach_the_pipeline_by_name_in_place_of_the_models_scale(tiny_mo
     assert without["mix"] is None
 
 
-def test_the_end_of_a_mix_brings_the_models_scale_back(tiny_model, tmp_path):
-    shutil.copytree(tiny_model, tmp_path / "model")
-    index = tmp_path / "model" / "model_index.json"
+@pytest.fixture(scope="module")
+def guided_model(tiny_model, tmp_path_factory):
+    """One with guidance by trajectories of its own."""
+    model = tmp_path_factory.mktemp("guided") / "model"
+    shutil.copytree(tiny_model, model)
+    index = model / "model_index.json"
     values = json.loads(index.read_text())
     values["sampling_defaults"]["trajectory_guidance_scale"] = 2.0
     index.write_text(json.dumps(values))
-    job = SampleJob(model=str(tmp_path / "model"), prompt="a cat", preset="line-right", mix=(0, 2, 0), device="cpu")
+    return model
+
+
+def test_the_end_of_a_mix_brings_the_models_scale_back(guided_model):
+    job = SampleJob(model=str(guided_model), prompt="a cat", preset="line-right", mix=(0, 2, 0), device="cpu")
     mixed = prepare(job).job
     assert mixed.trajectory_guidance_scale == 1.0
     apart = prepare(change_job(mixed, {"mix": None, "control": "object"})).job
     assert apart.trajectory_guidance_scale == 2.0
+
+
+@pytest.mark.parametrize(
+    ("recorded", "changes", "expected"),
+    [  # control, mix, camera_free_scale, trajectory_guidance_scale
+        ({"mix": (0, 1, 0)}, {"preset": "pan-left"}, ("camera", None, None, 2.0)),
+        ({"mix": (0, 1, 0)}, {"control": "camera"}, ("camera", None, None, 2.0)),
+        ({"mix": (0, 1, 0)}, {"camera_free_scale": 1.5}, ("object", None, 1.5, 2.0)),
+        ({"mix": (0, 1, 0)}, {"trajectory_guidance_scale": 3.0}, ("object", None, None, 3.0)),
+        ({"mix": (0, 1, 0)}, {"trajectory_guidance_scale": 1.0}, ("object", (0, 1, 0), None, 1.0)),
+        ({"mix": (0, 1, 0)}, {"seed": [4]}, ("object", (0, 1, 0), None, 1.0)),
+        ({"camera_free_scale": 1.5}, {"mix": (1, 0, 0)}, ("object", (1, 0, 0), None, 1.0)),
+        ({"camera_free_scale": 1.5}, {"control": "camera"}, ("camera", None, None, 2.0)),
+        ({"camera_free_scale": 1.5}, {"control": "object"}, ("object", None, 1.5, 2.0)),
+        ({"trajectory_guidance_scale": 3.0}, {"mix": (1, 0, 0)}, ("object", (1, 0, 0), None, 1.0)),
+    ],
+)
+def test_of_a_records_mix_control_and_scales_the_last_asked_for_stays(guided_model, recorded, changes, expected):
+    job = SampleJob(model=str(guided_model), prompt="a cat", preset="line-right", device="cpu", **recorded)
+    new = prepare(change_job(prepare(job).job, changes)).job
+    assert (new.control, new.mix, new.camera_free_scale, new.trajectory_guidance_scale) == expected
 
 
 @pytest.mark.parametrize(
