@@ -119,6 +119,7 @@ def _on_cpu_first(make):
 torch.utils._device._device_constructors()  # keeps the list of them as they are
 for _name in ("tensor", "as_tensor", "eye", "arange", "linspace"):
     setattr(torch, _name, _on_cpu_first(getattr(torch, _name)))
+torch.inference_mode = lambda mode=True: torch.set_grad_enabled(not mode)  # which such tensors do not know
 
 
 # -- the work
@@ -234,6 +235,43 @@ def training(folder: Path) -> None:
         with patch.object(stage, "save", lambda *_: None):  # Libraries look into the memory of what they save.
             run_stage(stage.Config(**usual | rank | how, output=str(folder / name)))
         print(name)
+
+
+def evaluation(folder: Path) -> None:
+    """Metrics by networks with weights, and curation's tracker, on the CPU and on `DEVICE`."""
+    import importlib.util
+
+    import numpy as np
+    from footage import write_cotracker
+    from transformers import ViTConfig, ViTModel
+
+    from imageconductor.data.trackers import CoTracker
+    from imageconductor.evaluation.appearance import ClipScorer, DinoEncoder
+    from imageconductor.evaluation.frechet import collect_statistics
+    from imageconductor.evaluation.inception import Inception
+
+    found: Any = importlib.util.spec_from_file_location(
+        "of_evaluation", Path(__file__).parent / "evaluation/conftest.py"
+    )
+    conftest = importlib.util.module_from_spec(found)
+    found.loader.exec_module(conftest)
+    inception, clone, dino = folder / "inception.pth", folder / "cotracker", folder / "dino"
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ViTModel(ViTConfig(image_size=32, patch_size=8, **small), add_pooling_layer=False).save_pretrained(dino)
+    clip = conftest.write_clip(folder / "clip")
+    torch.save(Inception().state_dict(), inception)
+    write_cotracker(clone)
+    video = np.random.default_rng(0).integers(0, 255, (4, 40, 40, 3), np.uint8)
+    places = ("cpu", str(DEVICE))
+    compare("CLIP", *(ClipScorer(str(clip), place).embed_frames(video) for place in places))
+    compare("CLIP's texts", *(ClipScorer(str(clip), place).embed_text("a red circle") for place in places))
+    compare("DINO", *(DinoEncoder(str(dino), place).embed_frames(video) for place in places))
+    for name, weights in (("frechet_small", None), ("fid", inception)):
+        sums = [collect_statistics(name, [video], weights, 4, place).total for place in places]
+        torch.testing.assert_close(*sums, rtol=1e-4, atol=1e-4)
+    points = np.full((3, 2), 8.0)
+    tracks = [CoTracker(str(clone), device=place).track(video, points)[0] for place in places]
+    np.testing.assert_allclose(*tracks, rtol=1e-5)
 
 
 def compare(name: str, expected: Any, found: Any) -> None:

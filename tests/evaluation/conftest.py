@@ -38,24 +38,25 @@ def exact(write_videos, tmp_path_factory) -> Path:
     return write_videos(folder, config)
 
 
+def write_clip(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Saves a CLIP for pictures of 32 px and texts of 12 tokens, in the files of the real ones."""
+    tokenizer = build_tokenizer(["a red circle"], 12)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config={**small, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 12},
+        vision_config={**small, "image_size": 32, "patch_size": 8},
+        projection_dim=8,
+    )
+    CLIPModel(config).to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def save_clip() -> Callable[..., Path]:
-    """A function that saves a CLIP for pictures of 32 px and texts of 12 tokens, in the files of the real ones."""
-
-    def save(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-        tokenizer = build_tokenizer(["a red circle"], 12)
-        small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        torch.manual_seed(0)
-        config = CLIPConfig(
-            text_config={**small, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 12},
-            vision_config={**small, "image_size": 32, "patch_size": 8},
-            projection_dim=8,
-        )
-        CLIPModel(config).to(dtype).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-        processor.save_pretrained(folder)
-        return folder
-
-    return save
+    """`write_clip`, for tests that cannot import it."""
+    return write_clip
