@@ -140,8 +140,7 @@ def check_inputs(
     if pipe.motion_controlnet is None and (drawn or image is not None):
         raise ValueError("image and trajectories need ControlNets, and this is a text-to-video model, which has none")
     scale = _given(guidance_scale, defaults.guidance_scale)
-    if not drawn:
-        _refuse_weights(mix=mix, camera_free_scale=camera_free_scale)
+    drawn = _place_drawn(drawn, num_frames, (width, height), mix=mix, camera_free_scale=camera_free_scale)
     weights = parse_mix(mix)
     if weights is not None:
         plan(control, scale, camera_free_scale, _given(trajectory_guidance_scale, 1.0), bool(drawn), weights)
@@ -160,8 +159,6 @@ def check_inputs(
 
     branches(scale, weights, True, True)  # raises where the scales do not go together
     if drawn:
-        _check_trajectories(drawn, num_frames)
-        drawn = [crop_drawn(one, (width, height), "trajectories") for one in drawn]
         _check_adapters(pipe, [control] if weights is None else weights)
     images = [] if image is None else [_read_pictures(one, num_frames) for one in _as_list(image)]
     placed = [] if boxes is None else list(_as_list(boxes))
@@ -324,13 +321,6 @@ def parse_mix(value: Mapping[Any, float] | None) -> Mix | None:
     return {parse_control(name): float(weight) for name, weight in value.items()}
 
 
-def _refuse_weights(**given: Any) -> None:
-    """Raises ValueError where a call without trajectories says how these act."""
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"{name}={value} weighs what trajectories do, and there are none; leave it out")
-
-
 def _check_adapters(pipe: Any, controls: Iterable[Control]) -> None:
     attached = set(attached_adapters(pipe.motion_controlnet))
     for control in controls:
@@ -339,12 +329,19 @@ def _check_adapters(pipe: Any, controls: Iterable[Control]) -> None:
             raise ValueError(f"control {control.value!r} needs the {names}, which this model does not have")
 
 
-def _check_trajectories(drawn: list[Trajectories], num_frames: int) -> None:
+def _place_drawn(
+    drawn: Sequence[Trajectories], num_frames: int, size: tuple[int, int], **weights: Any
+) -> list[Trajectories]:
+    """The trajectories on the cropped picture; ValueError where they do not fit, or weights are given without any."""
+    for name, value in () if drawn else weights.items():
+        if value is not None:
+            raise ValueError(f"{name}={value} weighs what trajectories do, and there are none; leave it out")
     for one in drawn:
         if one.num_frames != num_frames:
             raise ValueError(f"the video has {num_frames} frames, its trajectories {one.num_frames}")
         if not one.points[one.visible].isfinite().all():
             raise ValueError("trajectories: a visible point is not finite")
+    return [crop_drawn(one, size, "trajectories") for one in drawn]
 
 
 def _given(value: Any, default: Any) -> Any:
