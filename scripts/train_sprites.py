@@ -247,29 +247,30 @@ def vocabulary(recipe: SpriteRecipe) -> list[str]:
 def train_vae(
     recipe: SpriteRecipe, config: AutoencoderConfig, budget: float, runs: Path, model: Path, clock: Clock
 ) -> None:
-    """Trains the autoencoder, or its decoder, in the main process, unless the result is there.
+    """Trains the autoencoder, or its decoder, unless the result is there; processes share the crops of a step.
 
     Raises:
         OutOfTimeError: The time was over before its end.
     """
-    config = replace(config, max_steps=scale_steps(config.max_steps, budget), max_minutes=clock.left())
     done = runs / "done"
-
-    def work() -> None:
-        if done.exists():
-            return
-        networks = Networks.load(model)
-        samples = SpriteSamples(recipe.world, list(SpriteSet), config.frames_per_clip)
-        data = Batches(samples, config.batch_size // config.frames_per_clip)
-        workers = min(recipe.gpu.num_workers, os.cpu_count() or 1) if has_gpu() else 0
-        if train_autoencoder(networks.vae, data, config, runs, workers) >= config.max_steps:
-            report_decoded(recipe, networks.vae, runs)
-            networks.vae.save_pretrained(model / "vae")
-            done.touch()
-
-    alone(work)
-    if not done.exists():
+    if done.exists():
+        return
+    clips, processes = config.batch_size // config.frames_per_clip, PartialState().num_processes
+    if clips % processes:
+        raise SystemExit(f"{runs.name}: {processes} processes cannot share the crops of {clips} clips a step evenly")
+    config = replace(config, max_steps=scale_steps(config.max_steps, budget), max_minutes=clock.left())
+    vae = Networks.load(model).vae
+    data = Batches(SpriteSamples(recipe.world, list(SpriteSet), config.frames_per_clip), clips // processes)
+    workers = min(recipe.gpu.num_workers, os.cpu_count() or 1) if has_gpu() else 0
+    if train_autoencoder(vae, data, config, runs, workers) < config.max_steps:
         raise OutOfTimeError(runs.name)
+
+    def keep() -> None:
+        report_decoded(recipe, vae, runs)
+        vae.save_pretrained(model / "vae")
+        done.touch()
+
+    alone(keep)
 
 
 @torch.no_grad()

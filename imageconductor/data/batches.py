@@ -98,6 +98,12 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+def sample_generators(seed: int, first: int, count: int) -> list[torch.Generator]:
+    """A generator for each of `count` samples; sample p's depends on (seed, p) alone, not on process or batch."""
+    keys = [np.random.SeedSequence((seed, first + i)).generate_state(1, np.uint64)[0] >> 1 for i in range(count)]
+    return [torch.Generator().manual_seed(int(key)) for key in keys]
+
+
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device; on the way to a GPU through pinned memory, so that the CPU does not wait for the copy."""
     if device.type == "cuda" and tensor.device.type == "cpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -9,12 +10,13 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from accelerate.utils import reduce
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from imageconductor.data.batches import scale_pixels
+from imageconductor.data.batches import sample_generators, scale_pixels
 from imageconductor.devices import choose_precision
 from imageconductor.training import checkpointing
 from imageconductor.training.optimizers import MuonAndAdamW
@@ -28,7 +30,7 @@ class AutoencoderConfig:
     decoder_only: bool = False  # latents stay as they are, and what was trained on them stays valid
     max_steps: int = 1800  # optimiser steps
     max_minutes: float | None = None  # then the training stops with a checkpoint; null = no limit
-    batch_size: int = 16  # crops a step
+    batch_size: int = 16  # crops a step, of all processes together
     frames_per_clip: int = 1  # frames of other clips teach more than others of the same clip
     crop: int = 32  # pixels; many small crops teach more in the same time than few whole frames
     crop_candidates: int = 1  # random crops of a frame, of which the one with the most detail is taken
@@ -60,17 +62,25 @@ def train_autoencoder(
 ) -> int:
     """Trains `vae` in place, continuing what `runs` holds, and then settles its latents and sets their scale, 1 / std.
 
+    Every process has to call it. They share the crops of a step, and end with the same weights.
+
     Args:
         vae: AutoencoderKL; its parameters are trained, or those of its decoder, with the factor as it was.
-        data: Item i is batch i: pixel_values (B, 3, T, H, W) uint8.
+        data: Of n processes' shares of a step, (batch_size / frames_per_clip / n, 3, T, H, W) uint8 `pixel_values`,
+            item s * n + k is process k's in step s; items behind the last step's judge the latents.
         config: Settings of the training.
         runs: Folder of the checkpoints.
         num_workers: Processes that prepare batches; 0 = this one does.
 
     Returns:
         The number of steps it has behind it, fewer than `max_steps` where the time was over before.
+
+    Raises:
+        FloatingPointError: The loss of a step, or its gradients, are not finite.
+        ValueError: Another run trains into `runs`, or its checkpoints cannot be read.
     """
-    device = cast(torch.device, PartialState().device)
+    processes = PartialState()
+    device, rank, num_ranks = cast(torch.device, processes.device), processes.process_index, processes.num_processes
     precision = choose_precision(config.mixed_precision, device)
     vae.to(device, memory_format=torch.channels_last).train().requires_grad_(not config.decoder_only)
     vae.decoder.requires_grad_(True)
@@ -84,21 +94,23 @@ def train_autoencoder(
 
     done = start
     steps = range(start, config.max_steps)
-    loader = DataLoader(data, batch_size=None, sampler=steps, num_workers=num_workers, worker_init_fn=spare_worker)
-    bar = tqdm(steps, initial=start, total=config.max_steps, desc="autoencoder", unit="step")
+    shares = range(start * num_ranks + rank, config.max_steps * num_ranks, num_ranks)
+    loader = DataLoader(data, batch_size=None, sampler=shares, num_workers=num_workers, worker_init_fn=spare_worker)
+    is_shown = processes.is_main_process
+    bar = tqdm(steps, initial=start, total=config.max_steps, desc="autoencoder", unit="step", disable=not is_shown)
     with checkpointing.lock_folder(runs), Stop(config.max_minutes) as stop:
         for step, batch in zip(bar, loader, strict=True):
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            frames = sample_frames(batch["pixel_values"], config.frames_per_clip, generator)
-            if step < config.whole_frames_from * config.max_steps:
-                frames = _crop(frames, config.crop, config.crop_candidates, generator)
-            else:
-                frames = frames[: max(1, len(frames) * config.crop**2 // (frames.shape[-1] * frames.shape[-2]))]
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)  # the same in all processes
+            clips = batch["pixel_values"]
+            generators = sample_generators(config.seed, (step * num_ranks + rank) * len(clips), len(clips))
+            frames, generators = draw_crops(
+                clips, config, generators, step >= config.whole_frames_from * config.max_steps
+            )
             frames = scale_pixels(frames.to(device, memory_format=torch.channels_last))
             with torch.autocast(frames.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 posterior = vae.encode(frames).latent_dist
-                noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-                latents = posterior.mean + posterior.std * noise
+                noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=one) for one in generators])
+                latents = posterior.mean + posterior.std * noise.to(device)
                 if is_shifted := bool(torch.rand((), generator=generator) < config.equivariance):
                     latents, frames = shift(latents, frames, generator)
                 decoded = vae.decode(latents).sample.float()
@@ -108,8 +120,9 @@ def train_autoencoder(
                 loss = loss + config.latent_equivariance * carrying_error(latents.float(), again.float())
             loss = loss + config.kl_weight * posterior.kl().mean()
             loss.backward()
+            loss = _average_over_processes(parameters.values(), loss.detach())
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-            found = torch.stack([loss.detach(), norm])
+            found = torch.stack([loss, norm])
             if not found.isfinite().all():
                 value, length = found.tolist()
                 raise FloatingPointError(
@@ -124,7 +137,7 @@ def train_autoencoder(
                 bar.set_postfix(loss=f"{loss.item():.4f}", psnr=f"{psnr.item():.1f} dB")
             done = step + 1
             is_over = done == config.max_steps or stop.is_due(done)
-            if done % config.save_every == 0 or is_over:
+            if (done % config.save_every == 0 or is_over) and processes.is_main_process:
                 _save(runs, done, vae, optimizer)
             if is_over:
                 break
@@ -133,11 +146,23 @@ def train_autoencoder(
     if config.decoder_only:
         return done
     with torch.no_grad():
-        clips = torch.cat([data[config.max_steps + i]["pixel_values"] for i in range(8)])
+        clips = torch.cat([data[config.max_steps * num_ranks + i]["pixel_values"] for i in range(8 * num_ranks)])
         frames = scale_pixels(clips.transpose(1, 2).flatten(0, 1).to(device))
         settle_latents_(vae, frames)
         vae.register_to_config(scaling_factor=1 / vae.encode(frames).latent_dist.mean.std().item())
     return done
+
+
+def _average_over_processes(parameters: Collection[nn.Parameter], loss: Tensor) -> Tensor:
+    """Puts the mean gradients of all processes in the place of this one's, and gives the mean of their losses ()."""
+    if PartialState().num_processes == 1:
+        return loss
+    gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
+    together = torch.cat([loss.view(1), *(gradient.flatten() for gradient in gradients)])
+    loss, *means = cast(Tensor, reduce(together, "mean")).split([1, *(gradient.numel() for gradient in gradients)])
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient))
+    return loss.squeeze(0)
 
 
 _NO_NOISE = -30.0  # log variance; diffusers allows no less
@@ -172,7 +197,7 @@ def _save(runs: Path, step: int, vae: Any, optimizer: Any) -> None:
 
 def _restore(runs: Path, vae: Any, optimizer: Any) -> int:
     """Puts the latest checkpoint back, and gives its step; 0 without one."""
-    checkpoint = checkpointing.latest(runs)
+    checkpoint = checkpointing.latest_agreed(runs)
     if checkpoint is None:
         return 0
     vae.load_state_dict(checkpoint.tensors["parameters"])
@@ -180,10 +205,22 @@ def _restore(runs: Path, vae: Any, optimizer: Any) -> int:
     return checkpoint.step
 
 
-def sample_frames(clips: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` frames of each clip, (B*count, 3, H, W), from (B, 3, T, H, W)."""
-    chosen = [clip[:, torch.randperm(clip.shape[1], generator=generator)[:count]] for clip in clips]
-    return torch.cat([frames.transpose(0, 1) for frames in chosen])
+def draw_crops(
+    clips: Tensor, config: AutoencoderConfig, generators: Sequence[torch.Generator], is_whole: bool
+) -> tuple[Tensor, list[torch.Generator]]:
+    """Crops of a step (B, 3, H, W) uint8, each with a generator, from clips (N, 3, T, H, W), each with one.
+
+    Of whole frames only as many are taken as have the pixels of the crops.
+    """
+    chosen = []
+    for clip, generator in zip(clips, generators, strict=True):
+        chosen.append(clip[:, torch.randperm(clip.shape[1], generator=generator)[: config.frames_per_clip]])
+    frames = torch.cat([clip.transpose(0, 1) for clip in chosen])
+    each = [generator for generator in generators for _ in range(config.frames_per_clip)]
+    if not is_whole:
+        return _crop(frames, config.crop, config.crop_candidates, each), each
+    every = max(1, frames.shape[-1] * frames.shape[-2] // config.crop**2)
+    return frames[::every], each[::every]
 
 
 def shift(latents: Tensor, frames: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -216,10 +253,10 @@ def carrying_error(shifted: Tensor, encoded: Tensor) -> Tensor:
     return F.mse_loss(shifted[inner], encoded[inner]) / encoded[inner].var((0, 2, 3)).mean()
 
 
-def _crop(frames: Tensor, size: int, num_candidates: int, generator: torch.Generator) -> Tensor:
-    """A square of each frame: of a few random ones the one whose neighbouring rows differ most."""
+def _crop(frames: Tensor, size: int, num_candidates: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """A square of each frame: of a few that its generator draws the one whose neighbouring rows differ most."""
     squares = []
-    for frame in frames:
+    for frame, generator in zip(frames, generators, strict=True):
         found = []
         for _ in range(num_candidates):
             top, left = (

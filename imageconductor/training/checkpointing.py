@@ -9,18 +9,21 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from imageconductor.files import atomic_folder, lock, replace_folder
+from imageconductor.processes import run_together
 
 logger = logging.getLogger(__name__)
 _PATIENCE_S = 10.0  # The workers of a run that was just killed hold its lock until they notice.
@@ -114,15 +117,47 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def latest_agreed(folder: Path) -> Checkpoint | None:
+    """What `latest` gives the main process, in every process of a run.
+
+    Raises:
+        ValueError: As of `latest`, or a process cannot read what the main process has read.
+    """
+    processes = PartialState()
+    found = run_together(lambda: latest(folder) if processes.is_main_process else None)
+    (step,) = broadcast_object_list([found and found.step])
+
+    def read() -> Checkpoint | None:
+        if processes.is_main_process or step is None:
+            return found
+        try:
+            return load(folder, step)
+        except ValueError as error:
+            raise ValueError(
+                f"process {processes.process_index}: {error}, which the main process has read; put output={folder} "
+                "on a disk that all processes share"
+            ) from error
+
+    return run_together(read)
+
+
 def latest_step(folder: Path) -> int | None:
     """The step of the newest checkpoint, readable or not; None without one."""
     folders = _folders(folder)
     return _step(folders[-1]) if folders else None
 
 
-def lock_folder(folder: Path) -> AbstractContextManager[None]:
-    """A block in which no other run writes into a run folder; ValueError if one does."""
-    return lock(folder / ".lock", patience_s=_PATIENCE_S)
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """A block in which no other run writes into a run folder, which all processes of a run begin, or none.
+
+    Raises:
+        ValueError: Another run writes into it.
+    """
+    with ExitStack() as stack:
+        run_lock = lock(folder / ".lock", patience_s=_PATIENCE_S)
+        run_together(lambda: stack.enter_context(run_lock) if PartialState().is_main_process else None)
+        yield
 
 
 def save_result(folder: Path, write: Callable[[Path], None]) -> None:

@@ -8,21 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from imageconductor.data.batches import send, send_clips
+from imageconductor.data.batches import sample_generators, send, send_clips
 from imageconductor.data.clip_records import CorruptClipError
 from imageconductor.devices import HALF
 from imageconductor.files import remove_partial
 from imageconductor.models.motion_module import Float32Attention
 from imageconductor.models.networks import cast_network
-from imageconductor.processes import run_together
 from imageconductor.training import checkpointing, sharding
 from imageconductor.training.engines import REMEDY, build_engine
 from imageconductor.training.hooks import Log, Preview, Save, ShowPreview, TrainState, count_loading
@@ -75,7 +72,7 @@ def train(
         stage.begin(data)
     optimizer = build_optimizer(engine.groups.values(), config, accelerator.device)
     average = WeightAverage(parameters, config.ema_decay)
-    checkpoint = _read_checkpoint(output, accelerator)
+    checkpoint = checkpointing.latest_agreed(output)
     state = TrainState(step=_restore(checkpoint, parameters, average))
     lr_scheduler = get_scheduler(
         config.lr_schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
@@ -97,7 +94,7 @@ def train(
     )
     batches = count_loading(_batches(data, config, accelerator, start=state.step), state)
     num_micro_steps, num_timesteps = config.gradient_accumulation_steps, stage.scheduler.config["num_train_timesteps"]
-    with Stop(config.max_minutes, accelerator, config.log_every) as stop:
+    with Stop(config.max_minutes, config.log_every) as stop:
         while state.step < config.max_steps and not stop.is_due(state.step):
             state.terms = {}
             found: list[tuple[Tensor, list[str]]] = []
@@ -190,13 +187,7 @@ def _batches(
     workers["worker_init_fn"] = spare_worker
     loader = DataLoader(data, batch_size=None, sampler=indices, pin_memory=accelerator.device.type == "cuda", **workers)
     for index, batch in zip(indices, send_clips(loader, accelerator.device), strict=True):
-        yield batch, _generators(config.seed, index * config.batch_size, len(batch["key"]))
-
-
-def _generators(seed: int, first: int, count: int) -> list[torch.Generator]:
-    """A generator for each of `count` samples; sample p's depends on (seed, p) alone, not on process or batch."""
-    keys = [np.random.SeedSequence((seed, first + i)).generate_state(1, np.uint64)[0] >> 1 for i in range(count)]
-    return [torch.Generator().manual_seed(int(key)) for key in keys]
+        yield batch, sample_generators(config.seed, index * config.batch_size, len(batch["key"]))
 
 
 def _count_corrupt(state: TrainState, batch: dict[str, Any], config: LoopConfig) -> None:
@@ -210,25 +201,6 @@ def _count_corrupt(state: TrainState, batch: dict[str, Any], config: LoopConfig)
             f"{state.corrupt} of {state.clips} clips cannot be read, more than max_corrupt_fraction="
             f"{config.max_corrupt_fraction}; the last: {skipped[-1]}"
         )
-
-
-def _read_checkpoint(output: Path, accelerator: Accelerator) -> checkpointing.Checkpoint | None:
-    """The checkpoint that the run goes on from, the same in every process: the main process chooses."""
-    found = run_together(lambda: checkpointing.latest(output) if accelerator.is_main_process else None)
-    (step,) = broadcast_object_list([found and found.step])
-
-    def read() -> checkpointing.Checkpoint | None:
-        if accelerator.is_main_process or step is None:
-            return found
-        try:
-            return checkpointing.load(output, step)
-        except ValueError as error:
-            raise ValueError(
-                f"process {accelerator.process_index}: {error}, which the main process has read; put output={output} "
-                "on a disk that all processes share"
-            ) from error
-
-    return run_together(read)
 
 
 def _restore(

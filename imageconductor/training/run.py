@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +13,7 @@ from imageconductor.data.batches import Batches
 from imageconductor.devices import choose_precision
 from imageconductor.files import check_writable
 from imageconductor.models.networks import Networks
-from imageconductor.processes import run_together, start_processes
+from imageconductor.processes import start_processes
 from imageconductor.training import checkpointing
 from imageconductor.training.loop import Preview, TrainState, train
 from imageconductor.training.record import check_continuation
@@ -47,7 +46,7 @@ def run_stage(config: StageConfig, previews: PreviewFactory | None = None) -> Tr
     shows_previews = previews is not None and config.preview_every
     held_out = stage_class.read_held_out(config) if config.validation_every else []
     clips = (held_out or stage_class.read_held_out(config, _PREVIEWED_CLIPS)) if shows_previews else []
-    with _lock_folder(Path(config.output), processes.is_main_process):
+    with checkpointing.lock_folder(Path(config.output)):
         stage = stage_class(Networks.load(config.model), config)
         preview = None
         if previews is not None and clips:
@@ -56,15 +55,6 @@ def run_stage(config: StageConfig, previews: PreviewFactory | None = None) -> Tr
             folder = Path(config.output) / "previews"
             preview = previews(clips[:_PREVIEWED_CLIPS], stage.preview_control, folder, sampling)
         return train(stage, data, config, preview, held_out)
-
-
-@contextmanager
-def _lock_folder(folder: Path, is_main_process: bool) -> Iterator[None]:
-    """Inside the block no other run writes into a folder; all processes of this one begin it, or none."""
-    with ExitStack() as stack:
-        lock = checkpointing.lock_folder(folder)
-        run_together(lambda: stack.enter_context(lock) if is_main_process else None)
-        yield
 
 
 def check_inputs(config: StageConfig) -> None:

@@ -6,10 +6,12 @@ import logging
 import signal
 import threading
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +27,11 @@ class Stop:
 
     Args:
         max_minutes: That the run may take; None = no limit.
-        accelerator: Of this process; None = it trains alone.
         log_every: Steps between two times that several processes wait for each other anyway.
     """
 
-    def __init__(self, max_minutes: float | None, accelerator: Accelerator | None = None, log_every: int = 1):
-        self.accelerator, self.every = accelerator, min(log_every, _AGREED_EVERY)
+    def __init__(self, max_minutes: float | None, log_every: int = 1):
+        self.every = min(log_every, _AGREED_EVERY)
         self.end = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self.signal: int | None = None
         self.handlers: dict[int, Any] = {}
@@ -47,11 +48,11 @@ class Stop:
     def is_due(self, step: int) -> bool:
         """Whether the run has to end after so many steps; several processes agree on it every few steps."""
         is_due = self.signal is not None or (self.end is not None and time.monotonic() >= self.end)
-        if self.accelerator is not None and self.accelerator.num_processes > 1:
+        processes = PartialState()
+        if processes.num_processes > 1:
             if step % self.every:
                 return False
-            reduce: Any = self.accelerator.reduce
-            is_due = reduce(torch.tensor(float(is_due), device=self.accelerator.device), "sum").item() > 0
+            is_due = cast(Tensor, reduce(torch.tensor(float(is_due), device=processes.device), "sum")).item() > 0
         if is_due and self.signal is not None:
             logger.warning("%s: the run ends after step %d", signal.Signals(self.signal).name, step)
         return is_due

@@ -170,15 +170,13 @@ import sys
 from pathlib import Path
 from accelerate import Accelerator
 from imageconductor.training import checkpointing
-from imageconductor.training.loop import _read_checkpoint
-from imageconductor.training.run import _lock_folder
 
 checkpointing._PATIENCE_S = 0
 accelerator = Accelerator(cpu=True)
 folder = Path(sys.argv[1]) / str(accelerator.process_index)
 try:
-    with _lock_folder(folder, accelerator.is_main_process):
-        found = _read_checkpoint(folder, accelerator)
+    with checkpointing.lock_folder(folder):
+        found = checkpointing.latest_agreed(folder)
     said = f"goes on from {found and found.step}"
 except ValueError as error:
     said = str(error)
@@ -214,6 +212,51 @@ def test_all_processes_go_on_from_the_main_ones_checkpoint_or_none_does(steps, s
         run_forked(["--nproc_per_node=2", str(tmp_path / "choose.py"), str(tmp_path)])
     for rank in range(2):
         assert re.search(said[rank], (tmp_path / str(rank) / "said").read_text())
+
+
+_SHARING = """
+import sys
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from imageconductor.data.batches import Batches, SpriteSamples
+from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
+from imageconductor.models.networks import Networks
+from imageconductor.training.autoencoder import AutoencoderConfig, train_autoencoder
+
+model, output, kind = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+settings = {"decoder_only": True} if kind == "decoder" else {}
+config = AutoencoderConfig(
+    max_steps=4, batch_size=8, frames_per_clip=2, crop=16, crop_candidates=2, whole_frames_from=0.5, equivariance=0.5,
+    save_every=2, learning_rate=1e-3, **settings
+)
+processes = PartialState(cpu=True)
+samples = SpriteSamples(SpriteWorldConfig(size=(32, 32), num_frames=4), list(SpriteSet), 2)
+data = Batches(samples, 4 // processes.num_processes)
+vae = Networks.load(model).vae
+for max_steps in (2, 4):  # the second goes on from the first's checkpoint
+    config.max_steps = max_steps
+    train_autoencoder(vae, data, config, output / "runs")
+vae.save_pretrained(output / str(processes.process_index))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["whole", "decoder"])
+def test_two_processes_that_share_the_crops_train_the_autoencoder_as_one(kind, tiny_model, tmp_path, run_forked):
+    (tmp_path / "share.py").write_text(_SHARING)
+    for count in (1, 2):
+        (tmp_path / str(count)).mkdir()
+        script = [str(tmp_path / "share.py"), str(tiny_model), str(tmp_path / str(count)), kind]
+        run_forked([f"--nproc_per_node={count}", *script])
+    folders = [tmp_path / name for name in ("1/0", "2/0", "2/1")]
+    one, first, second = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in folders)
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    start = load_file(tiny_model / "vae" / "diffusion_pytorch_model.safetensors")
+    way, apart = (torch.cat([(one[key] - other[key]).flatten() for key in one]).norm() for other in (start, first))
+    assert apart < 0.1 * way
+    factors = [json.loads((folder / "config.json").read_text())["scaling_factor"] for folder in folders]
+    assert factors[1] == factors[2] == pytest.approx(factors[0], rel=1e-3)
 
 
 # What accelerate makes of configs/accelerate/fsdp.yaml and deepspeed.yaml.
