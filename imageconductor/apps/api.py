@@ -62,7 +62,8 @@ def add_endpoint(studio: Studio) -> None:
 
         Returns:
             videos, overlays and gifs, each a list of files; trajectories, boxes, run and everything, files; seeds;
-            background, the measured displacement of each video in words.
+            background, the measured displacement of each video in words; cropped, a line for each track and box that
+            is outside of the part of the picture that the videos show.
         """
         visit = studio.visits.find(request.session_hash)
         try:
@@ -103,7 +104,7 @@ def describe(result: Result) -> dict[str, Any]:
     names = {"trajectories": "trajectories.json", "boxes": "boxes.json", "run": "run.yaml", "everything": "all.zip"}
     files = {key: [_file(result.find(kind, seed)) for seed in result.seeds] for key, kind in kinds.items()}
     others = {key: _file(result.file(name)) for key, name in names.items()}
-    return {**files, **others, "seeds": result.seeds, "background": result.displacement}
+    return {**files, **others, "seeds": result.seeds, "background": result.displacement, "cropped": result.cropped}
 
 
 def _file(path: Path | None) -> dict[str, Any] | None:

@@ -133,7 +133,8 @@ def import_tracks(request: object) -> dict[str, Any]:
 
     Args:
         request: {"files": [{"name": file name, "data": base64}, ...], "size": [W, H] of the picture,
-            "video_size": [W, H] or null, "num_frames": T, "max_objects": of the model, or null}.
+            "video_size": [W, H] or null, "num_frames": T, "max_objects": of the model, or null, "max_tracks" and
+            "max_points": of the drawing, of which more are thinned out}.
 
     Returns:
         {"drawing": value, "objects": boxes of the value, "notes": [line, ...]}, without "drawing" or "objects" where no
@@ -165,11 +166,43 @@ def import_tracks(request: object) -> dict[str, Any]:
                 raise ValueError(str(error).replace(f"{folder}/", "")) from None
             notes = [] if file is None else [note.replace(f"{folder}/", "") for note in file.notes]
         if file is not None:
+            most = (
+                _read_bound(fields.get("max_tracks"), MAX_DRAWN_TRACKS),
+                _read_bound(fields.get("max_points"), MAX_DRAWN_POINTS),
+            )
             answer["drawing"] = drawing_value(file, picture, num_frames, published)
-            check_drawing_value(answer["drawing"], num_frames)
+            notes += _thin_tracks(answer["drawing"], 0 if file.camera is None else file.camera.num_tracks, *most)
+            check_drawing_value(answer["drawing"], num_frames, *most)
     except ValueError as error:
         return {"error": str(error)[:1000]}
     return {**answer, "notes": notes}
+
+
+def _read_bound(value: object, most: int) -> int:
+    """A bound that a browser sent, or the most where it sent none that is lower."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 1 <= value < most else most
+
+
+def _thin_tracks(value: dict[str, Any], num_camera: int, max_tracks: int, max_points: int) -> list[str]:
+    """Keeps every k-th track of an editor's value, so that it has no more than can be used; says so in a note.
+
+    Args:
+        value: Whose tracks are changed.
+        num_camera: Tracks of its camera, which count too.
+        max_tracks: Largest number of tracks.
+        max_points: Largest number of their points.
+    """
+    tracks = cast("list[dict[str, Any]]", value["tracks"])
+    kept, every = tracks, 1
+    while len(kept) > 1 and (
+        len(kept) + num_camera > max_tracks or sum(len(track["points"]) for track in kept) > max_points
+    ):
+        every += 1
+        kept = tracks[::every]
+    value["tracks"] = kept
+    if every == 1:
+        return []
+    return [f"Of {len(tracks)} tracks {len(kept)} are kept, one of every {every}: more cannot be used here."]
 
 
 def _read_drawn(

@@ -16,16 +16,27 @@ import gradio as gr
 from gradio import component_meta
 from PIL import Image
 
-from imageconductor.apps.drawing import MAX_DRAWN_TRACKS, import_tracks, list_presets
+from imageconductor.apps.drawing import MAX_DRAWN_POINTS, MAX_DRAWN_TRACKS, import_tracks, list_presets
 
 MAX_SHOWN_PX = 1536
 """Longest side of the picture that the browser gets; positions count in pixels of the original."""
 
 _SCRIPTS = (
     *("motion.js", "drawing.js", "boxes.js", "view.js", "playback.js"),
-    *("input.js", "box_input.js", "panels.js", "box_panel.js", "editor.js"),
+    *("input.js", "box_input.js", "panels.js", "box_panel.js", "files.js", "editor.js"),
 )
-_PROPS = ("image", "video_size", "num_frames", "fps", "controls", "max_tracks", "max_objects", "presets")
+_PROPS = (
+    "picture_input",
+    "image",
+    "video_size",
+    "num_frames",
+    "fps",
+    "controls",
+    "max_tracks",
+    "max_points",
+    "max_objects",
+    "presets",
+)
 _JPEG_QUALITY = 88
 
 
@@ -55,7 +66,9 @@ with mock.patch.object(component_meta, "create_or_modify_pyi", create=True):
             fps: at which the motion is played.
             controls: what the model's tracks may move, of "camera" and "object": with both, tracks are marked.
             max_tracks: largest number of tracks that can be drawn.
+            max_points: largest number of points of all tracks that are imported.
             max_objects: largest number of boxes that can be drawn; None = none, and there is no tool for them.
+            picture_input: CSS selector of the page's file input, which gets a picture that is dropped on the editor.
             presets: from `list_presets`; None = those.
             html: further arguments of gr.HTML, such as elem_id and visible.
         """
@@ -70,7 +83,9 @@ with mock.patch.object(component_meta, "create_or_modify_pyi", create=True):
             fps: float = 8,
             controls: Sequence[str] = ("camera", "object"),
             max_tracks: int = MAX_DRAWN_TRACKS,
+            max_points: int = MAX_DRAWN_POINTS,
             max_objects: int | None = None,
+            picture_input: str | None = None,
             presets: dict[str, Any] | None = None,
             **html: Any,
         ) -> None:
@@ -87,7 +102,9 @@ with mock.patch.object(component_meta, "create_or_modify_pyi", create=True):
                 fps=fps,
                 controls=list(controls),
                 max_tracks=max_tracks,
+                max_points=max_points,
                 max_objects=max_objects,
+                picture_input=picture_input,
                 presets=list_presets() if presets is None else presets,
                 **html,
             )

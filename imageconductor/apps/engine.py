@@ -235,6 +235,7 @@ class Engine:
                 if self._closed:
                     return
                 ticket = self._running = self._waiting.popleft()
+            ticket.report(Waiting(0))  # weights may have to be loaded, and the first step takes its time
             try:
                 outcome: Event | BaseException = Stopped() if ticket.is_stopped else self._make(ticket)
             except BaseException as error:
@@ -275,6 +276,8 @@ class Engine:
             if ticket.is_stopped:
                 return Stopped()
             decoded = pipe.decode_latents(output.frames, inputs.job.decode_chunk_size)
+            if ticket.is_stopped:
+                return Stopped()
             videos = [to_uint8(video) for video in decoded.permute(0, 1, 3, 4, 2).cpu().numpy()]
         finally:
             pipe.maybe_free_model_hooks()

@@ -15,18 +15,22 @@ from imageconductor.apps.limits import FieldError, Limits
 from imageconductor.apps.shelf import Shelf
 from imageconductor.checkpoints.model_folder import (
     SamplingDefaults,
+    adapter_names,
     locate_model,
     read_gate_config,
     read_sampling_defaults,
 )
+from imageconductor.conditioning import Trajectories
 from imageconductor.files import write_text
 from imageconductor.models.networks import GATES
-from imageconductor.sampling.branches import Control
+from imageconductor.sampling.branches import ADAPTERS, Control
 from imageconductor.sampling.gate_inputs import FirstFrame
 from imageconductor.sampling.job import SampleJob
+from imageconductor.sampling.job_conditions import list_cropped_tracks
 
 AUTOMATIC = "automatic"
-"""The control that the tracks themselves state, or the object; what carries the first frame as the boxes say."""
+"""The control that the tracks themselves state, or the object, and that of the only LoRA where a model lacks one; what
+carries the first frame as the boxes say."""
 
 _MAX_SEED = 2**31 - 1
 _FIELD_WORDS = (  # in the order in which they are looked for in a message
@@ -56,6 +60,7 @@ class Form:
         picture: File of the first frame; None = the prompt alone.
         drawing: Tracks and camera in pixels of the picture, docs/trajectories.md, and boxes as "objects"; None =
             nothing is drawn.
+        drawing_size: (W, H) that the drawing must have; None = any.
         seed: Of the first video; those of further ones count up from it.
         camera_free_scale: 0 and None = off.
         scene_guidance_scale, gated_fraction: Of the gates; without boxes they say nothing, unless first_frame_by lets
@@ -66,6 +71,7 @@ class Form:
 
     picture: str | None = None
     drawing: Mapping[str, Any] | None = None
+    drawing_size: tuple[int, int] | None = None
     prompt: str = ""
     negative_prompt: str | None = None
     seed: int = 0
@@ -92,6 +98,12 @@ def read_defaults(model: str) -> SamplingDefaults:
 def list_gates(model: str) -> list[str]:
     """What a model folder has of "object_gates" and "scene_gates"."""
     return [name for name in GATES if read_gate_config(locate_model(model), name) is not None]
+
+
+def list_controls(model: str) -> list[str]:
+    """The controls whose LoRAs a model folder has."""
+    names = adapter_names(locate_model(model))
+    return [control.value for control in Control if set(ADAPTERS[control]) <= set(names)]
 
 
 def read_max_objects(model: str) -> int | None:
@@ -157,29 +169,62 @@ def build_job(form: Form, base: SampleJob, shelf: Shelf, limits: Limits, folder:
         limits.check_picture(Path(form.picture))
         job = replace(job, image=form.picture)
     if form.drawing is not None:
-        job = _with_drawing(job, form.drawing, limits, folder)
+        job = _with_drawing(job, form, limits, folder)
     if job.boxes is None and job.first_frame_by not in ("gates", "both"):  # no gate acts
         job = replace(job, scene_guidance_scale=1.0, gated_fraction=1.0)
-    if job.trajectories is None:  # nor does the scale of what they do
-        job = replace(job, camera_free_scale=None)
+    if job.trajectories is None:  # nor do the scales of what they do
+        job = replace(job, camera_free_scale=None, trajectory_guidance_scale=None)
     return job
 
 
-def _with_drawing(job: SampleJob, value: Any, limits: Limits, folder: Path) -> SampleJob:
+def _with_drawing(job: SampleJob, form: Form, limits: Limits, folder: Path) -> SampleJob:
     """The job with its tracks and its boxes as new files of the folder."""
     num_frames, max_objects = cast(int, job.num_frames), read_max_objects(job.model)
-    drawing = limits.check_drawing(value, num_frames, max_objects=max_objects)
+    drawing = limits.check_drawing(form.drawing, num_frames, max_objects=max_objects, size=form.drawing_size)
     boxes = check_drawn_boxes(drawing, num_frames, max_objects)
     name = secrets.token_hex(8)
     if _draws(drawing):
         path = folder / f"drawing-{name}.json"
         write_text(path, json.dumps(without_boxes(drawing)))
-        job = replace(job, trajectories=str(path))
+        job = replace(job, trajectories=str(path), control=job.control or cast(Any, _only_control(job.model)))
     if boxes is not None:
         path = folder / f"boxes-{name}.json"
         boxes.save(path)
         job = replace(job, boxes=str(path))
     return job
+
+
+def _only_control(model: str) -> str | None:
+    """What drawings move with a model folder that lacks the camera's or the object's LoRA; None = it has both."""
+    controls = list_controls(model)
+    if Control.MIXED.value in controls:
+        return None
+    return next(one for one in ("object", "camera", "base") if one in controls)
+
+
+def list_cropped(drawing: Mapping[str, Any], job: SampleJob) -> list[str]:
+    """A line for each track and each box of a checked drawing that the video's part of the picture never holds.
+
+    Args:
+        drawing: As the visitor drew it; its tracks are counted from 0 and its boxes from 1.
+        job: From `build_job`.
+
+    Raises:
+        FieldError: It holds no track.
+    """
+    defaults, num_frames = read_defaults(job.model), cast(int, job.num_frames)
+    size = job.width or defaults.width, job.height or defaults.height
+    said = "outside of the bright part of the picture, which is all that the video shows; drag"
+    drawn = Trajectories.from_drawing(without_boxes(drawing), num_frames)
+    placed = drawn.cover_crop(size)
+    if drawn.visible.any() and not placed.visible.any():
+        raise FieldError("drawing", f"every track is {said} one into it")
+    lines = [f"track {n} is {said} it there" for n in list_cropped_tracks(drawn, placed)]
+    boxes = check_drawn_boxes(drawing, num_frames, read_max_objects(job.model))
+    if boxes is not None:
+        is_lost = boxes.present.any(1) & ~boxes.cover_crop(size).present.any(1)
+        lines += [f"box {n + 1} ({boxes.names[n]}) is {said} it there" for n in is_lost.nonzero().flatten().tolist()]
+    return lines
 
 
 def _check_gate_settings(form: Form) -> dict[str, Any]:

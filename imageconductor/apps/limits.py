@@ -100,7 +100,12 @@ class Limits:
         return width, height
 
     def check_drawing(
-        self, drawing: Any, num_frames: int, name: str = "drawing", max_objects: int | None = None
+        self,
+        drawing: Any,
+        num_frames: int,
+        name: str = "drawing",
+        max_objects: int | None = None,
+        size: tuple[int, int] | None = None,
     ) -> dict[str, Any]:
         """A drawing as a trajectory file holds it, and boxes beside it, with everything in it checked.
 
@@ -109,12 +114,13 @@ class Limits:
             num_frames: Of the video.
             name: Field that a refusal concerns.
             max_objects: Of the model's object gates; None = it takes no boxes.
+            size: (W, H) of the picture that it must be drawn on; None = any.
 
         Raises:
-            FieldError: It is no drawing, or a larger one.
+            FieldError: It is no drawing, a larger one, or one on a picture of another size.
         """
         try:
-            check_drawing_value(without_boxes(drawing), num_frames, self.tracks, self.points)
+            check_drawing_value(without_boxes(drawing), num_frames, self.tracks, self.points, size=size)
             check_drawn_boxes(drawing, num_frames, max_objects)
         except ValueError as error:
             raise FieldError(name, str(error)) from error

@@ -13,6 +13,16 @@ from PIL import Image
 from imageconductor.apps.progress import Step, Waiting
 from imageconductor.sampling.video import Frames
 
+LABELS = {
+    "guidance_scale": "Guidance by the prompt",
+    "trajectory_guidance_scale": "Guidance by the drawing",
+    "camera_free_scale": "Hold the camera still",
+    "scene_guidance_scale": "Guidance by the boxes",
+    "first_frame_by": "The picture acts through",
+    "gated_fraction": "Part of the steps with boxes",
+}
+"""What the page calls settings of `SampleJob`."""
+
 _FRAME_MS = 320
 _BRANCH_NAMES = {
     "undrawn": "without the drawing",
@@ -37,8 +47,11 @@ def show_step(step: Step, last: str = "") -> str:
         step: The step.
         last: Pictures of an earlier step, from `show_pictures`, for a step that has none.
     """
+    pictures = show_pictures(step) or last
+    if step.done == step.total:
+        return _bar("Writing the video", f"after {step.total} steps", 1.0) + pictures
     left = "" if step.seconds_left is None else f"{format_seconds(step.seconds_left)} left"
-    return _bar(f"Step {step.done} of {step.total}", left, step.done / step.total) + (show_pictures(step) or last)
+    return _bar(f"Step {step.done} of {step.total}", left, step.done / step.total) + pictures
 
 
 def show_pictures(step: Step) -> str:
@@ -76,9 +89,10 @@ def show_error(message: str) -> str:
     return f'<div class="ic-error" role="alert">{html.escape(message)}</div>'
 
 
-def count_from_one(message: str) -> str:
-    """A refusal of a drawing that numbers tracks and points as the page does; files and programs count from 0."""
-    return re.sub(r"\b(track|point) (\d+)\b", lambda found: f"{found[1]} {int(found[2]) + 1}", message)
+def translate(message: str) -> str:
+    """A message in the page's words: tracks and points count from 1, and settings are called as their labels are."""
+    counted = re.sub(r"\b(track|point) (\d+)\b", lambda found: f"{found[1]} {int(found[2]) + 1}", message)
+    return re.sub(rf"\b({'|'.join(LABELS)})\b", lambda found: f"“{LABELS[found[1]]}”", counted)
 
 
 def format_seconds(seconds: float) -> str:
@@ -111,7 +125,8 @@ def _figure(frames: Frames, caption: str, large: bool = False) -> str:
 def _bar(what: str, more: str, part: float) -> str:
     percent = f"{100 * min(max(part, 0.0), 1.0):.0f}"
     return (
-        f'<div class="ic-progress" role="progressbar" aria-valuenow="{percent}" aria-valuemin="0" aria-valuemax="100">'
+        '<div class="ic-progress" role="progressbar" aria-label="Progress of the video" '
+        f'aria-valuenow="{percent}" aria-valuemin="0" aria-valuemax="100">'
         f'<div class="ic-progress-words"><b>{html.escape(what)}</b><span>{html.escape(more)}</span></div>'
         f'<div class="ic-track"><div class="ic-fill" style="width: {percent}%"></div></div></div>'
     )

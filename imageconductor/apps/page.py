@@ -10,9 +10,8 @@ import gradio as gr
 from imageconductor.apps.api import add_endpoint
 from imageconductor.apps.editor import TrajectoryEditor, picture_url
 from imageconductor.apps.form import read_defaults
-from imageconductor.apps.page_base import Parts
+from imageconductor.apps.page_base import Example, Parts
 from imageconductor.apps.page_events import Events
-from imageconductor.apps.page_motion import Example
 from imageconductor.apps.page_parts import (
     Slots,
     build_board,
@@ -25,7 +24,7 @@ from imageconductor.apps.page_parts import (
     build_sheet,
 )
 from imageconductor.apps.studio import Studio
-from imageconductor.checkpoints.model_folder import SamplingDefaults, adapter_names, locate_model
+from imageconductor.checkpoints.model_folder import SamplingDefaults
 from imageconductor.conditioning import load_image
 from imageconductor.conditioning.trajectory_json import TRACK_CONTROLS
 
@@ -34,6 +33,9 @@ _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"
 
 CACHE_SECONDS = 600
 """Between two looks for files that are old enough to be deleted."""
+
+_COPY_SECONDS = 24 * 3600
+"""That Gradio's copies of videos and uploads are kept, since a page that shows them may be open."""
 
 
 def build_page(studio: Studio, folder: Path) -> gr.Blocks:
@@ -45,10 +47,12 @@ def build_page(studio: Studio, folder: Path) -> gr.Blocks:
     """
     limits, base = studio.limits, studio.engine.base
     defaults = read_defaults(base.model)
-    props = {"max_tracks": limits.tracks, "max_objects": studio.max_objects}
+    controls = [name for name in TRACK_CONTROLS if name in studio.controls]
+    props = {"controls": controls, "max_tracks": limits.tracks, "max_points": limits.points}
+    props |= {"max_objects": studio.max_objects, "picture_input": "#picture input[type=file]"}
     example = Example.load(folder, min(defaults.num_frames, limits.frames))
     with gr.Blocks(
-        title=TITLE, analytics_enabled=False, delete_cache=(CACHE_SECONDS, int(limits.visit_seconds)), fill_width=True
+        title=TITLE, analytics_enabled=False, delete_cache=(CACHE_SECONDS, _COPY_SECONDS), fill_width=True
     ) as page:
         gr.HTML(
             f"<h1>{TITLE}</h1><p>Draw on the picture how things move, and make the video.</p>",
@@ -59,12 +63,12 @@ def build_page(studio: Studio, folder: Path) -> gr.Blocks:
         with gr.Row(elem_classes="ic-columns"):
             with gr.Column(scale=6, min_width=340):
                 upload, again = build_picture(slots, example is not None)
-                picture = gr.State(None if example is None else str(example.picture))
-                editor = _build_editor(defaults, example, base.model, limits.frames, **props)
+                picture = gr.Textbox("" if example is None else example.picture.name, visible=False)
+                editor = _build_editor(defaults, example, limits.frames, **props)
                 slots.add("drawing")
             with gr.Column(scale=5, min_width=340):
                 parts = _build_right(studio, defaults, slots, (upload, picture, editor), example)
-        events = Events(studio, parts)
+        events = Events(studio, parts, example)
         _wire(events, parts)
         if example is not None:
             shown = [picture, editor, parts.settings.prompt, *slots.components]
@@ -77,17 +81,15 @@ def build_page(studio: Studio, folder: Path) -> gr.Blocks:
 
 
 def _build_editor(
-    defaults: SamplingDefaults, example: Example | None, model: str, max_frames: int, **props: Any
+    defaults: SamplingDefaults, example: Example | None, max_frames: int, **props: Any
 ) -> TrajectoryEditor:
     """The editor with the example in it."""
-    controls = [name for name in TRACK_CONTROLS if name in adapter_names(locate_model(model))]
     return TrajectoryEditor(
         None if example is None else example.drawing,
         image=None if example is None else picture_url(load_image(example.picture)),
         video_size=(defaults.width, defaults.height),
         num_frames=min(defaults.num_frames, max_frames),
         fps=defaults.fps,
-        controls=controls,
         **props,
         elem_id="editor",
     )
@@ -97,20 +99,20 @@ def _build_right(
     studio: Studio,
     defaults: SamplingDefaults,
     slots: Slots,
-    left: tuple[gr.File, gr.State, TrajectoryEditor],
+    left: tuple[gr.File, gr.Textbox, TrajectoryEditor],
     example: Example | None,
 ) -> Parts:
     """Settings, the buttons, what happens, and the tabs."""
     limits = studio.limits
     prompt = "" if example is None else example.prompt
-    settings = build_settings(slots, defaults, studio.shelf, limits, prompt, studio.gates)
+    settings = build_settings(slots, defaults, studio.shelf, limits, prompt, studio.controls, studio.gates)
     with gr.Row(elem_classes="ic-tight"):
         generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
         stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", scale=1, min_width=90)
     slots.add("generate")
     live = gr.HTML(elem_id="live", padding=False)
     result = build_result()
-    with gr.Accordion("Camera and objects apart", open=False, elem_id="board"):
+    with gr.Accordion("Camera and objects apart", open=False, elem_id="board", visible="mixed" in studio.controls):
         board = build_board(defaults)
     with gr.Accordion("Contact sheet of several seeds", open=False, elem_id="sheets"):
         sheet = build_sheet(defaults, limits)
@@ -134,8 +136,8 @@ def _build_right(
         sheet=sheet,
         resuming=resuming,
         history=history,
-        number=gr.State(0),
-        sheet_choice=gr.State(None),
+        number=gr.Number(0, precision=0, visible=False),
+        sheet_choice=gr.JSON(visible=False),
         save_preset=save,
         preset=preset,
         preset_file=preset_file,
@@ -174,7 +176,8 @@ def _wire(events: Events, parts: Parts) -> None:
 
     drawing = [parts.editor, *errors]
     frames = parts.settings.frames
-    parts.upload.upload(events.take_picture, [parts.upload, frames], [parts.upload, parts.picture, *drawing], **quiet)
+    uploaded = [parts.upload, frames, parts.editor]
+    parts.upload.upload(events.take_picture, uploaded, [parts.upload, parts.picture, *drawing], **quiet)
     frames.release(lambda count: gr.update(num_frames=int(count)), frames, parts.editor, **quiet)
     moved = [parts.settings.control, parts.settings.guidance_scale, parts.settings.trajectory_guidance_scale]
     moved += [parts.settings.scene_guidance_scale, parts.settings.first_frame_by, parts.settings.gated_fraction]

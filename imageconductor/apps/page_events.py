@@ -31,13 +31,13 @@ class Events(ResultEvents, MotionEvents):
         """The videos of the form, with the mixing board as it stands."""
         visit = self.visit(request)
         visit.mix.set(camera=float(camera), object=float(object), mixed=float(mixed))
-        yield from self._run(visit, lambda: self.studio.make(visit, self.read_form(values), uses_mix=use_mix))
+        yield from self._run(visit, lambda: self.studio.make(visit, self.read_form(visit, values), uses_mix=use_mix))
 
     def resume(self, request: gr.Request, number: int, step: int, *values: Any) -> Iterator[Updates]:
         """The shown result again from a step on, under the present form."""
         visit = self.visit(request)
         yield from self._run(
-            visit, lambda: self.studio.make(visit, self.read_form(values), resumed=(number, int(step)))
+            visit, lambda: self.studio.make(visit, self.read_form(visit, values), resumed=(number, int(step)))
         )
 
     def make_sheet(self, request: gr.Request, count: int, steps: int, *values: Any) -> Iterator[Updates]:
@@ -45,7 +45,7 @@ class Events(ResultEvents, MotionEvents):
         visit, sheet = self.visit(request), self.parts.sheet
 
         def make() -> Iterator[News]:
-            form = replace(self.read_form(values), videos=int(count), steps=int(steps))
+            form = replace(self.read_form(visit, values), videos=int(count), steps=int(steps))
             return self.studio.make(visit, form)
 
         for updates in self._run(visit, make):
@@ -71,10 +71,11 @@ class Events(ResultEvents, MotionEvents):
         visit = self.visit(request)
 
         def make() -> Iterator[News]:
-            if not choice or choice.get("seed") is None:
+            seed = (choice or {}).get("seed")
+            if not choice or seed not in visit.result(choice.get("number")).seeds:
                 raise FieldError("generate", "pick a video of the contact sheet first")
             all_steps = self.studio.limits.check_number("steps", "Steps", steps, 1, self.studio.limits.steps)
-            return self.studio.repeat(visit, choice["number"], seed=[choice["seed"]], steps=all_steps)
+            return self.studio.repeat(visit, choice["number"], seed=[seed], steps=all_steps)
 
         yield from self._run(visit, make)
 

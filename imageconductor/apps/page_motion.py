@@ -2,47 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
-from imageconductor.apps.editor import picture_update
+from imageconductor.apps.editor import picture_update, picture_url
 from imageconductor.apps.form import AUTOMATIC
 from imageconductor.apps.limits import FieldError, safe_name
 from imageconductor.apps.motion_preset import MotionPreset, fit_drawing
-from imageconductor.apps.page_base import PageEvents, Updates
+from imageconductor.apps.page_base import Example, PageEvents, Updates
 from imageconductor.conditioning import load_image
-from imageconductor.files import find_shipped, read_text
-from imageconductor.sampling.job_files import load_job
-
-_EXAMPLE = Path("configs/sample/sprites.yaml")
-
-
-@dataclass(frozen=True)
-class Example:
-    """What the page begins with: one click makes a video of it."""
-
-    picture: Path
-    drawing: dict[str, Any]
-    prompt: str
-
-    @classmethod
-    def load(cls, folder: Path, num_frames: int) -> Example | None:
-        """The bundled example, its picture copied into a folder; None where it is not installed."""
-        config = find_shipped(_EXAMPLE)
-        if not config.is_file():
-            return None
-        job = load_job(config)
-        picture = folder / Path(str(job.image)).name
-        shutil.copyfile(str(job.image), picture)
-        drawing = json.loads(read_text(Path(str(job.trajectories))))
-        return cls(picture, {**drawing, "num_frames": num_frames}, job.prompt)
 
 
 class MotionEvents(PageEvents):
@@ -54,35 +26,29 @@ class MotionEvents(PageEvents):
         editor = picture_update(picture, example.drawing["num_frames"], example.drawing)
         return {
             **self.errors(),
-            self.parts.picture: str(example.picture),
+            self.parts.picture: example.picture.name,
             self.parts.editor: editor,
             self.parts.settings.prompt: example.prompt,
         }
 
-    def take_picture(self, request: gr.Request, uploaded: str, frames: int) -> Updates:
-        """A new picture for the editor, without the drawing on the old one; the place to drop one is free again."""
+    def take_picture(self, request: gr.Request, uploaded: str, frames: int, drawing: Any) -> Updates:
+        """A new picture for the editor; the place to drop one is free again.
+
+        What the visitor has drawn stays where the new picture has the old one's size.
+        """
         ready = {self.parts.upload: None}
         try:
-            picture = self.read_picture(uploaded)
+            picture = self.read_picture(Path(uploaded))
         except FieldError as error:
             return {**self.errors(error), **ready}
         # Uploads are deleted after a while, even if the visitor still works with them.
         kept = self.visit(request).folder / f"picture-{secrets.token_hex(8)}{Path(uploaded).suffix[:8]}"
         shutil.copyfile(uploaded, kept)
         editor = picture_update(picture, int(frames))
-        return {**self.errors(), **ready, self.parts.picture: str(kept), self.parts.editor: editor}
-
-    def read_picture(self, path: str) -> Image.Image:
-        """The picture of a visitor's file.
-
-        Raises:
-            FieldError: It is none, or too large.
-        """
-        self.studio.limits.check_picture(Path(path), safe_name(path))
-        try:
-            return load_image(path)
-        except ValueError as error:
-            raise FieldError("picture", str(error).replace(path, safe_name(path))) from error
+        is_drawn = isinstance(drawing, dict) and (self.example is None or drawing != self.example.drawing)
+        if is_drawn and (drawing.get("width"), drawing.get("height")) == picture.size:
+            editor = gr.update(image=picture_url(picture))
+        return {**self.errors(), **ready, self.parts.picture: kept.name, self.parts.editor: editor}
 
     def save_preset(self, request: gr.Request, drawing: Any, *values: Any) -> Updates:
         """The motion of the form as a file to download."""
@@ -111,8 +77,8 @@ class MotionEvents(PageEvents):
         path.write_text(preset.to_text(), encoding="utf-8")
         return {**self.errors(), self.parts.preset_file: gr.update(value=str(path), visible=True)}
 
-    def load_preset(self, path: str, picture: str | None) -> Updates:
-        """The drawing of a preset, scaled with the picture, and its settings."""
+    def load_preset(self, request: gr.Request, path: str, name: str) -> Updates:
+        """The drawing of a preset, scaled with the shown picture, and its settings; the old one if it has none."""
         settings, shelf = self.parts.settings, self.studio.shelf
         try:
             preset = MotionPreset.read(Path(path), self.studio.limits, safe_name(path), self.studio.max_objects)
@@ -120,13 +86,15 @@ class MotionEvents(PageEvents):
             missing += [name for name in preset.motions if name not in shelf.motions]
             if missing:
                 raise FieldError("preset", f"this page has no LoRA called {', '.join(missing)[:120]}")
-            drawing = preset.drawing
+            if preset.control not in (None, *self.studio.controls):
+                raise FieldError("preset", f"this model has no LoRA for control {preset.control!r} of this motion")
+            drawing, picture = preset.drawing, self.find_picture(self.visit(request), name)
             if drawing is not None and picture is not None:
                 drawing = fit_drawing(drawing, self.read_picture(picture).size)
         except FieldError as error:
             return self.errors(error)
-        changes = {
-            self.parts.editor: gr.update(value=drawing),
+        changes = {} if drawing is None else {self.parts.editor: gr.update(value=drawing)}
+        changes |= {
             settings.control: preset.control or AUTOMATIC,
             settings.looks: list(preset.looks),
             settings.motions: list(preset.motions),

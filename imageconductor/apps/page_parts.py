@@ -10,6 +10,7 @@ import gradio as gr
 
 from imageconductor.apps.form import AUTOMATIC
 from imageconductor.apps.limits import PICTURE_SUFFIXES, Limits
+from imageconductor.apps.live import LABELS
 from imageconductor.apps.shelf import Shelf
 from imageconductor.checkpoints.model_folder import SamplingDefaults
 
@@ -63,7 +64,7 @@ class Settings:
 
 
 class Slots:
-    """Places for refusals, by the field that they concern."""
+    """Places for refusals, by the field that they concern; those of folded settings stand beside Generate."""
 
     def __init__(self) -> None:
         self.places: dict[str, gr.HTML] = {}
@@ -101,7 +102,13 @@ def build_picture(slots: Slots, has_example: bool) -> tuple[gr.File, gr.Button]:
 
 
 def build_settings(
-    slots: Slots, defaults: SamplingDefaults, shelf: Shelf, limits: Limits, prompt: str, gates: Collection[str] = ()
+    slots: Slots,
+    defaults: SamplingDefaults,
+    shelf: Shelf,
+    limits: Limits,
+    prompt: str,
+    controls: Collection[str],
+    gates: Collection[str],
 ) -> Settings:
     """Prompt, seed and steps in sight, the rest folded away; the model's defaults are filled in.
 
@@ -111,6 +118,7 @@ def build_settings(
         shelf: LoRAs to choose from.
         limits: Bounds.
         prompt: To begin with.
+        controls: Of which the model has the LoRAs.
         gates: What the model has of "object_gates" and "scene_gates", whose settings are shown.
     """
     made: dict[str, Any] = {}
@@ -125,26 +133,24 @@ def build_settings(
     slots.add("seed")
     slots.add("steps")
     dice.click(None, None, made["seed"], js="() => Math.floor(Math.random() * 2147483647)", api_visibility="private")
-    made["control"] = gr.Radio(CONTROLS, value=AUTOMATIC, label="The drawing moves", elem_id="control")
+    offered = [(label, value) for label, value in CONTROLS if value in (AUTOMATIC, *controls)]
+    made["control"] = gr.Radio(offered, value=AUTOMATIC, label="The drawing moves", elem_id="control")
     slots.add("control")
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
         made["negative_prompt"] = gr.Textbox(
             defaults.negative_prompt, label="Negative prompt", max_length=limits.prompt_chars
         )
-        made["guidance_scale"] = gr.Slider(1, 20, defaults.guidance_scale, step=0.1, label="Guidance by the prompt")
+        made["guidance_scale"] = gr.Slider(1, 20, defaults.guidance_scale, step=0.1, label=LABELS["guidance_scale"])
         made["trajectory_guidance_scale"] = gr.Slider(
-            1, 5, defaults.trajectory_guidance_scale, step=0.1, label="Guidance by the drawing"
+            1, 5, defaults.trajectory_guidance_scale, step=0.1, label=LABELS["trajectory_guidance_scale"]
         )
         made["camera_free_scale"] = gr.Slider(
-            0, 5, 0, step=0.1, label="Hold the camera still (objects only)", info="0 = off; Eq. 5 of the paper"
+            0, 5, 0, step=0.1, label=LABELS["camera_free_scale"], info="0 = off; objects only; Eq. 5 of the paper"
         )
         made |= _build_gate_settings(gates)
-        slots.add("scales")
         frames = min(defaults.num_frames, limits.frames)
         made["frames"] = gr.Slider(2, limits.frames, frames, step=1, label="Frames", elem_id="frames")
-        slots.add("frames")
         made |= _build_loras(shelf)
-        slots.add("loras")
     return Settings(**made)
 
 
@@ -153,12 +159,12 @@ def _build_gate_settings(gates: Collection[str]) -> dict[str, Any]:
     has_gates = bool(gates)
     return {
         "scene_guidance_scale": gr.Slider(
-            1, 10, 1, step=0.1, label="Guidance by the boxes", visible=has_gates, elem_id="scene-guidance"
+            1, 10, 1, step=0.1, label=LABELS["scene_guidance_scale"], visible=has_gates, elem_id="scene-guidance"
         ),
         "first_frame_by": gr.Radio(
             FIRST_FRAMES,
             value=AUTOMATIC,
-            label="The picture acts through",
+            label=LABELS["first_frame_by"],
             visible="scene_gates" in gates,
             elem_id="first-frame-by",
         ),
@@ -167,7 +173,7 @@ def _build_gate_settings(gates: Collection[str]) -> dict[str, Any]:
             1,
             1,
             step=0.05,
-            label="Part of the steps with boxes",
+            label=LABELS["gated_fraction"],
             info="from the first step on; later steps are free",
             visible=has_gates,
             elem_id="gated-fraction",
@@ -269,7 +275,13 @@ def build_board(defaults: SamplingDefaults) -> Board:
         "The drawing acts through separate LoRAs for the camera and for objects. With the mixing board, the strip "
         "above shows what each of them wants after every step, and the weights act from the next step on."
     )
-    is_used = gr.Checkbox(False, label="Use the mixing board", elem_id="use-mix")
+    replaced = [f"“{LABELS[name]}”" for name in ("trajectory_guidance_scale", "camera_free_scale")]
+    is_used = gr.Checkbox(
+        False,
+        label="Use the mixing board",
+        info=f"Generate then leaves “The drawing moves”, {' and '.join(replaced)} aside.",
+        elem_id="use-mix",
+    )
     with gr.Row(elem_classes="ic-tight"):
         begin = (("camera", "Camera", 0), ("object", "Objects", usual), ("mixed", "Both LoRAs", 0))
         sliders = {

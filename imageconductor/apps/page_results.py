@@ -11,6 +11,7 @@ import imageio.v3 as iio
 import numpy as np
 
 from imageconductor.apps.limits import FieldError
+from imageconductor.apps.live import translate
 from imageconductor.apps.page_base import PageEvents, Updates
 from imageconductor.apps.results import Result
 from imageconductor.apps.visits import Visit
@@ -33,6 +34,7 @@ class ResultEvents(PageEvents):
         }
         index = result.seeds.index(chosen)
         notes = result.displacement[index : index + 1]
+        notes = [*notes, *map(translate, result.cropped)]
         if result.note:
             notes = [*notes, f"run.yaml does not repeat this video: {result.note}"]
         first = result.file("first_frame.png")

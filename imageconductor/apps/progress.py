@@ -19,7 +19,7 @@ BRANCHES = ("undrawn", "camera", "object", "mixed")
 
 @dataclass(frozen=True)
 class Waiting:
-    """Requests are worked on before this one; `ahead` of them."""
+    """Requests are worked on before this one, `ahead` of them; 0 = it begins, and no step has ended yet."""
 
     ahead: int
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -42,6 +43,7 @@ class Result:
         note: Why `sample.py --config run.yaml` makes other videos; empty if it repeats them.
         displacement: Measured background displacement of each video, one line of text.
         drawing: As the visitor drew it, for editing; None = nothing was drawn.
+        cropped: Of which tracks and boxes the video shows nothing, a line for each; tracks count from 0.
     """
 
     number: int
@@ -52,6 +54,7 @@ class Result:
     note: str = ""
     displacement: list[str] = field(default_factory=list)
     drawing: dict | None = None
+    cropped: list[str] = field(default_factory=list)
 
     @property
     def seeds(self) -> list[int]:
@@ -91,7 +94,9 @@ class Result:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def store(made: Made, number: int, folder: Path, note: str = "", drawing: dict | None = None) -> Result:
+def store(
+    made: Made, number: int, folder: Path, note: str = "", drawing: dict | None = None, cropped: Sequence[str] = ()
+) -> Result:
     """Writes the files of a finished request into a new folder.
 
     Args:
@@ -100,6 +105,7 @@ def store(made: Made, number: int, folder: Path, note: str = "", drawing: dict |
         folder: New.
         note: Why the job alone does not repeat the videos; empty if it does.
         drawing: As the visitor drew it.
+        cropped: As in `Result`.
     """
     job, trajectories = made.inputs.job, made.inputs.trajectories
     with atomic_folder(folder) as part:
@@ -124,7 +130,7 @@ def store(made: Made, number: int, folder: Path, note: str = "", drawing: dict |
     drawn = [str(job.control)] * (trajectories.num_tracks > 0) + ["boxes"] * has_boxes
     what = " and ".join(drawn) or "no drawing"
     title = f"{number}: {what}, seed {', '.join(map(str, job.seeds))}" + (f", {job.prompt[:40]}" if job.prompt else "")
-    return Result(number, folder, job, title, made.seconds, note, displacement, drawing)
+    return Result(number, folder, job, title, made.seconds, note, displacement, drawing, list(cropped))
 
 
 def write_gif(path: Path, frames: Frames, fps: int) -> None:

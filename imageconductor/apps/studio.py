@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from imageconductor.apps.engine import Engine, Made, Request, Resume, Stopped, Ticket, is_long
-from imageconductor.apps.form import Form, build_job, explain, list_gates, read_defaults, read_max_objects
+from imageconductor.apps.form import (
+    Form,
+    build_job,
+    explain,
+    list_controls,
+    list_cropped,
+    list_gates,
+    read_defaults,
+    read_max_objects,
+)
 from imageconductor.apps.limits import FieldError, Limits
 from imageconductor.apps.progress import Step, Waiting
 from imageconductor.apps.results import Result
@@ -46,6 +55,11 @@ class Studio:
         return list_gates(self.engine.base.model)
 
     @cached_property
+    def controls(self) -> list[str]:
+        """The controls whose LoRAs the model has."""
+        return list_controls(self.engine.base.model)
+
+    @cached_property
     def max_objects(self) -> int | None:
         """Boxes that the model takes; None = it has no object gates."""
         return read_max_objects(self.engine.base.model)
@@ -72,6 +86,7 @@ class Studio:
         job = build_job(form, self.engine.base, self.shelf, self.limits, visit.folder)
         drawing = None if form.drawing is None else dict(form.drawing)
         try:
+            cropped = [] if drawing is None else list_cropped(drawing, job)
             if uses_mix and job.trajectories is None:
                 raise FieldError("drawing", "the mixing board weighs what the drawing does; draw a track first")
             request, note = Request(job, visit.mix if uses_mix else None), ""
@@ -83,7 +98,7 @@ class Studio:
             for path in (job.trajectories, job.boxes):
                 if path is not None:
                     Path(path).unlink(missing_ok=True)  # the ticket holds what they say
-        yield from self._follow(visit, ticket, note, drawing)
+        yield from self._follow(visit, ticket, note, drawing, cropped)
 
     def repeat(self, visit: Visit, number: int, **changes: Any) -> Iterator[News]:
         """Makes a result again with some settings changed, such as its steps, its seeds or its control.
@@ -101,7 +116,7 @@ class Studio:
             job = change_job(load_job(result.folder / "run.yaml"), changes)
         except (ValueError, FileNotFoundError) as error:
             raise explain(error) from error
-        yield from self._follow(visit, self._submit(Request(job)), "", result.drawing)
+        yield from self._follow(visit, self._submit(Request(job)), "", result.drawing, result.cropped)
 
     def _submit(self, request: Request) -> Ticket:
         job = request.job
@@ -113,16 +128,21 @@ class Studio:
         except (ValueError, FileNotFoundError) as error:
             raise explain(error, job) from error
 
-    def _follow(self, visit: Visit, ticket: Ticket, note: str, drawing: dict[str, Any] | None) -> Iterator[News]:
+    def _follow(
+        self, visit: Visit, ticket: Ticket, note: str, drawing: dict[str, Any] | None, cropped: Sequence[str]
+    ) -> Iterator[News]:
         visit.begin(ticket)
         try:
             for event in ticket.events():
                 if not isinstance(event, Made):
                     yield event
                     continue
+                if ticket.is_stopped:  # while it was decoded
+                    yield Stopped()
+                    return
                 if not event.is_repeatable and not note:
                     note = "the mixing board was moved while they were made"
-                yield visit.keep(event, note, drawing)
+                yield visit.keep(event, note, drawing, cropped)
         except (ValueError, OSError) as error:
             raise explain(error, ticket.request.job) from error
         except RuntimeError as error:  # of torch

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from imageconductor.apps.engine import Made, Ticket
@@ -76,12 +76,12 @@ class Visit:
             ticket.stop()
         return len(tickets)
 
-    def keep(self, made: Made, note: str = "", drawing: dict | None = None) -> Result:
+    def keep(self, made: Made, note: str = "", drawing: dict | None = None, cropped: Sequence[str] = ()) -> Result:
         """Stores a finished request among the results; the oldest one beyond the limit is deleted."""
         with self._lock:
             self._made += 1
             number = self._made
-        result = store(made, number, self.folder / f"result-{number}", note, drawing)
+        result = store(made, number, self.folder / f"result-{number}", note, drawing, cropped)
         with self._lock:
             self._results[number] = result
             surplus = [self._results.pop(old) for old in list(self._results)[: -self.limits.results]]

@@ -52,20 +52,30 @@ def crop_drawn(drawn: Trajectories, size: tuple[int, int], source: str) -> Traje
     Raises:
         ValueError: All of them are.
     """
-    from imageconductor.conditioning import TRACK_CONTROLS
-
     placed = drawn.cover_crop(size)
-    seen, kept = (tracks.visible.any(dim=1) for tracks in (drawn, placed))
-    if seen.any() and not kept.any():
+    if drawn.visible.any() and not placed.visible.any():
         raise ValueError(
             f"{source}: every track is outside of the cropped picture, which is {size[0]}x{size[1]} from the middle of "
             f"{drawn.size[0]}x{drawn.size[1]}; draw there, or ask for a video of the picture's shape"
         )
-    codes = [-1] * drawn.num_tracks if drawn.control is None else drawn.control.tolist()
-    for n, code in enumerate(codes):
-        if seen[n] and not kept[n] and code != TRACK_CONTROLS.index("camera"):
-            logger.warning("%s: track %d is outside of the cropped picture in all frames", source, n)
+    for n in list_cropped_tracks(drawn, placed):
+        logger.warning("%s: track %d is outside of the cropped picture in all frames", source, n)
     return placed
+
+
+def list_cropped_tracks(drawn: Trajectories, placed: Trajectories) -> list[int]:
+    """Numbers of the tracks that a crop leaves outside in all frames, those of the camera apart.
+
+    Args:
+        drawn: the tracks.
+        placed: the same, cropped.
+    """
+    from imageconductor.conditioning import TRACK_CONTROLS
+
+    is_lost = drawn.visible.any(dim=1) & ~placed.visible.any(dim=1)
+    if drawn.control is not None:
+        is_lost &= drawn.control != TRACK_CONTROLS.index("camera")
+    return is_lost.nonzero().flatten().tolist()
 
 
 def suitable_control(trajectories: Trajectories, preset: str | None = None) -> Literal["camera", "object", "mixed"]:

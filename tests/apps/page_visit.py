@@ -1,5 +1,6 @@
 """What a visitor does on the page, for tests with the mark `web`."""
 
+import base64
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -8,6 +9,23 @@ import numpy as np
 WAIT_MS = 180_000
 LATEST = "() => Number((/Done\\s+(\\d+):/.exec(document.querySelector('#live').innerText) || [0, 0])[1])"
 PLAYS = "([video]) => { const v = document.querySelector(video); return !!v && v.readyState >= 2 && !v.paused }"
+
+DROP = """([files, place]) => {
+    const data = new DataTransfer(), target = document.querySelector(place);
+    for (const [name, type, text] of files) {
+        const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+        data.items.add(new File([bytes], name, {type}));
+    }
+    const send = (kind) => target.dispatchEvent(
+        new DragEvent(kind, {dataTransfer: data, bubbles: true, cancelable: true}));
+    return [send("dragover"), send("drop")];
+}"""
+
+
+def drop(page, *files, place):
+    """Drops files (name, type, content) on a part of the page; the browser may open none of them in its place."""
+    coded = [(name, kind, base64.b64encode(content).decode()) for name, kind, content in files]
+    assert page.evaluate(DROP, [coded, place]) == [False, False]
 
 
 def put(page, name, value):

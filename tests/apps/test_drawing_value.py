@@ -159,6 +159,24 @@ def test_an_import_that_is_none_is_answered_in_words(request_, message):
     assert message in answer["error"]
 
 
+@pytest.mark.parametrize(
+    ("bounds", "camera", "kept"),
+    [
+        ({"max_tracks": 200, "max_points": 4096}, {}, range(100)),
+        ({"max_tracks": 64}, {}, range(0, 100, 2)),
+        ({"max_tracks": 64}, {"grid": [5, 4], "zoom": 0.1}, range(0, 100, 3)),
+        ({"max_tracks": 100, "max_points": 45}, {}, range(0, 100, 5)),
+        ({"max_tracks": -1, "max_points": "many"}, {}, range(100)),
+    ],
+)
+def test_of_an_import_every_kth_track_is_kept_where_the_page_takes_fewer(bounds, camera, kept):
+    tracks = [{"points": [[n % 60, 8], [40, 8]]} for n in range(100)]
+    answer = send({**DRAWING, "tracks": tracks, **({"camera": camera} if camera else {})}, **bounds)
+    assert answer["drawing"]["tracks"] == [tracks[n] for n in kept]
+    expected = [] if len(kept) == 100 else [f"Of 100 tracks {len(kept)} are kept, one of every {kept.step}"]
+    assert [note.split(":")[0] for note in answer["notes"]] == expected
+
+
 @pytest.mark.parametrize("name", ["../../evil.json", "/etc/evil.json", "..\\evil.json", "..", "", "\0a.json"])
 def test_no_name_leads_out_of_the_folder_or_into_the_message(name, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

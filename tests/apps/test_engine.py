@@ -108,6 +108,36 @@ def test_stop_acts_at_the_next_step_and_the_next_request_is_whole(engine, job, m
     assert np.array_equal(made(engine, Request(job)).videos[0], expected)
 
 
+def test_a_request_that_begins_says_so_before_its_first_step(engine, job, monkeypatch):
+    gate = Gate(monkeypatch)
+    first, second = engine.submit(Request(job)), engine.submit(Request(job))
+    following = second.events()
+    assert gate.reached.wait(60)
+    assert next(following) == Waiting(1)
+    gate.opened.set()
+    assert next(following) == Waiting(0)
+    assert isinstance(next(following), Step)
+    assert isinstance(list(first.events())[-1], Made)
+    following.close()
+
+
+def test_stop_while_videos_are_decoded_drops_them(engine, job, monkeypatch):
+    made(engine, Request(job))  # the pipeline is loaded
+    decode, tickets = engine._pipe.decode_latents, []
+
+    def stop_then_decode(*arguments):
+        tickets[0].stop()
+        return decode(*arguments)
+
+    gate = Gate(monkeypatch)
+    tickets.append(engine.submit(Request(job, estimates_every=0)))
+    monkeypatch.setattr(engine._pipe, "decode_latents", stop_then_decode)
+    gate.opened.set()
+    *events, last = tickets[0].events()
+    assert isinstance(last, Stopped)
+    assert len([event for event in events if isinstance(event, Step)]) == 3
+
+
 def test_waiting_requests_know_their_place_and_can_be_stopped(engine, job, monkeypatch):
     gate = Gate(monkeypatch)
     first = engine.submit(Request(job))

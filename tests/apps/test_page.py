@@ -6,7 +6,7 @@ import zipfile
 import imageio.v3 as iio
 import numpy as np
 import pytest
-from page_visit import PLAYS, download, fetch, finish, generate, put, says, unfold
+from page_visit import PLAYS, download, drop, fetch, finish, generate, put, says, unfold
 from PIL import Image
 
 from imageconductor.commands import sample
@@ -86,6 +86,20 @@ def test_a_motion_is_saved_and_played_on_another_picture(page, tmp_path):
     (tmp_path / "other.json").write_text('{"tracks": []}')
     page.set_input_files("#presets input[type=file]", tmp_path / "other.json")
     says(page, "error-preset", "other.json is no motion preset")
+
+
+def test_a_picture_is_dropped_on_the_editor_and_the_drawing_stays_on_its_size(page, tmp_path):
+    Image.new("RGB", (128, 128), (90, 120, 90)).save(tmp_path / "green.png")
+    Image.new("RGB", (128, 128), (160, 90, 90)).save(tmp_path / "red.png")
+    address = "() => document.querySelector('#editor .canvas .scene image').getAttribute('href')"
+    for name, tracks in (("green", 0), ("red", 1)):
+        before = page.evaluate(address)
+        drop(page, (f"{name}.png", "image/png", (tmp_path / f"{name}.png").read_bytes()), place="#editor .canvas")
+        page.wait_for_function(f"before => ({address})() != before", arg=before)
+        expect(page.locator("#editor g.track")).to_have_count(tracks)
+        page.locator("#editor .canvas").focus()
+        page.keyboard.press("Enter")
+        page.keyboard.press("Escape")
 
 
 def test_two_results_side_by_side_and_an_earlier_one_again(page):

@@ -40,6 +40,7 @@ def test_stopped_in_mid_run_the_next_request_is_whole(page):
     page.click("#generate")
     says(page, "live", "Step 2 of 90")
     assert re.search(r"\d+ (s|min).* left|less than a second left", page.inner_text("#live"))
+    assert page.get_by_role("progressbar", name="Progress of the video").is_visible()
     assert page.locator("#live .ic-figure img").count() == 0  # every ninth step has a picture
     page.click("#stop")
     says(page, "live", "Stopped")

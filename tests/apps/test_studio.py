@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import zipfile
 from types import SimpleNamespace
 
@@ -11,17 +12,19 @@ import pytest
 from PIL import Image
 
 from imageconductor.apps.engine import Engine, Stopped
-from imageconductor.apps.form import Form, read_defaults
+from imageconductor.apps.form import Form, build_job, list_controls, read_defaults
 from imageconductor.apps.limits import FieldError, Limits
 from imageconductor.apps.progress import Step
 from imageconductor.apps.results import Result, measure_background
+from imageconductor.apps.shelf import Shelf
 from imageconductor.apps.studio import Studio
 from imageconductor.apps.visits import Visits
 from imageconductor.commands import sample
 from imageconductor.conditioning import Trajectories
-from imageconductor.sampling.job import SampleJob
+from imageconductor.sampling.job import SampleJob, prepare
 
 DRAWING = {"width": 64, "height": 64, "tracks": [{"points": [[8, 8], [40, 48]]}, {"points": [[50, 20]]}]}
+LOST = {"points": [[10, 8], [40, 48]]}  # beside the middle of a picture of 200x64
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +92,15 @@ def test_the_files_of_a_result(studio, visit, form):
     assert len(result.displacement) == 1
 
 
-def test_scales_that_a_visitor_leaves_alone_are_the_defaults_of_what_is_made(studio, form):
+def test_scales_that_a_visitor_leaves_alone_are_the_defaults_of_what_is_made(studio, visit, form):
     page_base = pytest.importorskip("gradio") and importlib.import_module("imageconductor.apps.page_base")
     usual = read_defaults(studio.engine.base.model)
     values = {**vars(form), "look_scale": 1.0, "motion_scale": 1.0, "looks": [], "motions": []}
     values |= {"guidance_scale": usual.guidance_scale, "trajectory_guidance_scale": 2.5}
-    picture, drawing = values.pop("picture"), values.pop("drawing")
+    for name in ("picture", "drawing", "drawing_size"):
+        del values[name]
     events = page_base.PageEvents(studio, SimpleNamespace(settings=SimpleNamespace(names=list(values))))
-    found = events.read_form((picture, drawing, *values.values()))
+    found = events.read_form(visit, ("", DRAWING, *values.values()))
     assert (found.guidance_scale, found.trajectory_guidance_scale) == (None, 2.5)
 
 
@@ -172,6 +176,8 @@ def test_without_tracks_there_is_nothing_for_the_camera_free_scale(studio, visit
         ({"picture": None, "prompt": " "}, "picture", "choose a picture"),
         ({"drawing": {**DRAWING, "tracks": [{"points": [[99, 1]]}]}}, "drawing", "track 0, point 0"),
         ({"drawing": {**DRAWING, "tracks": [{"points": [[1, 1], [9, 9]], "start": 99}]}}, "drawing", "start"),
+        ({"drawing_size": (64, 48)}, "drawing", "a picture of 64x64 pixels and not to this one of 64x48"),
+        ({"drawing": {**DRAWING, "width": 200, "tracks": [LOST]}}, "drawing", "every track is outside of the bright"),
         ({"prompt": "x" * 3000}, "prompt", "3000 characters"),
         ({"seed": -1}, "seed", "the seed must be"),
         ({"videos": 100}, "seed", "from 1 to 9"),
@@ -187,6 +193,45 @@ def test_refusals_stand_beside_the_field_that_they_concern(studio, visit, form, 
     assert (error.field, said in str(error)) == (field, True)
     assert str(visit.folder) not in str(error)
     assert not list(visit.folder.iterdir())
+
+
+def test_a_result_says_of_which_tracks_the_video_shows_nothing(studio, visit, form):
+    kept = {"points": [[100, 8], [90, 48]]}
+    wide = change(form, drawing={**DRAWING, "width": 200, "tracks": [kept, LOST, {**LOST, "control": "camera"}]})
+    result = make(studio, visit, change(wide, steps=1))
+    (said,) = result.cropped
+    assert said.startswith("track 1 is outside of the bright part of the picture")
+    *_, again = studio.repeat(visit, result.number, seed=[4])
+    assert again.cropped == result.cropped
+    assert make(studio, visit, change(form, steps=1)).cropped == []
+
+
+@pytest.mark.parametrize(
+    ("lacks", "controls", "expected"),
+    [
+        ((), ["camera", "object", "mixed", "base"], None),
+        (("object",), ["camera", "base"], "camera"),
+        (("camera",), ["object", "base"], "object"),
+        (("camera", "object"), ["base"], "base"),
+    ],
+)
+def test_a_drawing_moves_what_the_models_loras_can_move(form, tiny_model, tmp_path, lacks, controls, expected):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    for name in lacks:
+        shutil.rmtree(folder / f"{name}_lora")
+    base = SampleJob(model=str(folder), device="cpu")
+    job = build_job(form, base, Shelf(), Limits(), tmp_path)
+    assert (list_controls(str(folder)), job.control) == (controls, expected)
+    prepare(job)  # would refuse a control without its LoRA
+    assert build_job(change(form, control="mixed"), base, Shelf(), Limits(), tmp_path).control == "mixed"
+
+
+def test_stopped_while_it_is_decoded_nothing_is_kept(studio, visit, form):
+    for last in studio.make(visit, form):
+        if isinstance(last, Step) and last.done == last.total:
+            visit.stop()
+    assert isinstance(last, Stopped)
+    assert visit.results == []
 
 
 def test_a_stopped_request_leaves_nothing(studio, visit, form):

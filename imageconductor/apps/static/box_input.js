@@ -123,10 +123,15 @@ function nudgeBox(ed, by) {
   commit(ed, replaceBox(ed.drawing, ed.box, withKey(objectsOf(ed.drawing)[ed.box], ed.frame, moved)));
 }
 
-/** Does what a key means for the selected box; true if it means anything. */
+/** Does what a key means for the selected box, or adds one in the middle; true if it means anything. */
 function handleBoxKey(ed, event) {
   const {key} = event;
-  if (!objectsOf(ed.drawing)[ed.box]) return false;
+  if (!objectsOf(ed.drawing)[ed.box]) {
+    if (key !== "Enter") return false;
+    const [width, height] = sizeOf(ed.drawing), sides = [width / 4, height / 4, 3 * width / 4, 3 * height / 4];
+    addBox(ed, {name: "", boxes: [sides.map((side) => round(side))], frames: [ed.frame]});
+    return true;
+  }
   if (key === "Delete" || key === "Backspace") removeBox(ed);
   else if (key in ARROWS) nudgeBox(ed, ARROWS[key].map((step) => step * (event.shiftKey ? 10 : 1)));
   else if (key === "[" || key === "]") {

@@ -68,6 +68,12 @@ function removePoint(track, k) {
   return withPoints(track, drop(track.points), drop(track.visible), drop(track.times));
 }
 
+/** Whether the last point of a track is where the one before is. */
+function endsTwice(track) {
+  const [before, last] = track.points.slice(-2);
+  return Boolean(last) && String(before) === String(last);
+}
+
 /** Where on its curve a track comes nearest to a point: the index at which a new control point belongs there. */
 function insertionIndex(track, point, countedIn) {
   const {knots, at} = trackCurve(track, countedIn);

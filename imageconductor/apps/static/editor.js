@@ -1,13 +1,13 @@
 // The state of one editor, what changes it, and its value. All of this is a function's body that Gradio calls for each
 // editor with (element, trigger, props, server, upload, watch): nothing here is shared between two editors.
 
-const MAX_IMPORT_BYTES = 8 << 20; // as in drawing.py
 const PARTS_MS = 1000; // Parts of one update arrive no farther apart, even on a slow machine.
 
 /** The only way in which the user changes the drawing: into the history, to the server, onto the screen. */
 function commit(ed, drawing) {
   remember(ed, drawing);
   ed.isUntouched = false;
+  ed.isDrawn = true;
   settle(ed);
 }
 
@@ -86,10 +86,14 @@ function select(ed, n) {
   render(ed);
 }
 
+/** Ends the open track; a last point that the keys have not moved from the one before is dropped. */
 function finish(ed) {
+  const track = ed.drawing.tracks[ed.selected];
   ed.isOpen = false;
   ed.point = -1;
-  render(ed);
+  if (ed.isKeyed && endsTwice(track)) {
+    commit(ed, replaceTrack(ed.drawing, ed.selected, removePoint(track, track.points.length - 1)));
+  } else render(ed);
 }
 
 /** Deletes the selected point, or the track with its last point or if none is selected. */
@@ -187,57 +191,6 @@ function placePreset(ed, at) {
   addTrack(ed, interpolation ? {points: placed, interpolation} : {points: placed});
 }
 
-/** The tracks of files in place of those of the drawing, and boxes in place of its boxes; one step to undo. */
-async function importFiles(ed, files) {
-  if (!files.length || !ed.drawing) return;
-  ed.parts.file.value = "";
-  if (files.reduce((sum, file) => sum + file.size, 0) > MAX_IMPORT_BYTES) {
-    say(ed, "These files are larger than 8 MiB; keep fewer tracks or frames.", true);
-    return;
-  }
-  say(ed, "Reading…");
-  const answer = await server.import_tracks({
-    files: await Promise.all(files.map(async (file) => ({name: file.name, data: await asBase64(file)}))),
-    size: sizeOf(ed.drawing),
-    video_size: ed.props.video_size ?? null,
-    num_frames: ed.numFrames,
-    max_objects: ed.props.max_objects ?? null,
-  }).catch((error) => ({error: String(error?.message ?? error)}));
-  if (answer.error) {
-    say(ed, answer.error, true);
-    return;
-  }
-  say(ed, answer.notes.join(" "));
-  ed.selected = -1;
-  setTool(ed, answer.drawing ? "draw" : "box");
-  const drawing = drawingOf(answer.drawing, ed.numFrames) ?? ed.drawing;
-  commit(ed, {...drawing, objects: answer.objects ?? ed.drawing.objects});
-}
-
-function asBase64(file) {
-  return new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result.slice(reader.result.indexOf(",") + 1));
-    reader.onerror = () => reject(reader.error);
-    reader.readAsDataURL(file);
-  });
-}
-
-function exportDrawing(ed, event) {
-  if (!ed.drawing) {
-    event.preventDefault();
-    return;
-  }
-  const {objects, ...tracks} = valueOf(ed.drawing);
-  offerText(ed.parts.save, JSON.stringify(tracks));
-}
-
-/** Gives a link a text to download. */
-function offerText(link, text) {
-  URL.revokeObjectURL(link.href);
-  link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
-}
-
 function toggleFullscreen(ed) {
   if (document.fullscreenElement) document.exitFullscreen();
   else ed.root.requestFullscreen();
@@ -271,6 +224,7 @@ function receive(ed, isNewPicture) {
 
 function beginAnew(ed, drawing) {
   ed.isPlaying &&= Boolean(drawing);
+  ed.isDrawn &&= JSON.stringify(drawing) === JSON.stringify(valueOf(ed.drawing)); // it stays on another picture
   Object.assign(ed, {drawing, history: drawing && new History(drawing), isUntouched: true, frame: 0, tool: "draw"});
   Object.assign(ed, {selected: -1, point: -1, box: -1, corner: -1, isOpen: false, preset: null});
   ed.root.classList.remove("cutting");
@@ -292,13 +246,15 @@ function startEditor() {
     root, props, id, canvas: buildCanvas(id), parts: {}, rows: [],
     drawing: null, history: null, selected: -1, point: -1, isOpen: false, gesture: null, tool: "draw", preset: null,
     box: -1, corner: -1,
-    newControl: "object", frame: 0, isPlaying: false, isPreviewing: true, isTouch: false, isUntouched: true, pictureSince: 0,
+    isDrawn: false, isKeyed: false, newControl: "object", frame: 0, isPlaying: false, isPreviewing: true, isTouch: false, isUntouched: true, pictureSince: 0,
     fills: new Map(),
   };
   buildPanels(ed);
   fillPresets(ed);
   listenToPointers(ed);
   listenToKeys(ed);
+  listenToDrops(ed);
+  window.addEventListener("beforeunload", (event) => ed.isDrawn && event.preventDefault());
   receive(ed, true);
   watch("image", () => receive(ed, true));
   watch(["value", "num_frames", "fps", "video_size", "controls", "max_objects"], () => receive(ed, false));

@@ -15,6 +15,7 @@ function listenToPointers(ed) {
 
 function startGesture(ed, event) {
   if (!ed.drawing || ed.gesture || event.button !== 0) return;
+  ed.isKeyed = false;
   event.preventDefault(); // no selection of text, no mouse events after touch
   ed.canvas.svg.focus({preventScroll: true});
   ed.canvas.svg.setPointerCapture(event.pointerId);
@@ -172,11 +173,9 @@ function handleKey(ed, event) {
   }
   if (key === "Escape") return escape(ed);
   if (ed.gesture) return false;
-  if (key === "Enter") {
-    if (!ed.isOpen) return false;
-    finish(ed);
-  } else if (key === " ") togglePlaying(ed);
+  if (key === " ") togglePlaying(ed);
   else if (ed.tool === "box") return handleBoxKey(ed, event);
+  else if (key === "Enter") return enter(ed);
   else if (!track) return false;
   else if (key === "Delete" || key === "Backspace") remove(ed);
   else if (key in ARROWS) nudge(ed, ARROWS[key].map((step) => step * (event.shiftKey ? 10 : 1)));
@@ -184,6 +183,22 @@ function handleKey(ed, event) {
     const count = track.points.length;
     ed.point = (Math.max(ed.point, key === "]" ? -1 : 0) + (key === "]" ? 1 : count - 1)) % count;
     render(ed);
+  } else return false;
+  return true;
+}
+
+/** Begins a track, or the chosen preset, in the middle; sets the next point of a track that began so, until one stays
+    where the last is; ends a track that was clicked. True if there was anything to do. */
+function enter(ed) {
+  const track = ed.drawing.tracks[ed.selected];
+  const middle = clampPoint(sizeOf(ed.drawing).map((side) => (side - 1) / 2), ed.drawing);
+  if (ed.preset) placePreset(ed, middle);
+  else if (ed.isOpen) {
+    if (ed.isKeyed && !endsTwice(track)) appendPoint(ed, track, track.points.at(-1));
+    else finish(ed);
+  } else if (!track) {
+    ed.isKeyed = true;
+    addTrack(ed, {points: [middle]}, true);
   } else return false;
   return true;
 }

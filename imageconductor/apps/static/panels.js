@@ -273,8 +273,9 @@ function describe(ed) {
     return `Picture with ${boxes} box${boxes === 1 ? "" : "es"}, ${name} selected. Arrow keys move it or the selected `
       + "corner, square brackets choose a corner, Delete removes it.";
   }
-  return `Picture with ${count} drawn track${count === 1 ? "" : "s"}${others}${chosen}. Arrow keys move the selected point, `
-    + "square brackets choose it, Delete removes it.";
+  const keys = ed.selected >= 0 ? "Arrow keys move the selected point, square brackets choose it, Delete removes it."
+    : `Enter adds a ${ed.tool === "box" ? "box" : "point"} in the middle.`;
+  return `Picture with ${count} drawn track${count === 1 ? "" : "s"}${others}${chosen}. ${keys}`;
 }
 
 /** What can be done now, where that is not obvious. */
@@ -282,8 +283,11 @@ function hintLines(ed) {
   if (!ed.drawing) return ["Choose a picture, then draw on it how things should move."];
   if (ed.tool === "box") return boxHint(ed);
   if (ed.tool === "cut") return ["Enclose the part of the picture that this track moves."];
-  if (ed.preset) return [`Click where “${ed.preset.name}” begins.`];
+  if (ed.preset) return [`Click where “${ed.preset.name}” begins; Enter puts it in the middle.`];
   const track = ed.drawing.tracks[ed.selected];
+  if (ed.isOpen && ed.isKeyed) {
+    return ["Arrow keys move the point, Enter sets the next one.", "Enter twice or Escape ends the track."];
+  }
   if (ed.isOpen && track?.points.length === 1) return ["One point holds still. Click where it goes next, or press Enter."];
   if (ed.isOpen) return ["Click for the next point; Enter or a double click ends the track."];
   if (ed.drawing.tracks.length || ed.drawing.camera) return [];
