@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from imageconductor.checkpoints.model_folder import locate_model, read_vae_scale
 from imageconductor.command_line import parse_command_line
 from imageconductor.conditioning import Trajectories
 from imageconductor.data.batches import scale_pixels
-from imageconductor.data.clip_index import ClipList, find_clips, write_index
+from imageconductor.data.clip_index import CACHE_RECORD, ClipList, find_clips, write_index
 from imageconductor.data.clip_records import encode_tracks
 from imageconductor.data.clips import fit_to_size, open_video
 from imageconductor.files import atomic_path, check_record, check_writable, remove_partial, write_record
@@ -100,7 +101,7 @@ def cache(config: CacheConfig) -> None:
     if config.size[0] % factor or config.size[1] % factor:
         raise ValueError(f"size must be in multiples of {factor} for this model, got {config.size}")
     output.mkdir(parents=True, exist_ok=True)
-    record, made_with = output / "made_with.json", _made_with(config, records)
+    record, made_with = output / CACHE_RECORD, _made_with(config, records)
     if is_new := not any(output.glob("clips-*.tar")):
         record.unlink(missing_ok=True)  # of shards that somebody has deleted
     check_record(record, made_with)
@@ -139,17 +140,22 @@ def cache(config: CacheConfig) -> None:
 
 
 def _made_with(config: CacheConfig, records: ClipList) -> dict[str, Any]:
-    """What the shards depend on: another model, size or list of clips makes other ones."""
-    folder, keys = locate_model(config.model), hashlib.sha256()
+    """What the shards depend on: another model, size or list of clips makes other ones.
+
+    Clips of the same names whose files have other places or sizes in the shards are other clips, such as those of a
+    second curation of the same footage.
+    """
+    folder, clips = locate_model(config.model), hashlib.sha256()
     for shard in records.shards:
-        keys.update(shard.hash_keys().tobytes())
+        clips.update(shard.clips.tobytes())
     weights = sorted(path for part in ("vae", "text_encoder") for path in folder.glob(f"{part}/*.safetensors"))
     return {
         "model": {f"{path.parent.name}/{path.name}": sha256(path) for path in weights},
         "size": list(config.size),
         "dtype": config.dtype,
         "clips_per_shard": config.clips_per_shard,
-        "clips": f"{len(records)} clips, sha256 of their names {keys.hexdigest()}",
+        "clips": f"{len(records)} clips, sha256 of names, offsets and sizes {clips.hexdigest()}",
+        "num_shards": math.ceil(len(records) / config.clips_per_shard),
     }
 
 

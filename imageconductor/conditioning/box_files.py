@@ -35,6 +35,7 @@ _MAX_DETECTED_FRAMES = 1 << 20
 _LOG = logging.getLogger(__name__)
 _FILE_KEYS = ("width", "height", "num_frames", "objects", "note")
 _OBJECT_KEYS = ("name", "boxes", "frames", "note")
+_MEASURED_KEYS = (*_OBJECT_KEYS, "id", "score")  # what trackers and detectors add
 _PICTURES = ("img.png", "img.jpg", "img.jpeg")
 _FORM = '{"width": W, "height": H, "num_frames": T, "objects": [{"name": ..., "boxes": [[x1, y1, x2, y2], ...]}]}'
 
@@ -126,6 +127,7 @@ def check_boxes(
         source: name at the start of messages.
         max_objects: largest number accepted; None = `MAX_FILE_OBJECTS`.
         are_measured: boxes of a detector, which are cut at the frame and not refused; of those outside nothing is left.
+            There may be any number of them, each with an `id` and a `score`, which are ignored.
 
     Raises:
         ValueError: malformed content; names source, object and frame.
@@ -147,7 +149,7 @@ def check_boxes(
     if objects is None:
         raise ValueError(f"{source}: objects must be a list, got {abbreviate(fields['objects'])}")
     limit = MAX_FILE_OBJECTS if max_objects is None else max_objects
-    if len(objects) > limit:
+    if len(objects) > limit and not are_measured:
         raise ValueError(f"{source}: {len(objects)} objects, at most {limit} are accepted; leave some out")
     checked = [
         _check_object(one, size, counted, f"{source}: object {n}", are_measured) for n, one in enumerate(objects)
@@ -171,7 +173,7 @@ def _check_object(content: object, size: tuple[int, int], num_frames: int, where
     if not isinstance(content, dict):
         raise ValueError(f'{where} must be {{"name": ..., "boxes": [...]}}, got {abbreviate(content)}')
     fields = cast("dict[str, Any]", content)
-    check_keys(fields, _OBJECT_KEYS, where)
+    check_keys(fields, _MEASURED_KEYS if are_measured else _OBJECT_KEYS, where)
     name: object = fields.get("name")
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f'{where}: name must be the class of the object, such as "dog", got {abbreviate(name)}')

@@ -5,6 +5,8 @@
               all scores -> threshold of the motion filter     work/threshold.json
     annotate  clip -> tracks, caption, shard                   clips-000000.tar, work/rows/000000.jsonl
 
+`000000.outcomes.json` beside a chunk's file says that the chunk is done, and how many of its clips failed.
+
 Every file is written atomically and depends on the sources and settings alone. A run that was killed therefore
 continues with the missing chunks and ends with the same bytes as an uninterrupted one.
 """
@@ -32,10 +34,10 @@ from tqdm.auto import tqdm
 from imageconductor import config as config_file
 from imageconductor.curation import executors
 from imageconductor.curation.curate_config import EXECUTION_FIELDS, CurateConfig, select_result_settings
-from imageconductor.curation.detections import find_detections
+from imageconductor.curation.detections import check_detections, find_detections
 from imageconductor.curation.executors import Failure, Workers
 from imageconductor.curation.motion_score import motion_threshold
-from imageconductor.curation.passes import Annotate, Scan, Score
+from imageconductor.curation.passes import Annotate, Pass, Scan, Score
 from imageconductor.curation.run_folder import Run
 from imageconductor.curation.sources import Source, find_sources
 from imageconductor.files import atomic_path, check_writable, lock, remove_partial, write_text
@@ -73,7 +75,10 @@ def curate(config: CurateConfig) -> Counter[str]:
     Raises:
         FileNotFoundError: The input is missing or empty.
         ValueError: The settings, the input or the output folder cannot be used; nothing has been written then.
+        RuntimeError: The machine is at fault; once that is solved, the run can be continued.
     """
+    from imageconductor.curation.curation_report import count_outcomes
+
     config = _resolve_paths(config)
     check_writable(Path(config.output))
     sources = find_sources(config)
@@ -81,40 +86,47 @@ def curate(config: CurateConfig) -> Counter[str]:
     run = Run(config, Path(config.output).absolute())
     digest = _hash_sources(sources)
     _check_folder(run, digest)
-    if not run.index.exists():
-        _check_footage(config, sources)
+    witness = None if run.index.exists() else _find_footage(config, sources)
+    if witness is not None:
         _check_models(run)
     with _lock_output(run, sources, digest):
-        if not run.index.exists():
-            _run_pass("scan", Scan(run), run)
+        if witness is not None and not run.index.exists():
+            _run_pass("scan", Scan(run, witness), run)
             _run_pass("score", Score(run), run)
             _run_pass("annotate", Annotate(run, _find_threshold(run)), run)
             _write_results(run)
         shutil.rmtree(run.work, ignore_errors=True)
-        table = pq.read_table(run.index, columns=["accepted", "reason"])
-        return Counter("accepted" if row["accepted"] else row["reason"] for row in table.to_pylist())
+        return count_outcomes(pq.read_table(run.index, columns=["reason"]))
 
 
-def _check_footage(config: CurateConfig, sources: Sequence[Source]) -> None:
-    """Makes sure that some footage is there: without it, a disk that is not mounted would look like a finished run.
+def _find_footage(config: CurateConfig, sources: Sequence[Source]) -> Path:
+    """The first footage that is there: without any, a disk that is not mounted would look like a finished run.
 
     Raises:
         FileNotFoundError: There is none.
     """
-    if not any(Path(source.path).exists() for source in sources):
-        where = f"input={config.input}" if config.videos is None else f"videos={config.videos}"
-        raise FileNotFoundError(f"{where}: the footage of no source is there, such as {sources[0].path}")
+    for source in sources:
+        if (path := Path(source.path)).exists():
+            return path
+    where = f"input={config.input}" if config.videos is None else f"videos={config.videos}"
+    raise FileNotFoundError(f"{where}: the footage of no source is there, such as {sources[0].path}")
 
 
 def _check_boxes(config: CurateConfig, sources: Sequence[Source]) -> None:
-    """Makes sure that boxes are known of some source, if a folder of them is named.
+    """Makes sure that boxes are known of some source and can be read, if a folder of them is named.
 
     Raises:
         FileNotFoundError: They are of none.
+        ValueError: The first file of them is malformed; the others probably are so too.
     """
-    if config.boxes and not any(find_detections(config.boxes, source.id) for source in sources):
-        example = Path(config.boxes) / f"{sources[0].id}.json"
-        raise FileNotFoundError(f"boxes={config.boxes}: holds no file for any source, such as {example}")
+    if not config.boxes:
+        return
+    for source in sources:
+        if path := find_detections(config.boxes, source.id):
+            check_detections(path)
+            return
+    example = Path(config.boxes) / f"{sources[0].id}.json"
+    raise FileNotFoundError(f"boxes={config.boxes}: holds no file for any source, such as {example}")
 
 
 def _hash_sources(sources: Sequence[Source]) -> str:
@@ -173,8 +185,12 @@ def _lock_output(run: Run, sources: Sequence[Source], digest: str) -> Iterator[N
         yield
 
 
-def _run_pass(name: str, chunk_pass: Scan | Score | Annotate, run: Run) -> None:
-    """Runs a pass over its missing chunks, with a progress bar."""
+def _run_pass(name: str, chunk_pass: Pass, run: Run) -> None:
+    """Runs a pass over its missing chunks, with a progress bar.
+
+    Raises:
+        RuntimeError: As `executors.run`, or most clips failed; their chunks are missing again.
+    """
     sizes = [chunk_pass.num_clips(chunk) for chunk in range(run.num_chunks)]
     todo = [chunk for chunk in range(run.num_chunks) if not chunk_pass.is_done(chunk)]
     remaining = sum(sizes[chunk] for chunk in todo)
@@ -192,6 +208,14 @@ def _run_pass(name: str, chunk_pass: Scan | Score | Annotate, run: Run) -> None:
 
         if todo:
             executors.run(chunk_pass, todo, tick)
+    outcomes = [run.read_outcomes(chunk_pass.folder, chunk) for chunk in range(run.num_chunks)]
+    num_failed, num_done = sum(one.num_failed for one in outcomes), sum(one.num_done for one in outcomes)
+    if num_failed > num_done:
+        failed = [chunk for chunk, one in enumerate(outcomes) if one.num_failed]
+        for chunk in failed:
+            run.outcomes(chunk_pass.folder, chunk).unlink()
+        example = outcomes[failed[0]].example
+        raise RuntimeError(f"{name}: {num_failed} of {num_failed + num_done} clips failed, the first with {example}")
 
 
 def _find_threshold(run: Run) -> tuple[float, str] | None:
@@ -226,19 +250,19 @@ def _write_results(run: Run) -> None:
 
 
 def _check_models(run: Run) -> None:
-    """Loads the networks that the settings name, in a process of their own, to find mistakes before any work is done.
+    """Tries the networks that the settings name, in a process of their own, to find mistakes before any work is done.
 
     Raises:
-        ValueError: A network cannot be loaded.
+        ValueError: A network cannot be loaded, or fails.
     """
     if run.config.tracker == "cotracker":
         logger.warning("CoTracker's weights are CC-BY-NC: clips that it annotates are not for commercial use")
-    for chunk_pass in (Score(run), Annotate(run, None)):
+    for name, chunk_pass in (("score", Score(run)), ("annotate", Annotate(run, None))):
         if chunk_pass.uses_networks:
             with Workers(1, 3600.0) as workers:
-                for result in workers.map(chunk_pass.prepare, [()]):
+                for result in workers.map(chunk_pass.try_out, [()]):
                     if isinstance(result, Failure):
-                        raise ValueError(result.detail)
+                        raise ValueError(f"{name}, on a trial clip: {result.detail}")
 
 
 def _resolve_paths(config: CurateConfig) -> CurateConfig:

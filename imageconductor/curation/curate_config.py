@@ -24,7 +24,7 @@ class CurateConfig:
     max_interval: int = 16  # the spacing of a clip's frames is drawn from 1..this many source frames; section 2.2
     cut_detector: Literal["adaptive", "content"] = "adaptive"  # PySceneDetect's detector
     cut_threshold: float | None = None  # a lower one finds more cuts; null = 3 for adaptive, 27 for content
-    max_scan_s: float = 600.0  # seconds of each source that are read, from its start
+    max_scan_s: float = 120.0  # seconds of each source that are read, from its start, within `time_limit_s`
     min_side_px: int = 64  # footage whose shorter side is below this is rejected, for it would be enlarged too much
     max_side_px: int = 8192  # footage whose longer side exceeds this is rejected, which bounds the memory
     # Motion
@@ -56,7 +56,7 @@ class CurateConfig:
     ray_address: str | None = None  # address of a running cluster; null = a local one is started
     device: str | None = None  # device of RAFT, CoTracker and BLIP-2; null = every GPU in turn, or the CPU if none
     batch_size: int = 4  # clips per call of RAFT, CoTracker and BLIP-2; passes without networks take one
-    time_limit_s: float = 1200.0  # seconds for one clip in one pass; a clip that exceeds it twice is rejected
+    time_limit_s: float = 1200.0  # seconds for one clip in one pass; a clip that exceeds it is rejected
 
     def __post_init__(self) -> None:
         for name in (
@@ -67,6 +67,7 @@ class CurateConfig:
             "clips_per_shard",
             "raft_batch",
             "batch_size",
+            "min_side_px",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -77,7 +78,7 @@ class CurateConfig:
         for name in ("drop_fraction", "min_tracked_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        for name in ("workers", "gpu_workers", "min_motion"):
+        for name in ("workers", "gpu_workers", "min_motion", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 < self.gpus_per_worker <= 1:
@@ -87,8 +88,10 @@ class CurateConfig:
             )
         if self.executor == "ray" and ":" in (self.device or ""):
             raise ValueError(f"device={self.device}: Ray assigns the GPUs; with executor=ray set device=cuda, or none")
-        for name in ("time_limit_s", "max_scan_s"):
-            if getattr(self, name) <= 0:
+        if self.max_side_px < self.min_side_px:
+            raise ValueError(f"max_side_px must be at least min_side_px={self.min_side_px}, got {self.max_side_px}")
+        for name in ("time_limit_s", "max_scan_s", "cut_threshold"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.flow == "raft" and self.raft_weights is None:
             raise ValueError("flow=raft needs raft_weights=FILE, torchvision's raft_large state dict")

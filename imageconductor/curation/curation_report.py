@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +48,7 @@ def render_report(index: Path, run: Run) -> str:
     lost = table.filter(pc.field("reason") == LOST_TRACKS)
     dropped = table.filter(pc.field("motion_score").is_valid() & ~pc.field("accepted"))
     dropped = dropped.filter(pc.field("reason") != LOST_TRACKS)
-    counts = pc.value_counts(pc.fill_null(table["reason"], "accepted")).to_pylist()
-    reasons = sorted(((entry["values"], entry["counts"]) for entry in counts), key=lambda entry: (-entry[1], entry[0]))
+    reasons = sorted(count_outcomes(table).items(), key=lambda entry: (-entry[1], entry[0]))
     slow = dropped.filter(pc.field("reason") == "moves least")["motion_score"]
     examples = {
         reason: table.filter(pc.field("reason") == reason).slice(0, 1).to_pylist()[0]
@@ -88,6 +88,12 @@ def render_report(index: Path, run: Run) -> str:
             settings=(run.output / "config.yaml").read_text(),
         )
     )
+
+
+def count_outcomes(rows: pa.Table) -> Counter[str]:
+    """Number of sources that were "accepted", and that were rejected for each reason, in a table of the reasons."""
+    counts = pc.value_counts(pc.fill_null(rows["reason"], "accepted"))
+    return Counter({entry["values"]: entry["counts"] for entry in counts.to_pylist()})
 
 
 def _values(table: pa.Table, column: str) -> NDArray[np.float64]:

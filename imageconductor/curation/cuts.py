@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from imageconductor.curation.curate_config import CurateConfig
 from imageconductor.curation.footage import Picture, Rejected
 
 _MIN_SCENE_FRAMES = 2
+_PADDING = 2  # AdaptiveDetector compares a frame with the two before and the two after it.
 _RATE = 25.0  # PySceneDetect demands a frame rate; its detectors use frame numbers alone.
 
 
@@ -39,17 +41,31 @@ def find_scenes(pictures: Iterable[Picture], config: CurateConfig) -> list[Scene
     threshold = config.cut_threshold
     detector: Any
     if config.cut_detector == "adaptive":
-        detector = AdaptiveDetector(adaptive_threshold=threshold or 3.0, min_scene_len=_MIN_SCENE_FRAMES)
+        detector = AdaptiveDetector(
+            adaptive_threshold=3.0 if threshold is None else threshold, min_scene_len=_MIN_SCENE_FRAMES
+        )
     else:
-        detector = ContentDetector(threshold=threshold or 27.0, min_scene_len=_MIN_SCENE_FRAMES)
+        detector = ContentDetector(27.0 if threshold is None else threshold, min_scene_len=_MIN_SCENE_FRAMES)
     cuts: list[int] = []
-    count, time = 0, FrameTimecode(0, _RATE)
-    for count, picture in enumerate(pictures, 1):
-        time = FrameTimecode(count - 1, _RATE)
+    number, time = 0, FrameTimecode(0, _RATE)
+    for number, picture in enumerate(_pad(pictures)):
+        time = FrameTimecode(number, _RATE)
         cuts += [cut.frame_num for cut in detector.process_frame(time, np.ascontiguousarray(picture[..., ::-1]))]
     cuts += [cut.frame_num for cut in detector.post_process(time)]
-    starts = [0, *sorted({cut for cut in cuts if 0 < cut < count})]
+    count = max(number + 1 - 2 * _PADDING, 0)
+    starts = [0, *sorted({cut - _PADDING for cut in cuts if 0 < cut - _PADDING < count})]
     return [Scene(first, after - 1) for first, after in zip(starts, [*starts[1:], count], strict=True)]
+
+
+def _pad(pictures: Iterable[Picture]) -> Iterator[Picture]:
+    """The pictures, with the first and the last repeated, so that cuts beside them are found as others are."""
+    last: Picture | None = None
+    for picture in pictures:
+        if last is None:
+            yield from itertools.repeat(picture, _PADDING)
+        yield (last := picture)
+    if last is not None:
+        yield from itertools.repeat(last, _PADDING)
 
 
 def find_longest(scenes: Sequence[Scene]) -> Scene:

@@ -24,12 +24,14 @@ from typing import Any, Protocol
 from pebble import ProcessExpired, ProcessPool
 
 from imageconductor.curation.curate_config import CurateConfig
+from imageconductor.curation.footage import STORAGE_FAULTS
 
 _OUTCOMES = ("accepted", "rejected", "failed", "done")
 Tick = Callable[[str], None]
 """Called once per clip with its outcome; "done" where it is not yet known whether the clip is accepted."""
 
 _BROKEN = "broken pool"
+_TIME_LIMIT = "time limit"
 # No fault of the footage: after an error of CUDA a process computes nothing any more, and all its next clips fail.
 _FULL = re.compile(r"CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|CUDNN_STATUS_NOT_INITIALIZED")
 _BROKEN_GPU = re.compile(r"(CUDA|cuDNN|HIP) error|(CUBLAS|CUDNN|CUFFT|HIPBLAS)_STATUS_")
@@ -40,7 +42,7 @@ _POLL_S = 1.0
 
 @dataclass(frozen=True)
 class Failure:
-    """Stands for the result of a clip that twice raised an exception, hung or ended its process."""
+    """Stands for the result of a clip that took too long, or twice raised an exception or ended its process."""
 
     reason: str
     detail: str
@@ -90,17 +92,18 @@ class Workers:
     def map(self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """`function(*item)` for each item in order, or a `Failure`.
 
-        A failed item is tried once more, in case the machine was at fault.
+        A failed item is tried once more, in case the machine was at fault; not one that took too long, since it would
+        take as long again.
 
         Raises:
-            RuntimeError: For a reason that lies in no clip: the workers were stopped, die as they start, lack a module
-                or run out of GPU memory.
+            RuntimeError: For a reason that lies in no clip: the workers were stopped, die as they start, lack a module,
+                run out of GPU memory or cannot read from the disk.
         """
         listed = list(items)
         futures = [self._schedule(function, item) for item in listed]
         for future, item in zip(futures, listed, strict=True):
             result = self._result(*future)
-            if isinstance(result, Failure):
+            if isinstance(result, Failure) and result.reason != _TIME_LIMIT:
                 result = self._result(*self._schedule(function, item))
             if isinstance(result, Failure) and result.reason == _BROKEN:
                 raise RuntimeError(f"the worker processes die as they start: {result.detail}")
@@ -153,8 +156,9 @@ class Workers:
             result = future.result()
         except CancelledError:
             result = None
-        except (TimeoutError, FutureTimeout):
-            result = Failure("time limit", f"took longer than {self.limit_s:g} s")
+        except (TimeoutError, FutureTimeout) as error:
+            _check_machine(error)  # An OSError of the number ETIMEDOUT is a TimeoutError too.
+            result = Failure(_TIME_LIMIT, f"took longer than {self.limit_s:g} s")
         except ProcessExpired as error:
             result = Failure("crashed", f"the process ended with {error.exitcode}")
         except BrokenExecutor as error:
@@ -163,12 +167,7 @@ class Workers:
                 if self._pool is pool:
                     self._pool = self._new_pool()
         except Exception as error:  # Unknown footage can raise anything.
-            is_full = type(error).__name__ == "OutOfMemoryError" or bool(_FULL.search(str(error)))
-            is_broken = type(error).__name__ == "AcceleratorError" or bool(_BROKEN_GPU.search(str(error)))
-            is_lost = is_broken and not _REFUSED.search(str(error))
-            if is_full or is_lost or isinstance(error, ImportError):
-                remedy = "; a smaller batch_size or raft_batch needs less" if is_full else ""
-                raise RuntimeError(f"{type(error).__name__}: {error}{remedy}") from error
+            _check_machine(error)
             result = Failure("failed", f"{type(error).__name__}: {error}")
         self._waiting.discard(future)
         if self._is_closed:  # After an interruption the result is no fault of the clip.
@@ -196,6 +195,21 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _check_machine(error: Exception) -> None:
+    """Makes sure that an error may lie in the clip.
+
+    Raises:
+        RuntimeError: It lies in the machine: a GPU that is full or lost, a missing module, storage that fails.
+    """
+    is_full = type(error).__name__ == "OutOfMemoryError" or bool(_FULL.search(str(error)))
+    is_broken = type(error).__name__ == "AcceleratorError" or bool(_BROKEN_GPU.search(str(error)))
+    is_lost = is_broken and not _REFUSED.search(str(error))
+    has_no_storage = isinstance(error, OSError) and error.errno in STORAGE_FAULTS
+    if is_full or is_lost or has_no_storage or isinstance(error, ImportError):
+        remedy = "; a smaller batch_size or raft_batch needs less" if is_full else ""
+        raise RuntimeError(f"{type(error).__name__}: {error}{remedy}") from error
 
 
 def _initialise_worker(places: str, gpus: Sequence[str], prepare: Callable[[], None] | None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,20 +16,25 @@ import av
 import cv2
 import numpy as np
 from av.filter import Graph
-from av.sidedata.sidedata import Type as SideType
-from av.stream import Disposition
 from numpy.typing import NDArray
 
+from imageconductor.data.video_streams import rank_stream, read_orientation, turn_upright
 from imageconductor.data.videos import PICTURE_SUFFIXES
 
 Picture = NDArray[np.uint8]  # (H, W, 3) RGB
 Resize = Callable[[tuple[int, int]], tuple[int, int]]
 """Maps the (W, H) of footage, upright and with square pixels, to the (W, H) that its frames are resized to."""
 
-_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+STORAGE_FAULTS = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE)
+"""Numbers of an OSError that say nothing of a file but of the disk, the network or the machine."""
+
+MISSING = "missing"
+"""Reason of rejection where no file is there."""
+
 _MAX_MISSING_FRACTION = 0.1  # of the stated duration, at its end
 _EPSILON_S = 1e-4
 _SEEK_MARGIN_S = 3.0  # seeks go to this long before the wanted time
+_MAX_STEPS_BACK = 3  # frames that are not later than the one before, as at the joints of a recording
 
 
 class Rejected(Exception):  # noqa: N818 - not an error: much footage is rejected
@@ -65,9 +72,10 @@ def read_frames(
 
     Raises:
         Rejected: The footage cannot be read, ends before its stated duration, or is too small or too large.
+        OSError: The storage fails (`STORAGE_FAULTS`).
     """
     if not path.exists():
-        raise Rejected("missing", str(path))
+        raise Rejected(MISSING, str(path))
     start, end = start_s or 0.0, math.inf if end_s is None else end_s
     reader = _read_pictures if path.is_dir() else _read_video
     yield from reader(path, resize, limits, start - _EPSILON_S, end + _EPSILON_S)
@@ -79,7 +87,7 @@ def read_frames_at(
     """The frames at `times`, which `read_frames` gave, cropped to their central `crop` (W, H): (T, H, W, 3).
 
     Raises:
-        Rejected: As `read_frames`.
+        Rejected, OSError: As `read_frames`.
     """
     reader = _read_pictures if path.is_dir() else _read_video
     # Seeking is imprecise in some containers. If frames are missing afterwards, decoding restarts from the beginning.
@@ -113,22 +121,26 @@ def _read_video(
     try:
         container = av.open(str(path), metadata_errors="replace")
     except (av.FFmpegError, ValueError) as error:
+        _check_storage(error, path)
         raise Rejected("unreadable", _error_text(error)) from error
     with container:
         stream = _find_stream(container, limits)
         tick = float(stream.time_base or 0)
         origin = (stream.start_time or 0) * tick
+        is_untimed = container.format.name == "avi" and stream.codec_context.has_b_frames
         size: tuple[int, int] | None = None
-        count, place, last = 0, 0, -math.inf
-        has_sought = seeks and start > _SEEK_MARGIN_S and tick > 0
+        count, place, last, before, steps_back = 0, 0, -math.inf, -math.inf, 0
+        has_sought = seeks and start > _SEEK_MARGIN_S and tick > 0 and not is_untimed
         try:
             if has_sought:
                 container.seek(int((start - _SEEK_MARGIN_S + origin) / tick), stream=stream)
-            for frame in container.decode(stream):
-                if frame.time is None:
-                    raise Rejected("unreadable", "frames without timestamps")
-                time = frame.time - origin
+            frames = container.decode(stream)
+            for time, frame in _time_untimed(frames, tick) if is_untimed else _time_frames(frames, origin):
                 count += 1
+                steps_back += time <= before
+                before = time
+                if steps_back > _MAX_STEPS_BACK:
+                    raise Rejected("unreadable", "timestamps out of order")
                 if has_sought and count == 1 and time > start:
                     break  # The seek went too far: frames may be missing.
                 if time > end:
@@ -151,15 +163,39 @@ def _read_video(
                 if count or not has_sought:
                     return
         except (av.FFmpegError, ValueError) as error:
+            _check_storage(error, path)
             raise Rejected("damaged", f"after {count} frames: {_error_text(error)}") from error
     yield from _read_video(path, resize, limits, start, end, wanted, seeks=False)
+
+
+def _time_frames(frames: Iterator[Any], origin: float) -> Iterator[tuple[float, Any]]:
+    """Frames with their times in seconds, counted from `origin`."""
+    for frame in frames:
+        if frame.time is None:
+            raise Rejected("unreadable", "frames without timestamps")
+        yield frame.time - origin, frame
+
+
+def _time_untimed(frames: Iterator[Any], tick: float) -> Iterator[tuple[float, Any]]:
+    """Frames with their times in seconds, counted from the first; decoding must begin with the file.
+
+    AVI knows when packets are decoded, but not when frames are shown, and FFmpeg's guess is wrong where frames are
+    reordered. The decoding times are those of a constant rate, so frames in their order are shown at the same steps.
+    """
+    origin, last, step = math.nan, -tick, tick
+    for frame in frames:
+        # The last frames leave the decoder without a packet, and so without a time.
+        time = last + step if frame.dts is None else frame.dts * tick
+        origin = time if math.isnan(origin) else origin
+        yield time - origin, frame
+        last, step = time, time - last
 
 
 def _find_stream(container: Any, limits: Limits) -> Any:
     """The video stream of a container that players choose, which has a decoder and a size within the limits."""
     if not container.streams.video:
         raise Rejected("no video", "only " + ", ".join(sorted({s.type for s in container.streams})))
-    stream: Any = max(container.streams.video, key=_rank_stream)
+    stream: Any = max(container.streams.video, key=rank_stream)
     codec = stream.codec_context
     if codec is None or not codec.width or not codec.height:
         raise Rejected("unreadable", "no decoder, or no picture size")
@@ -168,45 +204,26 @@ def _find_stream(container: Any, limits: Limits) -> Any:
     return stream
 
 
-def _rank_stream(stream: Any) -> tuple[bool, bool, int]:
-    """Ranks video streams as players do: no cover or thumbnail, then the one marked as default, then the largest."""
-    codec, flags = stream.codec_context, stream.disposition
-    area = codec.width * codec.height if codec is not None else 0
-    return area > 0 and not flags & _PICTURES, bool(flags & Disposition.default), area
-
-
-def _orientation(frame: Any) -> tuple[bool, bool, bool]:
-    """The operations that turn a frame upright: whether to exchange x and y, then to mirror x, to mirror y."""
-    for side in frame.side_data:
-        if side.type == SideType.DISPLAYMATRIX:
-            (a, b, _), (c, d, _), _ = np.frombuffer(bytes(side), np.int32).reshape(3, 3)
-            # x' = a x + c y, y' = b x + d y; other angles are rounded to the nearest right one.
-            return (True, c < 0, b < 0) if abs(b) > abs(a) else (False, a < 0, d < 0)
-    return False, False, False
-
-
 def _display_size(frame: Any, stream: Any) -> tuple[int, int]:
     """(W, H) of a frame as players display it: upright and with square pixels."""
     aspect = stream.sample_aspect_ratio or Fraction(1)
     width, height = frame.width, frame.height
     if 0 < aspect < 100:
         width = max(1, round(width * float(aspect)))
-    return (height, width) if _orientation(frame)[0] else (width, height)
+    return (height, width) if read_orientation(frame)[0] else (width, height)
 
 
 def _convert_frame(frame: Any, size: tuple[int, int]) -> Picture:
     """A decoded frame as an upright RGB picture of `size` (W, H)."""
-    exchanged, mirrors_x, mirrors_y = _orientation(frame)
+    orientation = read_orientation(frame)
     if frame.interlaced_frame:
         frame = _top_field(frame)
-    width, height = size[::-1] if exchanged else size
+    width, height = size[::-1] if orientation[0] else size
     shrinks = width * height < frame.width * frame.height
     interpolation = "AREA" if shrinks else "BICUBIC"
     # One thread: with several, a new context would be made for every frame.
     picture = frame.reformat(width, height, "rgb24", interpolation=interpolation, threads=1).to_ndarray()
-    if exchanged:
-        picture = picture.transpose(1, 0, 2)
-    return np.ascontiguousarray(picture[:: -1 if mirrors_y else 1, :: -1 if mirrors_x else 1])
+    return turn_upright(picture, orientation)
 
 
 def _top_field(frame: Any) -> Any:
@@ -246,6 +263,7 @@ def _read_pictures(
         try:
             image = load_image(file)
         except ValueError as error:
+            _check_storage(error.__cause__, file)
             raise Rejected("damaged", str(error)) from error
         size = image.size
         limits.check(size)
@@ -279,6 +297,21 @@ def decode_mp4(content: bytes) -> NDArray[np.uint8]:
     with av.open(BytesIO(content)) as container:
         pictures = [f.reformat(format="rgb24", threads=1).to_ndarray() for f in container.decode(video=0)]
         return np.stack(pictures)
+
+
+def _check_storage(error: BaseException | None, path: Path) -> None:
+    """Makes sure that reading a file failed because of the file.
+
+    Raises:
+        OSError: It was the storage.
+    """
+    number = getattr(error, "errno", None)
+    if number == errno.EIO:  # FFmpeg also says so of some broken files; reading them tells.
+        with path.open("rb") as file:
+            while file.read(1 << 20):
+                pass
+    elif number in STORAGE_FAULTS:
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _error_text(error: BaseException) -> str:

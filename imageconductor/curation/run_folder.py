@@ -18,6 +18,20 @@ from imageconductor.files import atomic_write
 
 
 @dataclass(frozen=True)
+class Outcomes:
+    """What became of the clips of a chunk that a pass tried.
+
+    Attributes:
+        num_done, num_failed: Their numbers; a failure is no property of the footage, unlike a rejection.
+        example: One of the failures; empty if there is none.
+    """
+
+    num_done: int
+    num_failed: int
+    example: str
+
+
+@dataclass(frozen=True)
 class Run:
     """One curation and the files in its output folder."""
 
@@ -33,10 +47,6 @@ class Run:
         """Tar of a chunk's rows and, before the motion filter, its encoded clips."""
         return self.work / "scanned" / f"{chunk:06d}.tar"
 
-    def clip_count(self, chunk: int) -> Path:
-        """Number of clips in `scanned_clips`."""
-        return self.work / "scanned" / f"{chunk:06d}.count"
-
     def scores(self, chunk: int) -> Path:
         """Motion scores, or failures, of a chunk's clips by key."""
         return self.work / "scores" / f"{chunk:06d}.json"
@@ -48,6 +58,10 @@ class Run:
     def shard(self, chunk: int) -> Path:
         """Accepted clips of a chunk; a chunk without any has no shard."""
         return self.output / f"clips-{chunk:06d}.tar"
+
+    def outcomes(self, folder: str, chunk: int) -> Path:
+        """The `Outcomes` of a chunk in the pass that writes to a folder of `work`; its last file of the chunk."""
+        return self.work / folder / f"{chunk:06d}.outcomes.json"
 
     @property
     def threshold(self) -> Path:
@@ -98,4 +112,8 @@ class Run:
 
     def num_clips(self, chunk: int) -> int:
         """Number of clips that the scan of a chunk gave."""
-        return int(self.clip_count(chunk).read_text())
+        return self.read_outcomes("scanned", chunk).num_done
+
+    def read_outcomes(self, folder: str, chunk: int) -> Outcomes:
+        """What is in the file `outcomes`."""
+        return Outcomes(**json.loads(self.outcomes(folder, chunk).read_text()))

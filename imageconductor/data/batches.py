@@ -6,7 +6,7 @@ two with 2 each, and one that accumulates over 4 batches of 1 therefore see the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -36,6 +36,11 @@ class Batches(Dataset[dict[str, Any]]):
     def __init__(self, samples: Samples, batch_size: int):
         self.samples = samples
         self.batch_size = batch_size
+
+    @property
+    def num_clips(self) -> int | None:
+        """Number of clips that the samples are taken from; None = no end of them, as of the sprite world."""
+        return len(self.samples) if isinstance(self.samples, Sized) else None
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         first = index * self.batch_size

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ from imageconductor.conditioning.boxes import Boxes
 from imageconductor.conditioning.checks import check_keys
 from imageconductor.conditioning.first_frame import cover_scale
 from imageconductor.data.box_datasets import BoxClip, find_got10k, read_box_record, read_got10k, read_youtube_vis
-from imageconductor.data.clip_index import find_clips
+from imageconductor.data.clip_index import Shard, find_clips, hash_keys
 from imageconductor.data.clip_records import ClipRecord, CorruptClipError
 from imageconductor.files import read_text
 
@@ -70,15 +70,18 @@ class BoxSamples:
         held_out_clips: int = 0,
         shows_held_out: bool = False,
     ):
-        entries = [entry for one in sources for entry in _list_clips(Path(one), split, num_frames, reserved_clips)]
-        entries.sort(key=lambda entry: hashlib.sha256(_key(entry).encode()).digest())
-        self.entries = entries[:held_out_clips] if shows_held_out else entries[held_out_clips:]
+        parts = [part for one in sources for part in _list_clips(Path(one), split, num_frames, reserved_clips)]
+        entries = _Entries(parts)
+        self.entries = entries.select(slice(held_out_clips) if shows_held_out else slice(held_out_clips, None))
         if not self.entries:
             raise ValueError(f"held_out_clips is {held_out_clips}, and there are {len(entries)} clips; none is left")
         self.size, self.num_frames, self.max_objects = size, num_frames, max_objects
         self.seed, self.is_fixed = seed, shows_held_out
         self.horizontal_flip, self.random_crop, self.min_box_area = horizontal_flip, random_crop, min_box_area
         self._order: tuple[int, NDArray[np.int64]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.entries)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """Sample `position`; clips that cannot be read are left out, and `skipped` says why.
@@ -94,7 +97,7 @@ class BoxSamples:
         order = self._permutation(epoch)
         for attempt in range(_MAX_ATTEMPTS):
             try:
-                entry = self.entries[order[(turn + attempt) % len(order)]]
+                entry = self.entries[int(order[(turn + attempt) % len(order)])]
                 return {**self._sample(entry, random), "skipped": skipped}
             except (CorruptClipError, ValueError, OSError) as error:
                 skipped.append(str(error))
@@ -205,29 +208,58 @@ def _read(entry: _Entry) -> BoxClip:
     return entry.read() if isinstance(entry, _Detection) else entry
 
 
-def _key(entry: _Entry) -> str:
-    return entry.name if isinstance(entry, Path) else entry.key
+class _Entries:
+    """The clips of several sources in the order of their keys' SHA-256; records are made as they are asked for.
+
+    Args:
+        parts: The clips, in lists and shards.
+    """
+
+    def __init__(self, parts: Sequence[Sequence[_Entry] | Shard]):
+        self.parts = parts
+        self.ends = np.cumsum([len(part) for part in parts])
+        self.order = np.argsort(np.concatenate([_hash_keys(part) for part in parts]), kind="stable")
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, place: int) -> _Entry:
+        number = int(self.order[place])
+        part = int(np.searchsorted(self.ends, number, side="right"))
+        return self.parts[part][number - int(self.ends[part])]  # Counted from the part's end.
+
+    def select(self, places: slice) -> _Entries:
+        """The clips at these places of the order."""
+        chosen = copy(self)
+        chosen.order = self.order[places]
+        return chosen
 
 
-def _list_clips(source: Path, split: str, num_frames: int, reserved: int) -> Sequence[_Entry]:
+def _hash_keys(part: Sequence[_Entry] | Shard) -> NDArray[np.uint64]:
+    if isinstance(part, Shard):
+        return part.hash_keys()
+    return hash_keys((entry.name if isinstance(entry, Path) else entry.key).encode() for entry in part)
+
+
+def _list_clips(source: Path, split: str, num_frames: int, reserved: int) -> Sequence[Sequence[_Entry] | Shard]:
     if source.is_file() and source.suffix != ".tar":
         if num_frames > 1:
             raise ValueError(f"{source} holds single pictures; num_frames must be 1, not {num_frames}")
-        return _read_detections(source)
+        return [_read_detections(source)]
     if (source / split / "instances.json").is_file():
-        return read_youtube_vis(source, split, min_frames=num_frames, first=reserved)
+        return [read_youtube_vis(source, split, min_frames=num_frames, first=reserved)]
     if (source / split).is_dir():
-        return find_got10k(source, split, num_frames)
+        return [find_got10k(source, split, num_frames)]
     try:
-        records = [record for shard in find_clips([source]) for record in shard if "boxes.json" in record.parts]
+        shards = [shard.select(shard.have("boxes.json")) for shard in find_clips([source])]
     except FileNotFoundError:
-        records = []
-    if not records:
+        shards = []
+    if not any(len(shard) for shard in shards):
         raise FileNotFoundError(
             f"no clips with boxes at {source}: expected a folder of GOT-10k or YouTube-VIS with its split {split}, "
             "clip records with KEY.boxes.json, or JSON lines"
         )
-    return records
+    return shards
 
 
 def _read_detections(path: Path) -> list[_Detection]:

@@ -8,6 +8,7 @@ curation writes it; where it is missing, one process of a machine writes it and 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import tarfile
@@ -21,9 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imageconductor.data.clip_records import PARTS, ClipRecord, Part
-from imageconductor.files import atomic_write
+from imageconductor.files import atomic_write, read_text
 
 logger = logging.getLogger(__name__)
+
+CACHE_RECORD = "made_with.json"
+"""Beside the shards of a cache of latents: what they depend on, and `num_shards`, how many there are in the end."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,16 +71,13 @@ class Shard:
         """Numbers of clips that are read together: all of a shard, each of a folder by itself."""
         return [1] * len(self) if self.is_folder else [len(self)]
 
-    def are_cached(self) -> NDArray[np.bool_]:
-        """Whether each record holds latents instead of a video: (n,)."""
-        if "latents.npz" not in self._part_names:
-            return np.zeros(len(self), np.bool_)
-        return self.clips["latents.npz"][:, 1] >= 0
+    def have(self, part: str) -> NDArray[np.bool_]:
+        """Whether each record holds a part, such as "boxes.json": (n,)."""
+        return self.clips[part][:, 1] >= 0 if part in self._part_names else np.zeros(len(self), np.bool_)
 
     def hash_keys(self) -> NDArray[np.uint64]:
         """The first eight bytes of each key's SHA-256 as a number: (n,)."""
-        digests = b"".join(hashlib.sha256(key).digest()[:8] for key in self.clips["key"].tolist())
-        return np.frombuffer(digests, ">u8").astype(np.uint64)
+        return hash_keys(self.clips["key"].tolist())
 
     def select(self, chosen: NDArray[np.bool_]) -> Shard:
         """The clips where `chosen` (n,) is true."""
@@ -103,6 +104,12 @@ class ClipList:
         return (record for shard in self.shards for record in shard)
 
 
+def hash_keys(keys: Iterable[bytes]) -> NDArray[np.uint64]:
+    """The first eight bytes of each key's SHA-256 as a number, which sorts as the SHA-256 does: (n,)."""
+    digests = b"".join(hashlib.sha256(key).digest()[:8] for key in keys)
+    return np.frombuffer(digests, ">u8").astype(np.uint64)
+
+
 def find_clips(sources: Sequence[str | Path]) -> list[Shard]:
     """The shards and folders of clips that are not empty.
 
@@ -111,10 +118,14 @@ def find_clips(sources: Sequence[str | Path]) -> list[Shard]:
 
     Raises:
         FileNotFoundError: A source holds no clip.
+        ValueError: A folder, or that of a pattern, is still being filled; shards that are named are read.
     """
     shards: list[Shard] = []
     for source in sources:
-        paths = [match for path in _expand_braces(str(source)) for match in ([path] if path.exists() else _glob(path))]
+        named = _expand_braces(str(source))
+        paths = [match for path in named for match in ([path] if path.exists() else _glob(path))]
+        for folder in [path.parent for path in named if not path.exists()] + [path for path in paths if path.is_dir()]:
+            _check_complete(folder)
         found: list[Shard] = []
         for path in paths:
             tars = [path] if path.is_file() else _glob(path / "*.tar")
@@ -125,6 +136,29 @@ def find_clips(sources: Sequence[str | Path]) -> list[Shard]:
             )
         shards += [shard for shard in found if len(shard)]
     return shards
+
+
+def _check_complete(folder: Path) -> None:
+    """Refuses the output of a curation or of `scripts/cache_latents.py` that lacks shards, which may come later.
+
+    Raises:
+        ValueError: It lacks some.
+    """
+    if (folder / ".sources").exists() and not (folder / "index.parquet").exists():  # as of `curation.run_folder.Run`
+        kind = "curation"
+    elif len(_glob(folder / "clips-*.tar")) < _count_planned_shards(folder / CACHE_RECORD):
+        kind = "cache of latents"
+    else:
+        return
+    raise ValueError(
+        f"{folder} is an unfinished {kind}, to which clips would be added during the training: let its command end, or "
+        "start it again to go on, and train then"
+    )
+
+
+def _count_planned_shards(record: Path) -> int:
+    """Number of shards of a finished cache; 0 for other folders and caches of earlier versions, which do not say."""
+    return json.loads(read_text(record)).get("num_shards", 0) if record.is_file() else 0
 
 
 def _expand_braces(pattern: str) -> list[Path]:

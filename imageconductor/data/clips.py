@@ -171,7 +171,7 @@ class ClipSamples:
             self.order = ShuffledOrder(_list_sizes(shards), shuffle_shards, seed)
         self.size, self.num_frames, self.horizontal_flip, self.seed = size, num_frames, horizontal_flip, seed
         self.is_cached = self.records[0].is_cached
-        if any((shard.are_cached() != self.is_cached).any() for shard in shards):
+        if any((shard.have("latents.npz") != self.is_cached).any() for shard in shards):
             raise ValueError("the sources mix videos and cached latents; train on one of the two")
         if self.is_cached and horizontal_flip:
             raise ValueError(f"cached latents cannot be mirrored; set horizontal_flip=0, got {horizontal_flip}")

@@ -50,6 +50,9 @@ class ReferenceClips:
         self._encoded: list[tuple[Tensor, Tensor]] = []
         self._mirrored: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def __len__(self) -> int:
+        return len(self.clips)
+
     @torch.no_grad()
     def encode(self, encode_frames: EncodeFrames) -> None:
         """Encodes every frame that a window can hold, once, and pictures that may be mirrored a second time.

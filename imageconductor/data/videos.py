@@ -109,11 +109,15 @@ class _Decord:
 
 
 class _PyAV:
+    """Reads the stream that players choose and turns its frames upright."""
+
     def __init__(self, file: str | BinaryIO):
         import av
 
+        from imageconductor.data.video_streams import rank_stream
+
         self._container: Any = av.open(file)
-        self._stream = self._container.streams.video[0]
+        self._stream: Any = max(self._container.streams.video, key=rank_stream)
         self.fps = self._stream.average_rate or 0
         packets = self._container.demux(self._stream)  # not decoded
         self._times = sorted({packet.pts for packet in packets if packet.size and packet.pts is not None})
@@ -122,12 +126,14 @@ class _PyAV:
         return len(self._times)
 
     def read(self, numbers: list[int]) -> NDArray[np.uint8]:
+        from imageconductor.data.video_streams import read_orientation, turn_upright
+
         wanted = [self._times[number] for number in numbers]
         found: dict[int, NDArray[np.uint8]] = {}
         self._container.seek(min(wanted), stream=self._stream)  # to the last key frame before
         for frame in self._container.decode(self._stream):
             if frame.pts in wanted:
-                found[frame.pts] = frame.to_ndarray(format="rgb24")
+                found[frame.pts] = turn_upright(frame.to_ndarray(format="rgb24"), read_orientation(frame))
             if frame.pts is not None and frame.pts >= max(wanted):
                 break
         return np.stack([found[time] for time in wanted])

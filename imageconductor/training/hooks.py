@@ -63,14 +63,23 @@ class Log:
         lr_scheduler: Of the optimiser.
         state: Of the run as it starts.
         stage: Whose name is shown beside the bar, and whose measures are logged.
+        num_clips: As of `RunRecord`.
     """
 
-    def __init__(self, config: LoopConfig, engine: Replicated, lr_scheduler: Any, state: TrainState, stage: Stage):
+    def __init__(
+        self,
+        config: LoopConfig,
+        engine: Replicated,
+        lr_scheduler: Any,
+        state: TrainState,
+        stage: Stage,
+        num_clips: int | None = None,
+    ):
         self.stage, self.config, self.engine = stage, config, engine
         self.accelerator, self.lr_scheduler = engine.accelerator, lr_scheduler
         is_main = self.accelerator.is_main_process
         processes = self.accelerator.num_processes
-        self.record = RunRecord(Path(config.output), config, state.step, processes) if is_main else None
+        self.record = RunRecord(Path(config.output), config, state.step, processes, num_clips) if is_main else None
         self.bar = tqdm(
             total=config.max_steps,
             initial=state.step,

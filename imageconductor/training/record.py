@@ -24,7 +24,7 @@ import torch
 from imageconductor import config as config_file
 from imageconductor.files import write_text
 from imageconductor.training import checkpointing
-from imageconductor.training.train_config import LoopConfig
+from imageconductor.training.train_config import LoopConfig, find_ignored
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +41,19 @@ class RunRecord:
         config: The run's settings.
         step: Optimiser steps done before; later metrics, of a run that was killed after its last checkpoint, go.
         num_processes: That train together.
+        num_clips: From which the samples are taken; None = no end of them.
     """
 
-    def __init__(self, folder: Path, config: LoopConfig, step: int, num_processes: int = 1):
+    def __init__(
+        self, folder: Path, config: LoopConfig, step: int, num_processes: int = 1, num_clips: int | None = None
+    ):
         self.metrics = folder / "metrics.jsonl"
         # A permission and a time limit are for one start; whoever starts again with this file is asked again.
         config_file.save(replace(config, allow_changes=False, max_minutes=None), folder / "config.yaml")
         start = {
             "start": step,
             "clips_per_step": clips_per_step(config, num_processes),
+            "num_clips": num_clips,
             **environment(),
             "settings": config_file.to_plain(config),
         }
@@ -103,11 +107,29 @@ def check_continuation(config: LoopConfig) -> None:
     changes = _changes(config, path)
     if fixed := [text for name, text in changes.items() if name.partition(".")[0] in config.FIXED]:
         raise ValueError(f"{folder} holds a run with {', '.join(fixed)}, which cannot change; choose another output")
-    if not changes:
-        return
-    told = f"{folder} was trained for {step} steps with {', '.join(changes.values())}"
+    if changes:
+        told = f"{folder} was trained for {step} steps with {', '.join(changes.values())}"
+        _ask_permission(config, told, "go back to those settings")
+
+
+def check_num_clips(config: LoopConfig, num_clips: int | None) -> None:
+    """Makes sure that the run in `config.output`, if there is one, can go on with this number of clips.
+
+    Another number maps the positions of the run to other clips: it is refused, or with `allow_changes` logged.
+
+    Raises:
+        ValueError: In one line, with both numbers.
+    """
+    folder = Path(config.output)
+    step, before = checkpointing.latest_step(folder), _last_start(folder / _STARTS).get("num_clips")
+    if step is not None and None not in (before, num_clips) and before != num_clips:
+        told = f"{folder} was trained for {step} steps on {before} clips; there are {num_clips} now"
+        _ask_permission(config, told, "put back those clips")
+
+
+def _ask_permission(config: LoopConfig, told: str, remedy: str) -> None:
     if not config.allow_changes:
-        raise ValueError(f"{told}; choose another output, go back to those settings, or set allow_changes=true")
+        raise ValueError(f"{told}; choose another output, {remedy}, or set allow_changes=true")
     logger.warning(told)
 
 
@@ -123,11 +145,10 @@ def _changes(config: LoopConfig, path: Path) -> dict[str, str]:
             f"the run in {path.parent} cannot be continued, its settings no longer hold: {error}"
         ) from None
     old = {field.key: field.default for field in config_file.list_fields(type(config), before)}
-    if before.lr_schedule == "constant":
-        old["warmup_steps"] = 0  # It did nothing, and is refused today.
+    old |= {name: getattr(type(before), name) for name in find_ignored(before)}  # Other values are refused today.
     new = {field.key: field.default for field in config_file.list_fields(type(config), config)}
     free = config.FREE_TO_CHANGE | ({"max_steps"} if config.lr_schedule in _CONSTANT else set())
-    if (before_clips := _last_clips_per_step(path.with_name(_STARTS))) is not None:
+    if (before_clips := _last_start(path.with_name(_STARTS)).get("clips_per_step")) is not None:
         old["clips_per_step"] = before_clips
         new["clips_per_step"] = clips_per_step(config, int(os.environ.get("WORLD_SIZE", 1)))
     if config.mixed_precision == "auto":
@@ -144,14 +165,14 @@ def _show(value: Any) -> str:
     return plain if isinstance(plain, str) else json.dumps(plain)
 
 
-def _last_clips_per_step(starts: Path) -> int | None:
-    """Of the newest start that is on record; None in folders of earlier versions."""
+def _last_start(starts: Path) -> dict[str, Any]:
+    """The newest start that is on record; those of earlier versions lack `clips_per_step` or `num_clips`."""
     for line in reversed(starts.read_text().splitlines() if starts.is_file() else []):
         try:
-            return json.loads(line).get("clips_per_step")
+            return json.loads(line)
         except ValueError:  # the half line of a run that was killed while it wrote
             continue
-    return None
+    return {}
 
 
 def environment() -> dict[str, Any]:

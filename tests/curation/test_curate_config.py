@@ -31,6 +31,20 @@ UNUSED = {
 }
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"min_side_px": 0}, "min_side_px must be at least 1, got 0"),
+        ({"max_side_px": 63}, "max_side_px must be at least min_side_px=64, got 63"),
+        ({"cut_threshold": 0.0}, "cut_threshold must be positive, got 0.0"),
+    ],
+)
+def test_what_would_reject_everything_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(PLAIN, **changes)
+
+
 @pytest.mark.parametrize(("name", "value"), {**FREE, **UNUSED}.items())
 def test_settings_that_change_nothing_are_free(name, value):
     assert select_result_settings(replace(PLAIN, **{name: value})) == select_result_settings(PLAIN)

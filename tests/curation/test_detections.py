@@ -1,6 +1,7 @@
 """A detector's boxes, from its file through the curation to training samples."""
 
 import json
+import re
 
 import footage
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 
 from imageconductor.commands import curate
 from imageconductor.conditioning.boxes import Boxes
+from imageconductor.curation import curate as curate_module
 from imageconductor.curation.curate_config import CurateConfig
-from imageconductor.curation.detections import find_detections, read_detections
+from imageconductor.curation.detections import BoxesError, find_detections, read_detections
 from imageconductor.curation.footage import decode_mp4
 from imageconductor.curation.sources import Source
 from imageconductor.curation.steps import scan
@@ -106,6 +108,30 @@ def test_a_box_that_reaches_out_of_the_frame_is_cut_and_one_outside_is_absent(tm
     assert read_detections(path, [0.0], (192, 128), (192, 128))[1] == 0
 
 
+def test_an_object_is_where_the_detector_lists_it_and_nowhere_else(tmp_path):
+    """Listed frames are no key boxes as those that someone draws, which stay and are joined by curves."""
+    path = tmp_path / "a.json"
+    dog = {"name": "dog", "boxes": [[0, 0, 9, 9], [10, 0, 19, 9], None, [50, 0, 59, 9]], "frames": [10, 11, 12, 20]}
+    path.write_text(json.dumps(detections(objects=[{**dog, "id": 7, "score": 0.9}])))
+    frames = [9, 10, 10.5, 11, 12, 15, 20, 21, 59]
+    content, count = read_detections(path, [t / FPS for t in frames], (192, 128), (192, 128))
+    half = [5, 0, 14, 9]
+    expected = [None, [0, 0, 9, 9], half, [10, 0, 19, 9], None, None, [50, 0, 59, 9], None, None]
+    assert json.loads(content)["objects"][0]["boxes"] == expected
+    assert count == 1
+
+
+def test_the_footage_may_have_more_objects_than_a_clip(tmp_path):
+    path = tmp_path / "a.json"
+    short = [{"name": "car", "boxes": [[0, 0, 9, 9]], "frames": [t % NUM_FRAMES]} for t in range(1000)]
+    path.write_text(json.dumps(detections(objects=short)))
+    assert read_detections(path, [t / FPS for t in range(8)], (192, 128), (192, 128))[1] == 8 * 17
+    crowd = [{"name": "bird", "boxes": [[0, 0, 9, 9]] * NUM_FRAMES}] * 257
+    path.write_text(json.dumps(detections(objects=crowd)))
+    with pytest.raises(BoxesError, match=r"a\.json: 257 objects in the clip, at most 256 are accepted"):
+        read_detections(path, [0.0], (192, 128), (192, 128))
+
+
 def test_curated_clips_with_boxes_are_trained_on(videos, capsys):
     out = videos / "out"
     arguments = [f"input={videos / 'videos'}", f"output={out}", f"boxes={videos / 'boxes'}", "size=[128, 128]"]
@@ -146,6 +172,9 @@ def test_a_malformed_file_costs_its_source_and_says_why(content, message, videos
     assert (row.reason, files) == ("bad boxes", {})
     assert "square.mp4.json" in row.detail
     assert message in row.detail
+    with pytest.raises(BoxesError, match=re.escape(message)):
+        curate_module.curate(settings(videos))
+    assert not (videos / "out").exists()
 
 
 def test_a_folder_without_boxes_of_any_source_is_refused_first(videos, capsys):

@@ -1,6 +1,7 @@
 """Clips that hang or end their process, and the motion score."""
 
 import contextlib
+import errno
 import importlib
 import math
 import os
@@ -44,6 +45,14 @@ def refuse(items):
 def sleep(items):
     time.sleep(1.3)
     return items
+
+def hang(log):
+    with open(log, "a") as file:
+        print("begun", file=file)
+    time.sleep(60)
+
+def lose_disk(number):
+    raise OSError(number, os.strerror(number), "a.mp4")
 """
 
 
@@ -72,6 +81,18 @@ def test_a_clip_that_hangs_or_dies_is_named_and_the_next_one_is_done(hasty_worke
     wrong, root = hasty_worker.map(math.sqrt, [(-1.0,), (9.0,)])
     assert (wrong.reason, root) == ("failed", 3.0)
     assert wrong.detail.startswith("ValueError: ")
+
+
+def test_a_clip_that_took_too_long_is_not_tried_again(hasty_worker, faulty, tmp_path):
+    assert [f.reason for f in hasty_worker.map(faulty.hang, [(str(tmp_path / "log"),)])] == ["time limit"]
+    assert (tmp_path / "log").read_text() == "begun\n"
+
+
+@pytest.mark.parametrize("name", ["EIO", "ESTALE", "ENOTCONN", "ETIMEDOUT", "EMFILE"])
+def test_storage_that_fails_is_no_fault_of_a_clip(name, patient_worker, faulty):
+    with pytest.raises(RuntimeError, match=r"a\.mp4"):
+        list(patient_worker.map(faulty.lose_disk, [(getattr(errno, name),)]))
+    assert [f.reason for f in patient_worker.map(faulty.lose_disk, [(errno.EISDIR,)])] == ["failed"]
 
 
 def test_a_batch_has_the_time_of_its_clips(hasty_worker, faulty):

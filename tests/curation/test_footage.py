@@ -1,19 +1,22 @@
 """Footage of many kinds: orientation, containers, damage, timestamps, and lists of sources."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import av
 import cv2
 import footage
 import imageio_ffmpeg
 import numpy as np
 import pytest
 
+from imageconductor.curation import footage as footage_module
 from imageconductor.curation.curate_config import CurateConfig
-from imageconductor.curation.cuts import choose_frames, frame_duration
+from imageconductor.curation.cuts import choose_frames, find_scenes, frame_duration
 from imageconductor.curation.footage import Limits, Rejected, decode_mp4, encode_mp4, read_frames, read_frames_at
 from imageconductor.curation.sources import Source, find_sources
 from imageconductor.curation.steps import grid_points, scan
@@ -59,7 +62,14 @@ def test_a_mirrored_video_is_mirrored_back(flip, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "codec"),
-    [("x.ts", "libx264"), ("x.mpg", "mpeg2video"), ("x.avi", "mpeg4"), ("x.flv", "libx264"), ("x.mkv", "libx264")],
+    [
+        ("x.ts", "libx264"),
+        ("x.mpg", "mpeg2video"),
+        ("x.avi", "mpeg4"),
+        ("x.avi", "libx264"),
+        ("x.flv", "libx264"),
+        ("x.mkv", "libx264"),
+    ],
 )
 def test_every_place_of_every_container_is_found_again(name, codec, tmp_path):
     shown = np.stack([np.full((32, 48, 3), 20 + t, np.uint8) for t in range(200)])
@@ -72,6 +82,63 @@ def test_every_place_of_every_container_is_found_again(name, codec, tmp_path):
         assert np.array_equal(read_frames_at(path, [times[n] for n in wanted], same, LIMITS), every[wanted])
     ranged = [time for time, _ in read_frames(path, same, LIMITS, times[110], times[150])]
     assert ranged == times[110:151]
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_frames_that_avi_reorders_are_shown_in_order_at_equal_steps(codec, tmp_path):
+    shown = np.stack([np.full((32, 48, 3), 20 + t, np.uint8) for t in range(100)])
+    path = footage.write(tmp_path / "x.avi", shown, codec=codec, g="25", bf="2")
+    times, pictures = zip(*read_frames(path, same, LIMITS), strict=True)
+    assert times == pytest.approx([t / 25 for t in range(len(shown))])
+    assert np.stack(pictures).mean((1, 2, 3)) == pytest.approx(shown.mean((1, 2, 3)), abs=4)
+
+
+def test_footage_whose_times_are_not_in_order_is_rejected(tmp_path, monkeypatch):
+    """A file whose frames are reordered, as if FFmpeg had not noticed; a recording with a joint is read up to it."""
+    path = footage.write(tmp_path / "x.avi", footage.pan(0, 60, (1, 0)), g="25", bf="2")
+    monkeypatch.setattr(footage_module, "_time_untimed", lambda frames, _: footage_module._time_frames(frames, 0.0))
+    row, _ = scan(Source("x", str(path)), CurateConfig("", ""))
+    assert (row.reason, row.detail) == ("unreadable", "timestamps out of order")
+    part = footage.write(tmp_path / "part.ts", footage.pan(1, 60, (1, 0)), bf="0").read_bytes()
+    (tmp_path / "joined.ts").write_bytes(part + part)
+    times = [time for time, _ in read_frames(tmp_path / "joined.ts", same, LIMITS)]
+    assert times == pytest.approx([t / 25 for t in range(60)])
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read")
+@pytest.mark.parametrize("name", ["video.mp4", "frames/0.png"])
+def test_storage_that_fails_rejects_no_footage(name, tmp_path):
+    (tmp_path / "frames").mkdir()
+    (tmp_path / name).symlink_to("/proc/self/mem")  # reading its beginning is an error of input and output
+    source = Source("x", str((tmp_path / name) if name == "video.mp4" else tmp_path / "frames"))
+    with pytest.raises(OSError, match="Input/output error"):
+        scan(source, CurateConfig("", ""))
+
+
+def test_a_broken_file_is_not_taken_for_broken_storage(tmp_path, monkeypatch):
+    """Some of FFmpeg's readers call a file that breaks off an error of input and output."""
+    (tmp_path / "x.mp4").write_bytes(b"broken")
+
+    def fail(*_, **__):
+        raise av.error.OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(av, "open", fail)
+    row, _ = scan(Source("x", str(tmp_path / "x.mp4")), CurateConfig("", ""))
+    assert row.reason == "unreadable"
+
+
+@pytest.mark.parametrize("detector", ["adaptive", "content"])
+@pytest.mark.parametrize("place", [1, 2, 20, 37, 38, 39])
+def test_a_cut_is_found_wherever_it_is(place, detector):
+    before, after = footage.pan(1, 40, (1, 0), (96, 64)), footage.pan(2, 40, (1, 0.5), (96, 64))
+    config = CurateConfig("", "", cut_detector=detector)
+    cut = [*before[:place], *after[place:]]
+    assert find_scenes(iter(cut), config) == [(0, place - 1), (place, 39)]
+    for count in (1, 2, 3, 40):
+        assert find_scenes(iter(before[:count]), config) == [(0, count - 1)]
+    flash = before.copy()
+    flash[place] = 255
+    assert [scene.first for scene in find_scenes(iter(flash), config)] == [0, place]
 
 
 @pytest.mark.parametrize("start", ["1.5", "2"])

@@ -1,5 +1,6 @@
 """Windows of clips with boxes: their order, crops and flips, held-out clips, and files that are damaged."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -7,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from clip_files import write_shard
 from PIL import Image
 
 from imageconductor.conditioning import Boxes
+from imageconductor.data.box_datasets import read_youtube_vis
 from imageconductor.data.box_samples import BoxSamples, keep_largest
+from imageconductor.data.clip_index import Shard
 from imageconductor.data.clip_records import CorruptClipError
 from imageconductor.training import samples as training_samples
 from imageconductor.training.stage_configs import ObjectGatesConfig
@@ -110,6 +114,30 @@ def test_an_epoch_has_every_clip_once_and_any_sample_may_come_first():
     assert backwards == keys[::-1]
     order = samples._permutation(1)
     assert samples._permutation(1) is order, "that of ten million clips takes a second"
+
+
+def test_records_keep_the_order_of_their_keys_and_are_made_as_they_are_asked_for(tmp_path, monkeypatch):
+    boxed, plain = {"json": b"{}", "boxes.json": b"{}"}, {"json": b"{}"}
+    keys = [f"clip-{number}" for number in range(40)]
+    for shard in range(4):
+        of_shard = keys[shard::4]
+        records = {key: plain if int(key[5:]) % 3 == 0 else boxed for key in of_shard}
+        write_shard(tmp_path / f"clips-{shard}.tar", records)
+    write_shard(tmp_path / "clips-4.tar", {"none": plain})
+    expected = sorted(
+        [key for key in keys if int(key[5:]) % 3] + [clip.key for clip in read_youtube_vis(FIXTURES / "youvis")],
+        key=lambda key: hashlib.sha256(key.encode()).digest(),
+    )
+    made = []
+    make = Shard.__getitem__
+    monkeypatch.setattr(Shard, "__getitem__", lambda shard, number: made.append(number) or make(shard, number))
+    sources = [FIXTURES / "youvis", tmp_path]
+    held = BoxSamples(sources, "train", (16, 16), 1, 8, held_out_clips=5, shows_held_out=True)
+    trained = BoxSamples(sources, "train", (16, 16), 1, 8, held_out_clips=5)
+    assert not made, "objects of ten million clips are 11 GB in each process"
+    assert [entry.key for entry in held.entries] == expected[:5]
+    assert [entry.key for entry in trained.entries] == expected[5:]
+    assert len(trained) == len(expected) - 5
 
 
 def test_the_largest_objects_are_kept_in_their_order():

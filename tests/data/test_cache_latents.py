@@ -10,7 +10,9 @@ import footage
 import numpy as np
 import pytest
 import torch
+from clip_files import write_shard
 
+from imageconductor.data.clip_index import find_clips
 from scripts import cache_latents
 
 
@@ -80,6 +82,10 @@ def test_the_parts_together_are_the_cache_and_a_missing_shard_is_made_anew(clips
     for part in (0, 1):
         assert cache(clips, encoders, tmp_path / "parts", f"part={part}", "parts=2", "num_workers=0") == 0
         assert len(list((tmp_path / "parts").glob("*.tar"))) == part + 1
+        if part == 0:
+            with pytest.raises(ValueError, match="is an unfinished cache of latents"):
+                find_clips([tmp_path / "parts"])
+    assert len(find_clips([tmp_path / "parts"])) == 2
     (tmp_path / "parts" / "clips-000000.tar").unlink()
     assert cache(clips, encoders, tmp_path / "parts", "num_workers=0") == 0
     assert read(tmp_path / "parts").keys() == read(tmp_path / "whole").keys()
@@ -100,6 +106,33 @@ def test_shards_of_other_clips_or_settings_are_not_taken_for_these(clips, encode
         assert cache(source, encoders, tmp_path / "cache", "num_workers=0", *changes) == 2
         assert said in capsys.readouterr().err
     assert read(tmp_path / "cache").keys() == before
+
+
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_clips_of_the_same_names_with_other_captions_are_not_taken_for_these(
+    in_shards, clips, encoders, tmp_path, capsys
+):
+    sources = []
+    for caption in ("", "a captioned clip"):
+        folder = tmp_path / f"clips of {len(sources)}"
+        shutil.copytree(clips, folder)
+        for path in folder.glob("*.json"):
+            path.write_text(json.dumps({"caption": caption}))
+        sources.append(folder)
+        if in_shards:
+            records = {key: {} for key in ("clip-0", "clip-1", "clip-3")}
+            for key, parts in records.items():
+                parts |= {path.name.split(".", 1)[1]: path.read_bytes() for path in folder.glob(f"{key}.*")}
+            sources[-1] = tmp_path / f"shards of {len(sources)}"
+            sources[-1].mkdir()
+            write_shard(sources[-1] / "clips-000000.tar", records)
+    assert cache(sources[0], encoders, tmp_path / "cache", "num_workers=0") == 0
+    assert cache(sources[0].rename(tmp_path / "moved"), encoders, tmp_path / "cache", "num_workers=0") == 0
+    capsys.readouterr()
+    assert cache(sources[1], encoders, tmp_path / "cache", "num_workers=0") == 2
+    said = capsys.readouterr().err
+    assert "clips was" in said
+    assert "name another output, or delete it" in said
 
 
 @pytest.mark.parametrize(

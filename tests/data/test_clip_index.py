@@ -1,6 +1,7 @@
 """Shards and folders, their indices, the clips that are held out, and the order of reading."""
 
 import hashlib
+import json
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 from clip_files import SIZE, write_shard
 
+from imageconductor.curation.curate_config import CurateConfig
+from imageconductor.curation.run_folder import Run
 from imageconductor.data import clip_index
 from imageconductor.data.clip_index import ClipList, find_clips, index_path, write_index
 from imageconductor.data.clip_records import CorruptClipError
@@ -112,6 +115,36 @@ def test_a_shard_that_a_killed_process_left_unfinished_is_not_read(records, tmp_
 def test_a_source_without_clips_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no clips at .*expected \.tar shards"):
         find_clips([tmp_path / "nowhere"])
+
+
+def test_a_curation_that_is_not_finished_is_refused(records, tmp_path):
+    run = Run(CurateConfig(input="videos", output=str(tmp_path)), tmp_path)
+    run.source_digest.touch()
+    run.scores(0).parent.mkdir(parents=True)
+    run.scores(0).write_text("{}")
+    for source in (tmp_path, f"{tmp_path}/*.tar"):  # no shard is finished yet
+        with pytest.raises(ValueError, match=f"{tmp_path} is an unfinished curation"):
+            find_clips([source])
+    write_shard(run.shard(0), records)
+    for source in (tmp_path, f"{tmp_path}/*.tar", f"{tmp_path}/clips-{{000000..000001}}.tar"):
+        with pytest.raises(ValueError, match="start it again to go on, and train then"):
+            find_clips([source])
+    assert len(find_clips([run.shard(0)])) == 1, "a shard that is named stays the same"
+    run.index.touch()  # The curation may be killed before it deletes its intermediate files.
+    for source in (tmp_path, f"{tmp_path}/*.tar", f"{tmp_path}/clips-{{000000..000001}}.tar"):
+        assert len(find_clips([source])[0]) == len(records)
+
+
+def test_a_cache_that_lacks_shards_is_refused(records, tmp_path):
+    write_shard(tmp_path / "clips-000000.tar", records)
+    record = tmp_path / clip_index.CACHE_RECORD
+    for planned, is_complete in ((2, False), (1, True), (None, True)):
+        record.write_text(json.dumps({} if planned is None else {"num_shards": planned}))
+        if is_complete:
+            assert len(find_clips([tmp_path])[0]) == len(records)
+        else:
+            with pytest.raises(ValueError, match=f"{tmp_path} is an unfinished cache of latents"):
+                find_clips([tmp_path])
 
 
 def test_a_shard_that_ends_early_gives_what_it_holds(records, tmp_path, caplog):

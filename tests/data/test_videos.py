@@ -1,9 +1,12 @@
 """Videos are read by decord, and where it has no wheels by PyAV."""
 
 import io
+import subprocess
 import sys
 
+import footage
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 
@@ -44,6 +47,46 @@ def test_frames_are_those_asked_for_in_any_order(reader, path):
 
 def test_bytes_are_read_too(reader, path):
     assert len(Video(io.BytesIO(path.read_bytes()), "a")) == NUM_FRAMES
+
+
+def ffmpeg(*arguments):
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *map(str, arguments)], check=True)
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_a_turned_phone_gives_upright_frames(reader, degrees, tmp_path):
+    plain = footage.pan(0, 6, (2, 0), (96, 64))
+    footage.write(tmp_path / "plain.mp4", plain)
+    ffmpeg("-display_rotation", degrees, "-i", tmp_path / "plain.mp4", "-c", "copy", tmp_path / "turned.mp4")
+    video = Video(tmp_path / "turned.mp4", "a")
+    expected = np.rot90(plain, degrees // 90, (1, 2))  # ffmpeg's angle is counterclockwise, as numpy's
+    assert video.size() == expected.shape[2:0:-1]
+    for numbers in ([0], [2, 5]):
+        frames = video.frames(numbers)
+        assert frames.shape == expected[numbers].shape
+        assert np.abs(frames.astype(int) - expected[numbers]).mean() < 4
+
+
+def split_boxes(content):
+    """The boxes of an mp4 by name."""
+    found = {}
+    while content:
+        size = int.from_bytes(content[:4], "big")
+        found[content[4:8]], content = content[:size], content[size:]
+    return found
+
+
+def test_a_cover_in_front_is_not_read_in_place_of_the_video(reader, tmp_path):
+    footage.write(tmp_path / "video.mp4", footage.pan(0, 6, (1, 0), (96, 64)))
+    iio.imwrite(tmp_path / "cover.png", footage.pan(0, 1, (0, 0), (192, 128))[0])
+    inputs = ["-i", tmp_path / "cover.png", "-i", tmp_path / "video.mp4", "-map", "0", "-map", "1"]
+    ffmpeg(*inputs, "-c", "copy", "-disposition:v:0", "attached_pic", tmp_path / "both.mp4")
+    boxes = split_boxes((tmp_path / "both.mp4").read_bytes())
+    header = split_boxes(boxes[b"moov"][8:])
+    track = header.pop(b"trak")  # The cover is in udta, which ffmpeg writes last.
+    boxes[b"moov"] = boxes[b"moov"][:8] + b"".join([*header.values(), track])
+    video = Video(io.BytesIO(b"".join(boxes.values())), "a")
+    assert (len(video), video.fps, video.frames([0, 5]).shape) == (6, 25.0, (2, 64, 96, 3))
 
 
 def test_damage_is_told_by_the_name(reader, path, tmp_path):

@@ -1,15 +1,17 @@
 """The record of a run: which settings a run may be continued with, and what its folder says of every start."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from clip_files import SIZE, record, write_folder
 
 from imageconductor.commands.train import main
 from imageconductor.training import checkpointing
 from imageconductor.training.loop import train
-from imageconductor.training.record import RunRecord, check_continuation
+from imageconductor.training.record import RunRecord, check_continuation, check_num_clips
 from imageconductor.training.run import check_inputs, run_stage
 from imageconductor.training.stage_configs import load_config
 
@@ -112,6 +114,14 @@ def test_a_rise_of_the_learning_rate_that_would_not_come_is_refused_but_not_in_r
         check_inputs(replace(config, lr_schedule="constant_with_warmup"))
 
 
+def test_what_did_nothing_for_sprites_is_refused_but_not_in_records(configure):
+    config = configure("camera_lora", horizontal_flip=0.5, size=(64, 64))
+    with pytest.raises(ValueError, match=r"size=\[64, 64\] does nothing on the sprite world; set world.size, or size="):
+        check_inputs(config)
+    leave_record(config)
+    check_inputs(configure("camera_lora"))
+
+
 def test_a_model_of_other_sizes_is_refused_by_the_parameter(trained, build):
     wider = replace(trained, lora_rank=4, max_steps=3)
     with pytest.raises(ValueError, match=r"checkpoint has .*lora_A.* of shape .*; choose another output"):
@@ -126,6 +136,31 @@ def test_a_refused_run_leaves_its_folder_as_it_was(trained, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {folder} holds a run with lora_rank=2, now 4")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """A folder of three clips."""
+    return write_folder(tmp_path / "clips", {f"clip-{index}": record(index) for index in range(3)})
+
+
+def test_a_run_does_not_go_on_with_other_clips(configure, clips, caplog):
+    config = configure("camera_lora", data=[str(clips)], size=SIZE, num_frames=4)
+    run_stage(config)
+    more = replace(config, max_steps=3)
+    check_num_clips(more, 3)
+    for part in ("mp4", "tracks.npz", "json"):
+        shutil.copy(clips / f"clip-2.{part}", clips / f"clip-3.{part}")
+    with pytest.raises(ValueError, match="was trained for 2 steps on 3 clips; there are 4 now; choose another output"):
+        run_stage(more)
+    assert run_stage(replace(more, allow_changes=True)).step == 3
+    assert "on 3 clips; there are 4 now" in caplog.text
+    check_num_clips(more, 4)  # those of the newest start
+
+
+def test_clips_that_are_not_known_are_not_compared(begun):
+    check_num_clips(begun, 5)  # The folder is of an earlier version, or of the sprite world.
+    check_num_clips(replace(begun, output=f"{begun.output}/none"), 5)
 
 
 def test_every_start_is_on_record_with_its_settings(trained):
