@@ -4,8 +4,8 @@
     python scripts/preference_study.py tally answers-*.csv --key study.key.json
 
 `build` takes folders of mp4 files with the same names and writes one page that opens anywhere, without a network, and
-its key, which stays with you. Participants save their answers as CSV; `tally` gives the fraction of comparisons that
-each method won.
+its key, which stays with you. Participants save their answers as CSV; `tally` gives each method's share of all answers,
+which stands beside the paper's columns, and the fraction of its own comparisons that it won.
 """
 
 from __future__ import annotations

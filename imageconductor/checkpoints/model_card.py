@@ -104,5 +104,5 @@ def _results(record: dict[str, Any]) -> str:
 
 
 def _format_interval(figure: dict[str, Any]) -> str:
-    """The interval; a dash where all videos come from one image."""
+    """The interval; a dash where the videos come from too few images for one."""
     return "–" if figure["low"] is None else f"{figure['low']:.2f} .. {figure['high']:.2f}"

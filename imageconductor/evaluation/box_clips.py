@@ -16,6 +16,7 @@ from PIL import Image
 
 from imageconductor.conditioning import Boxes, cover_crop
 from imageconductor.data.box_datasets import find_got10k, read_got10k, read_youtube_vis
+from imageconductor.data.box_samples import keep_largest
 from imageconductor.data.scenes import Scene, render
 from imageconductor.data.sprites import sample_scene
 from imageconductor.evaluation.box_config import BoxEvaluateConfig
@@ -68,7 +69,8 @@ class BoxRequest:
         key: Name of the clip and of its files.
         prompt: Its caption.
         seed: Of the video's noise.
-        boxes: Of T frames, in pixels of the video; each object is in frame 0, where its tracker starts.
+        boxes: Of T frames, in pixels of the video; each object is in frame 0, where its tracker starts. They are what
+            all methods are asked for and judged by.
         clip: Where the true frames come from.
         chosen: Numbers of the clip's frames that are asked for.
         size: (W, H) of the video.
@@ -96,8 +98,16 @@ class BoxRequest:
         return np.stack([np.asarray(cover_crop(Image.fromarray(frame), self.size)) for frame in frames])
 
 
-def list_requests(config: BoxEvaluateConfig, size: tuple[int, int], num_frames: int) -> list[BoxRequest]:
+def list_requests(
+    config: BoxEvaluateConfig, size: tuple[int, int], num_frames: int, max_objects: int | None = None
+) -> list[BoxRequest]:
     """The requests of an evaluation, of clips that are long enough and begin with an object.
+
+    Args:
+        config: Settings of the evaluation.
+        size: (W, H) of the videos.
+        num_frames: T of the videos.
+        max_objects: Objects of a clip that are asked for, the largest ones, as in training; None = all.
 
     Raises:
         FileNotFoundError: There is no such data set.
@@ -111,6 +121,7 @@ def list_requests(config: BoxEvaluateConfig, size: tuple[int, int], num_frames: 
         chosen = range(0, span, config.frame_step)
         boxes = clip.boxes.at_frames(chosen).cover_crop(size)
         boxes = boxes.select([n for n in range(boxes.num_objects) if boxes.present[n, 0]])
+        boxes = boxes if max_objects is None else keep_largest(boxes, max_objects)
         if boxes.num_objects:
             seed = config.seed + len(found)
             found.append(BoxRequest(clip.key, clip.caption, seed, boxes, clip, chosen, size))

@@ -72,7 +72,9 @@ class BoxEvaluation:
         self.jobs = {name: self._prepare(name) for name in config.methods}
         self.size, self.num_frames = agree_on_shape(self.jobs)
         check_fvd_frames(config.frechet, self.num_frames)
-        self.requests = list_requests(config, self.size, self.num_frames)
+        takers = [self._read_max_objects(name) for name, method in config.methods.items() if method.boxes]
+        most = min((count for count in takers if count is not None), default=None)
+        self.requests = list_requests(config, self.size, self.num_frames, most)
         for name in config.methods:
             self.jobs[name] = self._complete(name)
         self._settings = {name: self._settle(name) for name in config.methods}
@@ -152,9 +154,9 @@ class BoxEvaluation:
                 check_controlnets(job.model, "a video of an image or trajectories")
             if method.centres:
                 check_adapters(job.model, ADAPTERS[Control(method.control)], f"control {method.control!r}")
-            config = read_gate_config(job.model, "object_gates")
+            max_objects = self._read_max_objects(name)
             for request in self.requests if method.boxes else ():
-                check_boxes(request.boxes, self.num_frames, None if config is None else config["max_objects"])
+                check_boxes(request.boxes, self.num_frames, max_objects)
             has_scene = read_gate_config(job.model, "scene_gates") is not None
             pictured = [(0,)] if method.image else []
             carrier = choose_first_frame(method.first_frame_by, pictured, method.boxes, has_scene)
@@ -164,6 +166,11 @@ class BoxEvaluation:
             raise type(error)(f"method {name}: {error}") from None
         scales = {"scene_guidance_scale": method.scene_guidance_scale, "gated_fraction": method.gated_fraction}
         return replace(job, control=method.control, first_frame_by=carrier, **scales)
+
+    def _read_max_objects(self, name: str) -> int | None:
+        """Boxes that a method's model takes in a frame; None = it has no object gates."""
+        config = read_gate_config(self.jobs[name].model, "object_gates")
+        return None if config is None else config["max_objects"]
 
     def _settle(self, name: str) -> dict[str, Any]:
         """What a method's videos are made with; refuses to go on with videos that were made with other settings."""

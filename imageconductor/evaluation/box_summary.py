@@ -19,7 +19,7 @@ from imageconductor.evaluation.frechet import collect_statistics, frechet_distan
 from imageconductor.evaluation.input_checks import network_file
 from imageconductor.evaluation.report import format_scaled, format_tables
 from imageconductor.evaluation.scores import describe_failure, summarise_scores, to_json_values
-from imageconductor.evaluation.statistics import summarise, summarise_differences
+from imageconductor.evaluation.statistics import MIN_SOURCES, summarise, summarise_differences
 from imageconductor.evaluation.summary import collect_failures, list_failures
 from imageconductor.files import write_text
 from imageconductor.sampling.video import contact_sheet, draw_boxes, upscale_for_viewing
@@ -44,7 +44,7 @@ _NOTE = (
     "whose overlap is above 0.5 and 0.75. Frame 0, in which the tracker starts, and frames without the object do not "
     "count; all frames of all clips count alike. True clips: what the tracker reaches on the clips themselves. Box of "
     "frame 0: what a box that stays has. First-frame fidelity: cosine of each frame with the first frame of the clip. "
-    "Mean and bootstrap 95 % interval over clips."
+    f"Mean and bootstrap 95 % interval over clips (none for fewer than {MIN_SOURCES}, where it would be too narrow)."
 )
 
 

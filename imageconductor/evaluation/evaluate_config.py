@@ -56,11 +56,13 @@ class Method:
     base: str | None = None  # DreamBooth file that replaces the model's UNet, VAE and text encoder
     lora: list[str] = field(default_factory=list)  # style LoRAs of the UNet, each FILE or FILE:scale
     motion_lora: list[str] = field(default_factory=list)  # LoRAs of the motion modules, each FILE or FILE:scale
-    # The model's few-step LoRA makes the videos, in 4 steps without guidance where the settings do not say otherwise.
+    # The model's few-step LoRA makes the videos, in 4 steps without guidance where this method does not say otherwise:
+    # the evaluation's steps and guidance are those of the other methods.
     few_step: bool = False
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # part of the steps in which guidance acts
     controlnet_interval: int = 1  # steps that share an evaluation of the ControlNets
     num_inference_steps: int | None = None  # denoising steps; null = the evaluation's
+    guidance_scale: float | None = None  # lambda_cfg, 1 = off; null = the evaluation's
     # Method whose videos, seed by seed, these are to equal in less time: the PSNR between them is measured too.
     original: str | None = None
     size: tuple[int, int] | None = None  # (W, H) of its videos; null = the evaluation's
@@ -74,8 +76,9 @@ class Method:
         if (self.model is None) == (self.videos is None):
             raise ValueError(f"a method needs a model or videos, and not both; got {self.model} and {self.videos}")
         made_by = self.base, self.lora, self.motion_lora, self.few_step, self.num_inference_steps
-        if self.videos is not None and any(made_by):
-            raise ValueError(f"base, LoRAs and steps need a model; the videos in {self.videos} are made already")
+        if self.videos is not None and (any(made_by) or self.guidance_scale is not None):
+            told = f"the videos in {self.videos} are made already"
+            raise ValueError(f"base, LoRAs, steps and guidance need a model; {told}")
         if self.num_inference_steps is not None and self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}")
         shortcuts = Shortcuts(self.guidance_interval, self.controlnet_interval)
@@ -106,9 +109,9 @@ class EvaluateConfig:
     model: str | None = None  # model folder to evaluate, one line of the tables, named after the folder
     videos: str | None = None  # folder of another method's videos, one more line, named after the folder
     # Further lines of the tables by name, each {videos: FOLDER}, or {model: FOLDER, base: FILE, lora: [FILE:scale],
-    # motion_lora: [FILE:scale], few_step: true, num_inference_steps: N}; and, for videos of another format,
-    # size: [W, H], num_frames: N, fit: crop or resize, and frames: [i, ...], the numbers of its frames that stand for
-    # the evaluation's (null = all, spread evenly). original: NAME, of the line that a faster one imitates.
+    # motion_lora: [FILE:scale], few_step: true, num_inference_steps: N, guidance_scale: X}; and, for videos of another
+    # format, size: [W, H], num_frames: N, fit: crop or resize, and frames: [i, ...], the numbers of its frames that
+    # stand for the evaluation's (null = all, spread evenly). original: NAME, of the line that a faster one imitates.
     methods: dict[str, Method] = field(default_factory=dict)
     # Tasks by name, each {requests: camera or object, control: camera, object, mixed, base or none,
     # camera_free_scale: X, image: true or false}; none given = camera and object, as in Table 1.

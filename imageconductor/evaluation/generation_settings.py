@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,8 @@ _SETTINGS = (
     "style",
     "num_points",
     "seed",
-    "num_inference_steps",
-    "dtype",
-    "guidance_scale",
-    "trajectory_guidance_scale",
 )
+_SAMPLING = ("num_inference_steps", "guidance_scale", "trajectory_guidance_scale")
 _TASK = "task "
 _MOTION = "motion "
 
@@ -52,6 +49,7 @@ def collect_settings(
     requests: Mapping[RequestSet, Sequence[Request]],
     drawn: VideoFormat,
     wanted: VideoFormat,
+    dtype: str,
 ) -> dict[str, Any]:
     """All that the videos of a model depend on, in types of JSON; weights by the size and date of their files.
 
@@ -61,14 +59,17 @@ def collect_settings(
         requests: The requests of each set.
         drawn: Format in which requests are drawn.
         wanted: Format of the method's videos.
+        dtype: Precision of the networks.
     """
     folder = locate_model(method.model or "")
     weights = _describe_files([*_list_weights(folder), *map(Path, list_attached_files(method))])
-    settings = {key: getattr(config, key) for key in _SETTINGS}
+    settings = {key: getattr(config, key) for key in _SETTINGS} | {"dtype": dtype}
+    settings |= {key: None if method.few_step else getattr(config, key) for key in _SAMPLING}
     settings["world"] = asdict(config.world)
     made_by = {key: getattr(method, key) for key in ("model", "videos", "base", "lora", "motion_lora")}
-    own = {"few_step": method.few_step, "num_inference_steps": method.num_inference_steps}
-    made_by |= {key: value for key, value in own.items() if value}
+    own = {key: getattr(method, key) for key in ("num_inference_steps", "guidance_scale")}
+    made_by |= {key: value for key, value in own.items() if value is not None}
+    made_by |= {"few_step": True} if method.few_step else {}
     shortcuts = {key: getattr(method, key) for key in ("guidance_interval", "controlnet_interval")}
     made_by |= {key: value for key, value in shortcuts.items() if value != getattr(NO_SHORTCUTS, key)}
     settings |= {"size": wanted.size, "num_frames": wanted.num_frames, "method": made_by, "weights": weights}
@@ -84,12 +85,13 @@ def collect_settings(
     return json.loads(json.dumps(settings, default=str))
 
 
-def merge_with_record(record: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def merge_with_record(record: Path, settings: dict[str, Any], unknown: Collection[str] = ()) -> dict[str, Any]:
     """The settings that the record keeps together with these; a task or a motion may be added later.
 
     Args:
         record: `made_with.json` of the method's videos, or a path where there is no file yet.
         settings: From `collect_settings`.
+        unknown: Settings that may be anything where the record says null.
 
     Raises:
         ValueError: The videos were made with other settings.
@@ -97,7 +99,7 @@ def merge_with_record(record: Path, settings: dict[str, Any]) -> dict[str, Any]:
     old: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
     compared = {
         key for key in (*old, *settings) if not key.startswith((_TASK, _MOTION)) or (key in old and key in settings)
-    }
+    } - {key for key in unknown if old.get(key) is None}
     if old and (changed := sorted(key for key in compared if old.get(key) != settings.get(key))):
         raise ValueError(f"{record.parent} was made with other settings ({', '.join(changed)}); name another --output")
     return {**old, **settings}

@@ -14,6 +14,7 @@ from typing import cast
 
 import numpy as np
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
@@ -29,7 +30,7 @@ from imageconductor.evaluation.learned_motion_config import LearnedMotionConfig
 from imageconductor.evaluation.reference_videos import list_reference_files
 from imageconductor.evaluation.video_files import count_frames
 from imageconductor.files import check_writable
-from imageconductor.processes import local_main_process_first
+from imageconductor.processes import local_main_process_first, own_part
 from imageconductor.sampling.branches import ADAPTERS, Control
 from imageconductor.sampling.job import SampleJob
 
@@ -148,35 +149,38 @@ def network_file(config: EvaluateConfig | BoxEvaluateConfig, distance: FrechetNa
     return None if weights is None else Path(weights)
 
 
-def check_references(config: EvaluateConfig, num_frames: int, part: slice) -> None:
+def check_references(config: EvaluateConfig, num_frames: int, state: PartialState) -> None:
     """Makes sure, by their headers, that the reference videos can be read, and that some are long enough.
+
+    Each process reads a part of the headers, and all of them judge the whole: every process has to call it.
 
     Args:
         config: Settings of the evaluation.
         num_frames: Frames that are needed of each video, `reference_stride` apart.
-        part: Which of the files to look at.
+        state: The processes that share the work.
 
     Raises:
         FileNotFoundError: There is none.
         ValueError: Files cannot be read, or all are too short; the message names the first one.
     """
-    paths = list_reference_files(config)[part]
+    own = own_part(state, list_reference_files(config))
     needed = (num_frames - 1) * config.reference_stride + 1
     with ThreadPoolExecutor(_THREADS) as pool:
-        bar = tqdm(pool.map(count_frames, paths), total=len(paths), desc="reference: checks", dynamic_ncols=True)
-        counts = list(bar)
-    if unreadable := [path for path, count in zip(paths, counts, strict=True) if count is None]:
+        bar = tqdm(pool.map(count_frames, own), total=len(own), desc="reference: checks", dynamic_ncols=True)
+        found: list[tuple[Path, float | None]] = gather_object(list(zip(own, bar, strict=True)))
+    if unreadable := [path for path, count in found if count is None]:
         raise ValueError(
             f"reference: {unreadable[0]} cannot be read as a video; take {len(unreadable)} such file(s) out of "
             f"{config.reference}"
         )
-    short = [(path, count) for path, count in zip(paths, counts, strict=True) if count is not None and count < needed]
+    short = [(path, count) for path, count in found if count is not None and count < needed]
     if short:
         path, count = short[0]
-        told = f"{len(short)} of {len(paths)} files have fewer than {needed} frames, as {path} with {count:.0f}"
-        if len(short) == len(paths):
+        told = f"{len(short)} of {len(found)} files have fewer than {needed} frames, as {path} with {count:.0f}"
+        if len(short) == len(found):
             raise ValueError(f"reference: {told}; lower reference_stride={config.reference_stride}")
-        logger.warning("reference: %s; they are left out", told)
+        if state.is_main_process:
+            logger.warning("reference: %s; they are left out", told)
 
 
 def _is_path(name: str) -> bool:

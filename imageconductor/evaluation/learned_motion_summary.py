@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from imageconductor.evaluation.report import format_scaled, format_tables
 from imageconductor.evaluation.scores import summarise_scores, to_json_values
+from imageconductor.evaluation.statistics import MIN_SOURCES
 from imageconductor.evaluation.summary import collect_failures, list_failures
 from imageconductor.files import write_text
 from imageconductor.sampling.video import contact_sheet
@@ -33,7 +34,8 @@ _NOTE = (
     "Motion fidelity: for each moving track of reference or video the best cosine with a track of the other, mean of "
     "both directions, in [-1, 1]; 0 where nothing moves. Tracked fraction: the part of its points' steps that the "
     "tracker could follow; where it is low, few tracks speak for the motion. Text alignment: cosine of prompt and "
-    "frame, mean over frames. PickScore: mean over frames. Mean over videos, bootstrap 95 % interval over {sources}."
+    "frame, mean over frames. PickScore: mean over frames. Mean over videos, bootstrap 95 % interval over {sources} "
+    "(none for fewer than {fewest}, where it would be too narrow)."
 )
 
 
@@ -105,8 +107,8 @@ def format_learned_motion(record: dict[str, Any]) -> str:
         for motion, found in record["motions"].items()
     )
     notes = [
-        f"{_NOTE.format(sources=sources)} Frame consistency: cosine of {pairs}. Reference windows: {choice}. "
-        f"Tracker: {record['settings']['tracker']}.",
+        f"{_NOTE.format(sources=sources, fewest=MIN_SOURCES)} Frame consistency: cosine of {pairs}. "
+        f"Reference windows: {choice}. Tracker: {record['settings']['tracker']}.",
         f"Motions: {counts}.",
         *(f"NOT MEASURED: {failure}" for failure in list_failures(record)),
     ]

@@ -2,7 +2,8 @@
 
 `build_study` makes one page that needs no server and no network: videos of the same name from two methods side by side,
 in random order and under neutral names, with the paper's three questions. Answers stay in the browser until the
-participant saves them as CSV. `tally` counts them with the key, which the page does not contain.
+participant saves them as CSV. `tally` counts them with the key, which the page does not contain. The paper's columns
+sum to 100 %, so they are shares of all answers.
 """
 
 from __future__ import annotations
@@ -32,11 +33,24 @@ QUESTIONS = {
 
 _COLUMNS = ("study", "participant", "pair", *QUESTIONS)
 _MAX_MB = 400  # of video that a browser still opens in one page
+_NOTE = (
+    "First the share of all answers, which sums to 100 % over the methods, as the human columns of the paper's Table 1 "
+    "do; then the fraction of its own comparisons that the method won, with the 95 % interval (Wilson)."
+)
 
 
 @dataclass(frozen=True)
 class PreferenceRate:
-    """How many of its comparisons a method won, with the 95 % interval of that fraction (Wilson), `low` to `high`."""
+    """How often a method was preferred by one question.
+
+    Attributes:
+        method, question: Of which this is.
+        wins: Answers for the method.
+        comparisons: Answers to pairs that the method is in.
+        low, high: 95 % interval (Wilson) of wins / comparisons.
+        answers: Answers to all pairs. Over the methods wins / answers sums to 1, as the paper's columns do; of methods
+            that are compared equally often, n of them, it is at most 2 / n.
+    """
 
     method: str
     question: str
@@ -44,6 +58,7 @@ class PreferenceRate:
     comparisons: int
     low: float
     high: float
+    answers: int
 
 
 def build_study(
@@ -146,27 +161,29 @@ def tally(answers: Sequence[Path], key: Mapping[str, Any]) -> list[PreferenceRat
     rates = []
     for method, question in itertools.product(methods, QUESTIONS):
         count, total = wins[method, question], asked[method, question]
+        answers_given = sum(wins[one, question] for one in methods)
         low, high = (0.0, 1.0)
         if total:
             interval = binomtest(count, total).proportion_ci(0.95, method="wilson")
             low, high = float(interval.low), float(interval.high)
-        rates.append(PreferenceRate(method, question, count, total, low, high))
+        rates.append(PreferenceRate(method, question, count, total, low, high, answers_given))
     return rates
 
 
 def format_rates(rates: Sequence[PreferenceRate]) -> str:
-    """Markdown table with a line for each method and a column for each question."""
+    """Markdown table with a line for each method and a column for each question, and what its figures are."""
     lines = ["| method | " + " | ".join(QUESTIONS) + " |", "|---" * (len(QUESTIONS) + 1) + "|"]
     for method in dict.fromkeys(rate.method for rate in rates):
         cells = [
-            f"{rate.wins / rate.comparisons:.1%} ({rate.low:.1%} .. {rate.high:.1%}, n = {rate.comparisons})"
+            f"{rate.wins / rate.answers:.1%}; {rate.wins / rate.comparisons:.1%} "
+            f"({rate.low:.1%} .. {rate.high:.1%}, n = {rate.comparisons})"
             if rate.comparisons
             else "no answers"
             for rate in rates
             if rate.method == method
         ]
         lines.append("| " + " | ".join([method, *cells]) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", _NOTE]) + "\n"
 
 
 def _read_answers(path: Path, key: Mapping[str, Any]) -> list[dict[str, str]]:

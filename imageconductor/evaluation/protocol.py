@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +76,10 @@ class Evaluation:
         self.config, self.output = config, output
         self.methods = config.all_methods
         self.state = start_processes(config.device)
+        self.device = config.device or str(self.state.device)
+        self.dtype: Literal["float32", "float16", "bfloat16"] = config.dtype or (
+            "float16" if self.device.startswith("cuda") else "float32"
+        )
         if self.state.is_main_process:
             check_output(output)
         self.drawn, self.formats = resolve_formats(config)
@@ -89,7 +93,6 @@ class Evaluation:
         self._check_external_videos()
         check_instruments(config)
         self._check_references()
-        self.device = config.device or str(self.state.device)
         self.clip = ClipScorer(config.clip, self.device) if config.clip is not None else None
         self.tracker = build_tracker(config, self.device)
         if self.state.is_main_process:
@@ -156,8 +159,9 @@ class Evaluation:
 
     def _settle(self, name: str, method: Method) -> dict[str, Any]:
         """What a method's videos are made with; refuses to go on with videos that were made with other settings."""
-        settings = collect_settings(self.config, method, self.requests, self.drawn, self.formats[name])
-        return merge_with_record(self.output / "videos" / name / "made_with.json", settings)
+        settings = collect_settings(self.config, method, self.requests, self.drawn, self.formats[name], self.dtype)
+        unknown = {"dtype"} if self.config.dtype is None else set()  # Earlier versions recorded what was asked for.
+        return merge_with_record(self.output / "videos" / name / "made_with.json", settings, unknown)
 
     def _check_originals(self) -> None:
         """Refuses to compare videos frame by frame that have different frames."""
@@ -169,15 +173,14 @@ class Evaluation:
                 )
 
     def _check_references(self) -> None:
-        """Looks at this process's part of the reference videos, unless their statistics are there."""
+        """Looks at the reference videos, unless their statistics are there."""
         new = {
             wanted
             for wanted in self.formats.values()
             if any(not locate_statistics(self, distance, wanted).exists() for distance in self.config.frechet)
         }
         if self.config.reference is not None and new:
-            part = slice(self.state.process_index, None, self.state.num_processes)
-            check_references(self.config, max(wanted.num_judged for wanted in new), part)
+            check_references(self.config, max(wanted.num_judged for wanted in new), self.state)
 
     def _check_external_videos(self) -> None:
         """Looks at this process's part of the videos that are made elsewhere and have no score yet."""
@@ -229,13 +232,14 @@ class Evaluation:
         method, wanted, config = self.methods[name], self.formats[name], self.config
         model = locate_model(method.model or "")
         asked = {
-            "steps": method.num_inference_steps or config.num_inference_steps,
+            "steps": config.num_inference_steps,
             "guidance_scale": config.guidance_scale,
             "trajectory_guidance_scale": config.trajectory_guidance_scale,
         }
-        if method.few_step:
-            usual = few_step_defaults(read_sampling_defaults(model)["num_inference_steps"])
-            asked = {key: usual[key] if value is None else value for key, value in asked.items()}
+        if method.few_step:  # The evaluation's are the teacher's, which the LoRA holds.
+            asked = few_step_defaults(read_sampling_defaults(model)["num_inference_steps"])
+        own = {"steps": method.num_inference_steps, "guidance_scale": method.guidance_scale}
+        asked |= {key: value for key, value in own.items() if value is not None}
         job = SampleJob(
             model=str(model),
             base=method.base,
@@ -252,7 +256,7 @@ class Evaluation:
             height=wanted.size[1],
             seed=[request.seed],
             device=self.device,
-            dtype=config.dtype or ("float16" if self.device.startswith("cuda") else "float32"),
+            dtype=self.dtype,
             **asked,
         )
         drawn = request.trajectories if task.control != "none" else Trajectories.empty(wanted.size, wanted.num_frames)

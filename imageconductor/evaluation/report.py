@@ -12,6 +12,7 @@ from jinja2 import Environment
 from numpy.typing import NDArray
 
 from imageconductor.evaluation.requests import Request
+from imageconductor.evaluation.statistics import MIN_SOURCES
 from imageconductor.evaluation.summary import list_failures
 from imageconductor.evaluation.video_files import write_video
 from imageconductor.files import write_text
@@ -64,7 +65,8 @@ _DIGITS = {  # 2 for all other columns
 _NOTE = (
     "CamMC and ObjMC: mean distance between requested and tracked points that could be followed, each method in its "
     "own frame (width x height x frames), in pixels at 384x256 by the ratio of the diagonals and in percent of the "
-    "diagonal; mean over videos, bootstrap 95 % interval over the images that they come from (none for one image). "
+    "diagonal; mean over videos, bootstrap 95 % interval over the images that they come from (none for fewer than "
+    f"{MIN_SOURCES}, where it would be too narrow). "
     "Tracked fraction: fraction of the requested points and frames that the tracker could follow. The paper states "
     "neither its tracker nor its tracked fraction nor how lost points count, so its lines stand beside ours for "
     "orientation; videos of the sprite world are of another world and size."

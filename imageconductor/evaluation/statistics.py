@@ -1,7 +1,8 @@
 """Means over videos with intervals that know how few images the videos come from.
 
 One image gives many videos, and their errors resemble each other, so the bootstrap draws images (or scenes) with all of
-their videos: drawing single videos would make intervals too narrow.
+their videos: drawing single videos would make intervals too narrow. So are those of few images: of normal values the
+interval of two covers the mean in 51 % of cases, of five in 83 %, of ten in 90 % and of 24 in 93 % (4,000 simulations).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 _NAN = float("nan")
+MIN_SOURCES = 6
+"""Images or scenes that an interval needs."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Figure:
 
     Attributes:
         mean: Of `n` videos; NaN if none has a value.
-        low, high: Percentiles of the mean over images drawn anew; NaN where all values come from one image.
+        low, high: Percentiles of the mean over images drawn anew; NaN below `MIN_SOURCES` images.
         n: Videos with a value.
         num_sources: Images or scenes that these videos come from.
     """
@@ -50,7 +53,7 @@ def summarise(values: Sequence[float], sources: Sequence[str], seed: int = 0, re
     sums = np.array([array[names == name].sum() for name in unique])
     counts = np.array([(names == name).sum() for name in unique])
     low = high = _NAN
-    if len(unique) > 1:
+    if len(unique) >= MIN_SOURCES:
         draws = np.random.default_rng(seed).integers(len(unique), size=(resamples, len(unique)))
         means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
         low, high = (float(value) for value in np.percentile(means, [2.5, 97.5]))

@@ -13,13 +13,15 @@ from transformers import ViTConfig, ViTModel
 
 from imageconductor import config as config_file
 from imageconductor.commands.evaluate import choose_protocol, main
+from imageconductor.conditioning import Boxes
 from imageconductor.data.scenes import render
 from imageconductor.data.sprite_world import SpriteWorldConfig
 from imageconductor.data.sprites import sample_scene
+from imageconductor.evaluation import box_clips
 from imageconductor.evaluation.appearance import DinoEncoder, first_frame_fidelity
-from imageconductor.evaluation.box_clips import list_requests
+from imageconductor.evaluation.box_clips import SpriteClip, list_requests
 from imageconductor.evaluation.box_config import BoxEvaluateConfig, BoxMethod
-from imageconductor.evaluation.box_protocol import TRUE_CLIPS
+from imageconductor.evaluation.box_protocol import TRUE_CLIPS, BoxEvaluation
 from imageconductor.training.stage_configs import load_config
 
 T, SIZE = 4, (64, 48)  # of the data set's pictures; the model's videos are 32 x 32
@@ -188,6 +190,30 @@ def test_a_request_is_the_cropped_clip(work):
     # The middle of the picture: 64 x 48 covers 32 x 32 at two thirds of its size.
     assert requests[0].boxes.xyxy[0, 0].tolist() == pytest.approx([16 * 2 / 3 - 16 / 3, 14 * 2 / 3, 16, 20])
     assert requests[0].read_frames(2).shape == (2, 32, 32, 3)
+
+
+def test_of_many_objects_the_largest_are_asked_for(work, tmp_path, monkeypatch):
+    """As many of those in frame 0 as every model with boxes takes: four, or two by the gates of `fewer`."""
+    sides, absent = [8, 20, 4, 12, 16, 10], 1  # The largest comes after frame 0.
+    xyxy = torch.tensor([[[0.0, 0, side, side]] * T for side in sides])
+    present = torch.ones(len(sides), T, dtype=torch.bool)
+    present[absent, 0] = False
+    boxes = Boxes(xyxy, present, tuple(map(str, sides)), (32, 32))
+    clip = SpriteClip("crowd", "a crowd", boxes, sample_scene(SpriteWorldConfig(), 0))
+    monkeypatch.setattr(box_clips, "_list_clips", lambda *_: iter([clip]))
+    shutil.copytree(work / "gated", tmp_path / "fewer")
+    gates = tmp_path / "fewer" / "object_gates" / "config.json"
+    gates.write_text(json.dumps(json.loads(gates.read_text()) | {"max_objects": 2}))
+    methods = {"four": BoxMethod(), "two": BoxMethod(f"{tmp_path}/fewer"), "image": BoxMethod(boxes=False)}
+    for chosen, expected in (
+        (["four", "image"], ("8", "12", "16", "10")),
+        (["four", "two"], ("12", "16")),
+        (["image"], ("8", "4", "12", "16", "10")),
+    ):
+        lines = {name: methods[name] for name in chosen}
+        config = BoxEvaluateConfig(model=f"{work}/gated", methods=lines, device="cpu")
+        (request,) = BoxEvaluation(config, tmp_path / "-".join(chosen)).requests
+        assert request.boxes.names == expected
 
 
 def test_sprites_are_held_out_scenes_with_exact_boxes(work):

@@ -5,10 +5,13 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import footage
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 
 from imageconductor.commands.evaluate import main
@@ -114,12 +117,45 @@ def test_reference_videos(exact, tmp_path, refused, caplog):
     assert "reference: 2 of 2 files have fewer than 61 frames, as " in line
     assert "lower reference_stride=4" in line
     config = EvaluateConfig(videos="v", reference=str(tmp_path / "reference"), reference_stride=2)
-    input_checks.check_references(config, 16, slice(None))
+    input_checks.check_references(config, 16, PartialState(cpu=True))
     assert f"1 of 2 files have fewer than 31 frames, as {tmp_path / 'reference' / 'a.mp4'} with 2" in caplog.text
     assert [video.shape for video in read_references(config, (32, 32), 16, range(2))] == [(16, 32, 32, 3)]
     assert "a.mp4 is left out: 10 of 16 frames" in caplog.text
     (tmp_path / "reference" / "link" / "c.mp4").write_bytes(b"no video")
     assert f"{tmp_path / 'reference' / 'link' / 'c.mp4'} cannot be read as a video" in refused(*settings)
+
+
+def test_a_process_whose_reference_videos_are_all_too_short_goes_on_with_the_others(tmp_path, monkeypatch, caplog):
+    """Two processes, as threads, with one file each: of 20 and of 40 frames."""
+    for name, count in (("a", 20), ("b", 40)):
+        footage.write(tmp_path / f"{name}.mp4", footage.pan(0, count, (1, 0), size=(64, 64)))
+    barrier, told = threading.Barrier(2, timeout=20), []
+
+    def gather(own):
+        told.extend(own)
+        barrier.wait()
+        return list(told)
+
+    monkeypatch.setattr(input_checks, "gather_object", gather)
+
+    def check(stride: int) -> list[str]:
+        told.clear()
+        config = EvaluateConfig(videos="v", reference=str(tmp_path), reference_stride=stride)
+
+        def of_process(index: int) -> str:
+            state = SimpleNamespace(process_index=index, num_processes=2, is_main_process=index == 0)
+            try:
+                return str(input_checks.check_references(config, 16, cast(PartialState, state)))
+            except ValueError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(of_process, range(2)))
+
+    assert check(2) == ["None", "None"]
+    (said,) = [record.getMessage() for record in caplog.records if "reference: " in record.getMessage()]
+    assert f"1 of 2 files have fewer than 31 frames, as {tmp_path / 'a.mp4'} with 2" in said
+    assert all("2 of 2 files have fewer than 61 frames" in error for error in check(4))
 
 
 def test_videos_of_others(exact, tmp_path, refused):

@@ -10,7 +10,7 @@ from pathlib import Path
 import footage
 import pytest
 
-from imageconductor.evaluation.preference import QUESTIONS, build_study, tally
+from imageconductor.evaluation.preference import QUESTIONS, build_study, format_rates, tally
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "preference_study.py"
 
@@ -70,6 +70,28 @@ def test_preferences_are_counted_with_their_interval(methods, tmp_path):
     assert (ours.wins, ours.comparisons) == (4, 6)
     # Wilson by hand: z = 1.96, p = 2/3, n = 6.
     assert (ours.low, ours.high) == pytest.approx((0.3000, 0.9032), abs=1e-3)
+
+
+def test_shares_of_all_answers_sum_to_one_as_the_papers_columns_do(methods, tmp_path):
+    """Of three methods the best wins each of its comparisons, which are two of every three."""
+    order = ["ours", "theirs", "others"]
+    _, key = build_study(methods)
+    file = write_answers(
+        tmp_path / "a.csv", key, lambda left, right: "left" if order.index(left) < order.index(right) else "right"
+    )
+    text = file.read_text().rstrip("\n")
+    file.write_text(text[: text.rindex(",")] + ",\n")  # One question of one pair is not answered.
+    rates = tally([file], key)
+    overall = {rate.method: rate for rate in rates if rate.question == "overall"}
+    assert [overall[name].wins / overall[name].answers for name in order] == pytest.approx([2 / 3, 1 / 3, 0])
+    assert [overall[name].wins / overall[name].comparisons for name in order] == [1, 0.5, 0]
+    assert {rate.question: rate.answers for rate in rates} == {"overall": 6, "quality": 6, "motion": 5}
+    lines = format_rates(rates).splitlines()
+    assert lines[2].startswith("| others | 0.0%; 0.0% (")
+    assert lines[3].startswith("| ours | 66.7%; 100.0% (")
+    assert lines[4].startswith("| theirs | 33.3%; 50.0% (")
+    assert "n = 4)" in lines[3]
+    assert lines[-1].startswith("First the share of all answers, which sums to 100 %")
 
 
 def test_bad_input_is_named(methods, tmp_path, capsys):

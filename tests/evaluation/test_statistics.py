@@ -3,24 +3,29 @@
 import numpy as np
 import pytest
 
-from imageconductor.evaluation.statistics import summarise, summarise_differences
+from imageconductor.evaluation.statistics import MIN_SOURCES, summarise, summarise_differences
 
 NAN = float("nan")
 
 
 def test_what_is_not_finite_does_not_count_and_the_number_says_so():
-    figure = summarise([1.0, 2.0, 3.0, NAN], ["a", "b", "c", "d"])
-    assert (figure.mean, figure.n, figure.num_sources) == (2.0, 3, 3)
-    assert 1 <= figure.low < 2 < figure.high <= 3
+    figure = summarise([*range(1, 8), NAN], list("abcdefgh"))
+    assert (figure.mean, figure.n, figure.num_sources) == (4.0, 7, 7)
+    assert 1 <= figure.low < 4 < figure.high <= 7
     lone = summarise([NAN, 5.0, NAN], ["a", "b", "c"])
     assert (lone.mean, lone.n, lone.num_sources) == (5.0, 1, 1)
     assert summarise([NAN, NAN], ["a", "b"]).n == 0
 
 
-def test_videos_of_one_image_have_a_mean_but_no_interval():
-    figure = summarise(np.arange(10.0), ["only"] * 10)
-    assert figure.mean == 4.5
-    assert np.isnan([figure.low, figure.high]).all()
+@pytest.mark.parametrize("num_images", [1, 2, MIN_SOURCES - 1, MIN_SOURCES])
+def test_videos_of_few_images_have_a_mean_but_no_interval(num_images):
+    """Between two images the percentiles are the two means themselves, which hold the truth half of the time."""
+    values = np.arange(10.0 * num_images)
+    figure = summarise(values, np.repeat(np.arange(num_images).astype(str), 10))
+    assert (figure.mean, figure.num_sources) == (values.mean(), num_images)
+    assert np.isnan([figure.low, figure.high]).all() == (num_images < MIN_SOURCES)
+    lost = [NAN] * 10 + list(values[10:])
+    assert np.isnan(summarise(lost, np.repeat(np.arange(num_images).astype(str), 10)).low)
 
 
 def test_copies_of_a_video_are_no_evidence():
