@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -60,10 +61,14 @@ def peek_settings(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     return known.config, known.overrides
 
 
-def run_command(work: Callable[[], object]) -> int:
+def run_command(work: Callable[[], object], less_memory: str = "work on less at a time") -> int:
     """Does a command's work and gives its exit code, with one line on stderr where it fails.
 
-    2 = bad input, 1 = the machine's fault, such as a full disk, 130 = interrupted.
+    2 = bad input, 1 = the machine's fault, such as a full disk or too little memory, 130 = interrupted.
+
+    Args:
+        work: What the command does.
+        less_memory: What can be done where memory runs out.
     """
     try:
         work()
@@ -72,6 +77,12 @@ def run_command(work: Callable[[], object]) -> int:
         return 2
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}")):
+            raise
+        reason = (str(error).splitlines() or ["no message"])[0]
+        print(f"error: memory ran out ({reason}); {less_memory}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; nothing is left half-written", file=sys.stderr)
@@ -125,4 +136,6 @@ def finite_float(text: str) -> float:
     return value
 
 
+# PyTorch's words for a full GPU, its libraries', and for a full main memory under Linux and Windows
+_OUT_OF_MEMORY = re.compile(r"^OutOfMemoryError|_STATUS_ALLOC_FAILED|DefaultCPUAllocator|not enough memory")
 _METAVARS = {int: "N", float: "X", str: "TEXT"}

@@ -90,13 +90,14 @@ class SamplingDefaults:
             raise ValueError(f"control must be one of {', '.join(names)}, got {self.control!r}")
 
 
-def locate(name: str | Path, what: str = "file or folder", files: Sequence[str] | None = None) -> Path:
+def locate(name: str | Path, what: str = "file or folder", files: Sequence[str] | None = None, **hub: Any) -> Path:
     """A local path, or the local copy of "organisation/name[/file]" on the hub, downloaded once.
 
     Args:
         name: Path or hub name.
         what: What is wanted, for messages.
         files: Patterns of the files that are wanted of "organisation/name"; None = all.
+        hub: Arguments of `huggingface_hub`'s downloads, e.g. `revision`.
 
     Raises:
         FileNotFoundError: Neither exists, or the hub cannot be reached.
@@ -111,15 +112,15 @@ def locate(name: str | Path, what: str = "file or folder", files: Sequence[str] 
     repository = "/".join(path.parts[:2])
     try:
         if len(path.parts) == 2:
-            return Path(snapshot_download(repository, allow_patterns=None if files is None else list(files)))
-        return Path(hf_hub_download(repository, "/".join(path.parts[2:])))
+            return Path(snapshot_download(repository, allow_patterns=None if files is None else list(files), **hub))
+        return Path(hf_hub_download(repository, "/".join(path.parts[2:]), **hub))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"no {what} at {name}, and the hub did not give one: {reason}") from error
 
 
-def locate_model(name: str | Path) -> Path:
-    """Local folder of a model given by path or by "organisation/name".
+def locate_model(name: str | Path, **hub: Any) -> Path:
+    """Local folder of a model given by path or by "organisation/name"; `hub` as in `locate`.
 
     Raises:
         FileNotFoundError: There is none.
@@ -127,7 +128,7 @@ def locate_model(name: str | Path) -> Path:
     path = find_shipped(name)
     if path.is_file() or (len(path.parts) != 2 and not path.is_dir()):
         raise FileNotFoundError(f"no model folder at {name}")
-    return locate(name, "model folder")
+    return locate(name, "model folder", **hub)
 
 
 def read_sampling_defaults(folder: str | Path) -> dict[str, Any]:
@@ -140,15 +141,14 @@ def read_sampling_defaults(folder: str | Path) -> dict[str, Any]:
     index = Path(folder) / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{folder} is no model folder (model_index.json is missing)")
-    if is_text_to_video(Path(folder)):
-        return asdict(_text_to_video_defaults(Path(folder)))
+    usual = _text_to_video_defaults(Path(folder)) if is_text_to_video(Path(folder)) else None
     try:
         config = json.loads(index.read_text(encoding="utf-8"))
-        defaults = SamplingDefaults(**config.get("sampling_defaults", {}))
+        defaults = SamplingDefaults(**((asdict(usual) if usual else {}) | config.get("sampling_defaults", {})))
         check_finite(defaults, "sampling_defaults")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not the index of an Image Conductor model: {error}") from error
-    if "motion_controlnet" not in config:
+    if usual is None and "motion_controlnet" not in config:
         raise ValueError(f"{folder} is a {config.get('_class_name')} without a motion ControlNet")
     return asdict(defaults)
 
@@ -214,14 +214,16 @@ def load_adapters(network: MotionControlNet, folder: str | Path) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def load_gates(folder: str | Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def load_gates(
+    folder: str | Path, dtype: torch.dtype = torch.float32, names: Collection[str] = tuple(GATES)
+) -> dict[str, Any]:
     """Object and scene gates of a model folder by the names of their parts, frozen and in eval mode; None = none.
 
     Raises:
         ValueError: A file is damaged.
     """
-    gates: dict[str, Any] = dict.fromkeys(GATES)
-    for name in GATES:
+    gates: dict[str, Any] = dict.fromkeys(names)
+    for name in names:
         if (Path(folder) / name).is_dir():
             gates[name] = load_network(name, Path(folder) / name, dtype).requires_grad_(False).eval()
     return gates
@@ -237,11 +239,22 @@ def save_gates(folder: str | Path, gates: Mapping[str, Any]) -> None:
 def load_companions(pipe: Any, folder: Path) -> None:
     """Gives a pipeline what diffusers does not read of its folder: LoRAs, gates, the domain adapter, provenance.
 
-    The motion ControlNet is frozen and in eval mode then, and gates lie on the UNet's device.
+    The motion ControlNet is frozen and in eval mode then, and gates lie on the UNet's device. Gates that the pipeline
+    has stay.
+
+    Raises:
+        ValueError: UNet and ControlNets differ in dtype, or a file is damaged.
     """
-    load_adapters(pipe.motion_controlnet, folder)
-    pipe.motion_controlnet.requires_grad_(False).eval()
-    for name, network in load_gates(folder, pipe.unet.dtype).items():
+    networks = {name: getattr(pipe, name) for name in ("unet", "image_controlnet", "motion_controlnet")}
+    dtypes = {name: network.dtype for name, network in networks.items() if network is not None}
+    if len(set(dtypes.values())) > 1:
+        stated = ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items())
+        raise ValueError(f"UNet and ControlNets work in one dtype, got {stated}; load them in the same")
+    if pipe.motion_controlnet is not None:
+        load_adapters(pipe.motion_controlnet, folder)
+        pipe.motion_controlnet.requires_grad_(False).eval()
+    missing = [name for name in GATES if getattr(pipe, name) is None]
+    for name, network in load_gates(folder, pipe.unet.dtype, missing).items():
         setattr(pipe, name, None if network is None else network.to(pipe.unet.device))
     pipe.domain_adapter = DomainAdapter.load(folder) if DomainAdapter.is_in(folder) else None
     pipe.provenance = read_provenance(folder)

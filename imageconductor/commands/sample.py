@@ -16,6 +16,11 @@ from imageconductor.sampling.job_files import change_job, load_job, write
 DEFAULT_CONFIG = Path("configs/sample/sprites.yaml")
 _SHOWS = {"image", "prompt", "motion_lora", "appearance_lora"}  # options that replace the default image
 
+_LESS_MEMORY = (
+    "--decode-chunk-size 1, --vae-tiling, fewer videos (--num-videos), a smaller --width and --height, and on a GPU "
+    "--offload model need less"
+)
+
 
 def parser() -> argparse.ArgumentParser:
     """The command's options: the fields of `SampleJob`, where the files go, and a YAML file of the same settings."""
@@ -58,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             write(inputs, videos, folder)
         print("\n".join(str(path) for path in sorted(output.iterdir())))
 
-    return run_command(work)
+    return run_command(work, _LESS_MEMORY)
 
 
 def build_job(config: Path | None, options: dict) -> SampleJob:

@@ -192,7 +192,8 @@ class SparseControlNet(SparseControlNetModel):
             embedded = embedded.repeat(batch, 1, 1, 1)
         # conv_in of an all-zero sample is its bias, at any size.
         bias = cast(Tensor, self.conv_in.bias).view(1, -1, 1, 1)
-        if bias.is_meta:  # Weights that accelerate offloads one by one come when their layer is called.
+        # Weights that accelerate or diffusers moves or casts layer by layer are ready when their layer is called.
+        if any(hasattr(self.conv_in, hook) for hook in ("_hf_hook", "_diffusers_hook")):
             bias = self.conv_in(embedded.new_zeros(1, cast(Tensor, self.conv_in.weight).shape[1], 1, 1))
         hidden = bias + embedded
         hidden, skips = run_down_path(self, hidden, emb, attention_arguments(encoder_hidden_states), num_frames)

@@ -92,6 +92,15 @@ class TwoHalves:
     linear_out: Any  # these two where there is a `first_frame_warp` with `first_frame_output`
     warped_out: Any
     warped_skips: Any  # where there are any
+    named_children: Any
+
+    @property
+    def _group_offload_block_modules(self) -> list[str]:
+        """What diffusers offloads in groups beside the blocks, each when it is called itself.
+
+        It would else come with the UNet's `forward`, which sampling does not call.
+        """
+        return [name for name, child in self.named_children() if not isinstance(child, nn.ModuleList)]
 
     def encode(
         self, sample: Tensor, timestep: Tensor | int, encoder_hidden_states: Tensor, gating: Gating | None = None

@@ -67,15 +67,17 @@ class StepCallback:
         """The latents after the callback, and the conditions if it changed a text.
 
         `prompt_embeds` are (P, L, D), or (2P, L, D) with the negative ones first while guidance evaluates both, as in
-        diffusers' pipelines. `estimates` are those of x_0 that it asks for.
+        diffusers' pipelines. Texts are copies, and may be changed in place or returned. `estimates` are those of x_0
+        that it asks for.
 
         Raises:
             ValueError: What comes back has another shape.
         """
         uncond, prompt = conditions["uncond"].text, conditions["prompt"].text
-        embeds = torch.cat([uncond, prompt]) if is_guided else prompt
+        embeds = torch.cat([uncond, prompt]) if is_guided else prompt.clone()
         tensors = {"latents": latents, "prompt_embeds": embeds, "negative_prompt_embeds": uncond.clone(), **estimates}
-        returned = self.function(pipe, step, t, {name: tensors[name] for name in self.names}) or {}
+        given = {name: tensors[name] for name in self.names}
+        returned = given | (self.function(pipe, step, t, dict(given)) or {})
         new = returned.get("latents", latents)
         if new.shape != latents.shape:
             raise ValueError(f"callback_on_step_end: latents must be {tuple(latents.shape)}, got {tuple(new.shape)}")

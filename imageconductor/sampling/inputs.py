@@ -140,9 +140,9 @@ def check_inputs(
     if pipe.motion_controlnet is None and (drawn or image is not None):
         raise ValueError("image and trajectories need ControlNets, and this is a text-to-video model, which has none")
     scale = _given(guidance_scale, defaults.guidance_scale)
-    drawn = _place_drawn(drawn, num_frames, (width, height), mix=mix, camera_free_scale=camera_free_scale)
-    weights = parse_mix(mix)
-    if weights is not None:
+    scales = {"camera_free_scale": camera_free_scale, "trajectory_guidance_scale": trajectory_guidance_scale}
+    drawn = _place_drawn(drawn, num_frames, (width, height), {"mix": mix, **scales})
+    if (weights := parse_mix(mix)) is not None:
         plan(control, scale, camera_free_scale, _given(trajectory_guidance_scale, 1.0), bool(drawn), weights)
 
     def branches(scale: float, mix: Mix | None, is_gated: bool, is_guided: bool) -> tuple[Branch, ...]:
@@ -280,17 +280,28 @@ def parse_seeds(seed: int | Sequence[int] | None, generator: Any, num_videos_per
     """Seeds of the videos of each condition; none where generators stand in their place.
 
     Raises:
-        ValueError: The list is empty, a generator or another number of videos is given beside it, or that is below 1.
+        ValueError: The list is empty or names what is no seed, a generator or another number of videos is given beside
+            it, or that is below 1.
     """
     if num_videos_per_prompt < 1:
         raise ValueError(f"num_videos_per_prompt must be at least 1, got {num_videos_per_prompt}")
-    given: Any = [seed] if isinstance(seed, Integral) else seed
-    seeds = [] if seed is None else [int(one) for one in given]
+    given: Any = seed if isinstance(seed, Iterable) else [] if seed is None else [seed]
+    seeds = list(given)
+    if wrong := [one for one in seeds if not isinstance(one, Integral) or not -(2**63) <= int(one) < 2**64]:
+        raise ValueError(f"seed must be whole numbers from -2^63 to 2^64 - 1, as torch takes them, got {wrong[0]!r}")
+    seeds = [int(one) for one in seeds]
     if seed is not None and not seeds:
         raise ValueError("seed is an empty list; give one number for each video, or leave it out")
     if seeds and (generator is not None or num_videos_per_prompt not in (1, len(seeds))):
         raise ValueError(f"seed={seed} stands in place of generator and num_videos_per_prompt; leave them out")
     return seeds
+
+
+def check_whole(**values: Any) -> None:
+    """Raises ValueError if an argument, given by its name, is neither a whole number nor None."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, Integral):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
 
 
 def parse_control(value: Control | str) -> Control:
@@ -330,11 +341,11 @@ def _check_adapters(pipe: Any, controls: Iterable[Control]) -> None:
 
 
 def _place_drawn(
-    drawn: Sequence[Trajectories], num_frames: int, size: tuple[int, int], **weights: Any
+    drawn: Sequence[Trajectories], num_frames: int, size: tuple[int, int], weights: Mapping[str, Any]
 ) -> list[Trajectories]:
     """The trajectories on the cropped picture; ValueError where they do not fit, or weights are given without any."""
     for name, value in () if drawn else weights.items():
-        if value is not None:
+        if value is not None and (name, value) != ("trajectory_guidance_scale", 1):  # which is off
             raise ValueError(f"{name}={value} weighs what trajectories do, and there are none; leave it out")
     for one in drawn:
         if one.num_frames != num_frames:

@@ -168,7 +168,8 @@ class Inputs:
     """A job whose inputs have been read and checked, before any weight is loaded.
 
     Attributes:
-        job: With the model's defaults in place of None (camera_free_scale and domain_adapter_scale apart).
+        job: With the model's defaults in place of None, camera_free_scale and domain_adapter_scale apart, and
+            trajectory_guidance_scale without tracks.
         image: The first frame, in the size of the video; None = the prompt alone.
         trajectories: In pixels of the video; without tracks, the motion ControlNet is left out.
         boxes: In pixels of the video; None = none, and the object gates are left out.
@@ -206,6 +207,9 @@ def prepare(job: SampleJob) -> Inputs:
 
     if job.image is None and not job.prompt:
         raise ValueError("an image or a prompt is needed: --image FILE, --prompt TEXT")
+    weights = {"mix": job.mix, "camera_free_scale": job.camera_free_scale}
+    if job.trajectory_guidance_scale != 1:
+        weights["trajectory_guidance_scale"] = job.trajectory_guidance_scale
     job = _with_defaults(job)
     size, num_frames = (cast(int, job.width), cast(int, job.height)), cast(int, job.num_frames)
     image = None if job.image is None else load_image(job.image)
@@ -216,9 +220,11 @@ def prepare(job: SampleJob) -> Inputs:
         check_controlnets(job.model, "a video of an image or trajectories")
     if job.camera_free_scale is not None and job.control != "object":
         raise ValueError(f"camera_free_scale goes with control 'object', not {job.control!r}")
-    if not trajectories.num_tracks and (value := job.mix or job.camera_free_scale) is not None:
-        name = "mix" if job.mix else "camera_free_scale"
-        raise ValueError(f"{name} {value} weighs what trajectories do; draw a track, or leave {name} out")
+    if not trajectories.num_tracks:
+        for name, value in weights.items():
+            if value is not None:
+                raise ValueError(f"{name} {value} weighs what trajectories do; draw a track, or leave {name} out")
+        job = replace(job, trajectory_guidance_scale=None)
     if job.domain_adapter_scale is not None and not DomainAdapter.is_in(Path(job.model)):
         raise FileNotFoundError(f"{job.model} has no domain adapter; assemble it with domain_adapter=FILE")
     if trajectories.num_tracks:
@@ -345,7 +351,7 @@ def call_arguments(inputs: Sequence[Inputs]) -> dict[str, Any]:
         "control": job.control,
         "camera_free_scale": job.camera_free_scale,
         "guidance_scale": job.guidance_scale,
-        "trajectory_guidance_scale": job.trajectory_guidance_scale,
+        "trajectory_guidance_scale": job.trajectory_guidance_scale if drawn else None,
         "mix": None if job.mix is None else dict(zip(MIX_CONTROLS, job.mix, strict=True)),
         "boxes": boxes or None,
         "scene_guidance_scale": job.scene_guidance_scale,

@@ -23,14 +23,23 @@ def load_job(path: Path) -> SampleJob:
     if settings.get("trajectories") is not None and settings.get("preset") is None and "strength" in settings:
         unused.append("strength=1.0")
     if "trajectories" in settings and not any(settings.get(name) for name in MOTIONS):
-        unused.append("camera_free_scale=null")
+        unused += ["camera_free_scale=null", "trajectory_guidance_scale=null"]
     job = config_file.load(SampleJob, path, unused)
-    beside = {
-        name: str(path.parent / value)
-        for name in ("image", "trajectories", "motion_from", "boxes", "model")
-        if (value := getattr(job, name)) is not None and (path.parent / value).exists()
-    }
-    return replace(job, **beside)
+    found: dict[str, Any] = {}
+    for name in ("image", "trajectories", "motion_from", "boxes", "model", "base", "noise_prior"):
+        if (value := getattr(job, name)) is not None:
+            found[name] = _look_beside(path.parent, value)
+    for name in ("lora", "motion_lora", "appearance_lora"):
+        found[name] = [_look_beside(path.parent, text) for text in getattr(job, name)]
+    return replace(job, **found)
+
+
+def _look_beside(folder: Path, text: str) -> str:
+    """FILE or FILE:NUMBER with the file as one of the folder where it is there, else as it is."""
+    file, _, number = text.rpartition(":")
+    if (folder / text).exists():
+        return str(folder / text)
+    return f"{folder / file}:{number}" if file and (folder / file).exists() else text
 
 
 def change_job(job: SampleJob, changes: Mapping[str, Any]) -> SampleJob:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,9 @@ from imageconductor.models.weights import find_weights, refuse_non_finite
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_OF_THE_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+_BESIDE_THE_PARTS = ("sampling_defaults", "domain_adapter", "provenance", "folded", "lora_folders")
+
 
 class ModelPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin):
     """The networks of a model, its files, and what text encoder and autoencoder do.
@@ -64,6 +67,8 @@ class ModelPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffus
         object_gates: For boxes; None in a model without them.
         scene_gates: For the first frame, beside `image_controlnet` or in its place; None in a model without them.
         sampling_defaults: Fields of `SamplingDefaults`.
+        domain_adapter, provenance, folded, lora_folders: What a model folder holds besides, as the attributes below
+            say; `components` has them all, so that a pipeline of the same parts can be saved as this one.
     """
 
     model_cpu_offload_seq = "text_encoder->vae->image_controlnet->motion_controlnet->unet"
@@ -82,6 +87,10 @@ class ModelPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffus
         object_gates: ObjectGates | None = None,
         scene_gates: SceneGates | None = None,
         sampling_defaults: dict[str, Any] | None = None,
+        domain_adapter: DomainAdapter | None = None,
+        provenance: dict[str, str] | None = None,
+        folded: list[str] | None = None,
+        lora_folders: dict[str, Path] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -97,11 +106,11 @@ class ModelPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffus
         self.object_gates, self.scene_gates = object_gates, scene_gates
         self.register_to_config(sampling_defaults=asdict(SamplingDefaults(**(sampling_defaults or {}))))
         self.vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
-        self.domain_adapter: DomainAdapter | None = None
+        self.domain_adapter = domain_adapter
         self._cut_prompts: set[str] = set()
-        self.provenance: dict[str, str] = {}  # texts that say where the weights come from, by file name
-        self.folded: list[str] = []  # LoRAs of a job that are in the weights
-        self.lora_folders: dict[str, Path] = {}  # of the model's LoRAs of the UNet, which are not attached, by name
+        self.provenance = provenance or {}  # texts that say where the weights come from, by file name
+        self.folded = folded or []  # LoRAs of a job that are in the weights
+        self.lora_folders = lora_folders or {}  # of the model's LoRAs of the UNet, which are not attached, by name
 
     # -- model folders
 
@@ -111,25 +120,36 @@ class ModelPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffus
 
         Args:
             folder: Local folder, or "organisation/name" on the hub; one of diffusers' TextToVideoSDPipeline, too.
-            kwargs: As diffusers', e.g. `dtype`.
+            kwargs: As diffusers', e.g. `dtype`, `revision`, or parts that are taken instead of the folder's. Of
+                `sampling_defaults` those that are left out are the folder's. One of TextToVideoSDPipeline takes
+                `dtype`, parts and `sampling_defaults`.
 
         Raises:
             FileNotFoundError: Neither a model folder nor a repository that can be reached, or a part is missing.
-            ValueError: A part is damaged.
+            ValueError: A part is damaged, UNet and ControlNets differ in dtype, or a text-to-video model takes no such
+                argument.
         """
-        folder = locate_model(folder)
-        defaults = read_sampling_defaults(folder)
-        if is_text_to_video(Networks.check_folder(folder)):
-            networks = Networks.load(folder, kwargs.get("dtype") or kwargs.get("torch_dtype") or torch.float32)
-            networks.scheduler = load_scheduler(folder)
-            return cls(**networks.parts, sampling_defaults=defaults)
+        folder = locate_model(folder, **{name: kwargs.pop(name) for name in _OF_THE_HUB if name in kwargs})
+        defaults = read_sampling_defaults(folder) | (kwargs.pop("sampling_defaults", None) or {})
         # transformers would else follow the files, diffusers not.
-        kwargs["dtype"] = kwargs.pop("torch_dtype", kwargs.get("dtype", torch.float32))
+        dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None)) or torch.float32
+        if is_text_to_video(Networks.check_folder(folder)):
+            parts = {field.name: kwargs.pop(field.name) for field in fields(Networks) if field.name in kwargs}
+            if kwargs or isinstance(dtype, dict):
+                unknown = ", ".join(kwargs) or f"dtype={dtype}"
+                raise ValueError(
+                    f"{folder} is a text-to-video model, which takes one dtype, parts and sampling_defaults, and not "
+                    f"{unknown}; leave it out"
+                )
+            loaded = Networks.load(folder, dtype).parts | {"scheduler": load_scheduler(folder)}
+            pipe = cls(**(loaded | parts), sampling_defaults=defaults)
+            load_companions(pipe, folder)
+            return pipe
         if "variant" not in kwargs:  # A part may have the weights of a variant alone.
             only = [name for name in NETWORKS.keys() - kwargs.keys() if find_weights(folder / name)[1] is not None]
-            kwargs |= {name: load_network(name, folder / name, kwargs["dtype"]) for name in only}
+            kwargs |= {name: load_network(name, folder / name, _dtype_of(name, dtype)) for name in only}
         with single_progress_bar():
-            pipe = super().from_pretrained(str(folder), **kwargs)
+            pipe = super().from_pretrained(str(folder), dtype=dtype, sampling_defaults=defaults, **kwargs)
         load_companions(pipe, folder)
         return pipe
 
@@ -144,9 +164,12 @@ class ModelPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffus
     @classmethod
     def from_assembly(cls, assembly: Assembly) -> Self:
         """The pipeline of a recipe's parts."""
-        pipe = cls(**assembly.networks.parts, sampling_defaults=assembly.sampling)
-        pipe.domain_adapter, pipe.provenance = assembly.domain_adapter, assembly.provenance
-        return pipe
+        return cls(
+            **assembly.networks.parts,
+            sampling_defaults=assembly.sampling,
+            domain_adapter=assembly.domain_adapter,
+            provenance=assembly.provenance,
+        )
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Writes a model folder: diffusers' parts, all LoRAs, gates, where all comes from, and a card.
@@ -166,7 +189,8 @@ class ModelPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffus
             )
         if attached := sorted({name for names in self.get_list_adapters().values() for name in names}):
             raise ValueError(
-                f"{', '.join(attached)} is attached to the model; fuse_lora() or unload_lora_weights() first"
+                f"{', '.join(attached)} is attached to the model; unload_lora_weights() first, after fuse_lora() if it "
+                "shall stay in the weights"
             )
         if kwargs.pop("push_to_hub", False):
             raise ValueError("use push_to_hub(repository), which uploads the LoRAs too")
@@ -201,6 +225,18 @@ class ModelPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffus
             network.compile(**kwargs)
 
     @property
+    def components(self) -> dict[str, Any]:
+        """What `__init__` takes, for another pipeline of the same parts."""
+        return super().components | {name: getattr(self, name) for name in _BESIDE_THE_PARTS}
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """As diffusers', which casts all networks to `dtype`, by default float32."""
+        kept = {name: getattr(pipeline, name) for name in _BESIDE_THE_PARTS if hasattr(pipeline, name)}
+        made: Any = super().from_pipe(pipeline, **(kept | kwargs))
+        return made
+
+    @property
     def sampling_defaults(self) -> dict[str, Any]:
         """This model's defaults: width, height, num_frames, fps, num_inference_steps, guidance_scale, ..."""
         return dict(self.config["sampling_defaults"])
@@ -225,13 +261,29 @@ class ModelPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffus
         return self.text_encoder(tokens.to(device or self._execution_device)).last_hidden_state
 
     @torch.no_grad()
-    def decode_latents(self, latents: Tensor, chunk_size: int = 16) -> Tensor:
+    def decode_latents(self, latents: Tensor, chunk_size: int = 16, device: torch.device | str | None = None) -> Tensor:
         """Frames (B, T, 3, H, W) in [0, 1] float32 of latents (B, C, T, h, w), `chunk_size` frames at a time.
+
+        Args:
+            latents: (B, C, T, h, w), scaled.
+            chunk_size: Frames decoded at a time.
+            device: Where the frames come to lie, chunk by chunk; None = where the latents are.
 
         Raises:
             ValueError: The VAE gives values that are not finite.
         """
-        frames = latents.transpose(1, 2).flatten(0, 1).to(self.vae.dtype) / self.vae.config["scaling_factor"]
-        decoded = torch.cat([self.vae.decode(chunk).sample.float() for chunk in frames.split(chunk_size)])
-        refuse_non_finite(self, decoded, "decoding of the latents")
-        return (decoded / 2 + 0.5).clamp(0, 1).unflatten(0, (latents.shape[0], latents.shape[2]))
+        config = self.vae.config
+        frames = latents.transpose(1, 2).flatten(0, 1).to(self.vae.dtype) / config["scaling_factor"]
+        frames = frames + (config.get("shift_factor") or 0)
+        size = (side * self.vae_scale_factor for side in latents.shape[-2:])
+        decoded = torch.empty(len(frames), 3, *size, device=device or latents.device)
+        for chunk, place in zip(frames.split(chunk_size), decoded.split(chunk_size), strict=True):
+            pixels = self.vae.decode(chunk).sample.float()
+            refuse_non_finite(self, pixels, "decoding of the latents")
+            place.copy_(pixels.div_(2).add_(0.5).clamp_(0, 1))
+        return decoded.unflatten(0, (latents.shape[0], latents.shape[2]))
+
+
+def _dtype_of(name: str, dtype: Any) -> Any:
+    """The dtype of a network, where those of several may be given by name, as diffusers takes them."""
+    return dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype

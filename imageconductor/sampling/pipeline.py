@@ -27,6 +27,7 @@ from imageconductor.sampling.inputs import (
     Picture,
     build_conditions,
     check_inputs,
+    check_whole,
     choose_texts,
     parse_mix,
     parse_seeds,
@@ -217,6 +218,17 @@ class ImageConductorPipeline(ModelPipeline):
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        check_whole(
+            num_inference_steps=num_inference_steps,
+            num_frames=num_frames,
+            window_frames=window_frames,
+            window_overlap=window_overlap,
+            height=height,
+            width=width,
+            num_videos_per_prompt=num_videos_per_prompt,
+            decode_chunk_size=decode_chunk_size,
+            resume_from=resume_from,
+        )
         seeds = parse_seeds(seed, generator, num_videos_per_prompt)
         num_videos_per_prompt = max(num_videos_per_prompt, len(seeds))
         if not 0 <= eta <= 1:
@@ -265,8 +277,10 @@ class ImageConductorPipeline(ModelPipeline):
             sample = denoise_windows(self, noise, *given)
         else:
             sample = denoise(self, noise, *given, resume_from or 0, kept)
-        self.maybe_free_model_hooks()  # The UNet would stay beside the autoencoder.
-        frames = sample if output_type == "latent" else self.decode_latents(sample, decode_chunk_size)
+        del given, conditions, cache  # The motion ControlNet's merged copy would stay beside the autoencoder,
+        self.maybe_free_model_hooks()  # and so would the UNet.
+        place = "cpu" if output_type in ("pil", "np") else None
+        frames = sample if output_type == "latent" else self.decode_latents(sample, decode_chunk_size, place)
         self.maybe_free_model_hooks()
         output = ImageConductorOutput(frames=convert_frames(frames, output_type), latents=kept)
         return output if return_dict else output.to_tuple()

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
-from imageconductor.config import check_finite
-
 
 @dataclass(frozen=True)
 class Shortcuts:
@@ -26,10 +24,14 @@ class Shortcuts:
     controlnet_interval: int = 1
 
     def __post_init__(self) -> None:
-        check_finite({"guidance_interval": list(self.guidance_interval)})
-        start, stop = self.guidance_interval
-        if not 0 <= start <= stop <= 1:
-            raise ValueError(f"guidance_interval must be two fractions 0 <= START <= STOP <= 1, got {start:g} {stop:g}")
+        try:
+            start, stop = self.guidance_interval
+            is_part = 0 <= start <= stop <= 1
+        except (TypeError, ValueError):  # no two of them, or no numbers
+            is_part = False
+        if not is_part:
+            got = self.guidance_interval
+            raise ValueError(f"guidance_interval must be two fractions 0 <= START <= STOP <= 1, got {got}")
         if not isinstance(self.controlnet_interval, Integral) or self.controlnet_interval < 1:
             raise ValueError(f"controlnet_interval must be a whole number from 1, got {self.controlnet_interval}")
 

@@ -12,6 +12,14 @@ from imageconductor.commands import assemble
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 
 
+def test_arguments_for_the_hub_reach_it(tiny_model, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda _, **how: asked.append(how) or str(tiny_model))
+    how = {"revision": "v2", "token": "t", "cache_dir": "c", "local_files_only": True, "force_download": False}
+    ImageConductorPipeline.from_pretrained("lab/conductor", **how)
+    assert asked == [{"allow_patterns": None, **how}]
+
+
 def test_a_folder_goes_to_the_hub_and_comes_back(tiny_model, tmp_path, monkeypatch, capsys):
     """Offline: the two calls that reach the hub copy to and from a folder."""
     hub = tmp_path / "hub"

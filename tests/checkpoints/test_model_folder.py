@@ -23,7 +23,7 @@ from imageconductor.checkpoints.model_folder import (
 )
 from imageconductor.commands import sample
 from imageconductor.models.adapters import attached_adapters
-from imageconductor.models.networks import Networks
+from imageconductor.models.networks import GATES, Networks
 from imageconductor.models.weights import find_weights
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 
@@ -63,8 +63,10 @@ def test_any_adapter_of_a_folder_is_loaded_by_its_name(tiny_model, tmp_path):
 
 
 def test_gates_lie_where_the_unet_does(gated_model):
-    parts = {"unet": SimpleNamespace(dtype=torch.float16, device=torch.device("meta"))}
-    pipe = SimpleNamespace(**parts, motion_controlnet=tiny_networks().motion_controlnet)
+    networks = tiny_networks()
+    parts = {"unet": SimpleNamespace(dtype=torch.float32, device=torch.device("meta")), **dict.fromkeys(GATES)}
+    controlnets = {name: getattr(networks, name) for name in ("image_controlnet", "motion_controlnet")}
+    pipe = SimpleNamespace(**parts, **controlnets)
     load_companions(pipe, gated_model)
     assert pipe.object_gates.device == pipe.scene_gates.device == pipe.unet.device
 

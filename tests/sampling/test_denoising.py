@@ -134,6 +134,27 @@ def test_returned_embeddings_are_used(pipe, changed, camera_free_scale):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("returns", [True, False])
+def test_embeddings_changed_in_place_are_used_and_the_callers_stay(pipe, guidance_scale, returns):
+    """Without guidance too, where one text alone is evaluated."""
+    ours, other = pipe.encode_prompt(["a red circle"]), pipe.encode_prompt(["a blue star"])
+    before, first = ours.clone(), []
+
+    def change(pipeline, step, t, tensors):
+        tensors["prompt_embeds"][-1:] = other
+        return tensors if returns else {}
+
+    common = {"guidance_scale": guidance_scale}
+    given = {**common, "prompt": "", "prompt_embeds": ours}
+    latents(pipe, 1, callback_on_step_end=keep_latents(first), **given)
+    names = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    found = latents(pipe, 1, callback_on_step_end=change, **names, **given)
+    expected = latents(pipe, 1, callback_on_step_end=start_from(first[0]), prompt="a blue star", **common)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(ours, before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 from PIL import Image
 
+from imageconductor import config as config_file
 from imageconductor.commands import sample
-from imageconductor.sampling.job import SampleJob, call_arguments, prepare
+from imageconductor.sampling.job import Inputs, SampleJob, call_arguments, prepare
 from imageconductor.sampling.job_files import change_job, load_job
 
 
@@ -57,6 +59,23 @@ def test_the_end_of_a_mix_brings_the_models_scale_back(guided_model):
     assert mixed.trajectory_guidance_scale == 1.0
     apart = prepare(change_job(mixed, {"mix": None, "control": "object"})).job
     assert apart.trajectory_guidance_scale == 2.0
+
+
+def test_a_scale_of_trajectories_that_are_not_there_is_refused_where_it_was_asked_for(guided_model, tmp_path):
+    """The model's own is no reason to refuse, also in a record of an earlier version, which kept it."""
+    job = SampleJob(model=str(guided_model), prompt="a cat", device="cpu")
+    with pytest.raises(
+        ValueError, match=r"trajectory_guidance_scale 1.5 weighs .*, or leave trajectory_guidance_scale"
+    ):
+        prepare(replace(job, trajectory_guidance_scale=1.5))
+    prepare(replace(job, trajectory_guidance_scale=1.0))
+    inputs = prepare(job)
+    assert prepare(inputs.job).job == inputs.job
+    assert prepare(change_job(inputs.job, {"preset": "line-right"})).job.trajectory_guidance_scale == 2.0
+    of_evaluation = Inputs(replace(inputs.job, trajectory_guidance_scale=1.5), inputs.image, inputs.trajectories)
+    assert call_arguments([of_evaluation])["trajectory_guidance_scale"] is None
+    config_file.save(replace(inputs.job, trajectory_guidance_scale=2.0), tmp_path / "run.yaml")
+    assert prepare(load_job(tmp_path / "run.yaml")).job.trajectory_guidance_scale is None
 
 
 @pytest.mark.parametrize(

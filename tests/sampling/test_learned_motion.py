@@ -205,6 +205,21 @@ def test_a_text_to_video_pipeline_is_saved_and_read_again(modelscope, tmp_path):
     assert torch.equal(first.frames, second.frames)
 
 
+def test_a_text_to_video_folder_takes_parts_and_defaults_and_no_other_argument(modelscope, tmp_path):
+    scheduler = EulerDiscreteScheduler()
+    own = {"num_frames": 6, "guidance_scale": 2.0}
+    pipe = ImageConductorPipeline.from_pretrained(modelscope, scheduler=scheduler, sampling_defaults=own)
+    assert pipe.scheduler is scheduler
+    pipe.provenance["training/style_lora.yaml"] = "max_steps: 3\n"
+    pipe.save_pretrained(tmp_path / "saved")
+    again = ImageConductorPipeline.from_pretrained(tmp_path / "saved")
+    assert again.sampling_defaults == pipe.sampling_defaults
+    assert again.sampling_defaults.items() >= {**own, "width": 32, "control": "base"}.items()
+    assert again.provenance == {"training/style_lora.yaml": "max_steps: 3\n"}
+    with pytest.raises(ValueError, match=r"is a text-to-video model, which takes .*, and not shceduler; leave it out"):
+        ImageConductorPipeline.from_pretrained(modelscope, shceduler=scheduler)
+
+
 def test_priors_of_clips_of_other_sizes_are_resized():
     noise = torch.zeros(2, 4, 3, 8, 8)
     inverted = [torch.full((4, 3, 6, 8), 1.0), torch.full((4, 3, 8, 4), 2.0)]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from dataclasses import fields
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from imageconductor.conditioning import Trajectories, camera_preset, object_preset
 from imageconductor.models.adapters import attached_adapters
 from imageconductor.models.networks import Networks
+from imageconductor.sampling import branches
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 
 SIZE, FRAMES = (32, 32), 4
@@ -68,7 +70,6 @@ def test_trajectory_guidance_is_off_unless_the_model_says_otherwise(tiny_model, 
     assert np.array_equal(run(pipe, image, track, control="camera", trajectory_guidance_scale=1.0), plain)
     guided = run(pipe, image, track, control="camera", trajectory_guidance_scale=2.0)
     assert np.abs(guided - plain).max() > 1e-3
-    assert np.array_equal(run(pipe, image, trajectory_guidance_scale=2.0), run(pipe, image)), "no trajectories"
 
     shutil.copytree(tiny_model, tmp_path / "model")
     index = tmp_path / "model" / "model_index.json"
@@ -78,6 +79,8 @@ def test_trajectory_guidance_is_off_unless_the_model_says_otherwise(tiny_model, 
     other = ImageConductorPipeline.from_pretrained(tmp_path / "model")
     other.set_progress_bar_config(disable=True)
     assert np.array_equal(run(other, image, track, control="camera"), guided)
+    run(other, image, num_inference_steps=1)  # The model's own is no reason to refuse a video without trajectories,
+    run(other, image, num_inference_steps=1, trajectory_guidance_scale=1.0)  # and off is off.
 
 
 @pytest.mark.slow
@@ -129,6 +132,29 @@ def test_offloaded_networks_have_left_before_decoding(pipe, image, monkeypatch):
     monkeypatch.setattr(pipe, "decode_latents", lambda *args: order.append("decode") or decode(*args))
     run(pipe, image, num_inference_steps=1)
     assert order == ["free", "decode", "free"]
+
+
+def test_nothing_stays_beside_the_autoencoder(pipe, image, monkeypatch):
+    """The merged copy of the motion ControlNet is gone before decoding, and frames leave chunk by chunk."""
+    copies, given, decode, merge = [], [], pipe.decode_latents, branches.merge_copy
+
+    def merge_and_watch(*args):
+        copy = merge(*args)
+        copies.append(weakref.ref(copy))
+        return copy
+
+    def decode_alone(latents, chunk_size, device):
+        assert [copy() for copy in copies] == [None] * (len(given) + 1)
+        given.append((chunk_size, device))
+        return decode(latents, chunk_size, device)
+
+    monkeypatch.setattr(branches, "merge_copy", merge_and_watch)
+
+    monkeypatch.setattr(pipe, "decode_latents", decode_alone)
+    track = camera_preset("pan-left", SIZE, FRAMES)
+    for kind in ("np", "pt"):
+        run(pipe, image, track, control="camera", num_inference_steps=1, output_type=kind, decode_chunk_size=2)
+    assert given == [(2, "cpu"), (2, None)]
 
 
 def test_controls_differ_and_absent_control_is_a_no_op(pipe, image):
@@ -211,7 +237,11 @@ def test_tracks_that_the_crop_leaves_out_are_told(pipe, image, caplog):
         ({"decode_chunk_size": 0}, "decode_chunk_size must be at least 1, got 0"),
         ({"mix": {"camera": 1.0}}, "mix={'camera': 1.0} weighs what trajectories do, and there are none"),
         ({"camera_free_scale": 1.5}, "camera_free_scale=1.5 weighs what trajectories do"),
+        ({"trajectory_guidance_scale": 2.0}, "trajectory_guidance_scale=2.0 weighs what trajectories do"),
         ({"trajectories": camera_preset("pan-up", SIZE, 4), "mix": {}}, "mix is empty"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number, got 2.5"),
+        ({"num_frames": 4.0}, "num_frames must be a whole number, got 4.0"),
+        ({"decode_chunk_size": 1.5}, "decode_chunk_size must be a whole number, got 1.5"),
         ({"control": "zoom"}, "camera, object, mixed, base"),
         ({"output_type": "gif"}, "gif"),
         ({"prompt": ["a", "b"], "negative_prompt": ["a", "b", "c"]}, "prompt: expected 1 or 3"),
@@ -304,6 +334,9 @@ def test_seeds_are_videos_of_each_condition(pipe, image):
     assert np.array_equal(pipe(image, seed=np.int64(5), **arguments).frames, alone)
     with pytest.raises(ValueError, match="seed is an empty list"):
         pipe(image, seed=[])
+    for wrong in (2**64, 1.5, [3, 2.5]):
+        with pytest.raises(ValueError, match=r"seed must be whole numbers from -2\^63 to 2\^64 - 1, .*, got "):
+            pipe(image, seed=wrong)
     with pytest.raises(ValueError, match="image: expected 1 or"):
         pipe([], prompt=["a", "b"])
     with pytest.raises(ValueError, match="seed=5 stands in place of generator"):

@@ -113,7 +113,8 @@ def test_loras_are_merged_once_a_call_however_often_its_branches_change(pipe, mo
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"guidance_interval": (0.6, 0.2)}, "two fractions 0 <= START <= STOP <= 1, got 0.6 0.2"),
+        ({"guidance_interval": (0.6, 0.2)}, "two fractions 0 <= START <= STOP <= 1, got \\(0.6, 0.2\\)"),
+        ({"guidance_interval": (0.5,)}, "guidance_interval must be two fractions .*, got \\(0.5,\\)"),
         ({"guidance_interval": (0.0, float("nan"))}, "guidance_interval"),
         ({"controlnet_interval": 0}, "controlnet_interval must be a whole number from 1, got 0"),
         ({"controlnet_interval": 1.5}, "controlnet_interval must be a whole number from 1, got 1.5"),
