@@ -25,6 +25,13 @@ def choose_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def make_room(num_bytes: float) -> None:
+    """Lets ComfyUI take its own models off the GPU until so much of it is free; they come back when they are needed."""
+    management = _find_module("comfy.model_management")
+    if management is not None:
+        management.free_memory(num_bytes, management.get_torch_device())
+
+
 def list_model_folders() -> dict[str, Path]:
     """Model folders by name, under ComfyUI's `models/image_conductor` and then under its extra model paths."""
     folder_paths = _find_module("folder_paths")

@@ -16,6 +16,7 @@ from . import host
 
 _BY_NAME = "as named above"
 _AUTO = "auto"
+_NUM_BYTES = 8e9  # of weights and a video of 384x256 in half precision (docs/memory.md)
 
 
 class LoadModel:
@@ -108,6 +109,7 @@ class LoadModel:
         folders = host.list_model_folders()
         if installed != _BY_NAME and installed not in folders:
             raise FileNotFoundError(f"no model folder {installed} under ComfyUI's models/{host.MODELS_FOLDER}")
+        host.make_room(_NUM_BYTES)
         device = host.choose_device()
         job = SampleJob(
             model=str(folders[installed] if installed != _BY_NAME else locate_model(model)),

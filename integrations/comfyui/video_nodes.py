@@ -18,6 +18,7 @@ from . import host
 from .track_nodes import Tracks
 
 _AUTO = "auto"
+_BYTES_PER_PIXEL = 3e4  # of a video's width x height, beside the weights, in half precision (docs/memory.md)
 
 
 class SampleVideo:
@@ -109,6 +110,7 @@ class SampleVideo:
         drawn = None if tracks is None else tracks.place(size, num_frames)
         if control == _AUTO:
             control = "object" if drawn is None else suitable_control(drawn)
+        host.make_room(_BYTES_PER_PIXEL * size[0] * size[1])
         pictures = [] if image is None else _to_pictures(image)
         seeds = [seed + i for i in range(num_videos)]
         result: Any = model(

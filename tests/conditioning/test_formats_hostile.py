@@ -106,6 +106,12 @@ def test_ati_files_that_call_or_hold_something_else(tmp_path):
     refuse(path, "no ATI file, or holds more than data")
     torch.save(Calls(trace), path, _use_new_zipfile_serialization=False)
     refuse(path, "no ATI file, or holds more than data")
+    torch.save(bytes(1 << 20), path)
+    with zipfile.ZipFile(path) as stored, zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+        for member in stored.infolist():
+            packed.writestr(member.filename, stored.read(member))
+    assert (tmp_path / "packed.pth").stat().st_size < 1 << 14
+    refuse(tmp_path / "packed.pth", "it is compressed, as torch writes none")
     objects = io.BytesIO()
     np.savez(objects, array=np.array([Calls(trace)], dtype=object))
     torch.save(objects.getvalue(), path)

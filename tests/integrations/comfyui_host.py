@@ -24,6 +24,7 @@ class Host:
     def __init__(self, monkeypatch, root: Path):
         self.progress: list[tuple[int, int]] = []
         self.interrupt_at: int | None = None
+        self.freed: list[float] = []
         self.root, self.files = root, {}
         host = self
 
@@ -47,6 +48,7 @@ class Host:
             "comfy.utils": {"ProgressBar": ProgressBar},
             "comfy.model_management": {
                 "get_torch_device": lambda: torch.device("cpu"),
+                "free_memory": lambda memory_required, device, keep_loaded=(): self.freed.append(memory_required),  # noqa: ARG005
                 "throw_exception_if_processing_interrupted": throw_exception_if_processing_interrupted,
             },
             "folder_paths": {

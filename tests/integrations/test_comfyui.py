@@ -196,7 +196,9 @@ def test_cancelling_stops_between_steps_and_the_next_run_is_whole(package, pipe,
         sample(package, pipe, image=picture())
     assert host.progress == [(1, 2)]
     host.progress.clear()
+    host.freed.clear()
     after, _ = sample(package, pipe, image=picture())
+    assert host.freed == [3e4 * 32 * 32]
     assert host.progress == [(1, 2), (2, 2)]
     assert torch.equal(before, after)
 
@@ -336,6 +338,7 @@ def test_what_the_loading_node_asks_for(package, host, monkeypatch, tmp_path):
     (job,) = run_node(package, "LoadModel", base=" base ", loras="style:0.5\n\nstyle\n")
     assert (job.base, job.lora) == (f"{tmp_path}/base", [f"{tmp_path}/style:0.5", f"{tmp_path}/style:1.0"])
     assert (job.device, job.dtype) == ("cpu", "float32")
+    assert host.freed == [8e9]  # by ComfyUI's own models, before ours is loaded
     assert Path(job.model).name == "sprites"
     (half,) = run_node(package, "LoadModel", dtype="bfloat16")
     assert (half.base, half.lora, half.dtype) == (None, [], "bfloat16")

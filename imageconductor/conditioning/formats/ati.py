@@ -5,6 +5,7 @@ of the picture (`wan/modules/motion_patch.py`, align_corners=False), so its x is
 """
 
 import io
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,6 +49,12 @@ def _load_bytes(path: Path) -> bytes:
     if path.stat().st_size > MAX_ARRAY_BYTES:
         raise ValueError(f"{path}: more than 256 MiB are not read: keep fewer tracks")
     try:
+        with path.open("rb") as file:
+            is_archive = file.read(4) == b"PK\x03\x04"  # as torch tells them apart
+        if is_archive:
+            with zipfile.ZipFile(path) as archive:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise ValueError("it is compressed, as torch writes none")  # and may be any size in memory
         content: object = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged files and for those that would run code
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
