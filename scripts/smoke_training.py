@@ -123,6 +123,7 @@ def shorten(real: TrainConfig, smoke: SmokeConfig, name: str, made: dict[str, st
         model=smoke.model,
         data=[],
         held_out_clips=0,
+        **{name: getattr(type(real), name) for name in real.OF_DATA},
         world=world,
         sets=[SpriteSet.CAMERA] if real.stage == "camera_lora" else [SpriteSet.MIXED],
         max_steps=smoke.max_steps,

@@ -113,12 +113,14 @@ class Replicated:
             longest = self.config.max_grad_norm if group.max_grad_norm is None else group.max_grad_norm
             norm = torch.nn.utils.clip_grad_norm_(group.parameters.values(), math.inf if longest is None else longest)
             norms.append(sharding.gather(norm).to(self.accelerator.device))
+        scaler = self._scaler
+        scale = 0.0 if scaler is None else scaler.get_scale()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self._scaler is None:
+        if scaler is None:
             self.norm = torch.stack(norms).max()
-        else:
-            self._count_skipped(self.optimizer.step_was_skipped)
+        else:  # A fused optimiser skips within its kernel, which accelerate's `step_was_skipped` does not see.
+            self._count_skipped(scaler.get_scale() < scale)
 
     def check_finite(self, step: int) -> None:
         """Makes sure, in all processes alike, that what the run has learned after `step` steps can be gone on with.

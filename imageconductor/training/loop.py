@@ -84,7 +84,7 @@ def train(
     if accelerator.is_main_process:
         for folder in (output, output / "previews"):  # Folders within may be those of other runs.
             remove_partial(folder, below=False)
-    log = Log(config, engine, lr_scheduler, state, stage)
+    log = Log(config, engine, lr_scheduler, state, stage, getattr(data, "num_clips", None))
     save = Save(config, engine, average, stage)
     hooks = (
         Validate(config, engine, average, stage, module, held_out),
@@ -225,8 +225,7 @@ def _restore(
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(sharding.split_like(saved[key], parameter))
-    if "ema" in checkpoint.tensors:
-        average.load(checkpoint.tensors["ema"], checkpoint.step)
+    average.load(checkpoint.tensors.get("ema", saved), checkpoint.step)  # A run without an average may go on with one.
     logger.info("continuing at step %d", checkpoint.step)
     return checkpoint.step
 

@@ -16,9 +16,9 @@ from imageconductor.models.networks import Networks
 from imageconductor.processes import start_processes
 from imageconductor.training import checkpointing
 from imageconductor.training.loop import Preview, TrainState, train
-from imageconductor.training.record import check_continuation
+from imageconductor.training.record import check_continuation, check_num_clips
 from imageconductor.training.stages.registry import find_stage
-from imageconductor.training.train_config import StageConfig, check_schedule
+from imageconductor.training.train_config import StageConfig, check_ignored
 
 PreviewFactory = Callable[[Sequence[dict[str, Any]], "str | None", Path, dict[str, Any]], Preview]
 """Makes the previews of a run from held-out samples, the control that the stage learns, a folder, and its settings."""
@@ -35,7 +35,7 @@ def run_stage(config: StageConfig, previews: PreviewFactory | None = None) -> Tr
 
     Raises:
         FileNotFoundError: The model folder, a network named in the settings, or a source of clips is missing.
-        ValueError: The model does not fit the clips, or another process trains into the run folder.
+        ValueError: The model does not fit the clips, or the run folder is that of another process or of other clips.
     """
     stage_class = find_stage(config.stage)
     check_inputs(config)
@@ -43,9 +43,11 @@ def run_stage(config: StageConfig, previews: PreviewFactory | None = None) -> Tr
     device = cast(torch.device, processes.device)
     config = replace(config, mixed_precision=cast(Any, choose_precision(config.mixed_precision, device)))
     data = Batches(stage_class.build_samples(config), config.batch_size)
+    check_num_clips(config, data.num_clips)
     shows_previews = previews is not None and config.preview_every
     held_out = stage_class.read_held_out(config) if config.validation_every else []
-    clips = (held_out or stage_class.read_held_out(config, _PREVIEWED_CLIPS)) if shows_previews else []
+    shown = held_out if getattr(config, "data", None) else []  # Of sprite clips previews show all frames.
+    clips = (shown or stage_class.read_held_out(config, _PREVIEWED_CLIPS)) if shows_previews else []
     with checkpointing.lock_folder(Path(config.output)):
         stage = stage_class(Networks.load(config.model), config)
         preview = None
@@ -63,9 +65,9 @@ def check_inputs(config: StageConfig) -> None:
     Raises:
         FileNotFoundError: A part of the model, or a network named in the settings, is missing.
         ValueError: The model cannot make videos of the clips' shape, the run folder cannot be written or holds a run
-            of other settings, or the learning rate is told to rise and cannot.
+            of other settings, or a setting would do nothing.
     """
-    check_schedule(config)
+    check_ignored(config)
     check_writable(Path(config.output))
     Networks.check_folder(config.model)
     check_continuation(config)

@@ -19,14 +19,15 @@ _SPRITE_CLIPS = 16  # held-out clips of the sprite world
 HELD_OUT_SEED = 20_000  # is added to a world's seed; evaluation uses 10,000
 
 
-def read_held_out(config: TrainConfig, count: int | None = None) -> list[dict[str, Any]]:
+def read_held_out(config: TrainConfig, previewed: int | None = None) -> list[dict[str, Any]]:
     """The first held-out samples: of `data`, or of scenes of the sprite world that no stage is trained on.
 
     Args:
         config: Of the run.
-        count: How many; None = `config.held_out_clips`, or 16 of the sprite world.
+        previewed: How many, for previews: sprite clips have all their frames then. None = for validation, with the
+            frames that the run sees: `config.held_out_clips`, or 16 of the sprite world.
     """
-    count = config.held_out_clips or _SPRITE_CLIPS if count is None else count
+    count = config.held_out_clips or _SPRITE_CLIPS if previewed is None else previewed
     if config.data:
         samples: Samples = ClipSamples(
             config.data,
@@ -38,7 +39,8 @@ def read_held_out(config: TrainConfig, count: int | None = None) -> list[dict[st
         count = min(count, config.held_out_clips)
     else:
         world = replace(config.world, seed=config.world.seed + HELD_OUT_SEED)
-        samples = SpriteSamples(world, config.sets)
+        seen = (config.num_frames, config.max_frame_spacing) if previewed is None else (None, None)
+        samples = SpriteSamples(world, config.sets, *seen)
     return [samples[position] for position in range(count)]
 
 
@@ -81,9 +83,9 @@ def build_box_samples(config: BoxStageConfig) -> Samples:
     )
 
 
-def read_held_out_boxes(config: BoxStageConfig, count: int | None = None) -> list[dict[str, Any]]:
-    """As `read_held_out`, with boxes."""
-    count = config.held_out_clips or _SPRITE_CLIPS if count is None else count
+def read_held_out_boxes(config: BoxStageConfig, previewed: int | None = None) -> list[dict[str, Any]]:
+    """As `read_held_out`, with boxes, and for previews too with the frames that the run sees."""
+    count = config.held_out_clips or _SPRITE_CLIPS if previewed is None else previewed
     if config.data:
         frames = config.num_frames or 16
         kept: dict[str, Any] = {"held_out_clips": config.held_out_clips, "shows_held_out": True}
@@ -92,7 +94,7 @@ def read_held_out_boxes(config: BoxStageConfig, count: int | None = None) -> lis
         count = min(count, config.held_out_clips)
     else:
         world = replace(config.world, seed=config.world.seed + HELD_OUT_SEED)
-        samples = SpriteSamples(world, config.sets, config.num_frames, has_boxes=True)
+        samples = SpriteSamples(world, config.sets, config.num_frames, config.max_frame_spacing, has_boxes=True)
     found, faults = [], []
     for position in range(count):
         try:

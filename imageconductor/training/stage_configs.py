@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from imageconductor import config as config_file
-from imageconductor.training.train_config import StageConfig, TrainConfig, TrajectoryConfig, check_fractions
+from imageconductor.training.train_config import LrSchedule, StageConfig, TrainConfig, TrajectoryConfig, check_fractions
 
 
 @dataclass
@@ -107,6 +107,7 @@ class FewStepConfig(TrajectoryConfig):
     lora_targets: Literal["all", "linear"] = "all"  # of the UNet's layers; linear leaves its convolutions out
     text_dropout: float = 0.0  # probability that a clip's text is dropped
     preview_steps: int = 4  # denoising steps of preview videos
+    preview_guidance_scale: float = 1.0  # lambda_cfg of preview videos; 1 = off, as the LoRA holds the guidance
 
     FIXED = TrajectoryConfig.FIXED | {"lora_rank", "lora_targets"}
     # A micro-step has one control, so that another division into micro-steps is another run.
@@ -158,9 +159,10 @@ class BoxStageConfig(TrainConfig):
     gate_learning_rate: float | None = None
     random_crop: float = 1.0  # smallest size of a random crop, as a fraction of the largest; 1 = in the middle
     min_box_area: float = 0.0  # fraction of the frame's area; a smaller box is an absent object
-    lr_schedule: str = "constant"  # published; diffusers' names: constant, linear, cosine, ...
+    lr_schedule: LrSchedule = "constant"  # published; diffusers' names
     weight_decay: float = 1e-2  # published; not of the gates' scalars
 
+    OF_DATA = (*TrainConfig.OF_DATA, "split", "reserved_clips", "random_crop", "min_box_area")
     FIXED = TrainConfig.FIXED | {"max_objects", "places", "knows_places", "knows_first_boxes", "tells_motion"}
 
     def __post_init__(self) -> None:
@@ -216,6 +218,7 @@ class SceneGatesConfig(BoxStageConfig):
     first_frame_by: Literal["both", "gates"] = "both"
     scene_dropout: float = 0.1  # probability that gates attend to zeros, published
     input_dropout: float = 0.25  # probability that the input branch reads zeros, published
+    # Of fresh scene gates:
     parallel: bool = False  # scene gates read what object gates read, not what they gave
     frame_0_only: bool = False  # the input branch adds the first frame to frame 0 alone
     encoder_channels: list[int] = field(default_factory=lambda: [256, 512, 1024, 1024])  # of the first-frame encoder
@@ -272,7 +275,7 @@ class MotionDirectorConfig(StageConfig):
     preview_prompts: list[str] = field(default_factory=list)  # none = the captions of the clips
     batch_size: int = 1  # clip a micro-step, as each has its own LoRA and size
     learning_rate: float = 5e-4  # published
-    lr_schedule: str = "constant"  # published; diffusers' names: constant, linear, cosine, ...
+    lr_schedule: LrSchedule = "constant"  # published; diffusers' names
     max_grad_norm: float | None = None  # longer gradients are scaled down to this norm; null = none are, as published
     text_dropout: float = 0.0  # probability that a clip's text is dropped
     preview_steps: int = 30  # denoising steps of preview videos, published

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,9 @@ from typing import Any, ClassVar, Literal
 
 from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
 from imageconductor.files import find_shipped
+
+# diffusers' names. Its piecewise_constant would need rules beside it.
+LrSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
 @dataclass
@@ -25,7 +29,7 @@ class LoopConfig:
     # adamw_8bit: the extra `lowmem`, CUDA only. muon: Muon for weights, AdamW for the rest; PyTorch 2.9 or newer.
     optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
     learning_rate: float = 1e-4  # paper C.1
-    lr_schedule: str = "constant_with_warmup"  # diffusers' names: constant, linear, cosine, ...
+    lr_schedule: LrSchedule = "constant_with_warmup"  # diffusers' names
     warmup_steps: int = 0  # optimiser steps in which the learning rate rises from 0
     weight_decay: float = 0.0  # 0 makes AdamW the paper's Adam
     max_grad_norm: float | None = 1.0  # longer gradients are scaled down to this norm; null = none are
@@ -132,6 +136,7 @@ class TrainConfig(StageConfig):
     max_frame_spacing: int | None = None  # largest step between them in a sprite clip; null = what the clip allows
     image_dropout: float = 0.0  # probability that a clip's first frame is dropped
 
+    OF_DATA: ClassVar[tuple[str, ...]] = ("size", "horizontal_flip", "shuffle_shards")  # say nothing of sprite clips
     RENAMED: ClassVar[dict[str, str]] = {**LoopConfig.RENAMED, "preview_data": "held_out_clips"}
 
     def __post_init__(self) -> None:
@@ -168,17 +173,27 @@ class TrajectoryConfig(TrainConfig):
             raise ValueError(f"max_tracks must be at least 1, got {self.max_tracks}")
 
 
-def check_schedule(config: LoopConfig) -> None:
-    """Refuses a rise of the learning rate that would not come; records of earlier runs may hold one.
+def find_ignored(config: LoopConfig) -> dict[str, str]:
+    """Settings that do nothing beside the others, whatever their values: why, and what to set in their place."""
+    found: dict[str, str] = {}
+    if config.lr_schedule == "constant":
+        found["warmup_steps"] = "under lr_schedule=constant; set lr_schedule=constant_with_warmup"
+    if isinstance(config, TrainConfig) and not config.data:
+        found |= dict.fromkeys(config.OF_DATA, "on the sprite world; set data")
+        found["size"] = "on the sprite world; set world.size"
+    return found
+
+
+def check_ignored(config: LoopConfig) -> None:
+    """Refuses settings that would do nothing; records of earlier runs may hold some.
 
     Raises:
-        ValueError: Steps of it are set under a schedule without them.
+        ValueError: One is not the default.
     """
-    if config.lr_schedule == "constant" and config.warmup_steps:
-        raise ValueError(
-            f"warmup_steps={config.warmup_steps} does nothing under lr_schedule=constant; set "
-            "lr_schedule=constant_with_warmup, or warmup_steps=0"
-        )
+    for name, told in find_ignored(config).items():
+        value, default = getattr(config, name), getattr(type(config), name)
+        if value != default:
+            raise ValueError(f"{name}={json.dumps(value)} does nothing {told}, or {name}={json.dumps(default)}")
 
 
 def check_sources(data: object) -> None:

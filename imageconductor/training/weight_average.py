@@ -37,7 +37,7 @@ class WeightAverage:
         return {} if self.model is None else dict(zip(self.parameters, self.model.shadow_params, strict=True))
 
     def load(self, saved: Mapping[str, Tensor], step: int) -> None:
-        """Puts back an average that was saved whole after `step` steps."""
+        """Puts back an average, or begins one from weights, that were saved whole after `step` steps."""
         if self.model is not None:
             for name, value in self.named().items():
                 value.copy_(sharding.split_like(saved[name], value))

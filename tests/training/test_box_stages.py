@@ -271,7 +271,12 @@ def test_gates_of_another_model_are_refused(tiny_model, object_gates, tmp_path):
         ("scene_gates", {"object_gates": None}, FileNotFoundError, "has no object gates; name those of a run"),
         ("scene_gates", {"object_gates": "nowhere"}, FileNotFoundError, "no object gates at nowhere"),
         ("scene_gates", {"max_objects": 3}, ValueError, "are made for 4 objects, absent ones included"),
-        ("scene_gates", {"knows_places": True}, ValueError, "knows_places=true is of fresh gates, and those at .* go"),
+        (
+            "scene_gates",
+            {"knows_places": True},
+            ValueError,
+            "knows_places=true is of fresh gates, and those at .* have knows_places=false; .* fresh_object_gates=true",
+        ),
         (
             "scene_gates",
             {"tells_motion": True},
@@ -339,6 +344,37 @@ def test_fresh_gates_begin_anew_where_the_model_has_some(configure, build, gated
     assert own.measures()["object_gates"] > 0
     assert anew.measures()["object_gates"] == 0
     assert (anew.object_gates.config.knows_places, anew.object_gates.max_objects) == (True, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"parallel": True}, "parallel=true is of fresh gates, and those at .*scene_gates have parallel=false"),
+        ({"frame_0_only": True}, "frame_0_only=true is of fresh gates"),
+        ({"encoder_channels": [8, 32]}, r"encoder_channels=\[8, 32\] is .* have encoder_channels=\[8, 16\]"),
+        ({"encoder_blocks": 2}, "encoder_blocks=2 is .* have encoder_blocks=1; .* or set fresh_scene_gates=true"),
+        ({"places": ["mid_block"]}, r'places=\["mid_block"\] is .* have other places, down_blocks_1_attentions'),
+        ({"places": ["nowhere"]}, "the UNet has no place nowhere for a gate"),
+    ],
+)
+def test_settings_of_fresh_gates_are_refused_where_gates_of_others_go_on(configure, gated_model, changes, words):
+    going_on = {"model": str(gated_model), "object_gates": None}
+    with pytest.raises(ValueError, match=words):
+        check_inputs(configure("scene_gates", **going_on, **changes))
+    if "nowhere" not in words:
+        check_inputs(configure("scene_gates", **going_on, **changes, fresh_scene_gates=True))
+
+
+def test_gates_go_on_under_settings_that_say_the_same_or_nothing(configure, gated_model):
+    going_on = {"model": str(gated_model), "object_gates": None}
+    same = configure("scene_gates", **going_on, places=["down_blocks", "mid_block", "up_blocks"])
+    check_inputs(same)
+    nothing = {"encoder_channels": [256, 512, 1024, 1024], "encoder_blocks": 3, "places": None}  # the defaults
+    check_inputs(replace(same, **nothing))
+    # Fresh object gates have these places; there are scene gates elsewhere.
+    check_inputs(replace(same, places=["mid_block"], fresh_object_gates=True))
+    with pytest.raises(ValueError, match=r'places=\["up_blocks"\] is .* those at .*object_gates have other places'):
+        check_inputs(configure("object_gates", model=str(gated_model), places=["up_blocks"]))
 
 
 def test_joint_training_begins_from_fresh_gates_and_saves_both(configure):

@@ -11,7 +11,7 @@ from imageconductor.commands.train import main
 from imageconductor.config import load
 from imageconductor.training.stage_configs import STAGE_CONFIGS, BoxStageConfig, load_config
 from imageconductor.training.stages.registry import STAGES
-from imageconductor.training.train_config import TrainConfig
+from imageconductor.training.train_config import TrainConfig, check_ignored
 from scripts import smoke_training
 
 SPRITES = Path("configs/train/sprites")
@@ -92,6 +92,26 @@ REFUSED = {
     "no stage": (None, ["max_steps=3"], ["does not say its stage; add stage=one of foundation, motion_controlnet"]),
     "a mistyped stage": (None, ["stage=camera_lra"], ["unknown stage 'camera_lra'; did you mean 'camera_lora'"]),
     "a wrong value": ("camera_lora", ["max_steps=0"], ["max_steps must be at least 1, got 0"]),
+    "an unknown schedule": (
+        "camera_lora",
+        ["lr_schedule=piecewise_constant"],
+        ["lr_schedule must be one of 'constant', 'constant_with_warmup',", "got 'piecewise_constant'"],
+    ),
+    "a setting of clips on disk": (
+        "camera_lora",
+        ["horizontal_flip=0.5"],
+        ["horizontal_flip=0.5 does nothing on the sprite world; set data, or horizontal_flip=0.0"],
+    ),
+    "the size of clips on disk": (
+        "camera_lora",
+        ["size=[64,64]"],
+        ["size=[64, 64] does nothing on the sprite world; set world.size, or size=[384, 256]"],
+    ),
+    "the crops of clips on disk": (
+        None,
+        ["stage=object_gates", "random_crop=0.9"],
+        ["random_crop=0.9 does nothing on"],
+    ),
     "no file": (None, ["--config", "nowhere.yaml"], ["nowhere.yaml: no such config file"]),
 }
 
@@ -164,6 +184,7 @@ def test_a_smoke_run_on_the_gpus_of_its_recipe_times_the_steps_of_the_real_runs(
     assert config.clips_per_step == 64
     for path in config.stages:
         real = load_config(Path(path))
+        check_ignored(smoke_training.shorten(real, config, "trial", {}))  # of clips on disk, which a trial has not
         assert smoke_training.warn_of_batch(real, config.clips_per_step) is None
         assert "96 in the real run; processes x batch_size" in smoke_training.warn_of_batch(
             replace(real, batch_size=5), 96

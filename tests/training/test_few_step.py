@@ -136,6 +136,13 @@ def test_the_grid_is_that_of_the_sampler_whose_steps_are_the_segments(configure,
     assert (end <= earlier).all()
 
 
+@pytest.mark.parametrize(("stated", "guidance"), [({}, 1.0), ({"preview_guidance_scale": 2.0}, 2.0)])
+def test_previews_have_the_guidance_that_is_stated_or_none(stated, guidance, configure):
+    made = []
+    run_stage(configure("few_step", max_steps=1, preview_every=2, **stated), lambda *given: made.append(given[-1]))
+    assert made == [{"num_inference_steps": 4, "guidance_scale": guidance, "trajectory_guidance_scale": 1.0}]
+
+
 def test_a_clip_draws_the_control(configure, build):
     stage, data = build(configure("few_step", controls=["camera", "object", "base"]))
     drawn = []
@@ -258,21 +265,27 @@ def test_the_command_makes_what_diffusers_own_loader_makes_of_the_file(model, tm
 def test_an_evaluation_has_lines_with_and_without_it(model, tmp_path, monkeypatch):
     lines = {"teacher": Method(str(model)), "two": Method(str(model), few_step=True, num_inference_steps=2)}
     lines["default"] = Method(str(model), few_step=True)
-    config = EvaluateConfig(methods=lines, tasks={"camera": Task("camera", "camera")}, num_scenes=1, device="cpu")
+    lines["own"] = Method(str(model), few_step=True, guidance_scale=2.5)
+    tasks, of_the_teacher = {"camera": Task("camera", "camera")}, {"num_inference_steps": 5, "guidance_scale": 8.5}
+    config = EvaluateConfig(methods=lines, tasks=tasks, num_scenes=1, device="cpu", **of_the_teacher)
     made = []
     monkeypatch.setattr(
         protocol, "render", lambda pipe, inputs: made.append((pipe, inputs[0].job)) or render(pipe, inputs)
     )
     config.camera_presets = ["pan-left"]
     Evaluation(config, tmp_path / "out").run()
-    (pipe, teacher), (_, two), (few, default) = made
-    assert (teacher.few_step, two.steps, default.steps) == (False, 2, 3)
-    assert (two.guidance_scale, default.trajectory_guidance_scale) == (1.0, 1.0)
+    (pipe, teacher), (_, two), (few, default), (_, own) = made
+    assert (teacher.few_step, teacher.steps, teacher.guidance_scale) == (False, 5, 8.5)
+    assert (two.steps, two.guidance_scale, two.trajectory_guidance_scale) == (2, 1.0, 1.0)
+    assert (default.steps, default.guidance_scale, default.trajectory_guidance_scale) == (3, 1.0, 1.0)
+    assert (own.steps, own.guidance_scale) == (3, 2.5)
     assert few.scheduler.config.timestep_spacing == "trailing"
     assert pipe.scheduler.config.timestep_spacing == "leading"
     for name in lines:
         made_with = json.loads((tmp_path / "out" / "videos" / name / "made_with.json").read_text())
         assert any("few_step_lora" in path for path in made_with["weights"]) == (name != "teacher")
+        assert made_with["guidance_scale"] == (8.5 if name == "teacher" else None), "another teacher's changes no other"
+        assert made_with["method"].get("guidance_scale") == (2.5 if name == "own" else None)
 
 
 def test_evaluations_whose_methods_do_not_name_it_leave_it_out(model):

@@ -5,9 +5,11 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
+from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
 from imageconductor.data.clip_records import CorruptClipError
@@ -20,6 +22,7 @@ from imageconductor.training.run import run_stage
 from imageconductor.training.stage_configs import load_config
 from imageconductor.training.stages.base import ParameterGroup
 from imageconductor.training.stages.image_conductor import ObjectLoraStage
+from imageconductor.training.train_config import LrSchedule
 
 NEEDS_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs PyTorch 2.9")
 
@@ -50,6 +53,27 @@ def test_two_and_two_steps_are_four(configure, build, tmp_path, extra):
     for line in (Path(parts.output) / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         assert rates.setdefault(record["step"], record["learning_rate"]) == record["learning_rate"]
+
+
+@pytest.mark.parametrize("name", get_args(LrSchedule))
+def test_every_schedule_needs_no_more_than_its_name(name):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=2)
+    assert schedule.get_last_lr() == [1.0]
+
+
+def test_an_average_that_a_run_takes_up_later_begins_at_its_weights(configure, build):
+    config = configure("camera_lora", max_steps=2)
+    train(*build(config), config)
+    result = Path(config.output) / "camera_lora" / "adapter_model.safetensors"
+    before, averaged = result.read_bytes(), replace(config, ema_decay=0.5)
+    train(*build(averaged), averaged)
+    assert result.read_bytes() == before
+    further = replace(averaged, max_steps=3)
+    train(*build(further), further)
+    old, new = (checkpointing.load(Path(config.output), step).tensors for step in (2, 3))
+    for key, average in new["ema"].items():
+        torch.testing.assert_close(average, (old["parameters"][key] + new["parameters"][key]) / 2)
 
 
 def test_a_run_whose_time_is_over_stops_with_its_result_and_goes_on(configure, build, tmp_path, monkeypatch):

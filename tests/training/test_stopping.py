@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from imageconductor.training import checkpointing
 from imageconductor.training.engines import build_engine
 from imageconductor.training.loop import train
+from imageconductor.training.optimizers import build_optimizer
 from imageconductor.training.stages.base import ParameterGroup
 from imageconductor.training.stopping import Stop
 from imageconductor.training.train_config import LoopConfig
@@ -119,12 +120,14 @@ def test_gradients_that_are_not_finite_stop_the_run_and_are_never_saved(
 
 @pytest.fixture
 def scaled():
-    """A step of plain gradient descent whose losses are scaled as under fp16, by the gradient that it is given."""
-    engine = build_engine(LoopConfig(output="runs/none", learning_rate=1.0))
+    """A step of the default optimiser whose losses are scaled as under fp16, by the gradient that it is given."""
+    config = LoopConfig(output="runs/none", learning_rate=1.0)
+    engine = build_engine(config)
     weight = torch.nn.Parameter(torch.zeros(2))
     engine.groups = {"all": ParameterGroup({"weight": weight})}
     engine.accelerator.scaler = torch.amp.GradScaler("cpu")
-    engine.optimizer = engine.accelerator.prepare_optimizer(torch.optim.SGD([weight], lr=1.0))
+    optimizer = build_optimizer(engine.groups.values(), config, torch.device("cpu"))
+    engine.optimizer = engine.accelerator.prepare_optimizer(optimizer)
 
     def step(gradient):
         engine.backward((weight * gradient).sum())

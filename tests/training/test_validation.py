@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY_WORLD
 
 from imageconductor.data.batches import collate
 from imageconductor.training.run import run_stage
@@ -36,7 +37,7 @@ def test_it_is_the_mean_loss_of_the_held_out_clips(configure, build):
 
     stage, _ = build(replace(config, text_dropout=0.0, image_dropout=0.0))
     with_tracks, without = [], []
-    for number, clip in enumerate(read_held_out(config, 4)):
+    for number, clip in enumerate(read_held_out(config)):
         generator = torch.Generator().manual_seed(number)
         x_0, condition = stage.encode(collate([clip]), [generator])
         eps, t = torch.randn(x_0.shape[1:], generator=generator)[None], torch.tensor([500])
@@ -48,6 +49,18 @@ def test_it_is_the_mean_loss_of_the_held_out_clips(configure, build):
     assert found["validation/t500_without_trajectories"] == pytest.approx(sum(without) / 4, rel=1e-4)
     means = [found[f"validation/t{t}"] for t in (100, 300, 500, 700, 900)]
     assert found["validation/loss"] == pytest.approx(sum(means) / 5, rel=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "previewed"), [("motion_controlnet", TINY_WORLD.num_frames), ("object_gates", 2)])
+def test_sprite_clips_have_the_frames_that_a_run_sees_and_all_in_previews(stage, previewed, configure, monkeypatch):
+    seen, shown = [], []
+    monkeypatch.setattr("imageconductor.training.run.train", lambda *given: seen.extend(given[-1]))
+    config = configure(stage, num_frames=2, max_frame_spacing=1, validation_every=1, preview_every=1)
+    run_stage(config, lambda clips, *_: shown.extend(clips))
+    assert {clip["pixel_values"].shape[1] for clip in shown} == {previewed}
+    for clip, whole in zip(seen, read_held_out(config, 4), strict=True):
+        neighbours = [whole["pixel_values"][:, first : first + 2] for first in range(TINY_WORLD.num_frames - 1)]
+        assert any(torch.equal(clip["pixel_values"], pair) for pair in neighbours)
 
 
 @pytest.mark.slow

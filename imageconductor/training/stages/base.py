@@ -104,9 +104,9 @@ class Stage(nn.Module):
         return samples.build_samples(config)
 
     @classmethod
-    def read_held_out(cls, config: Any, count: int | None = None) -> list[dict[str, Any]]:
-        """The first samples that no step sees, for validation and previews; see `samples.read_held_out`."""
-        return samples.read_held_out(config, count)
+    def read_held_out(cls, config: Any, previewed: int | None = None) -> list[dict[str, Any]]:
+        """The first samples that no step sees, for validation or previews; see `samples.read_held_out`."""
+        return samples.read_held_out(config, previewed)
 
     def begin(self, data: Any) -> None:
         """Called once before the first step, when the networks are on their device.

@@ -30,7 +30,6 @@ from imageconductor.checkpoints.model_folder import (
     load_adapters,
     read_gate_config,
     read_sampling_defaults,
-    reads_first_frame,
 )
 from imageconductor.checkpoints.personalise import read_motion_lora
 from imageconductor.conditioning.boxes import Boxes, stack_boxes
@@ -51,13 +50,12 @@ from imageconductor.models.gating import gate_scalars, gate_values
 from imageconductor.models.lora_files import read_lora
 from imageconductor.models.motion_module import motion_modules_bypassed
 from imageconductor.models.networks import Networks, load_network
-from imageconductor.models.weights import find_weights
 from imageconductor.training import samples
 from imageconductor.training.stage_configs import BoxStageConfig, ObjectGatesConfig, SceneGatesConfig
 from imageconductor.training.stages.base import ParameterGroup, Stage
+from imageconductor.training.stages.gate_settings import check_gates, read_gates, settings_of_fresh_gates
 
 MOTION = "motion"
-_OF_FRESH_GATES = ("knows_places", "knows_first_boxes", "tells_motion")
 
 
 class BoxStage(Stage):
@@ -97,9 +95,9 @@ class BoxStage(Stage):
         return samples.build_box_samples(config)
 
     @classmethod
-    def read_held_out(cls, config: BoxStageConfig, count: int | None = None) -> list[dict[str, Any]]:
+    def read_held_out(cls, config: BoxStageConfig, previewed: int | None = None) -> list[dict[str, Any]]:
         """The first samples that no step sees; see `samples.read_held_out_boxes`."""
-        return samples.read_held_out_boxes(config, count)
+        return samples.read_held_out_boxes(config, previewed)
 
     def draw_latents(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Clean latents drawn from the posterior of a batch of clips, and its mean, each (B, C, T, h, w)."""
@@ -206,7 +204,7 @@ class ObjectGatesStage(BoxStage):
         super().check(config)
         if config.first_frame:
             check_controlnets(config.model, "first_frame=true")
-        _check_gates(config)
+        check_gates(config)
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> tuple[Tensor, Condition]:
@@ -253,10 +251,7 @@ class SceneGatesStage(BoxStage):
                 networks.unet,
                 config.places,
                 seed=config.seed,
-                channels=tuple(config.encoder_channels),
-                blocks_per_level=config.encoder_blocks,
-                is_parallel=config.parallel,
-                frame_0_only=config.frame_0_only,
+                **settings_of_fresh_gates(config, "scene_gates"),
             )
         super().__init__(networks, config)
         assert self.scene_gates is not None
@@ -297,7 +292,7 @@ class SceneGatesStage(BoxStage):
                     f"the scene gates of {config.model} act with a LoRA of rank {ranks[0]}, with which they go on: set "
                     f"motion_lora_rank={ranks[0]}, or fresh_scene_gates=true to begin both anew"
                 )
-        _check_gates(config)
+        check_gates(config)
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> tuple[Tensor, Condition]:
@@ -325,8 +320,8 @@ class SceneGatesStage(BoxStage):
 
 def _scene_lora(config: SceneGatesConfig) -> Path | None:
     """The LoRA of the motion modules of scene gates that go on learning; None where there is none."""
-    goes_on = read_gate_config(config.model, "scene_gates") is not None and not config.fresh_scene_gates
-    return find_scene_lora(config.model) if goes_on else None
+    _, gates = read_gates(config, "scene_gates")
+    return None if gates is None else find_scene_lora(config.model)
 
 
 def _keep(dropout: float, generators: Sequence[torch.Generator], like: Tensor) -> Tensor:
@@ -350,31 +345,5 @@ def _object_gates(networks: Networks, config: ObjectGatesConfig | SceneGatesConf
         config.places,
         max_objects=config.max_objects,
         seed=config.seed,
-        **{name: getattr(config, name) for name in _OF_FRESH_GATES},
+        **settings_of_fresh_gates(config, "object_gates"),
     )
-
-
-def _check_gates(config: ObjectGatesConfig | SceneGatesConfig) -> None:
-    """Makes sure that gates to go on from are there and are as the settings say, or that fresh ones can be."""
-    folder = Path(config.object_gates or Path(config.model) / "object_gates")
-    if config.object_gates is not None and not folder.is_dir():
-        raise FileNotFoundError(f"no object gates at {folder}; train stage object_gates first")
-    if config.tells_motion and not reads_first_frame(config.model):
-        raise ValueError(
-            f"tells_motion=true is for a UNet that reads the first frame, and that of {config.model} does not"
-        )
-    settings = read_gate_config(folder.parent, folder.name)
-    if settings is None or config.fresh_object_gates:
-        return
-    find_weights(folder)
-    if missing := [name for name in _OF_FRESH_GATES if getattr(config, name) and not settings.get(name)]:
-        raise ValueError(
-            f"{missing[0]}=true is of fresh gates, and those at {folder} go without it; set fresh_object_gates=true to "
-            "begin anew"
-        )
-    count = settings["max_objects"]
-    if count != config.max_objects:
-        raise ValueError(
-            f"max_objects is {config.max_objects}, and the gates at {folder} are made for {count} objects, absent ones "
-            f"included; set max_objects={count}"
-        )

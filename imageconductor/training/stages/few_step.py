@@ -71,7 +71,7 @@ class FewStepStage(TrajectoryStage):
         self.solver_steps, self.segments, self.huber_width = config.solver_steps, config.segments, config.huber_width
         self.sampler = few_step_scheduler(self.scheduler)
         self.preview_control = self.controls[0]
-        self.preview_settings = {"guidance_scale": 1.0, "trajectory_guidance_scale": 1.0}
+        self.preview_settings = {"trajectory_guidance_scale": 1.0}
         self._control = self.controls[0]
 
     @classmethod

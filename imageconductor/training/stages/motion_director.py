@@ -139,12 +139,12 @@ class MotionDirectorStage(Stage):
         return ReferenceClips(_find_clips(config), config.seed, config.horizontal_flip)
 
     @classmethod
-    def read_held_out(cls, config: MotionDirectorConfig, count: int | None = None) -> list[dict[str, Any]]:
+    def read_held_out(cls, config: MotionDirectorConfig, previewed: int | None = None) -> list[dict[str, Any]]:
         """Prompts and shapes of the previews; with first_frame=true also the first frame of a clip, (3, H, W) uint8."""
         clips = [clip for clip in _find_clips(config) if not clip.is_recoloured]
         prompts = config.preview_prompts or list(dict.fromkeys(clip.caption for clip in clips))
         previews: list[dict[str, Any]] = []
-        for number, prompt in enumerate(prompts[:count]):
+        for number, prompt in enumerate(prompts[:previewed]):
             clip = clips[number % len(clips)] if config.first_frame else clips[0]
             preview = {"caption": prompt, "size": torch.tensor(clip.size), "num_frames": clip.num_frames}
             if config.first_frame:
