@@ -105,8 +105,7 @@ def test_gates_may_act_in_the_first_steps_alone(pipe):
 
 
 def test_a_model_with_gates_is_its_base_where_nothing_asks_for_them(pipe):
-    networks = {**pipe.components, "object_gates": None, "scene_gates": None}
-    base = ImageConductorPipeline(**networks, sampling_defaults=pipe.sampling_defaults)
+    base = ImageConductorPipeline(**{**pipe.components, "object_gates": None, "scene_gates": None})
     base.set_progress_bar_config(disable=True)
     assert torch.equal(run(pipe, boxes=None), run(base, boxes=None))
     assert torch.equal(run(pipe, boxes=None, image=None), run(base, boxes=None, image=None))
