@@ -1,4 +1,4 @@
-"""What `run_forked` of `test_processes` does in each of its processes; importable there by name."""
+"""What the fixture `run_forked` does in each of its processes; importable there by name."""
 
 import os
 import runpy

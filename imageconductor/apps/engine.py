@@ -275,10 +275,10 @@ class Engine:
             output = pipe(**arguments)
             if ticket.is_stopped:
                 return Stopped()
-            decoded = pipe.decode_latents(output.frames, inputs.job.decode_chunk_size)
+            decoded = pipe.decode_latents(output.frames, inputs.job.decode_chunk_size, "cpu")
             if ticket.is_stopped:
                 return Stopped()
-            videos = [to_uint8(video) for video in decoded.permute(0, 1, 3, 4, 2).cpu().numpy()]
+            videos = [to_uint8(video) for video in decoded.permute(0, 1, 3, 4, 2).numpy()]
         finally:
             pipe.maybe_free_model_hooks()
         is_repeatable = request.resume is None and not report.has_moved

@@ -215,7 +215,10 @@ def _run_pass(name: str, chunk_pass: Pass, run: Run) -> None:
         for chunk in failed:
             run.outcomes(chunk_pass.folder, chunk).unlink()
         example = outcomes[failed[0]].example
-        raise RuntimeError(f"{name}: {num_failed} of {num_failed + num_done} clips failed, the first with {example}")
+        raise RuntimeError(
+            f"{name}: {num_failed} of {num_failed + num_done} clips failed, the first with {example}; mend the cause "
+            "and start the same command again, which does these anew"
+        )
 
 
 def _find_threshold(run: Run) -> tuple[float, str] | None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from editor_desk import SMALL, Desk, open_site
 from page_visit import WAIT_MS
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -23,6 +24,26 @@ def launch():
             blocks.close(verbose=False)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def site(launch):
+    """A page with editors, as `open_site` gives it."""
+    with open_site(launch) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def shared_desk(browser, site):
+    """One open editor for the tests of a module."""
+    with Desk(browser, site, SMALL) as desk:
+        yield desk
+
+
+@pytest.fixture
+def desk(shared_desk):
+    """The open editor as it was at the start."""
+    return shared_desk.renew()
 
 
 @pytest.fixture

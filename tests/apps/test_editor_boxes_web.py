@@ -4,17 +4,11 @@ import json
 
 import pytest
 import torch
-from editor_desk import FRAMES, MIDDLE, MOST_BOXES, PHONE, SIZE, SMALL, WIDE, Desk, are_near, open_site
+from editor_desk import FRAMES, MIDDLE, MOST_BOXES, PHONE, SIZE, SMALL, WIDE, Desk, are_near
 
 from imageconductor.apps.drawn_boxes import check_drawn_boxes
 
 pytestmark = pytest.mark.web
-
-
-@pytest.fixture(scope="module")
-def site(launch):
-    with open_site(launch) as opened:
-        yield opened
 
 
 class BoxDesk(Desk):
@@ -67,11 +61,6 @@ class BoxDesk(Desk):
 def shared_desk(browser, site):
     with BoxDesk(browser, site, SMALL) as desk:
         yield desk
-
-
-@pytest.fixture
-def desk(shared_desk):
-    return shared_desk.renew()
 
 
 @pytest.mark.parametrize("window", [WIDE, MIDDLE, PHONE, "full screen"], ids=["wide", "middle", "phone", "full"])

@@ -3,27 +3,10 @@
 import json
 
 import pytest
-from editor_desk import SMALL, Desk, are_near, open_site
+from editor_desk import SMALL, Desk, are_near
 from page_visit import drop
 
 pytestmark = pytest.mark.web
-
-
-@pytest.fixture(scope="module")
-def site(launch):
-    with open_site(launch) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def shared_desk(browser, site):
-    with Desk(browser, site, SMALL) as desk:
-        yield desk
-
-
-@pytest.fixture
-def desk(shared_desk):
-    return shared_desk.renew()
 
 
 def test_a_track_is_drawn_and_ended_with_keys_alone(desk):

@@ -7,29 +7,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from editor_desk import FPS, FRAMES, MIDDLE, PHONE, SIZE, SMALL, WIDE, Desk, are_near, open_site
+from editor_desk import FPS, FRAMES, MIDDLE, PHONE, SIZE, WIDE, Desk, are_near
 from PIL import Image
 
 from imageconductor.apps.drawing import check_drawing_value
 
 pytestmark = pytest.mark.web
-
-
-@pytest.fixture(scope="module")
-def site(launch):
-    with open_site(launch) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def shared_desk(browser, site):
-    with Desk(browser, site, SMALL) as desk:
-        yield desk
-
-
-@pytest.fixture
-def desk(shared_desk):
-    return shared_desk.renew()
 
 
 def distance(point, way):

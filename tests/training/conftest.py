@@ -1,12 +1,15 @@
 """Stages on the tiny model, as a command would build them."""
 
 import json
+import multiprocessing
+import socket
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 from conftest import TINY_WORLD, tiny_gates, tiny_networks
+from launched import PRELOADED, run_rank
 
 from imageconductor.data.batches import Batches
 from imageconductor.models.networks import Networks
@@ -87,3 +90,34 @@ def losses():
     return lambda folder: [
         json.loads(line)["denoising"] for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()
     ]
+
+
+@pytest.fixture(scope="module")
+def run_forked(tmp_path_factory):
+    """Runs a launcher's command in processes that have imported everything: that would be most of the time of a run.
+
+    They are children of one process, with the variables that a launcher would set.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+
+    def run_there(arguments, **variables):
+        processes = int(next(text for text in arguments if text.startswith("--nproc_per_node=")).partition("=")[2])
+        script = arguments[1 + next(i for i, text in enumerate(arguments) if text.startswith("--nproc_per_node=")) :]
+        said = tmp_path_factory.mktemp("said")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        place |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        ranks = []
+        for rank in range(processes):
+            numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **place, **numbers, **variables}
+            ranks.append(context.Process(target=run_rank, args=(script, environment, said / f"{rank}.txt")))
+            ranks[-1].start()
+        for process in ranks:
+            process.join(300)
+        told = "\n".join(path.read_text() for path in sorted(said.iterdir()))
+        assert [process.exitcode for process in ranks] == [0] * processes, told
+
+    return run_there

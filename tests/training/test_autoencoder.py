@@ -1,11 +1,13 @@
 """The autoencoder's own training."""
 
 import copy
+import json
 import os
 import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from imageconductor.data.batches import Batches, SpriteSamples, sample_generators, scale_pixels
 from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
@@ -181,3 +183,48 @@ def test_a_signal_ends_it_with_a_checkpoint(tiny_model, tmp_path):
     config = AutoencoderConfig(max_steps=9, batch_size=4, crop=16, decoder_only=True)
     assert train_autoencoder(vae, Signalling(samples, 4), config, tmp_path) == 2
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000002"]
+
+
+_SHARING = """
+import sys
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from imageconductor.data.batches import Batches, SpriteSamples
+from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
+from imageconductor.models.networks import Networks
+from imageconductor.training.autoencoder import AutoencoderConfig, train_autoencoder
+
+model, output, kind = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+settings = {"decoder_only": True} if kind == "decoder" else {}
+config = AutoencoderConfig(
+    max_steps=4, batch_size=8, frames_per_clip=2, crop=16, crop_candidates=2, whole_frames_from=0.5, equivariance=0.5,
+    save_every=2, learning_rate=1e-3, **settings
+)
+processes = PartialState(cpu=True)
+samples = SpriteSamples(SpriteWorldConfig(size=(32, 32), num_frames=4), list(SpriteSet), 2)
+data = Batches(samples, 4 // processes.num_processes)
+vae = Networks.load(model).vae
+for max_steps in (2, 4):  # the second goes on from the first's checkpoint
+    config.max_steps = max_steps
+    train_autoencoder(vae, data, config, output / "runs")
+vae.save_pretrained(output / str(processes.process_index))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["whole", "decoder"])
+def test_two_processes_that_share_the_crops_train_the_autoencoder_as_one(kind, tiny_model, tmp_path, run_forked):
+    (tmp_path / "share.py").write_text(_SHARING)
+    for count in (1, 2):
+        (tmp_path / str(count)).mkdir()
+        script = [str(tmp_path / "share.py"), str(tiny_model), str(tmp_path / str(count)), kind]
+        run_forked([f"--nproc_per_node={count}", *script])
+    folders = [tmp_path / name for name in ("1/0", "2/0", "2/1")]
+    one, first, second = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in folders)
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    start = load_file(tiny_model / "vae" / "diffusion_pytorch_model.safetensors")
+    way, apart = (torch.cat([(one[key] - other[key]).flatten() for key in one]).norm() for other in (start, first))
+    assert apart < 0.1 * way
+    factors = [json.loads((folder / "config.json").read_text())["scaling_factor"] for folder in folders]
+    assert factors[1] == factors[2] == pytest.approx(factors[0], rel=1e-3)

@@ -2,11 +2,9 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +15,6 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from launched import PRELOADED, run_rank
 from safetensors.torch import load_file
 
 from imageconductor.files import lock
@@ -44,37 +41,6 @@ def run(arguments, **variables):
     process = start(arguments, **variables)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
-
-
-@pytest.fixture(scope="module")
-def run_forked(tmp_path_factory):
-    """As `run`, in processes that have imported everything already: importing would be most of the time of a run.
-
-    They are children of one process, with the variables that a launcher would set.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-
-    def run_there(arguments, **variables):
-        processes = int(next(text for text in arguments if text.startswith("--nproc_per_node=")).partition("=")[2])
-        script = arguments[1 + next(i for i, text in enumerate(arguments) if text.startswith("--nproc_per_node=")) :]
-        said = tmp_path_factory.mktemp("said")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        place |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        ranks = []
-        for rank in range(processes):
-            numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **place, **numbers, **variables}
-            ranks.append(context.Process(target=run_rank, args=(script, environment, said / f"{rank}.txt")))
-            ranks[-1].start()
-        for process in ranks:
-            process.join(300)
-        told = "\n".join(path.read_text() for path in sorted(said.iterdir()))
-        assert [process.exitcode for process in ranks] == [0] * processes, told
-
-    return run_there
 
 
 def kill_all(mentioning):
@@ -212,51 +178,6 @@ def test_all_processes_go_on_from_the_main_ones_checkpoint_or_none_does(steps, s
         run_forked(["--nproc_per_node=2", str(tmp_path / "choose.py"), str(tmp_path)])
     for rank in range(2):
         assert re.search(said[rank], (tmp_path / str(rank) / "said").read_text())
-
-
-_SHARING = """
-import sys
-from pathlib import Path
-import torch
-from accelerate import PartialState
-from imageconductor.data.batches import Batches, SpriteSamples
-from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
-from imageconductor.models.networks import Networks
-from imageconductor.training.autoencoder import AutoencoderConfig, train_autoencoder
-
-model, output, kind = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-settings = {"decoder_only": True} if kind == "decoder" else {}
-config = AutoencoderConfig(
-    max_steps=4, batch_size=8, frames_per_clip=2, crop=16, crop_candidates=2, whole_frames_from=0.5, equivariance=0.5,
-    save_every=2, learning_rate=1e-3, **settings
-)
-processes = PartialState(cpu=True)
-samples = SpriteSamples(SpriteWorldConfig(size=(32, 32), num_frames=4), list(SpriteSet), 2)
-data = Batches(samples, 4 // processes.num_processes)
-vae = Networks.load(model).vae
-for max_steps in (2, 4):  # the second goes on from the first's checkpoint
-    config.max_steps = max_steps
-    train_autoencoder(vae, data, config, output / "runs")
-vae.save_pretrained(output / str(processes.process_index))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["whole", "decoder"])
-def test_two_processes_that_share_the_crops_train_the_autoencoder_as_one(kind, tiny_model, tmp_path, run_forked):
-    (tmp_path / "share.py").write_text(_SHARING)
-    for count in (1, 2):
-        (tmp_path / str(count)).mkdir()
-        script = [str(tmp_path / "share.py"), str(tiny_model), str(tmp_path / str(count)), kind]
-        run_forked([f"--nproc_per_node={count}", *script])
-    folders = [tmp_path / name for name in ("1/0", "2/0", "2/1")]
-    one, first, second = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in folders)
-    assert all(torch.equal(value, second[key]) for key, value in first.items())
-    start = load_file(tiny_model / "vae" / "diffusion_pytorch_model.safetensors")
-    way, apart = (torch.cat([(one[key] - other[key]).flatten() for key in one]).norm() for other in (start, first))
-    assert apart < 0.1 * way
-    factors = [json.loads((folder / "config.json").read_text())["scaling_factor"] for folder in folders]
-    assert factors[1] == factors[2] == pytest.approx(factors[0], rel=1e-3)
 
 
 # What accelerate makes of configs/accelerate/fsdp.yaml and deepspeed.yaml.
