@@ -35,11 +35,12 @@ from imageconductor.models.adapters import (
     load_adapter,
 )
 from imageconductor.models.controlnets import Control, MotionControlNet
-from imageconductor.models.networks import GATES, Networks, is_text_to_video, load_network
-from imageconductor.models.weights import find_weights, read_checkpoint
+from imageconductor.models.networks import GATES, NETWORKS, Networks, is_text_to_video, load_network
+from imageconductor.models.weights import find_weights, has_weights, read_checkpoint
 
 _SUFFIX = "_lora"
 SCENE_LORA_FOLDER = "scene_lora"
+_NEVER_READ = ["*.ckpt", "*.pt", "*.pth", "*.onnx", "*.onnx_data", "*.pb", "*.msgpack", "*.h5", "*.gguf"]
 UNET_LORA_FOLDERS = (SCENE_LORA_FOLDER, FEW_STEP_FOLDER, "style_lora")
 """LoRAs of the UNet, which a pipeline does not attach by itself."""
 
@@ -122,13 +123,23 @@ def locate(name: str | Path, what: str = "file or folder", files: Sequence[str] 
 def locate_model(name: str | Path, **hub: Any) -> Path:
     """Local folder of a model given by path or by "organisation/name"; `hub` as in `locate`.
 
+    Of a repository the small files come first, so that a foreign one is refused before its weights are downloaded,
+    and pickled weights only where there are no others.
+
     Raises:
         FileNotFoundError: There is none.
+        ValueError: The repository on the hub is none of a model.
     """
     path = find_shipped(name)
     if path.is_file() or (len(path.parts) != 2 and not path.is_dir()):
         raise FileNotFoundError(f"no model folder at {name}")
-    return locate(name, "model folder", **hub)
+    if path.is_dir():
+        return path
+    read_sampling_defaults(locate(name, "model folder", ["*.json"], **hub))
+    folder = locate(name, "model folder", ignore_patterns=[*_NEVER_READ, "*.bin"], **hub)
+    if all(has_weights(folder / part) for part in NETWORKS if (folder / part).is_dir()):
+        return folder
+    return locate(name, "model folder", ignore_patterns=_NEVER_READ, **hub)
 
 
 def read_sampling_defaults(folder: str | Path) -> dict[str, Any]:
@@ -149,7 +160,10 @@ def read_sampling_defaults(folder: str | Path) -> dict[str, Any]:
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not the index of an Image Conductor model: {error}") from error
     if usual is None and "motion_controlnet" not in config:
-        raise ValueError(f"{folder} is a {config.get('_class_name')} without a motion ControlNet")
+        raise ValueError(
+            f"{folder} is a {config.get('_class_name')} without a motion ControlNet; `imageconductor assemble` makes a "
+            "model of its parts (docs/weights.md)"
+        )
     return asdict(defaults)
 
 

@@ -28,7 +28,7 @@ from imageconductor.checkpoints.model_folder import (
 from imageconductor.models.adapters import DIFFUSERS_WEIGHTS_NAME, WEIGHTS_NAME
 from imageconductor.models.lora_files import CONFIG_NAME
 from imageconductor.models.networks import GATES, Networks
-from imageconductor.models.weights import check_weight_file, find_weights
+from imageconductor.models.weights import check_weight_file, find_weights, has_weights
 
 _NEEDED = {
     "published": ("stable_diffusion", "unet", "image_controlnet", "motion_controlnet"),
@@ -162,14 +162,7 @@ def _locate_networks(given: str, networks: Sequence[str], others: Sequence[str] 
     for weights in _WEIGHTS:
         files = [(Path(network) / name).as_posix() for network in lacking for name in ("config.json", *weights)]
         path = locate(given, files=[*others, *files])
-        lacking = [network for network in lacking if path.is_dir() and not _has_weights(path / network)]
+        lacking = [network for network in lacking if path.is_dir() and not has_weights(path / network)]
         if not lacking:
             break
     return path
-
-
-def _has_weights(folder: Path) -> bool:
-    try:
-        return bool(find_weights(folder))
-    except FileNotFoundError:
-        return False

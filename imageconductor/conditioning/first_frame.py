@@ -10,6 +10,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from imageconductor.conditioning.trajectory_json import check_size
+from imageconductor.diffusion.latents import scale_latents
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -144,9 +145,7 @@ def encode_first_frame(vae: "AutoencoderKL", pixels: Tensor, *, device: torch.de
     """
     posterior = cast("Any", vae.encode(pixels.to(device or vae.device, vae.dtype))).latent_dist
     latent: Tensor = posterior.mode()
-    config = cast("Any", vae.config)
-    shift = getattr(config, "shift_factor", None)
-    return (latent if shift is None else latent - shift) * config.scaling_factor
+    return scale_latents(latent, cast("Any", vae.config))
 
 
 def keyframe_condition(latents: Tensor, frames: Sequence[int], num_frames: int) -> tuple[Tensor, Tensor]:

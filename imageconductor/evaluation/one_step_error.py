@@ -20,6 +20,7 @@ from imageconductor.data.sparse_tracks import sample_sparse
 from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
 from imageconductor.data.sprites import SpriteDataset
 from imageconductor.diffusion.clean_estimate import estimate_x_0
+from imageconductor.diffusion.latents import scale_latents
 from imageconductor.models.denoiser import Condition
 from imageconductor.models.networks import Networks
 
@@ -120,5 +121,4 @@ def _predict_x_0(networks: Networks, x_0: Tensor, eps: Tensor, condition: Condit
 def _encode(networks: Networks, pixels: Tensor) -> Tensor:
     """Scaled latents (C, T, h, w), the posterior's mean, of pixels (3, T, H, W) in [-1, 1]."""
     frames = pixels.transpose(0, 1).to(networks.unet.device)
-    mean = networks.vae.encode(frames).latent_dist.mean * networks.vae.config["scaling_factor"]
-    return mean.transpose(0, 1)
+    return scale_latents(networks.vae.encode(frames).latent_dist.mean, networks.vae.config).transpose(0, 1)

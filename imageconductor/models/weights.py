@@ -43,6 +43,14 @@ def find_weights(part: Path) -> tuple[list[Path], str | None]:
     return paths, variant or None
 
 
+def has_weights(part: Path) -> bool:
+    """Whether `find_weights` finds any; a damaged file is a ValueError there, and here."""
+    try:
+        return bool(find_weights(part))
+    except FileNotFoundError:
+        return False
+
+
 def check_weight_file(path: Path) -> None:
     """Makes sure that a file of weights is complete, by its header and length; no weight is read.
 

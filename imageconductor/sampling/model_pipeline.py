@@ -27,6 +27,7 @@ from imageconductor.checkpoints.model_folder import (
     save_gates,
     write_pipeline_code,
 )
+from imageconductor.diffusion.latents import unscale_latents
 from imageconductor.files import write_text
 from imageconductor.models.adapters import attached_adapters, save_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
@@ -272,9 +273,7 @@ class ModelPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffus
         Raises:
             ValueError: The VAE gives values that are not finite.
         """
-        config = self.vae.config
-        frames = latents.transpose(1, 2).flatten(0, 1).to(self.vae.dtype) / config["scaling_factor"]
-        frames = frames + (config.get("shift_factor") or 0)
+        frames = unscale_latents(latents.transpose(1, 2).flatten(0, 1).to(self.vae.dtype), self.vae.config)
         size = (side * self.vae_scale_factor for side in latents.shape[-2:])
         decoded = torch.empty(len(frames), 3, *size, device=device or latents.device)
         for chunk, place in zip(frames.split(chunk_size), decoded.split(chunk_size), strict=True):

@@ -4,10 +4,13 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import pytest
 import torch
 from diffusers.utils import hub_utils
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 
+from imageconductor.checkpoints.model_folder import locate_model
 from imageconductor.commands import assemble
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 
@@ -17,7 +20,51 @@ def test_arguments_for_the_hub_reach_it(tiny_model, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda _, **how: asked.append(how) or str(tiny_model))
     how = {"revision": "v2", "token": "t", "cache_dir": "c", "local_files_only": True, "force_download": False}
     ImageConductorPipeline.from_pretrained("lab/conductor", **how)
-    assert asked == [{"allow_patterns": None, **how}]
+    assert asked[0] == {"allow_patterns": ["*.json"], **how}
+    assert all(how.items() <= given.items() for given in asked)
+
+
+@pytest.fixture
+def hub(tiny_model, tmp_path, monkeypatch):
+    """Repositories "lab/conductor", with files beside those that are read, and "lab/foreign", one of Stable Diffusion.
+
+    Gives their folder and that of what is downloaded.
+    """
+    root, local = tmp_path / "hub" / "lab", tmp_path / "cache"
+    shutil.copytree(tiny_model, root / "conductor")
+    for name in ("model.ckpt", "unet/diffusion_pytorch_model.bin", "unet/model.onnx"):
+        (root / "conductor" / name).touch()
+    (root / "foreign").mkdir()
+    (root / "foreign" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    (root / "foreign" / "v1-5-pruned.safetensors").touch()
+
+    def download(name, **patterns):
+        paths = [path.relative_to(root.parent / name) for path in (root.parent / name).rglob("*") if path.is_file()]
+        for path in filter_repo_objects([path.as_posix() for path in paths], **patterns):
+            (local / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root.parent / name / path, local / path)
+        return str(local)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    return root, local
+
+
+def test_a_foreign_repository_is_refused_before_its_weights_are_downloaded(hub):
+    with pytest.raises(ValueError, match=r"StableDiffusionPipeline without a motion ControlNet; `imageconductor asse"):
+        locate_model("lab/foreign")
+    assert [path.name for path in hub[1].iterdir()] == ["model_index.json"]
+
+
+def test_of_a_model_on_the_hub_what_is_never_read_stays_there(hub, tiny_model):
+    root, local = hub
+    assert locate_model("lab/conductor") == local
+    files = {path.relative_to(local) for path in local.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(tiny_model) for path in tiny_model.rglob("*") if path.is_file()}
+
+    (root / "conductor" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    shutil.rmtree(local)
+    assert locate_model("lab/conductor") == local  # pickled weights, where there are no others
+    assert (local / "unet" / "diffusion_pytorch_model.bin").is_file()
 
 
 def test_a_folder_goes_to_the_hub_and_comes_back(tiny_model, tmp_path, monkeypatch, capsys):

@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from imageconductor.checkpoints.personalise import load_style_lora
+from imageconductor.conditioning.first_frame import encode_first_frame
+from imageconductor.data.batches import scale_pixels
 from imageconductor.models.adapters import active, adapter_parameters
 from imageconductor.models.denoiser import Denoiser
 from imageconductor.sampling.pipeline import ImageConductorPipeline
@@ -18,6 +20,22 @@ T = torch.tensor([500])
 
 def generators(count=1):
     return [torch.Generator().manual_seed(i) for i in range(count)]
+
+
+def test_latents_are_shifted_and_scaled_as_sampling_does(configure, build):
+    stage, data = build(configure("camera_lora"))
+    stage.vae.register_to_config(scaling_factor=0.5, shift_factor=0.25)
+    stage.image_dropout = 0.0
+    batch = data[0]
+    _, condition = stage.encode(batch, generators())
+    given = encode_first_frame(stage.vae, scale_pixels(batch["pixel_values"][:, :, 0]))
+    torch.testing.assert_close(condition.keyframes[:, :, 0], given)
+    posterior = stage.vae.encode(scale_pixels(batch["pixel_values"][:, :, 0])).latent_dist
+    cached = {"latent_mean": posterior.mean[:, :, None], "latent_std": posterior.std[:, :, None]}
+    cached["size"] = torch.tensor([[64, 64]])
+    mean, std, _ = stage._encode_clips(cached)
+    torch.testing.assert_close(mean[:, :, 0], given)
+    torch.testing.assert_close(std[:, :, 0], posterior.std * 0.5)
 
 
 def test_a_loss_is_that_of_the_noise_of_v_or_of_x_0(configure, build):

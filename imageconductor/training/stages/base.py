@@ -19,6 +19,7 @@ from imageconductor.conditioning.first_frame import keyframe_condition
 from imageconductor.conditioning.flow_map import flow_map
 from imageconductor.data.batches import Samples, scale_pixels, send
 from imageconductor.data.sparse_tracks import sample_sparse
+from imageconductor.diffusion.latents import scale_latents
 from imageconductor.diffusion.losses import denoising_loss
 from imageconductor.models.denoiser import Condition
 from imageconductor.models.networks import Networks, load_network
@@ -223,18 +224,23 @@ class Stage(nn.Module):
 
     def _encode_clips(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Mean and standard deviation of the scaled latents, each (B, C, T, h, w), and (W, H) in pixels."""
-        device, scale = self.unet.device, self.vae.config["scaling_factor"]
         if "latent_mean" in batch:
             width, height = batch["size"][0].tolist()
-            return batch["latent_mean"].to(device) * scale, batch["latent_std"].to(device) * scale, (width, height)
-        pixels = scale_pixels(batch["pixel_values"].to(device)).to(self.vae.dtype)
-        num_frames, height, width = pixels.shape[2:]
+            mean, std = batch["latent_mean"].to(self.unet.device), batch["latent_std"].to(self.unet.device)
+        else:
+            height, width = batch["pixel_values"].shape[-2:]
+            mean, std = self._encode_pixels(batch["pixel_values"])
+        config = self.vae.config
+        return scale_latents(mean, config), std * config["scaling_factor"], (width, height)
+
+    def _encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's own latents, (B, C, T, h, w), of pixels (B, 3, T, H, W) uint8."""
+        pixels, num_frames = scale_pixels(pixels.to(self.unet.device)).to(self.vae.dtype), pixels.shape[2]
         posterior = self.vae.encode(pixels.transpose(1, 2).flatten(0, 1)).latent_dist
         mean, std = (
-            (value.float() * scale).unflatten(0, (-1, num_frames)).transpose(1, 2)
-            for value in (posterior.mean, posterior.std)
+            value.float().unflatten(0, (-1, num_frames)).transpose(1, 2) for value in (posterior.mean, posterior.std)
         )
-        return mean, std, (width, height)
+        return mean, std
 
 
 class TrajectoryStage(Stage):

@@ -34,6 +34,7 @@ from imageconductor.data.reference_clips import ReferenceClips, read_frames
 from imageconductor.data.reference_files import ReferenceClip, find_reference_clips
 from imageconductor.devices import HALF
 from imageconductor.diffusion.inversion import ddim_inversion
+from imageconductor.diffusion.latents import scale_latents
 from imageconductor.diffusion.losses import debiased_loss, denoising_loss
 from imageconductor.models.adapters import (
     activate,
@@ -275,17 +276,15 @@ class MotionDirectorStage(Stage):
 
     def _encode_frames(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (C, T, h, w) of the unscaled latents of frames (3, T, H, W) uint8."""
-        batch = {"pixel_values": frames[None]}
-        mean, std, _ = self._encode_clips(batch)
-        scale = self.vae.config["scaling_factor"]
-        return mean[0] / scale, std[0] / scale
+        mean, std = self._encode_pixels(frames[None])
+        return mean[0], std[0]
 
     def _invert(self, samples: ReferenceClips, number: int) -> Tensor:
         """Noise (C, T, h, w) float32 on the CPU of a clip's window, by the frozen base and an empty prompt."""
         device = self.unet.device
         window = self.clips[number].draw_window(random.Random(self.config.seed))
         mean, _ = samples.latents(number, window)
-        x_0 = (mean[None] * self.vae.config["scaling_factor"]).to(device)
+        x_0 = scale_latents(mean[None], self.vae.config).to(device)
         text = self.encode_text({"caption": [""]}, [False])
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
