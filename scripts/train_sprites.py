@@ -78,7 +78,8 @@ class SpriteRecipe:
     decoder: AutoencoderConfig = field(default_factory=lambda: AutoencoderConfig(decoder_only=True, max_steps=0))
     foundation: list[str] = field(default_factory=list)  # YAML files of the foundation's phases, in order
     stages: list[str] = field(default_factory=list)  # YAML files of stages 1-3, in order
-    sampling: dict[str, Any] = field(  # sampling defaults of the finished model
+    # Sampling defaults of the finished model.
+    sampling: dict[str, Any] = field(
         default_factory=lambda: {
             "fps": 8,
             "guidance_scale": 1.0,
@@ -88,7 +89,7 @@ class SpriteRecipe:
         }
     )
     gpu: GpuSettings = field(default_factory=GpuSettings)
-    seed: int = 0
+    seed: int = 0  # of the random weights
 
 
 class OutOfTimeError(Exception):

@@ -3,14 +3,19 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from imageconductor.checkpoints.assembly import AssemblyConfig
 from imageconductor.commands.evaluate import choose_protocol
-from imageconductor.config import load
+from imageconductor.config import list_fields, load
 from imageconductor.curation.curate_config import CurateConfig
-from imageconductor.training.stage_configs import load_config
+from imageconductor.evaluation.box_config import BoxEvaluateConfig
+from imageconductor.evaluation.evaluate_config import EvaluateConfig
+from imageconductor.evaluation.learned_motion_config import LearnedMotionConfig
+from imageconductor.sampling.job import SampleJob
+from imageconductor.training.stage_configs import STAGE_CONFIGS, load_config
 from scripts.ablations import AblationConfig
 from scripts.smoke_training import SmokeConfig
 from scripts.train_sprites import SpriteRecipe
@@ -18,11 +23,23 @@ from scripts.train_sprites import SpriteRecipe
 PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
 PAGES = [page for page in PAGES if page.name != "log.md"]  # which tells of commands of former versions
 CONFIGS = sorted(Path("configs").rglob("*.yaml"))
-SCHEMAS = {
+SCHEMAS: dict[str, Any] = {
     "scripts/train_sprites.py": SpriteRecipe,
     "scripts/smoke_training.py": SmokeConfig,
     "scripts/ablations.py": AblationConfig,
 }
+
+
+WITH_HELP = [
+    *SCHEMAS.values(),
+    *STAGE_CONFIGS.values(),
+    EvaluateConfig,
+    LearnedMotionConfig,
+    BoxEvaluateConfig,
+    CurateConfig,
+    AssemblyConfig,
+    SampleJob,
+]
 
 
 def find_commands(path: Path) -> list[str]:
@@ -38,7 +55,10 @@ def find_commands(path: Path) -> list[str]:
 
 
 def _join(block: str) -> list[str]:
-    return re.sub(r"\\\n\s*", "", re.sub(r"<<'END'.*?^END$", "", block, flags=re.M | re.S)).splitlines()
+    """The commands of a block: continued lines as one, those within a loop once for each of its words."""
+    block = re.sub(r"\\\n\s*", "", re.sub(r"<<'END'.*?^END$", "", block, flags=re.M | re.S))
+    loop = re.compile(r"^for (\w+) in ([^;\n]+); do\n(.*?)^done$", flags=re.M | re.S)
+    return loop.sub(lambda m: "".join(m[3].replace(f"${m[1]}", word) for word in m[2].split()), block).splitlines()
 
 
 @pytest.mark.parametrize("path", [*PAGES, *CONFIGS], ids=str)
@@ -53,7 +73,7 @@ def test_commands_leave_no_bracket_to_the_shell(path):
 def test_settings_of_commands_exist(page):
     for line in find_commands(page):
         words = shlex.split(line, comments=True)
-        if "--config" not in words or any(word in line for word in ("...", "FILE", "THIS")):
+        if "--config" not in words or any(word in line for word in ("...", "FILE", "THIS", "STAGE")):
             continue
         config = Path(words[words.index("--config") + 1])
         overrides = [word for word in words[words.index("--config") + 2 :] if re.match(r"[a-z_.]+=", word)]
@@ -84,3 +104,8 @@ def test_the_data_of_the_papers_stages_are_what_its_curation_writes():
     for path in [*Path("configs/train").glob("*_*.yaml"), *Path("configs/train/24gb").glob("*_*.yaml")]:
         if path.stem not in ("sprites_text",):
             assert set(load_config(path).data) <= made, path
+
+
+@pytest.mark.parametrize("schema", WITH_HELP, ids=lambda schema: schema.__name__)
+def test_help_says_what_every_setting_is(schema):
+    assert [field.key for field in list_fields(schema) if not field.comment and field.key != "stage"] == []

@@ -1,8 +1,13 @@
 """What the miniature of MotionDirector measures: true clips have all that is asked, reference clips all that leaks."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
+from imageconductor.config import load
 from imageconductor.data.scenes import render
+from imageconductor.evaluation.learned_motion_config import LearnedMotionConfig
 from scripts import motion_director_sprites as miniature
 
 MOTIONS = list(miniature.MOTIONS)
@@ -48,3 +53,15 @@ def test_captions_name_no_colour_where_clips_are_recoloured(tmp_path):
     assert plain == "a dotted star"
     assert named.startswith("a dotted red star on a ")
     assert len(set(folders)) == 2
+
+
+def test_the_evaluation_reads_what_the_script_writes(tmp_path):
+    plan = load(LearnedMotionConfig, Path("configs/evaluate/motion_director_sprites.yaml"), [])
+    config = miniature.MiniatureConfig()
+    for name, motion in plan.motions.items():
+        written = miniature.write_first_frames(replace(config, output=str(tmp_path)), name)
+        images = [str(Path(config.output) / Path(path).relative_to(tmp_path)) for path in written]
+        assert motion.images == images[: len(motion.images)]
+        assert motion.prompts == [
+            " ".join(scene.caption.split()[:4]) for scene in miniature.prompt_scenes(len(motion.images))
+        ]

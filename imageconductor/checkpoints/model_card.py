@@ -41,7 +41,9 @@ def model_card(folder: Path, files: dict[str, str], name: str) -> str:
         name: Folder or repository that the reader loads.
     """
     index = json.loads(read_text(folder / "model_index.json"))
-    sections = [_HEADER, f"# {name}\n\n{_USE.format(name=name)}", _defaults(index["sampling_defaults"])]
+    defaults = index["sampling_defaults"]
+    shape = {key: defaults[key] for key in ("width", "height", "num_frames")}
+    sections = [_HEADER, f"# {name}\n\n{_USE.format(name=name, **shape)}", _defaults(defaults)]
     if "sources.json" in files:
         sections.append(_parts(json.loads(files["sources.json"])))
     trained = {Path(name).stem: text for name, text in files.items() if name.startswith("training/")}
@@ -55,10 +57,13 @@ def model_card(folder: Path, files: dict[str, str], name: str) -> str:
 _USE = """One image, a prompt and drawn trajectories become a video; camera and objects are controlled apart.
 
 ```python
+from PIL import Image
+from imageconductor.conditioning import camera_preset
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 
 pipe = ImageConductorPipeline.from_pretrained("{name}")
-video = pipe(image, trajectories, "what it shows", control="camera").frames[0]
+tracks = camera_preset("pan-left", ({width}, {height}), {num_frames})
+video = pipe(Image.open("photo.png"), tracks, prompt="what it shows", control="camera").frames[0]
 ```
 
 With the package `imageconductor` installed, `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)` of

@@ -71,7 +71,7 @@ class AssemblyConfig:
     # v3_sd15_adapter.ckpt, kept beside the UNet so that its scale can still be chosen; null = without
     domain_adapter: str | None = None
     domain_adapter_scale: float = 1.0  # with which it is merged; 0 where the UNet holds it already
-    motion_num_attention_heads: int = 8
+    motion_num_attention_heads: int = 8  # of the motion modules, which the file does not tell
     dtype: Literal["float16", "float32"] = "float16"  # of the folder
     sampling: dict[str, Any] = field(default_factory=dict)  # defaults of sampling that differ from the paper's
     licences: dict[str, str] = field(default_factory=dict)  # of each part, for the model card

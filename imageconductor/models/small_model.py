@@ -29,14 +29,14 @@ class SmallModelConfig:
     """Sizes of a small model; everything but the sizes is as at full scale, the prediction type apart."""
 
     autoencoder_channels: tuple[int, ...] = (32, 64, 96)  # one more level doubles the VAE scale factor
-    latent_channels: int = 8
-    block_out_channels: tuple[int, ...] = (64, 96, 160)
-    layers_per_block: int = 1
-    num_attention_heads: int = 4
+    latent_channels: int = 8  # of the autoencoder
+    block_out_channels: tuple[int, ...] = (64, 96, 160)  # of the UNet's levels
+    layers_per_block: int = 1  # residual blocks of each level
+    num_attention_heads: int = 4  # of every attention
     norm_num_groups: int = 8  # must divide every channel count
-    motion_max_seq_length: int = 32
-    text_width: int = 96
-    text_layers: int = 2
+    motion_max_seq_length: int = 32  # frames that the motion modules have positions for
+    text_width: int = 96  # channels of the text encoder
+    text_layers: int = 2  # of the text encoder
     text_length: int = 48  # tokens
     # Spatial attention in the UNet's first level, as SD-1.5 has it: it carries texture to where it goes.
     attention_at_full_resolution: bool = False

@@ -1,4 +1,4 @@
-"""All training stages by name. A new stage is one line here, and its settings in `stage_configs`."""
+"""All training stages by name. A new stage is one line here and one in `_CONFIGS` of `stage_configs`."""
 
 from __future__ import annotations
 
