@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from imageconductor import config as config_file
 from imageconductor.curation import executors
-from imageconductor.curation.curate_config import EXECUTION_FIELDS, CurateConfig, select_result_settings
+from imageconductor.curation.curate_config import EXECUTION_FIELDS, CurateConfig, check_unused, select_result_settings
 from imageconductor.curation.detections import check_detections, find_detections
 from imageconductor.curation.executors import Failure, Workers
 from imageconductor.curation.motion_score import motion_threshold
@@ -79,6 +79,7 @@ def curate(config: CurateConfig) -> Counter[str]:
     """
     from imageconductor.curation.curation_report import count_outcomes
 
+    check_unused(config)
     config = _resolve_paths(config)
     check_writable(Path(config.output))
     sources = find_sources(config)

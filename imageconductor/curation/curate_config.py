@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -120,8 +120,30 @@ _USED_WITH = {
     "cotracker_model": ("tracker", "cotracker"),
     "blip2": ("captioner", "blip2"),
     "caption_frames": ("captioner", "blip2"),
+    "raft_batch": ("flow", "raft"),
+    "ray_address": ("executor", "ray"),
 }
 """The choice, as a setting and its value, without which a setting has no effect."""
+
+
+def check_unused(config: CurateConfig) -> None:
+    """Refuses settings that would do nothing: of networks that are not chosen, say.
+
+    Raises:
+        ValueError: Names such a setting and the choice that it belongs to.
+    """
+    defaults = {field.name: field.default for field in fields(config)}
+    for name, (choice, value) in _USED_WITH.items():
+        if getattr(config, name) != defaults[name] and getattr(config, choice) != value:
+            raise ValueError(
+                f"{name}={getattr(config, name)} does nothing with {choice}={getattr(config, choice)}; set "
+                f"{choice}={value}, or leave {name} out"
+            )
+    if config.videos is not None and config.source == "folder":
+        raise ValueError(
+            f"videos={config.videos} is for source=csv and source=realestate10k; with source=folder the footage is in "
+            f"input={config.input}"
+        )
 
 
 def select_result_settings(config: CurateConfig) -> dict[str, Any]:

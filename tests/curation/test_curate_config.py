@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from imageconductor.curation.curate_config import CurateConfig, select_result_settings
+from imageconductor.curation.curate_config import CurateConfig, check_unused, select_result_settings
 
 PLAIN = CurateConfig("", "")
 NETWORKS = replace(PLAIN, flow="raft", raft_weights="a/raft.pth", tracker="cotracker", captioner="blip2")
@@ -48,6 +48,19 @@ def test_what_would_reject_everything_is_refused(changes, message):
 @pytest.mark.parametrize(("name", "value"), {**FREE, **UNUSED}.items())
 def test_settings_that_change_nothing_are_free(name, value):
     assert select_result_settings(replace(PLAIN, **{name: value})) == select_result_settings(PLAIN)
+
+
+@pytest.mark.parametrize(("name", "value"), {**UNUSED, "raft_batch": 2, "ray_address": "head:6379"}.items())
+def test_settings_of_what_is_not_chosen_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"{name}={value} does nothing with \w+=\w+; set \w+=\w+, or leave"):
+        check_unused(replace(PLAIN, **{name: value}))
+    check_unused(replace(NETWORKS, executor="ray", **{name: value}))
+
+
+def test_footage_beside_a_folder_of_videos_is_refused():
+    with pytest.raises(ValueError, match=r"videos=there is for source=csv and source=realestate10k; .* input=here"):
+        check_unused(replace(PLAIN, input="here", videos="there"))
+    check_unused(replace(PLAIN, input="here", videos="there", source="csv"))
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(CurateConfig) if field.name not in FREE])
