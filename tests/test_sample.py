@@ -338,3 +338,6 @@ def test_a_run_records_the_files_of_its_loras_wherever_they_were_found(tmp_path,
     assert absolute_lora(f"{shipped}:0.5") == f"{whole}:0.5"
     assert absolute_lora(f"{shipped}:{1 / 3}") == f"{whole}:{1 / 3}"
     assert absolute_lora("mine.safetensors:2") == f"{tmp_path / 'mine.safetensors'}:2"
+    (tmp_path / "blob").touch()
+    (tmp_path / "cached.safetensors").symlink_to("blob")  # as in the hub's cache; a name without a format is no name
+    assert absolute_lora("cached.safetensors") == str(tmp_path / "cached.safetensors")

@@ -242,9 +242,24 @@ def _lock_folder(folder: Path) -> Iterator[None]:
 
 
 def _list_folder(path: Path) -> Shard:
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    listed = ((file.relative_to(path).as_posix(), 0, file.stat().st_size) for file in files)
-    return Shard(path, _build_table(listed), is_folder=True)
+    files = sorted(_walk(path, "", frozenset()), key=lambda file: file[0].split("/"))
+    return Shard(path, _build_table((name, 0, size) for name, size in files), is_folder=True)
+
+
+def _walk(folder: Path | str, prefix: str, above: frozenset[str]) -> Iterator[tuple[str, int]]:
+    """Names and sizes of the files below a folder, links to folders among it followed, but not in circles.
+
+    A file is asked about once: on a network's disk each question takes its time.
+    """
+    above |= {os.path.realpath(folder)}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = f"{prefix}{entry.name}"
+            if entry.is_dir():
+                if not (entry.is_symlink() and os.path.realpath(entry.path) in above):
+                    yield from _walk(entry.path, f"{name}/", above)
+            elif entry.is_file():
+                yield name, entry.stat().st_size
 
 
 def _build_table(files: Iterable[tuple[str, int, int]]) -> NDArray[np.void]:

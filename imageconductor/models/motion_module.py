@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.resnet import TemporalConvLayer
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
@@ -16,6 +17,23 @@ from einops import rearrange
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+MOST_SEQUENCES = 32768
+"""Sequences that temporal attention takes at a time: CUDA's fused kernels refuse 65536 (pytorch, issue 146704).
+
+There is one for each place of each video under each text: 512x512 has 8192 a video under two texts.
+"""
+
+
+class TemporalBlock(BasicTransformerBlock):
+    """diffusers' block of attention and feed-forward layers, for any number of sequences."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As diffusers' class without a second input; (N, T, C), of which each sequence is computed by itself."""
+        if len(hidden_states) <= MOST_SEQUENCES:
+            return super().forward(hidden_states, *args, **kwargs)
+        parts = hidden_states.split(MOST_SEQUENCES)
+        return torch.cat([super(TemporalBlock, self).forward(part, *args, **kwargs) for part in parts])
 
 
 class MotionModule(AnimateDiffTransformer3D):
@@ -81,6 +99,7 @@ def adopt_motion_modules_(model: nn.Module, norm_num_groups: int | None = None) 
         # The classes differ in `forward` alone, so the instance can change class and keep its parameters.
         module.__class__ = MotionModule
         cast(Any, module).first_frame_warp = None
+        _split_blocks_(module)
         if norm_num_groups is not None:
             channels = module.norm.num_channels
             if channels % norm_num_groups:
@@ -112,8 +131,15 @@ class TemporalConvolution(TemporalConvLayer):
 def adopt_temporal_layers_(model: nn.Module) -> None:
     """Turns the temporal layers of a `UNet3DConditionModel` into ours, in place and with their weights."""
     ours = {TransformerTemporalModel: TemporalTransformer, TemporalConvLayer: TemporalConvolution}
-    for module in model.modules():
+    for module in list(model.modules()):
         module.__class__ = ours.get(type(module), type(module))
+        if isinstance(module, TemporalTransformer):
+            _split_blocks_(module)
+
+
+def _split_blocks_(module: nn.Module) -> None:
+    for block in cast(Any, module).transformer_blocks:
+        block.__class__ = TemporalBlock
 
 
 _TEMPORAL = (MotionModule, TemporalTransformer, TemporalConvolution)

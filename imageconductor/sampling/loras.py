@@ -92,9 +92,12 @@ def takes_few_steps(model: str, asked: bool | None, steps: int) -> bool:
 
 
 def absolute_lora(text: str) -> str:
-    """FILE or FILE:SCALE with the file's whole path, wherever it was found."""
+    """FILE or FILE:SCALE with the file's whole path, wherever it was found.
+
+    Links stay: those of the hub's cache lead to files whose names do not tell their format.
+    """
     path, scale = parse_lora(text)
-    return f"{Path(path).resolve()}:{_all_digits(scale)}" if scale != 1 else str(Path(path).resolve())
+    return f"{Path(path).absolute()}:{_all_digits(scale)}" if scale != 1 else str(Path(path).absolute())
 
 
 def parse_noise_prior(text: str) -> tuple[Path, float]:
@@ -116,7 +119,7 @@ def parse_noise_prior(text: str) -> tuple[Path, float]:
 def absolute_noise_prior(text: str) -> str:
     """RUN:p with the run's whole path."""
     run, fraction = parse_noise_prior(text)
-    return f"{run.resolve()}:{_all_digits(fraction)}"
+    return f"{run.absolute()}:{_all_digits(fraction)}"
 
 
 def _all_digits(number: float) -> str:

@@ -34,6 +34,15 @@ def test_shards_and_a_folder_hold_the_same(folder, records, tmp_path):
         assert {part: found.read(part) for part in found.parts} == records[found.key]
 
 
+def test_a_folder_of_links_holds_what_they_lead_to(folder, tmp_path):
+    (tmp_path / "gathered" / "first").mkdir(parents=True)
+    (tmp_path / "gathered" / "second").symlink_to(folder, target_is_directory=True)
+    (tmp_path / "gathered" / "first" / "round").symlink_to(tmp_path / "gathered", target_is_directory=True)
+    [plain], [linked] = find_clips([folder]), find_clips([tmp_path / "gathered"])
+    assert [clip.key for clip in linked] == [f"second/{clip.key}" for clip in plain]
+    assert linked[0].read("json") == plain[0].read("json")
+
+
 def test_an_index_is_read_instead_of_the_headers(records, tmp_path, monkeypatch):
     named = {"sub/ünï": records["clip-0"], "b" * 150: {"json": b"{}"}, "c": {"mp4": b"v", "tracks.npz": b"t"}}
     shard = write_shard(tmp_path / "clips.v1.tar", named)
