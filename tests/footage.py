@@ -78,6 +78,7 @@ def write_cotracker(clone: Path, dtype: str = "float32") -> None:
         "        self.step.weight.data.fill_(1)\n"
         "        self.step.bias.data.fill_(0)\n"
         "    def forward(self, video, queries):\n"
+        "        assert len(video) == 1\n"
         "        assert video.dtype == queries.dtype == self.step.weight.dtype\n"
         "        assert video.device == queries.device == self.step.weight.device\n"
         "        frames = torch.arange(video.shape[1], dtype=video.dtype, device=video.device)[None, :, None, None]\n"

@@ -266,7 +266,8 @@ def _check_models(run: Run) -> None:
             with Workers(1, 3600.0) as workers:
                 for result in workers.map(chunk_pass.try_out, [()]):
                     if isinstance(result, Failure):
-                        raise ValueError(f"{name}, on a trial clip: {result.detail}")
+                        tried = f"{name}, on a trial of batch_size={chunk_pass.batch_size} clips"
+                        raise ValueError(f"{tried}: {result.detail}")
 
 
 def _resolve_paths(config: CurateConfig) -> CurateConfig:

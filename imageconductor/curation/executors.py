@@ -26,6 +26,8 @@ from pebble import ProcessExpired, ProcessPool
 from imageconductor.curation.curate_config import CurateConfig
 from imageconductor.curation.footage import STORAGE_FAULTS
 
+logger = logging.getLogger(__name__)
+
 _OUTCOMES = ("accepted", "rejected", "failed", "done")
 Tick = Callable[[str], None]
 """Called once per clip with its outcome; "done" where it is not yet known whether the clip is accepted."""
@@ -84,7 +86,7 @@ class Workers:
     def __init__(self, count: int, limit_s: float, prepare: Callable[[], None] | None = None, gpus: Sequence[str] = ()):
         self.count, self.limit_s, self.prepare, self.gpus = count, limit_s, prepare, gpus
         self._places = NamedTemporaryFile(prefix="curation-workers-")  # noqa: SIM115 - closed by `close`
-        self._is_closed = False
+        self._is_closed = self._has_warned = False
         self._waiting: set[Future[Any]] = set()
         self._lock = threading.Lock()
         self._pool = self._new_pool()
@@ -128,6 +130,9 @@ class Workers:
         for batch, future in zip(batches, futures, strict=True):
             result = self._result(*future)
             if isinstance(result, Failure):
+                if not self._has_warned:
+                    logger.warning("batches that fail are done again clip by clip; the first: %s", result.detail)
+                    self._has_warned = True
                 alone = self.map(function, [([item], *args) for item in batch])
                 result = [one if isinstance(one, Failure) else one[0] for one in alone]
             yield from result

@@ -54,7 +54,7 @@ class Pass:
         """Loads the networks into the current process."""
 
     def try_out(self) -> None:
-        """Works on a made-up clip, since networks that can be loaded may still fail with clips of this size."""
+        """Works on a batch of a made-up clip: networks that can be loaded may still fail with clips of this size."""
 
     def num_clips(self, chunk: int) -> int:
         """Number of clips in a chunk, for the progress bar."""
@@ -139,7 +139,7 @@ class Score(Pass):
 
     def try_out(self) -> None:
         """Scores a made-up clip."""
-        score([_make_up_clip(self.config)], self.config)
+        score([_make_up_clip(self.config)] * self.batch_size, self.config)
 
     def _work(self, chunk: int, workers: Workers, note: _Note, tick: Tick) -> None:  # noqa: ARG002 - as the base
         scanned = _read_scanned(self.run.scanned_clips(chunk))
@@ -175,7 +175,8 @@ class Annotate(Pass):
     def try_out(self) -> None:
         """Tracks and describes a made-up clip, whether or not its points are lost."""
         row = Row.from_source(Source("made up", ""))
-        annotate([(row, {"mp4": _make_up_clip(self.config)})], replace(self.config, min_tracked_fraction=0.0))
+        clips = [(row, {"mp4": _make_up_clip(self.config)})] * self.batch_size
+        annotate(clips, replace(self.config, min_tracked_fraction=0.0))
 
     def _work(self, chunk: int, workers: Workers, note: _Note, tick: Tick) -> None:
         rows, taken = self._filter_by_motion(chunk, tick)

@@ -206,10 +206,7 @@ def annotate(
     pictures = [decode_mp4(files["mp4"]) for _, files in clips]
     tracker = build_tracker(config.tracker, config.cotracker, config.cotracker_model, config.device)
     grid = grid_points(config.size, config.grid)
-    if isinstance(tracker, CoTracker):
-        tracks = tracker.track_together(pictures, grid)
-    else:
-        tracks = [tracker.track(clip, grid) for clip in pictures]
+    tracks = [tracker.track(clip, grid) for clip in pictures]
     rows = [_add_tracks(row, tracker, *found, config) for (row, _), found in zip(clips, tracks, strict=True)]
     if config.captioner == "blip2":
         uncaptioned = [i for i, row in enumerate(rows) if row.accepted and not row.caption]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -99,7 +98,7 @@ class CoTracker:
         device: None = cuda if available.
 
     Raises:
-        ValueError: The repository cannot be loaded.
+        ValueError: The repository cannot be loaded, or the device cannot be used.
 
     Source: Karaev et al., 2023, the tracker of section 2.2.
     """
@@ -107,7 +106,9 @@ class CoTracker:
     def __init__(self, repository: str, model: str = "cotracker3_offline", device: str | None = None):
         import torch
 
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        from imageconductor.devices import choose_device
+
+        self.device = choose_device(device)
         self.name = model
         is_local = Path(repository).is_dir()
         try:
@@ -123,20 +124,13 @@ class CoTracker:
     def track(
         self, frames: NDArray[np.uint8], points: NDArray[np.floating]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """As `Tracker.track`."""
-        return self.track_together([frames], points)[0]
-
-    def track_together(
-        self, clips: Sequence[NDArray[np.uint8]], points: NDArray[np.floating]
-    ) -> list[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
-        """Tracks the same points through several videos (T, H, W, 3) of one shape, in one batch."""
+        """As `Tracker.track`. One video at a time: the published networks fail with more in one call."""
         import torch
 
-        video = torch.from_numpy(np.stack(clips)).to(self.device).permute(0, 1, 4, 2, 3).float()
+        video = torch.from_numpy(frames).to(self.device)[None].permute(0, 1, 4, 2, 3).float()
         start = torch.as_tensor(np.asarray(points), dtype=torch.float32, device=self.device)
         queries = torch.cat([torch.zeros_like(start[:, :1]), start], dim=1)  # (N, 3): frame, x, y
         with torch.inference_mode():
-            tracks, visible = self.network(video, queries=queries.expand(len(clips), -1, -1))
-        followed = visible.reshape(*video.shape[:2], len(points)).bool().transpose(1, 2).cpu().numpy()
-        positions = tracks.transpose(1, 2).cpu().double().numpy()
-        return list(zip(positions, followed, strict=True))
+            tracks, visible = self.network(video, queries=queries[None])
+        followed = visible.reshape(len(frames), len(points)).bool().T.cpu().numpy()
+        return tracks[0].transpose(0, 1).cpu().double().numpy(), followed

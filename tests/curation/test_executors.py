@@ -105,13 +105,15 @@ def test_a_killed_process_costs_no_clip(patient_worker, faulty, tmp_path):
     assert list(patient_worker.map(faulty.die_once, [(marker,) for marker in markers])) == ["done", "done"]
 
 
-def test_one_bad_clip_costs_its_batch_no_other(patient_worker, faulty, tmp_path):
+def test_one_bad_clip_costs_its_batch_no_other(patient_worker, faulty, tmp_path, caplog):
     log = tmp_path / "log"
     items = [1, 2, 0, 5, 10, "kills", 20]
     results = list(patient_worker.map_batches(faulty.divide, items, str(log), size=3))
     assert [results[i] for i in (0, 1, 3, 4, 6)] == [10, 5, 2, 1, 0.5]
     assert (results[2].reason, results[5].reason) == ("failed", "crashed")
     assert log.read_text().split().count("3") == 2, "the last batch has one"
+    [told] = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert told.startswith("batches that fail are done again clip by clip; the first: ZeroDivisionError")
 
 
 def test_a_gpu_that_is_lost_or_full_is_no_fault_of_a_clip(patient_worker, faulty):

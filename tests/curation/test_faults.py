@@ -127,7 +127,9 @@ def test_a_network_that_fails_at_its_first_clip_is_refused_before_the_work(confi
         file.write("def cotracker3_online():\n    return torch.nn.Linear(2, 2)\n")
     networks = {"tracker": "cotracker", "cotracker": str(tmp_path / "clone"), "device": "cpu"}
     broken = replace(config, **networks, cotracker_model="cotracker3_online")
-    with pytest.raises(ValueError, match=r"^annotate, on a trial clip: TypeError: .*unexpected keyword argument 'quer"):
+    with pytest.raises(
+        ValueError, match=r"^annotate, on a trial of batch_size=4 clips: TypeError: .*unexpected keyword argument 'quer"
+    ):
         curate(broken)
     assert not (tmp_path / "out").exists()
     Annotate(Run(replace(config, **networks), tmp_path), None).try_out()
@@ -135,8 +137,8 @@ def test_a_network_that_fails_at_its_first_clip_is_refused_before_the_work(confi
 
 def test_the_trial_clip_is_described_even_if_its_points_are_lost(config, tmp_path, monkeypatch):
     described = []
-    monkeypatch.setattr(steps, "describe", lambda clips, _: described.extend(clips) or ["noise"])
+    monkeypatch.setattr(steps, "describe", lambda clips, _: described.extend(clips) or ["noise"] * len(clips))
     strict = replace(config, captioner="blip2", min_tracked_fraction=0.999)
     monkeypatch.setattr(steps, "build_tracker", lambda *_: Lost())
     Annotate(Run(strict, tmp_path), None).try_out()
-    assert [clip.shape for clip in described] == [(8, 64, 96, 3)]
+    assert [clip.shape for clip in described] == [(8, 64, 96, 3)] * strict.batch_size

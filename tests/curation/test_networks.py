@@ -112,14 +112,12 @@ def test_cotracker_from_a_local_clone(dtype, tmp_path):
     assert tracker.name == "cotracker3_offline"
     assert tracker.version.startswith("clone ")
     clips = [np.full((4, 32, 48, 3), value, np.uint8) for value in (0, 2)]
-    together = tracker.track_together(clips, np.array([[5.0, 6.0]]))
-    assert [found[0][0, 3].tolist() for found in together] == [[8.0, 9.0], [10.0, 11.0]]
-    for clip, (points, visible) in zip(clips, together, strict=True):
-        alone = tracker.track(clip, np.array([[5.0, 6.0]]))
-        assert (alone[0] == points).all()
-        assert (alone[1] == visible).all()
+    found = [tracker.track(clip, np.array([[5.0, 6.0]]))[0] for clip in clips]
+    assert [points[0, 3].tolist() for points in found] == [[8.0, 9.0], [10.0, 11.0]]
     with pytest.raises(ValueError, match="CoTracker cannot be loaded from"):
         CoTracker(str(tmp_path), device="cpu")
+    with pytest.raises(ValueError, match="device 'cuda:99' cannot be used"):
+        CoTracker(str(tmp_path / "clone"), device="cuda:99")
 
 
 @pytest.fixture(params=["opt", "t5"])
