@@ -214,20 +214,6 @@ def active_adapters(network: nn.Module) -> tuple[str, ...]:
     return ()
 
 
-def merge(network: nn.Module, *names: str) -> None:
-    """Folds adapters into the base weights; `unmerge` takes them out again, up to rounding."""
-    activate(network, *names)
-    for layer in _lora_layers(network):
-        layer.merge(adapter_names=[_plain_name(name) for name in names])
-
-
-def unmerge(network: nn.Module) -> None:
-    """Takes merged adapters out of the base weights, up to rounding."""
-    for layer in _lora_layers(network):
-        if layer.merged:
-            layer.unmerge()
-
-
 def merge_copy(network: _Net, *names: str) -> _Net:
     """A copy of the network without LoRAs, in whose weights these adapters are merged; all else is shared.
 
@@ -241,7 +227,7 @@ def merge_copy(network: _Net, *names: str) -> _Net:
     if missing := set(names) - set(attached_adapters(network)):
         raise ValueError(f"the model has no {describe_adapters(missing)}")
     if any(layer.merged for layer in _lora_layers(network)):
-        raise ValueError("adapters are merged into the network; unmerge it first")
+        raise ValueError("adapters are merged into the network; peft's unmerge() of its layers takes them out")
     layers = {path: module for path, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
     containers = {path[:end] for path in layers for end, letter in enumerate(path) if letter == "."} | {""}
     copies: dict[int, Any] = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}

@@ -290,7 +290,9 @@ class MotionControlNet(SparseControlNet):
         """
         layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
         if any(layer.merged for layer in layers):
-            raise ValueError("a LoRA is merged into the motion ControlNet; unmerge it before saving")
+            raise ValueError(
+                "a LoRA is merged into the motion ControlNet; peft's unmerge() of its layers takes it out before saving"
+            )
         if not layers:
             super().save_pretrained(save_directory, **kwargs)
             return

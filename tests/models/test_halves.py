@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import tiny_networks
+from conftest import merge_in_place, tiny_networks
 from diffusers import UNetMotionModel
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 
 from imageconductor.conditioning import FlowMapConvention
-from imageconductor.models.adapters import Adapter, activate, add_adapter, merge, unmerge
+from imageconductor.models.adapters import Adapter, activate, add_adapter
 from imageconductor.models.controlnets import ImageControlNet, MotionControlNet
 from imageconductor.models.motion_module import MotionModule
 from imageconductor.models.motion_unet import MotionUNet
@@ -116,10 +116,9 @@ def test_the_flow_convention_and_the_plain_base_are_saved(tmp_path):
     assert loaded.flow_convention == motion.flow_convention != FlowMapConvention()
     assert loaded.state_dict().keys() == before.keys()
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in before.items())
-    merge(motion, Adapter.CAMERA)
+    merge_in_place(motion, Adapter.CAMERA)
     with pytest.raises(ValueError, match="unmerge"):
         motion.save_pretrained(tmp_path / "merged")
-    unmerge(motion)
 
 
 def test_config_keys_survive_a_round_trip(networks, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from parity import REFERENCE, TOLERANCE, expected, inputs, model_config, relative_error, weights
 
 from imageconductor.checkpoints.published import load_published
-from imageconductor.models.adapters import Adapter, active, merge, unmerge
+from imageconductor.models.adapters import Adapter, active, merge_copy
 from imageconductor.models.weights import copy_weights
 
 ADAPTERS = {
@@ -75,10 +75,8 @@ def test_image_controlnet(networks, x, reference):
 def test_motion_controlnet_and_unet(networks, x, reference, name, merged):
     unet, image_controlnet, motion_controlnet = networks
     with active(motion_controlnet, *ADAPTERS[name]):
-        if merged and ADAPTERS[name]:
-            merge(motion_controlnet, *ADAPTERS[name])
-        motion = motion_controlnet(x["timestep"], x["text"], x["flow"])
-        unmerge(motion_controlnet)
+        network = merge_copy(motion_controlnet, *ADAPTERS[name]) if merged else motion_controlnet
+        motion = network(x["timestep"], x["text"], x["flow"])
     _assert_residuals(motion, reference, f"flow_{name}", x["flow"].shape[2])
 
     image = image_controlnet(x["timestep"], x["text"], x["condition"], x["mask"])
