@@ -194,7 +194,7 @@ def _check_same_sizes(ours: MotionControlNet, new: MotionControlNet, folder: Pat
 
 
 def unet_sizes(folder: Path) -> dict[str, Any]:
-    """Sizes of a Stable Diffusion UNet from its `config.json`, under `load_published`'s names.
+    """Sizes of a Stable Diffusion UNet from its `config.json`, under `load_published_network`'s names.
 
     Raises:
         ValueError: It is another architecture.

@@ -50,13 +50,13 @@ def split_frames(num_frames: int, window_frames: int, overlap: int | None = None
     """
     if num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, got {num_frames}")
-    if num_frames <= window_frames:
-        return (range(num_frames),)
-    overlap = max(1, window_frames // 4) if overlap is None else overlap
-    if not 1 <= overlap < window_frames:
+    if overlap is not None and not 1 <= overlap < window_frames:
         raise ValueError(
             f"window_overlap must be from 1 to {window_frames - 1} for windows of {window_frames} frames, got {overlap}"
         )
+    if num_frames <= window_frames:
+        return (range(num_frames),)
+    overlap = max(1, window_frames // 4) if overlap is None else overlap
     last = -(-(num_frames - window_frames) // (window_frames - overlap))
     starts = [round(n * (num_frames - window_frames) / last) for n in range(last + 1)]
     return tuple(range(start, start + window_frames) for start in starts)
