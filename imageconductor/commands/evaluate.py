@@ -18,8 +18,10 @@ need to make their videos, in the frame of each method: first frames, trajectori
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,8 @@ from imageconductor.evaluation.learned_motion_config import LearnedMotionConfig
 
 Settings = EvaluateConfig | LearnedMotionConfig | BoxEvaluateConfig
 
-_PROTOCOLS: dict[str, type[Settings]] = {
-    EvaluateConfig.protocol: EvaluateConfig,
-    LearnedMotionConfig.protocol: LearnedMotionConfig,
-    BoxEvaluateConfig.protocol: BoxEvaluateConfig,
-}
+_SCHEMAS: tuple[type[Settings], ...] = (EvaluateConfig, LearnedMotionConfig, BoxEvaluateConfig)
+_PROTOCOLS: dict[str, type[Settings]] = {schema.protocol: schema for schema in _SCHEMAS}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,3 +138,18 @@ def _tell_failures(record: dict[str, Any]) -> int:
     if failures:
         print("all else is written; the same command measures what is missing", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _list_elsewhere(schema: type[Settings]) -> dict[str, str]:
+    """Where the settings are that other protocols have alone, but for those that are probably misspelled ones of it."""
+    ours = [setting.name for setting in fields(schema)]
+    found: dict[str, list[str]] = {}
+    for protocol, other in _PROTOCOLS.items():
+        for setting in fields(other):
+            if not difflib.get_close_matches(setting.name, ours, n=1):
+                found.setdefault(setting.name, []).append(protocol)
+    return {name: f"a setting of protocol {' or '.join(protocols)}" for name, protocols in found.items()}
+
+
+for _schema in _SCHEMAS:
+    _schema.ELSEWHERE = _list_elsewhere(_schema)

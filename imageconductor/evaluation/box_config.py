@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from imageconductor.data.sprite_world import SpriteWorldConfig
-from imageconductor.evaluation.evaluate_config import EvaluateConfig, FrechetName
-from imageconductor.evaluation.learned_motion_config import LearnedMotionConfig, list_elsewhere
+from imageconductor.evaluation.evaluate_config import FrechetName
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class BoxMethod:
 class BoxEvaluateConfig:
     """Settings of an evaluation of boxes, `protocol: boxes`."""
 
-    ELSEWHERE: ClassVar[dict[str, str]] = {}  # settings of other protocols by name; filled below
+    ELSEWHERE: ClassVar[dict[str, str]] = {}  # settings of other protocols by name; `commands.evaluate` fills it
 
     protocol: Literal["boxes"] = "boxes"  # SMCD's: the first frame, caption and boxes of true clips
     model: str | None = None  # model folder of the methods that name none
@@ -85,9 +84,3 @@ class BoxEvaluateConfig:
             setting = f"{distance}_weights"
             if distance != "frechet_small" and getattr(self, setting) is None:
                 raise ValueError(f"{distance} needs {setting}=FILE")
-
-
-BoxEvaluateConfig.ELSEWHERE = {
-    **list_elsewhere(BoxEvaluateConfig, EvaluateConfig),
-    **list_elsewhere(BoxEvaluateConfig, LearnedMotionConfig),
-}

@@ -35,13 +35,13 @@ from imageconductor.evaluation.box_summary import summarise_boxes
 from imageconductor.evaluation.boxes import build_box_tracker, overlaps
 from imageconductor.evaluation.evaluate_config import check_fvd_frames
 from imageconductor.evaluation.frechet import load_network
-from imageconductor.evaluation.generation_settings import collect_box_settings, merge_with_record
+from imageconductor.evaluation.generation_settings import collect_box_settings, locate_record, merge_with_record
 from imageconductor.evaluation.input_checks import agree_on_shape, check_clip, check_output, network_file
 from imageconductor.evaluation.motion import psnr
 from imageconductor.evaluation.score_files import identify_file, is_scored, write_score
 from imageconductor.evaluation.scores import run_instruments
 from imageconductor.evaluation.video_files import is_made, keep_video, read_video
-from imageconductor.files import remove_partial, write_text
+from imageconductor.files import remove_partial, write_record
 from imageconductor.processes import own_part, show_progress, start_processes
 from imageconductor.sampling.branches import ADAPTERS, Control
 from imageconductor.sampling.gate_inputs import check_boxes, check_gate_scales, choose_first_frame
@@ -94,8 +94,7 @@ class BoxEvaluation:
         """Makes and scores missing videos; returns the record for results.json, or None outside the main process."""
         for name in self.config.methods:
             if self.state.is_main_process:
-                record = self.output / "videos" / name / "made_with.json"
-                write_text(record, json.dumps(self._settings[name], indent=1))
+                write_record(locate_record(self.output, name), self._settings[name])
             self._generate(name)
         self.state.wait_for_everyone()
         for name in (TRUE_CLIPS, *self.config.methods):
@@ -175,7 +174,7 @@ class BoxEvaluation:
     def _settle(self, name: str) -> dict[str, Any]:
         """What a method's videos are made with; refuses to go on with videos that were made with other settings."""
         settings = collect_box_settings(self.config, self.config.methods[name], self.jobs[name])
-        return merge_with_record(self.output / "videos" / name / "made_with.json", settings)
+        return merge_with_record(locate_record(self.output, name), settings)
 
     # -- videos
 

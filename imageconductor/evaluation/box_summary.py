@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from imageconductor.evaluation.frechet import collect_statistics, frechet_distance
+from imageconductor.evaluation.boxes import summarise_overlaps
+from imageconductor.evaluation.evaluate_config import FrechetName
+from imageconductor.evaluation.frechet import Statistics, collect_statistics, frechet_distance
 from imageconductor.evaluation.input_checks import network_file
 from imageconductor.evaluation.report import format_scaled, format_tables
 from imageconductor.evaluation.scores import describe_failure, summarise_scores, to_json_values
-from imageconductor.evaluation.statistics import MIN_SOURCES, summarise, summarise_differences
+from imageconductor.evaluation.statistics import MIN_SOURCES
 from imageconductor.evaluation.summary import collect_failures, list_failures
 from imageconductor.files import write_text
 from imageconductor.sampling.video import contact_sheet, draw_boxes, upscale_for_viewing
@@ -27,7 +29,6 @@ from imageconductor.sampling.video import contact_sheet, draw_boxes, upscale_for
 if TYPE_CHECKING:
     from imageconductor.evaluation.box_protocol import BoxEvaluation
 
-_OVERLAPS = {"ao": None, "sr50": 0.5, "sr75": 0.75}  # metric -> overlap that counts as a success
 _COLUMNS = {  # metric -> heading, factor, digits
     "ao": ("AO", 1, 3),
     "sr50": ("SR50", 1, 3),
@@ -55,8 +56,9 @@ def summarise_boxes(evaluation: BoxEvaluation) -> dict[str, Any]:
     scores = {name: evaluation.read_scores(name) for name in (TRUE_CLIPS, *evaluation.config.methods)}
     first = next(iter(evaluation.config.methods))
     lines = {name: {"figures": _summarise(own), "failed": collect_failures(own)} for name, own in scores.items()}
+    distances = _measure_frechet(evaluation)
     for name, method in evaluation.config.methods.items():
-        lines[name] |= {**asdict(method), "frechet": _measure_frechet(evaluation, name)}
+        lines[name] |= {**asdict(method), "frechet": distances[name]}
         lines[name]["differences"] = {} if name == first else _summarise(scores[name], scores[first])
     kept = [
         {"overlaps": score["kept_overlaps"], "source": score["source"]}
@@ -122,15 +124,9 @@ def _summarise(scores: Sequence[dict[str, Any]], baseline: Sequence[dict[str, An
         _leave_out_overlaps(scores), scale=1, baseline=None if baseline is None else _leave_out_overlaps(baseline)
     )
     tracked = [n for n, one in enumerate(scores) if "overlaps" in one and "overlaps" in (baseline or scores)[n]]
-    for metric, threshold in _OVERLAPS.items():
-        values, sources = _list_frames([scores[n] for n in tracked], threshold)
-        if baseline is None:
-            figure = summarise(values, sources)
-        else:
-            others, _ = _list_frames([baseline[n] for n in tracked], threshold)
-            figure = summarise_differences(values, others, sources)
-        found[metric] = asdict(figure)
-    return found
+    rows = [[one[n]["overlaps"] for n in tracked] for one in (scores, baseline) if one is not None]
+    figures = summarise_overlaps(rows[0], [scores[n]["source"] for n in tracked], *rows[1:])
+    return found | {metric: asdict(figure) for metric, figure in figures.items()}
 
 
 def _leave_out_overlaps(scores: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -138,29 +134,29 @@ def _leave_out_overlaps(scores: Sequence[dict[str, Any]]) -> list[dict[str, Any]
     return [{key: value for key, value in one.items() if key not in left_out} for one in scores]
 
 
-def _list_frames(scores: Sequence[dict[str, Any]], threshold: float | None) -> tuple[list[float], list[str]]:
-    """Overlaps or successes of all frames that count, and the clip of each."""
-    rows = [(value, one["source"]) for one in scores for row in one["overlaps"] for value in row]
-    values = [value if threshold is None else float(value > threshold) for value, _ in rows]
-    return values, [source for _, source in rows]
+def _measure_frechet(evaluation: BoxEvaluation) -> dict[str, dict[str, Any]]:
+    """By method each asked-for distance between its videos and the true clips, or the reason why there is none."""
+    from imageconductor.evaluation.box_protocol import TRUE_CLIPS
 
-
-def _measure_frechet(evaluation: BoxEvaluation, name: str) -> dict[str, Any]:
-    """Each asked-for distance between a method's videos and the true clips, or the reason why there is none."""
-    found: dict[str, Any] = {}
+    found: dict[str, dict[str, Any]] = {name: {} for name in evaluation.config.methods}
     for distance in evaluation.config.frechet:
-        weights, count = network_file(evaluation.config, distance), evaluation.num_frames
-        bar = tqdm(evaluation.requests, desc=f"{name}: {distance}", dynamic_ncols=True)
-        try:
-            made = (evaluation.read_frames(name, request) for request in bar)
-            true = (request.read_frames() for request in evaluation.requests)
-            generated, reference = (
-                collect_statistics(distance, videos, weights, count, evaluation.device) for videos in (made, true)
-            )
-            found[distance] = asdict(frechet_distance(distance, generated, reference, weights, count))
-        except Exception as error:  # The network's file is the user's; the other figures must not be lost with it.
-            found[distance] = {"failed": describe_failure(error)}
+        weights, reference = network_file(evaluation.config, distance), None
+        for name, own in found.items():
+            try:
+                reference = reference or _collect_statistics(evaluation, distance, TRUE_CLIPS)
+                generated = _collect_statistics(evaluation, distance, name)
+                own[distance] = asdict(frechet_distance(distance, generated, reference, weights, evaluation.num_frames))
+            except Exception as error:  # The network's file is the user's; the other figures must not be lost with it.
+                own[distance] = {"failed": describe_failure(error)}
     return found
+
+
+def _collect_statistics(evaluation: BoxEvaluation, distance: FrechetName, name: str) -> Statistics:
+    """Statistics of a method's videos, or of the true clips."""
+    bar = tqdm(evaluation.requests, desc=f"{name}: {distance}", dynamic_ncols=True)
+    videos = (evaluation.read_frames(name, request) for request in bar)
+    weights = network_file(evaluation.config, distance)
+    return collect_statistics(distance, videos, weights, evaluation.num_frames, evaluation.device)
 
 
 def _build_table(title: str, lines: dict[str, dict[str, Any]], sign: str = "") -> list[list[str]]:

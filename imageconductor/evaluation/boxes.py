@@ -7,7 +7,6 @@ overlap (IoU) with the requested boxes, SR50 and SR75 the fractions of frames wh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import cv2
@@ -15,25 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imageconductor.data.trackers import LucasKanadeTracker
+from imageconductor.evaluation.statistics import Figure, summarise, summarise_differences
 
 BoxRows = NDArray[np.floating]  # (T, 4) xyxy, pixels from the frame's left and top edge
+_Rows = Sequence[Sequence[float] | NDArray[np.floating]]  # overlaps of each object of a clip
 
 
-@dataclass(frozen=True)
-class OverlapScores:
-    """Scores over all frames that count; NaN where none does.
-
-    Attributes:
-        ao: Average overlap.
-        sr50: Fraction of frames whose overlap is above 0.5.
-        sr75: Fraction of frames whose overlap is above 0.75.
-        num_frames: Frames that count.
-    """
-
-    ao: float
-    sr50: float
-    sr75: float
-    num_frames: int
+_SUCCESS = {"ao": None, "sr50": 0.5, "sr75": 0.75}  # metric -> overlap above which a frame counts; None = the overlap
 
 
 def box_iou(first: BoxRows, second: BoxRows, size: tuple[int, int] | None = None) -> NDArray[np.float64]:
@@ -81,20 +68,33 @@ def overlaps(
     return box_iou(requested, tracked, size)[1:][np.asarray(present, bool)[1:]]
 
 
-def success_rate(ious: NDArray[np.floating], threshold: float) -> float:
-    """Fraction of overlaps above a threshold; one that equals it is not above. NaN without overlaps."""
-    return float((ious > threshold).mean()) if len(ious) else float("nan")
-
-
-def summarise_overlaps(ious: Sequence[NDArray[np.floating]]) -> OverlapScores:
-    """Scores over the frames of all clips together, each frame counting alike, whatever the length of its clip.
+def summarise_overlaps(
+    clips: Sequence[_Rows], sources: Sequence[str], baseline: Sequence[_Rows] | None = None
+) -> dict[str, Figure]:
+    """AO, SR50 and SR75 over the frames of all clips together, each frame counting alike, whatever its clip's length.
 
     Args:
-        ious: From `overlaps`, one row for each object of each clip.
+        clips: Of each clip, the `overlaps` of each of its objects.
+        sources: Name of each clip; intervals draw these.
+        baseline: Overlaps of the same frames; then the differences to them are summarised.
+
+    Returns:
+        By "ao", "sr50" and "sr75"; a frame whose overlap equals the threshold is no success.
     """
-    rows = np.concatenate([np.asarray(row, np.float64) for row in ious]) if len(ious) else np.zeros(0)
-    mean = float(rows.mean()) if len(rows) else float("nan")
-    return OverlapScores(mean, success_rate(rows, 0.5), success_rate(rows, 0.75), len(rows))
+    names = [source for source, rows in zip(sources, clips, strict=True) for row in rows for _ in row]
+    found = {}
+    for metric, threshold in _SUCCESS.items():
+        values = _score_frames(clips, threshold)
+        if baseline is None:
+            found[metric] = summarise(values, names)
+        else:
+            found[metric] = summarise_differences(values, _score_frames(baseline, threshold), names)
+    return found
+
+
+def _score_frames(clips: Sequence[_Rows], threshold: float | None) -> list[float]:
+    ious = [float(value) for rows in clips for row in rows for value in row]
+    return ious if threshold is None else [float(value > threshold) for value in ious]
 
 
 class BoxTracker(Protocol):

@@ -12,12 +12,8 @@ from tqdm.auto import tqdm
 from imageconductor.evaluation.evaluate_config import FrechetName
 from imageconductor.evaluation.frechet import FrechetDistance, collect_statistics, frechet_distance
 from imageconductor.evaluation.input_checks import network_file
-from imageconductor.evaluation.reference_statistics import (
-    compute_digest,
-    describe_file,
-    describe_reference,
-    load_reference,
-)
+from imageconductor.evaluation.reference_statistics import compute_digest, describe_reference, load_reference
+from imageconductor.evaluation.score_files import identify_file
 from imageconductor.evaluation.scores import describe_failure, to_json_values
 from imageconductor.evaluation.video_format import VideoFormat
 from imageconductor.files import write_text
@@ -72,7 +68,7 @@ def _read_distance(evaluation: Evaluation, name: str, distance: FrechetName) -> 
 def _compute_key(evaluation: Evaluation, name: str, distance: FrechetName) -> str:
     """Digest of all that the distance depends on."""
     made_of = describe_reference(evaluation.config, distance, evaluation.formats[name])
-    return compute_digest(made_of | {"videos": [describe_file(path) for path in _list_videos(evaluation, name)]})
+    return compute_digest(made_of | {"videos": [identify_file(path) for path in _list_videos(evaluation, name)]})
 
 
 def _list_videos(evaluation: Evaluation, name: str) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -101,10 +101,11 @@ class EvaluateConfig:
     """Settings of an evaluation."""
 
     RENAMED: ClassVar[dict[str, str]] = {"arms": "tasks", "rows": "methods", "frechet_arms": "frechet_tasks"}
-    ELSEWHERE: ClassVar[dict[str, str]] = {}  # settings of the other protocol; `learned_motion_config` fills it
+    ELSEWHERE: ClassVar[dict[str, str]] = {}  # settings of other protocols by name; `commands.evaluate` fills it
 
-    # What is evaluated: how videos follow drawn trajectories, or, as learned_motion, how they repeat a motion that
-    # MotionDirector learned, with settings of its own: `--config configs/evaluate/motion_director.yaml --help`.
+    # What is evaluated: how videos follow drawn trajectories; or, as learned_motion, how they repeat a motion that
+    # MotionDirector learned; or, as boxes, how objects follow boxes. These have settings of their own:
+    # `--config configs/evaluate/motion_director.yaml --help`, and the same of smcd_sprites.yaml.
     protocol: Literal["drawn_motion"] = "drawn_motion"
     model: str | None = None  # model folder to evaluate, one line of the tables, named after the folder
     videos: str | None = None  # folder of another method's videos, one more line, named after the folder
@@ -179,6 +180,8 @@ class EvaluateConfig:
             self._check_fixed_alone()
         if self.motions == "own" and self.images is not None:
             raise ValueError("motions=own needs scenes whose motion is known: leave images out")
+        for name in self._list_changed(self.idle):
+            raise ValueError(f"{name} goes with {self.idle[name]}; leave it out")
         if not self.tasks:
             self.tasks = {"camera": Task("camera", "camera"), "object": Task("object", "object")}
         for name in (*self.tasks, *self.methods):
@@ -200,11 +203,33 @@ class EvaluateConfig:
 
     def _check_fixed_alone(self) -> None:
         """Refuses settings that the file of fixed requests states too."""
-        for setting in fields(self):
-            if setting.name in ("camera_presets", "object_presets", "strength", "motions", "num_scenes", "seed"):
-                default = setting.default if setting.default is not MISSING else setting.default_factory()  # type: ignore[misc]
-                if getattr(self, setting.name) != default:
-                    raise ValueError(f"{self.fixed_requests} fixes {setting.name}: leave it out, or fixed_requests")
+        fixed = ("camera_presets", "object_presets", "strength", "motions", "num_scenes", "seed")
+        for name in self._list_changed(fixed):
+            raise ValueError(f"{self.fixed_requests} fixes {name}: leave it out, or fixed_requests")
+
+    def _list_changed(self, names: Collection[str]) -> list[str]:
+        """Those of the settings that do not have their default."""
+        defaults = {
+            setting.name: setting.default if setting.default is not MISSING else setting.default_factory()  # type: ignore[misc]
+            for setting in fields(self)
+            if setting.name in names
+        }
+        return [name for name, default in defaults.items() if getattr(self, name) != default]
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Settings of which nothing is made here, each with what it goes with."""
+        idle: dict[str, str] = {}
+        if self.motions == "own":
+            idle |= {name: "motions=presets" for name in ("strength", "camera_presets", "object_presets")}
+        else:
+            idle["num_points"] = "motions=own"
+        if self.images is not None:
+            told = "sprite scenes, and images takes their place"
+            idle |= {name: told for name in ("num_scenes", "world_seed", "style", "world")}
+        if self.tracker != "cotracker":
+            idle["cotracker"] = "tracker=cotracker"
+        return idle
 
     def _check_frechet(self) -> None:
         if self.frechet and (unknown := sorted(set(self.frechet_tasks) - set(self.tasks))):

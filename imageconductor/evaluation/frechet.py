@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from imageconductor.devices import choose_device
 from imageconductor.evaluation.inception import Inception
 from imageconductor.files import atomic_path
 
@@ -176,10 +177,10 @@ def collect_statistics(
 
     Raises:
         FileNotFoundError: There are no weights; the message says where to get them.
-        ValueError: The name is another one, or a video is too short.
+        ValueError: The name is another one, a video is too short, or the device cannot be used.
     """
     network = load_network(name, weights)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(device)
     if device.startswith("mps"):  # which has no float64 for the sums
         device = "cpu"
     metric = _build_metric(network).to(device)

@@ -16,6 +16,7 @@ from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, Re
 from imageconductor.evaluation.fixed_requests import FixedRequests
 from imageconductor.evaluation.learned_motion_config import LearnedMethod
 from imageconductor.evaluation.requests import Request
+from imageconductor.evaluation.score_files import identify_file
 from imageconductor.evaluation.video_format import VideoFormat
 from imageconductor.sampling.job import SampleJob
 from imageconductor.sampling.loras import find_job_loras, find_lora, parse_lora, parse_noise_prior
@@ -85,24 +86,43 @@ def collect_settings(
     return json.loads(json.dumps(settings, default=str))
 
 
-def merge_with_record(record: Path, settings: dict[str, Any], unknown: Collection[str] = ()) -> dict[str, Any]:
+def locate_record(output: Path, name: str) -> Path:
+    """File of what the videos of a method were made with, in the folder of an evaluation."""
+    return output / "videos" / name / "made_with.json"
+
+
+def merge_with_record(
+    record: Path, settings: dict[str, Any], unknown: Collection[str] = (), idle: Collection[str] = ()
+) -> dict[str, Any]:
     """The settings that the record keeps together with these; a task or a motion may be added later.
 
     Args:
-        record: `made_with.json` of the method's videos, or a path where there is no file yet.
+        record: From `locate_record`; there need not be a file yet.
         settings: From `collect_settings`.
         unknown: Settings that may be anything where the record says null.
+        idle: Settings that may be anything, as nothing is made of them.
 
     Raises:
-        ValueError: The videos were made with other settings.
+        ValueError: The videos were made with other settings; names the first one, and both values.
     """
     old: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
     compared = {
         key for key in (*old, *settings) if not key.startswith((_TASK, _MOTION)) or (key in old and key in settings)
     } - {key for key in unknown if old.get(key) is None}
-    if old and (changed := sorted(key for key in compared if old.get(key) != settings.get(key))):
-        raise ValueError(f"{record.parent} was made with other settings ({', '.join(changed)}); name another --output")
+    if old and (changed := sorted(key for key in compared.difference(idle) if old.get(key) != settings.get(key))):
+        more = f", and {', '.join(changed[1:])}" if len(changed) > 1 else ""
+        told = _describe_change(changed[0], old.get(changed[0]), settings.get(changed[0]))
+        raise ValueError(f"{record.parent} was made with other settings: {told}{more}; name another --output")
     return {**old, **settings}
+
+
+def _describe_change(name: str, old: Any, new: Any) -> str:
+    """Both values of a setting, or of the first thing that differs inside it."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        inner = next((key for key in {**old, **new} if old.get(key) != new.get(key)), None)
+        if inner is not None:
+            return _describe_change(f"{name}.{inner}", old.get(inner), new.get(inner))
+    return f"{name} was {str(old)[:80]} and now {str(new)[:80]}"
 
 
 def collect_learned_settings(method: LearnedMethod, jobs: Mapping[str, SampleJob]) -> dict[str, Any]:
@@ -157,9 +177,9 @@ def _describe_few_steps(job: SampleJob) -> dict[str, bool]:
     return {} if find_few_step_lora(job.model) is None else {"few_step": bool(job.few_step)}
 
 
-def _describe_files(paths: Iterable[Path]) -> dict[str, tuple[int, int]]:
+def _describe_files(paths: Iterable[Path]) -> dict[str, list[int]]:
     """Size and date of files by their paths."""
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)}
+    return {str(path): identify_file(path)[1:] for path in sorted(paths)}
 
 
 def _list_weights(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
@@ -15,15 +15,14 @@ from typing import cast
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from imageconductor.checkpoints.model_folder import check_adapters, check_shape, locate_model
-from imageconductor.checkpoints.personalise import check_base
+from imageconductor.checkpoints.model_folder import check_adapters, check_controlnets, check_shape, locate_model
+from imageconductor.checkpoints.personalise import check_base, check_loras
 from imageconductor.data.trackers import CoTracker, LucasKanadeTracker, Tracker
 from imageconductor.evaluation.appearance import ssim
 from imageconductor.evaluation.box_config import BoxEvaluateConfig
-from imageconductor.evaluation.evaluate_config import EvaluateConfig, FrechetName
+from imageconductor.evaluation.evaluate_config import EvaluateConfig, FrechetName, Method, Task
 from imageconductor.evaluation.frechet import load_network
 from imageconductor.evaluation.generation_settings import list_attached_files
 from imageconductor.evaluation.learned_motion_config import LearnedMotionConfig
@@ -33,6 +32,7 @@ from imageconductor.files import check_writable
 from imageconductor.processes import local_main_process_first, own_part
 from imageconductor.sampling.branches import ADAPTERS, Control
 from imageconductor.sampling.job import SampleJob
+from imageconductor.sampling.loras import find_job_loras
 
 logger = logging.getLogger(__name__)
 
@@ -66,40 +66,37 @@ def agree_on_shape(jobs: Mapping[str, SampleJob]) -> tuple[tuple[int, int], int]
 
 
 def check_models(config: EvaluateConfig, sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Makes sure that models can make their videos and have the tasks' LoRAs, and that what is attached is there.
+    """Makes sure that models can make their videos and have the tasks' LoRAs, and that what is attached fits them.
 
     Args:
         config: Settings of the evaluation.
         sizes: (W, H) of each method's videos.
 
     Raises:
-        ValueError, FileNotFoundError: Something is missing or damaged.
+        ValueError, FileNotFoundError: Something is missing, damaged, or of another model.
     """
     for name, method in config.all_methods.items():
-        if method.model is None:
-            continue
-        folder = locate_model(method.model)
-        try:
-            check_shape(folder, sizes[name])
-        except ValueError as error:
-            raise ValueError(f"method {name}: {error}") from None
-        for task in config.tasks.values():
-            if task.control != "none":
-                check_adapters(folder, ADAPTERS[Control(task.control)], f"control {task.control!r}")
-        for file in list_attached_files(method):
-            if not Path(file).is_file():
-                raise FileNotFoundError(f"method {name}: no file at {file}")
-            if Path(file).suffix == ".safetensors":
-                try:
-                    with safe_open(file, "pt"):
-                        pass
-                except (SafetensorError, OSError) as error:
-                    raise ValueError(f"method {name}: {file} is damaged or no safetensors file: {error}") from None
-        if method.base is not None:
+        if method.model is not None:
             try:
-                check_base(method.base)
-            except ValueError as error:
-                raise ValueError(f"method {name}: {error}") from None
+                _check_model(locate_model(method.model), method, config.tasks.values(), sizes[name])
+            except (ValueError, FileNotFoundError) as error:
+                raise type(error)(f"method {name}: {error}") from None
+
+
+def _check_model(folder: Path, method: Method, tasks: Iterable[Task], size: tuple[int, int]) -> None:
+    check_shape(folder, size)
+    for task in tasks:
+        if task.image or task.control != "none":
+            check_controlnets(folder, "a video of an image or trajectories")
+        if task.control != "none":
+            check_adapters(folder, ADAPTERS[Control(task.control)], f"control {task.control!r}")
+    for file in list_attached_files(method):
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"no file at {file}")
+    asked = SampleJob(model=str(folder), lora=method.lora, motion_lora=method.motion_lora, few_step=method.few_step)
+    check_loras(folder, *([path for path, _ in loras] for loras in find_job_loras(asked)))
+    if method.base is not None:
+        check_base(method.base)
 
 
 def check_instruments(config: EvaluateConfig) -> None:

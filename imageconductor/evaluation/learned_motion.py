@@ -29,7 +29,7 @@ from imageconductor.conditioning import cover_crop, load_image
 from imageconductor.data.reference_clips import read_frames
 from imageconductor.data.reference_files import ReferenceClip, find_reference_clips
 from imageconductor.evaluation.appearance import ClipScorer, PickScorer
-from imageconductor.evaluation.generation_settings import collect_learned_settings, merge_with_record
+from imageconductor.evaluation.generation_settings import collect_learned_settings, locate_record, merge_with_record
 from imageconductor.evaluation.input_checks import (
     agree_on_shape,
     build_tracker,
@@ -43,7 +43,7 @@ from imageconductor.evaluation.motion_fidelity import TrackSet, fidelity_to_refe
 from imageconductor.evaluation.score_files import identify_file, is_scored, write_score
 from imageconductor.evaluation.scores import run_instruments
 from imageconductor.evaluation.video_files import keep_video, read_video
-from imageconductor.files import remove_partial, write_text
+from imageconductor.files import remove_partial, write_record
 from imageconductor.processes import own_part, show_progress, start_processes
 from imageconductor.sampling.job import Inputs, SampleJob, load_pipeline, prepare, render
 from imageconductor.sampling.video import upscale_for_viewing
@@ -103,8 +103,7 @@ class LearnedMotionEvaluation:
         self._track_references()
         for name in self.config.methods:
             if self.state.is_main_process:
-                record = self.output / "videos" / name / "made_with.json"
-                write_text(record, json.dumps(self._settings[name], indent=1))
+                write_record(locate_record(self.output, name), self._settings[name])
         self._generate()
         self.state.wait_for_everyone()
         self._score()
@@ -192,7 +191,7 @@ class LearnedMotionEvaluation:
         """What a method's videos are made with; refuses to go on with videos that were made with other settings."""
         jobs = {motion: self._inputs[name, motion].job for motion in self.requests}
         settings = collect_learned_settings(self.config.methods[name], jobs)
-        return merge_with_record(self.output / "videos" / name / "made_with.json", settings)
+        return merge_with_record(locate_record(self.output, name), settings)
 
     # -- videos
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from imageconductor.evaluation.evaluate_config import EvaluateConfig
 from imageconductor.evaluation.motion_fidelity import ReferenceChoice
 from imageconductor.files import find_shipped, read_text
 
@@ -117,7 +115,7 @@ class VideoRequest:
 class LearnedMotionConfig:
     """Settings of an evaluation of learned motions, `protocol: learned_motion`."""
 
-    ELSEWHERE: ClassVar[dict[str, str]] = {}  # settings of the other protocol by name; filled below
+    ELSEWHERE: ClassVar[dict[str, str]] = {}  # settings of other protocols by name; `commands.evaluate` fills it
 
     protocol: Literal["learned_motion"] = "learned_motion"  # MotionDirector's: prompts x motions
     model: str | None = None  # model folder of the methods that name none
@@ -166,6 +164,8 @@ class LearnedMotionConfig:
             raise ValueError(f"still_fraction must lie in [0, 1), got {self.still_fraction}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be one or more different numbers, got {self.seeds}")
+        if self.tracker != "cotracker" and self.cotracker != LearnedMotionConfig.cotracker:
+            raise ValueError("cotracker goes with tracker=cotracker; leave it out")
         for what in ("methods", "motions"):
             if not getattr(self, what):
                 raise ValueError(f"nothing to evaluate: give {what}")
@@ -178,14 +178,3 @@ class LearnedMotionConfig:
         for name, motion in self.motions.items():
             if not motion.references:
                 raise ValueError(f"motion {name} has no references; name the clips that it was learned from")
-
-
-def list_elsewhere(schema: Any, other: Any) -> dict[str, str]:
-    """Settings of the other schema alone, except those that are probably misspelled ones of this."""
-    ours, theirs = ([setting.name for setting in fields(each)] for each in (schema, other))
-    explained = [name for name in theirs if not difflib.get_close_matches(name, ours, n=1)]
-    return {name: f"a setting of protocol {other.protocol}" for name in explained}
-
-
-LearnedMotionConfig.ELSEWHERE = list_elsewhere(LearnedMotionConfig, EvaluateConfig)
-EvaluateConfig.ELSEWHERE = list_elsewhere(EvaluateConfig, LearnedMotionConfig)

@@ -29,11 +29,12 @@ from PIL import Image
 from imageconductor.checkpoints.few_step import few_step_defaults
 from imageconductor.checkpoints.model_folder import locate_model, read_sampling_defaults
 from imageconductor.conditioning import Trajectories
+from imageconductor.devices import choose_device
 from imageconductor.evaluation.appearance import ClipScorer
 from imageconductor.evaluation.distances import list_missing_references
 from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, RequestSet, Task, check_fvd_frames
 from imageconductor.evaluation.external_videos import FirstFrames, check_complete
-from imageconductor.evaluation.generation_settings import collect_settings, merge_with_record
+from imageconductor.evaluation.generation_settings import collect_settings, locate_record, merge_with_record
 from imageconductor.evaluation.input_checks import (
     build_tracker,
     check_instruments,
@@ -43,6 +44,7 @@ from imageconductor.evaluation.input_checks import (
 )
 from imageconductor.evaluation.motion import psnr
 from imageconductor.evaluation.reference_statistics import collect_own_part, locate_statistics
+from imageconductor.evaluation.reference_videos import forget_reference_files
 from imageconductor.evaluation.request_files import write_requests
 from imageconductor.evaluation.requests import Request, build_sets
 from imageconductor.evaluation.score_files import identify_file, is_scored, write_score
@@ -50,7 +52,7 @@ from imageconductor.evaluation.scores import measure
 from imageconductor.evaluation.summary import summarise_evaluation, summarise_true_clips
 from imageconductor.evaluation.video_files import is_made, keep_video, read_video
 from imageconductor.evaluation.video_format import fit_requests, resolve_formats
-from imageconductor.files import remove_partial, write_text
+from imageconductor.files import remove_partial, write_record
 from imageconductor.processes import own_part, show_progress, start_processes
 from imageconductor.sampling.job import Inputs, SampleJob, load_pipeline, render
 from imageconductor.sampling.video import upscale_for_viewing
@@ -90,6 +92,8 @@ class Evaluation:
         self.requests = build_sets(config, self.drawn.size, self.drawn.num_frames)
         self._fitted: dict[Any, list[Request]] = {}
         self._settings = {name: self._settle(name, method) for name, method in self.methods.items() if method.model}
+        choose_device(self.device)
+        forget_reference_files()
         self._check_external_videos()
         check_instruments(config)
         self._check_references()
@@ -110,8 +114,7 @@ class Evaluation:
         for name, method in self.methods.items():
             if method.model is not None:
                 if self.state.is_main_process:
-                    record = self.output / "videos" / name / "made_with.json"
-                    write_text(record, json.dumps(self._settings[name], indent=1))
+                    write_record(locate_record(self.output, name), self._settings[name])
                 self._generate(name)
         self.state.wait_for_everyone()
         for name in self.methods:
@@ -161,7 +164,7 @@ class Evaluation:
         """What a method's videos are made with; refuses to go on with videos that were made with other settings."""
         settings = collect_settings(self.config, method, self.requests, self.drawn, self.formats[name], self.dtype)
         unknown = {"dtype"} if self.config.dtype is None else set()  # Earlier versions recorded what was asked for.
-        return merge_with_record(self.output / "videos" / name / "made_with.json", settings, unknown)
+        return merge_with_record(locate_record(self.output, name), settings, unknown, self.config.idle)
 
     def _check_originals(self) -> None:
         """Refuses to compare videos frame by frame that have different frames."""

@@ -21,6 +21,7 @@ from imageconductor.evaluation.evaluate_config import EvaluateConfig, FrechetNam
 from imageconductor.evaluation.frechet import Statistics, collect_statistics
 from imageconductor.evaluation.input_checks import network_file
 from imageconductor.evaluation.reference_videos import count_references, list_reference_files, read_references
+from imageconductor.evaluation.score_files import identify_file
 from imageconductor.evaluation.scores import describe_failure
 from imageconductor.evaluation.video_format import VideoFormat
 
@@ -60,21 +61,17 @@ def load_reference(evaluation: Evaluation, distance: FrechetName, wanted: VideoF
 def describe_reference(config: EvaluateConfig, distance: FrechetName, wanted: VideoFormat) -> dict[str, Any]:
     """All that the statistics of the reference videos depend on."""
     weights = network_file(config, distance)
+    stride = 1  # of sprites, whatever is asked for
     if config.reference is not None:
-        videos: Any = [describe_file(path) for path in list_reference_files(config)]
+        videos: Any = [identify_file(path) for path in list_reference_files(config)]
+        stride = config.reference_stride
     else:
         videos = [config.world_seed, config.num_reference, config.style, asdict(config.world)]
     return {
-        "network": [distance, None if weights is None else describe_file(weights)],
-        "shape": [*wanted.size, wanted.num_judged, config.reference_stride],
+        "network": [distance, None if weights is None else identify_file(weights)],
+        "shape": [*wanted.size, wanted.num_judged, stride],
         "reference": videos,
     }
-
-
-def describe_file(path: Path) -> list[Any]:
-    """Path, size and date of a file."""
-    stat = path.stat()
-    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
 
 
 def compute_digest(value: Any) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -27,18 +28,28 @@ def list_reference_files(config: EvaluateConfig) -> list[Path]:
     """`num_reference` of the mp4 files below the folder `reference`, in the order of their names.
 
     They are those whose names within the folder have the smallest hashes: a draw at random, since the beginning of a
-    folder may be of one kind, which is the same everywhere. Links to folders are followed.
+    folder may be of one kind, which is the same everywhere. Links to folders are followed. What the folder holds is
+    looked up once: it may be large, and grow meanwhile.
 
     Raises:
         FileNotFoundError: There is none.
     """
-    walk = os.walk(config.reference or "", followlinks=True)
+    return list(_draw_files(config.reference or "", config.num_reference))
+
+
+def forget_reference_files() -> None:
+    """Lets the next evaluation of this process look into its folder."""
+    _draw_files.cache_clear()
+
+
+@lru_cache
+def _draw_files(reference: str, count: int) -> tuple[Path, ...]:
+    walk = os.walk(reference, followlinks=True)
     paths = [Path(folder, name) for folder, _, names in walk for name in names if name.lower().endswith(".mp4")]
     if not paths:
-        raise FileNotFoundError(f"reference: no mp4 file in {config.reference}")
-    root = Path(config.reference or "")
-    drawn = sorted(paths, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
-    return sorted(drawn[: config.num_reference])
+        raise FileNotFoundError(f"reference: no mp4 file in {reference}")
+    drawn = sorted(paths, key=lambda path: hashlib.sha256(path.relative_to(reference).as_posix().encode()).digest())
+    return tuple(sorted(drawn[:count]))
 
 
 def count_references(config: EvaluateConfig) -> int:

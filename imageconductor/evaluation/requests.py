@@ -130,9 +130,10 @@ def _build_fixed_requests(
         ValueError: There are not as many images as the set has places, or one of them names no object.
     """
     presets = {f"{name}_presets": names for name, names in fixed.presets.items()}
-    config = replace(
-        config, fixed_requests=None, strength=fixed.strength, num_scenes=fixed.num_images, **presets, motions="presets"
-    )
+    given: dict[str, Any] = {"strength": fixed.strength, **presets, "motions": "presets"}
+    if config.images is None:
+        given["num_scenes"] = fixed.num_images
+    config = replace(config, fixed_requests=None, **given)
     requests = build_requests(config, kind, size, num_frames)
     sources = list(dict.fromkeys(request.source for request in requests))
     if len(sources) != fixed.num_images:

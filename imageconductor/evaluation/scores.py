@@ -15,8 +15,8 @@ from imageconductor.evaluation import motion
 from imageconductor.evaluation.appearance import ClipScorer, ssim
 from imageconductor.evaluation.requests import Request
 from imageconductor.evaluation.statistics import summarise, summarise_differences
+from imageconductor.evaluation.video_format import PAPER_DIAGONAL_PX
 
-_PAPER_DIAGONAL_PX = math.hypot(384, 256)
 _NOT_METRICS = ("key", "source", "tracked", "followed", "failed", "measured_with")
 _IN_PIXELS = ("error", "error_all_points", "still", "colour_error", "background_displacement")
 # Headline figures, by which a single model is judged: name -> task, metric.
@@ -63,17 +63,15 @@ def measure(
     if request.colours is not None:
         points, visible = (x.numpy() for x in (request.trajectories.points, request.trajectories.visible))
         score["colour_error"] = motion.colour_error(points, visible, video, request.colours, request.image)
-    failed: dict[str, str] = {}
-    try:
-        score |= _measure_motion(request, video, tracker)
-    except Exception as error:  # Networks of others fail in many ways, and what else was measured should stay.
-        failed["tracker"] = describe_failure(error)
-    if clip is not None:
-        try:
+
+    def measure_motion() -> None:
+        score.update(_measure_motion(request, video, tracker))
+
+    def measure_clip() -> None:
+        if clip is not None:
             score["clip_text"], score["clip_consistency"] = clip(video, request.prompt)
-        except Exception as error:
-            failed["clip"] = describe_failure(error)
-    return {**score, **({"failed": failed} if failed else {})}
+
+    return score | run_instruments({"tracker": measure_motion, "clip": measure_clip})
 
 
 def run_instruments(instruments: Mapping[str, Callable[[], None]]) -> dict[str, dict[str, str]]:
@@ -145,7 +143,7 @@ def summarise_scores(
         if ours == theirs:
             summary[metric] = _multiply(figure, 1 / scale)
         summary[f"{metric}_384x256"] = figure
-        summary[f"{metric}_percent_of_diagonal"] = _multiply(figure, 100 / _PAPER_DIAGONAL_PX)
+        summary[f"{metric}_percent_of_diagonal"] = _multiply(figure, 100 / PAPER_DIAGONAL_PX)
     return summary
 
 

@@ -26,6 +26,8 @@ from imageconductor.evaluation.fixed_requests import FixedRequests
 from imageconductor.evaluation.requests import Request
 
 _PAPER_FORMAT = ((384, 256), 16)
+PAPER_DIAGONAL_PX = math.hypot(*_PAPER_FORMAT[0])
+"""Diagonal of the frame in whose pixels errors are given."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class VideoFormat:
     @property
     def scale(self) -> float:
         """Pixels at 384 x 256 that one pixel corresponds to, by the ratio of the diagonals."""
-        return math.hypot(384, 256) / math.hypot(*self.size)
+        return PAPER_DIAGONAL_PX / math.hypot(*self.size)
 
     def select_judged(self, video: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The frames of a video (T, H, W, 3) that are judged."""

@@ -17,7 +17,7 @@ from imageconductor.conditioning import Boxes
 from imageconductor.data.scenes import render
 from imageconductor.data.sprite_world import SpriteWorldConfig
 from imageconductor.data.sprites import sample_scene
-from imageconductor.evaluation import box_clips
+from imageconductor.evaluation import box_clips, box_summary, frechet
 from imageconductor.evaluation.appearance import DinoEncoder, first_frame_fidelity
 from imageconductor.evaluation.box_clips import SpriteClip, list_requests
 from imageconductor.evaluation.box_config import BoxEvaluateConfig, BoxMethod
@@ -128,6 +128,24 @@ def test_a_second_run_keeps_what_is_there(work, record):
     scores = {path: path.stat().st_mtime_ns for path in (work / "out" / "scores").rglob("*.json")}
     assert run(work / "e.yaml", settings(work), work / "out") == 0
     assert all(path.stat().st_mtime_ns == before for path, before in {**videos, **scores}.items())
+
+
+def test_the_true_clips_are_looked_at_once_for_all_methods(work, record, monkeypatch):
+    collected = []
+
+    def collect(*arguments):
+        collected.append(frechet.collect_statistics(*arguments))
+        return collected[-1]
+
+    monkeypatch.setattr(box_summary, "collect_statistics", collect)
+    config = config_file.load(BoxEvaluateConfig, work / "e.yaml")
+    again = box_summary.summarise_boxes(BoxEvaluation(config, work / "out"))
+    true, *made = collected
+    assert len(made) == len(config.methods)
+    for (name, one), statistics in zip(again["methods"].items(), [None, None, *made], strict=True):
+        if statistics is not None:
+            expected = frechet.frechet_distance("frechet_small", statistics, true).value
+            assert one["frechet"]["frechet_small"]["value"] == pytest.approx(expected), name
 
 
 def test_an_edited_caption_is_made_and_scored_anew(work, record, tmp_path):

@@ -19,7 +19,7 @@ from imageconductor.evaluation.frechet import (
     frechet_distance,
 )
 from imageconductor.evaluation.inception import Inception
-from imageconductor.evaluation.reference_videos import list_reference_files
+from imageconductor.evaluation.reference_videos import forget_reference_files, list_reference_files
 from tests.evaluation.i3d import write_i3d
 
 pytest.importorskip("torchmetrics")
@@ -117,6 +117,8 @@ def test_reference_files_are_drawn_from_the_whole_folder_by_their_names_in_it(tm
     assert numbers == sorted(numbers)
     assert 10 < sum(number < 100 for number in numbers) < 30
     (tmp_path / "a" / "part0" / f"{numbers[0]:03}.mp4").rename(tmp_path / "a" / "damaged")
+    assert [int(path.stem) for path in list_reference_files(config)] == numbers, "an evaluation looks once"
+    forget_reference_files()
     assert len({int(path.stem) for path in list_reference_files(config)} - set(numbers)) == 1, "one takes its place"
     (tmp_path / "a" / "damaged").rename(tmp_path / "a" / "part0" / f"{numbers[0]:03}.mp4")
     moved = replace(config, reference=str(tmp_path / "z"))
@@ -233,6 +235,11 @@ def test_inception_has_the_published_size_and_loads_its_own_weights(tmp_path):
 def test_bad_input_says_what_to_do(name, arguments, error, said):
     with pytest.raises(error, match=said):
         distance(name, videos(0), videos(1), **{"num_frames": 8, **arguments})
+
+
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="device 'cuda:99' cannot be used"):
+        collect_statistics("frechet_small", videos(0), num_frames=8, device="cuda:99")
 
 
 def test_a_single_video_has_no_distribution():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -97,15 +98,25 @@ def test_models_and_what_is_attached_to_them(tiny_model, tmp_path, refused):
     style_lora = Path(__file__).parents[2] / "models" / "sprites" / "style_lora" / "pytorch_lora_weights.safetensors"
     damaged = tmp_path / "style.safetensors"
     damaged.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    pickled = tmp_path / "style.ckpt"
+    pickled.write_bytes(b"PK no archive")
     for files, said in (
         ("lora: [nowhere.safetensors]", "method a: no file at nowhere.safetensors"),
-        (f"lora: ['{damaged}:0.5']", f"method a: {damaged} is damaged or no safetensors file"),
-        (f"base: {damaged}", f"method a: {damaged} is damaged or no safetensors file"),
+        (f"lora: ['{damaged}:0.5']", f"method a: {damaged} is a Git LFS pointer and not the file itself"),
+        (f"lora: ['{pickled}']", f"method a: {pickled} is truncated or damaged"),
+        (f"lora: ['{style_lora}']", f"method a: {style_lora} is for another base: this model has no layer"),
+        (f"motion_lora: ['{style_lora}']", f"method a: {style_lora} is no motion LoRA"),
+        (f"base: {damaged}", f"method a: {damaged} is a Git LFS pointer and not the file itself"),
         (f"base: {style_lora}", f"method a: {style_lora} is a LoRA and no base model; give it as lora"),
         ("size: [33, 32]", "method a: width and height must be multiples of"),
         ("few_step: true", f"method a: no file at {tiny_model / 'few_step_lora' / 'pytorch_lora_weights.safetensors'}"),
     ):
         assert said in refused(f"methods={{a: {{model: {tiny_model}, {files}}}}}", *settings)
+    shutil.copytree(tiny_model, tmp_path / "text_to_video")
+    unet = tmp_path / "text_to_video" / "unet" / "config.json"
+    unet.write_text(json.dumps(json.loads(unet.read_text()) | {"_class_name": "UNet3DConditionModel"}))
+    line = refused(f"model={unet.parents[1]}", "tasks={a: {control: base}}", *settings)
+    assert "method text_to_video: a video of an image or trajectories needs ControlNets" in line
 
 
 def test_reference_videos(exact, tmp_path, refused, caplog):

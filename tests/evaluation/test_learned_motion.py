@@ -197,12 +197,12 @@ def test_videos_of_other_settings_are_never_taken(settings, work, finished, tmp_
     changes = ["num_inference_steps=2", "negative_prompt=a", f'methods.ours.motion_lora=["{work}/runs/{{motion}}:0.5"]']
     for change in (*changes, "methods.ours.motion_lora=[]", "methods.plain.noise_prior=null"):
         assert evaluate(settings, out, change) == 2
-        assert "was made with other settings (motion " in capsys.readouterr().err
+        assert "was made with other settings: motion " in capsys.readouterr().err
     date = lora.stat().st_mtime_ns
     try:
         os.utime(lora, ns=(0, 0))
         assert evaluate(settings, out) == 2, "trained again"
-        assert "was made with other settings (motion right); name another --output" in capsys.readouterr().err
+        assert f"was made with other settings: motion right.weights.{lora} was [" in capsys.readouterr().err
     finally:
         os.utime(lora, ns=(date, date))
     assert not written
@@ -322,8 +322,10 @@ def test_the_protocol_decides_which_settings_there_are(tmp_path, capsys):
     assert "export-requests is for drawn motion" in capsys.readouterr().err
     for arguments, advice in (
         (["--config", str(CONFIGS[0]), "seed=1"], "did you mean 'seeds'?"),
-        (["--config", str(CONFIGS[0]), "frechet=[fid]"], "it is a setting of protocol drawn_motion"),
+        (["--config", str(CONFIGS[0]), "frechet=[fid]"], "it is a setting of protocol drawn_motion or boxes"),
+        (["--config", str(CONFIGS[0]), "dino=x"], "it is a setting of protocol boxes"),
         (["model=m", "pick_score=x"], "it is a setting of protocol learned_motion"),
+        (["model=m", "dino=x"], "it is a setting of protocol boxes"),
         (["--config", str(CONFIGS[0]), "methods.ours.motion_loras=[a]"], "did you mean 'methods.ours.motion_lora'?"),
     ):
         with pytest.raises(SystemExit) as stopped:
@@ -374,6 +376,7 @@ def test_configs_that_cannot_be(work, tmp_path):
         ({"seeds": [1, 1]}, "different numbers"),
         ({"grid": 1}, "grid must be at least 2"),
         ({"still_fraction": 1.0}, r"in \[0, 1\)"),
+        ({"cotracker": "clone"}, "cotracker goes with tracker=cotracker"),
     ):
         with pytest.raises(ValueError, match=match):
             LearnedMotionConfig(**(good | change))
