@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import platform
@@ -17,6 +18,13 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Types of the half precisions by accelerate's names, those of `mixed_precision`."""
 
 _ROCM_BFLOAT16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")  # AMD's architectures with such products
+
+
+def free_memory() -> None:
+    """Frees what nothing uses any more, such as networks that accelerate has prepared, which refer to themselves."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def has_instructions(dtype: torch.dtype, device: torch.device) -> bool:

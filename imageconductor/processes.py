@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env, patch_environment
 from tqdm.auto import tqdm
 
 from imageconductor.devices import warn_of_idle_gpu
@@ -24,7 +24,9 @@ def start_processes(device: str | None = None) -> PartialState:
     is_cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
     if not is_cpu:
         warn_of_idle_gpu()
-    return PartialState(cpu=is_cpu or not torch.accelerator.is_available())
+    # Where DeepSpeed is asked for accelerate would want it at every step; `training.deepspeed` speaks to it itself.
+    with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
+        return PartialState(cpu=is_cpu or not torch.accelerator.is_available())
 
 
 @contextmanager

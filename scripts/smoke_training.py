@@ -24,7 +24,7 @@ from accelerate import PartialState
 
 from imageconductor.command_line import parse_command_line
 from imageconductor.data.sprite_world import SpriteSet
-from imageconductor.devices import resident_peak_bytes
+from imageconductor.devices import free_memory, resident_peak_bytes
 from imageconductor.files import check_record, write_record, write_text
 from imageconductor.processes import start_processes
 from imageconductor.training.loop import leave
@@ -147,6 +147,7 @@ def measure(real: TrainConfig, trial: TrainConfig) -> Measured:
         return Measured(**json.loads(kept.read_text()))
     has_gpu = torch.cuda.is_available()
     if has_gpu:
+        free_memory()
         torch.cuda.reset_peak_memory_stats()
     run_stage(trial)
     peak = (torch.cuda.max_memory_allocated() if has_gpu else resident_peak_bytes()) / 2**30

@@ -6,8 +6,8 @@
 | (t, text, pictures) and (t, text, trajectories, adapters) | `residuals`: the ControlNets, which do not see x_t |
 | both | `decode`: the UNet's up path, with gates |
 
-Training calls the whole, sampling the parts, so that branches of the guidance share what they have in common. A new
-attachment is a field of `Condition`, None when absent, and a line here.
+Most stages call the whole; sampling and the few-step stage call the parts, so that branches of the guidance share what
+they have in common. A new attachment is a field of `Condition`, None when absent, and a line here.
 """
 
 from __future__ import annotations

@@ -152,13 +152,13 @@ class Encoders:
                 warn_of_cut(prompt, words)
         return tokens
 
-    @torch.no_grad()
+    def check_names(self, names: Sequence[str], where: str) -> None:
+        """Makes sure that the text encoder reads class names as a whole; see `check_names`."""
+        check_names(self.tokenizer, names, self.text_encoder.config.max_position_embeddings, where)
+
     def encode_names(self, names: Sequence[str]) -> Tensor:
-        """(N, D), what the text encoder says of class names: its output at the token that ends the text."""
-        device = self.text_encoder.device
-        if not names:
-            return torch.zeros(0, self.text_encoder.config.hidden_size, device=device)
-        return cast(Tensor, self.text_encoder(self.tokenize(list(names)).to(device)).pooler_output)
+        """(N, D) float32 on the CPU, what the text encoder says of class names; see `encode_names`."""
+        return encode_names(self.tokenizer, self.text_encoder, names, self.text_encoder.device)
 
 
 @dataclass
@@ -229,6 +229,47 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> tuple[Tenso
 def warn_of_cut(prompt: str, words: str) -> None:
     """Logs what the text encoder does not read of a prompt."""
     logger.warning("the text encoder reads the beginning of %r only; it leaves out %r", prompt, words)
+
+
+def check_names(tokenizer: Any, names: Sequence[str], length: int, where: str = "boxes") -> None:
+    """Makes sure that a text encoder reads class names as a whole.
+
+    Args:
+        tokenizer: Of the text encoder.
+        names: Of the objects.
+        length: Tokens that it reads.
+        where: What has the names, for the message.
+
+    Raises:
+        ValueError: One has symbols that the tokenizer does not know, or is too long.
+    """
+    length -= tokenizer.num_special_tokens_to_add()
+    for name in names:
+        ids = tokenizer(name, add_special_tokens=False, truncation=True, max_length=1 << 20).input_ids
+        if not ids or tokenizer.unk_token_id in ids:
+            raise ValueError(f"{where}: the model's tokenizer does not know the class name {name!r}; name it otherwise")
+        if len(ids) > length:
+            raise ValueError(f"{where}: the class name {name[:60]!r} has {len(ids)} tokens, at most {length} are read")
+
+
+@torch.no_grad()
+def encode_names(tokenizer: Any, text_encoder: Any, names: Sequence[str], device: torch.device) -> Tensor:
+    """(N, D) float32 on the CPU, what a text encoder says of class names: its output at the token that ends the text.
+
+    Names that `check_names` refuses would be cut, or read as others. They are encoded one by one, so that a feature
+    does not depend on the names beside it.
+
+    Args:
+        tokenizer: Of the text encoder.
+        text_encoder: CLIPTextModel.
+        names: Of the objects.
+        device: Where the text encoder runs.
+    """
+    features = torch.zeros(len(names), text_encoder.config.hidden_size)
+    for feature, name in zip(features, names, strict=True):
+        tokens, _ = tokenize(tokenizer, [name], text_encoder.config.max_position_embeddings)
+        feature.copy_(text_encoder(tokens.to(device)).pooler_output[0])
+    return features
 
 
 def cast_network(network: nn.Module, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ from imageconductor.checkpoints.model_folder import SCENE_LORA_FOLDER
 from imageconductor.conditioning import Boxes
 from imageconductor.conditioning.boxes import stack_boxes
 from imageconductor.models.adapters import active_adapters
-from imageconductor.models.networks import tokenize
+from imageconductor.models.networks import check_names, encode_names
 from imageconductor.models.weights import refuse_non_finite
 
 _LOG = logging.getLogger(__name__)
@@ -103,26 +103,6 @@ def check_boxes(boxes: Any, num_frames: int, max_objects: int | None) -> None:
         )
 
 
-def check_names(tokenizer: Any, names: Sequence[str], length: int) -> None:
-    """Makes sure that a text encoder reads class names as a whole.
-
-    Args:
-        tokenizer: Of the text encoder.
-        names: Of the objects.
-        length: Tokens that it reads.
-
-    Raises:
-        ValueError: One has symbols that the tokenizer does not know, or is too long.
-    """
-    length -= tokenizer.num_special_tokens_to_add()
-    for name in names:
-        ids = tokenizer(name, add_special_tokens=False, truncation=True, max_length=1 << 20).input_ids
-        if not ids or tokenizer.unk_token_id in ids:
-            raise ValueError(f"boxes: the model's tokenizer does not know the class name {name!r}; name it otherwise")
-        if len(ids) > length:
-            raise ValueError(f"boxes: the class name {name[:60]!r} has {len(ids)} tokens, at most {length} are read")
-
-
 @torch.no_grad()
 def encode_boxes(
     pipe: Any, boxes: Sequence[Boxes], count: int, device: torch.device, dtype: torch.dtype
@@ -141,12 +121,9 @@ def encode_boxes(
     """
     names = list(dict.fromkeys(name for one in boxes for name in one.names))
     check_names(pipe.tokenizer, names, pipe.text_encoder.config.max_position_embeddings)
-    features: dict[str, Tensor] = {}
-    for name in names:  # One by one, so that a feature does not depend on the names beside it.
-        tokens, _ = tokenize(pipe.tokenizer, [name], pipe.text_encoder.config.max_position_embeddings)
-        told: Tensor = pipe.text_encoder(tokens.to(device)).pooler_output
-        refuse_non_finite(pipe, told, "the text encoder, which reads the boxes' class names,")
-        features[name] = told[0].float().cpu()
-    fields = stack_boxes(boxes, features, pipe.text_encoder.config.hidden_size)
+    features = encode_names(pipe.tokenizer, pipe.text_encoder, names, device)
+    refuse_non_finite(pipe, features, "the text encoder, which reads the boxes' class names,")
+    told = dict(zip(names, features, strict=True))
+    fields = stack_boxes(boxes, told, pipe.text_encoder.config.hidden_size)
     dtypes = {"boxes": torch.float32, "present": dtype, "names": dtype}
     return {key: x.to(device, dtypes[key]).expand(count, *x.shape[1:]) for key, x in fields.items()}

@@ -101,7 +101,8 @@ def read_boxes(job: SampleJob, size: tuple[int, int], num_frames: int) -> Boxes:
     """
     from imageconductor.checkpoints.model_folder import read_gate_config
     from imageconductor.conditioning import Boxes
-    from imageconductor.sampling.gate_inputs import check_boxes, check_names
+    from imageconductor.models.networks import check_names
+    from imageconductor.sampling.gate_inputs import check_boxes
 
     if job.boxes is None:
         return Boxes.empty(size, num_frames)

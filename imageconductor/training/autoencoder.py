@@ -115,10 +115,8 @@ def train_autoencoder(
                     latents, frames = shift(latents, frames, generator)
                 decoded = vae.decode(latents).sample.float()
                 again = vae.encode(frames).latent_dist.mean if is_shifted and config.latent_equivariance else None
-            loss = F.l1_loss(decoded, frames) + F.mse_loss(decoded, frames)
-            if again is not None:
-                loss = loss + config.latent_equivariance * carrying_error(latents.float(), again.float())
-            loss = loss + config.kl_weight * posterior.kl().mean()
+            terms = _losses(config, frames, decoded, posterior, latents, again)
+            loss = sum(terms.values(), start=torch.zeros((), device=device))
             loss.backward()
             loss = _average_over_processes(parameters.values(), loss.detach())
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
@@ -151,6 +149,25 @@ def train_autoencoder(
         settle_latents_(vae, frames)
         vae.register_to_config(scaling_factor=1 / vae.encode(frames).latent_dist.mean.std().item())
     return done
+
+
+def _losses(
+    config: AutoencoderConfig, frames: Tensor, decoded: Tensor, posterior: Any, latents: Tensor, again: Tensor | None
+) -> dict[str, Tensor]:
+    """Weighted losses by name; their sum is minimised.
+
+    Args:
+        config: Settings of the training.
+        frames: (B, 3, H, W) in [-1, 1], pixels that were to be decoded.
+        decoded: (B, 3, H, W), pixels that were.
+        posterior: From which latents were drawn.
+        latents: (B, C, h, w), those that were decoded.
+        again: (B, C, h, w), latents of the shifted pixels, which shifted latents ought to be; None = they need not.
+    """
+    terms = {"absolute": F.l1_loss(decoded, frames), "square": F.mse_loss(decoded, frames)}
+    if again is not None:
+        terms["latent_equivariance"] = config.latent_equivariance * carrying_error(latents.float(), again.float())
+    return {**terms, "kl": config.kl_weight * posterior.kl().mean()}
 
 
 def _average_over_processes(parameters: Collection[nn.Parameter], loss: Tensor) -> Tensor:

@@ -170,8 +170,9 @@ def save_result(folder: Path, write: Callable[[Path], None]) -> None:
 
 def _read_optimizer(path: Path) -> Any:
     zipfile.ZipFile(path).close()  # A file that is cut off is told apart here; torch has many words for it.
+    is_copied = torch.accelerator.is_available()  # to its memory; else the moments would stay in the file
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_copied)
     except RuntimeError as error:
         if "PytorchStreamReader" not in str(error):
             raise

@@ -68,7 +68,7 @@ class DeepSpeed(Replicated):
         settings = {
             "train_micro_batch_size_per_gpu": self.config.batch_size,
             "gradient_accumulation_steps": self.config.gradient_accumulation_steps,
-            "gradient_clipping": self._max_grad_norm,
+            "gradient_clipping": self.config.max_grad_norm or 0.0,  # its word for none
             "zero_optimization": {"stage": self.zero_stage, "reduce_bucket_size": min(_BUCKET, count)},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": sys.maxsize,  # The loop has a bar of its own.
@@ -91,12 +91,6 @@ class DeepSpeed(Replicated):
 
     def step(self) -> None:
         """Nothing: the last `backward` has changed the weights."""
-
-    @property
-    def _max_grad_norm(self) -> float:
-        (group,) = self.groups.values()
-        norm = self.config.max_grad_norm if group.max_grad_norm is None else group.max_grad_norm
-        return norm or 0.0  # DeepSpeed's word for none
 
     def gather_state(self, tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
         """As `Replicated.gather_state`."""

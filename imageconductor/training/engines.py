@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import parse_flag_from_env, patch_environment
 from torch import Tensor, nn
 
@@ -108,10 +108,10 @@ class Replicated:
             FloatingPointError: Under fp16, no gradients are finite any more, at whatever scale.
         """
         self.accelerator.unscale_gradients()
+        longest = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
         norms: list[Tensor] = []
         for group in self.groups.values():
-            longest = self.config.max_grad_norm if group.max_grad_norm is None else group.max_grad_norm
-            norm = torch.nn.utils.clip_grad_norm_(group.parameters.values(), math.inf if longest is None else longest)
+            norm = torch.nn.utils.clip_grad_norm_(group.parameters.values(), longest)
             norms.append(sharding.gather(norm).to(self.accelerator.device))
         scaler = self._scaler
         scale = 0.0 if scaler is None else scaler.get_scale()
@@ -152,6 +152,11 @@ class Replicated:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
         if self.skipped_in_a_row >= _MAX_SKIPPED:
             raise FloatingPointError(f"the last {_MAX_SKIPPED} steps had no finite gradients under fp16, {REMEDY}")
+
+    @property
+    def skips_steps(self) -> bool:
+        """Whether steps with numbers that are not finite are left out and counted: under fp16, where some are usual."""
+        return self._scaler is not None
 
     @property
     def _scaler(self) -> Any:
@@ -208,6 +213,7 @@ def build_engine(config: LoopConfig) -> Replicated:
         ValueError: It is not supported, or does not go with the settings.
     """
     AcceleratorState._reset_state()  # A stage may want another precision than the one trained before it.
+    _forget_fsdp()
     deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):  # accelerate would hand it the loop's precision as well.
         accelerator = Accelerator(mixed_precision=config.mixed_precision)
@@ -219,6 +225,17 @@ def build_engine(config: LoopConfig) -> Replicated:
 
         return DeepSpeed(config, accelerator)
     return FSDP(config, accelerator) if parse_flag_from_env("ACCELERATE_USE_FSDP") else Replicated(config, accelerator)
+
+
+def _forget_fsdp() -> None:
+    """Lets a second stage of a process begin as the first one did.
+
+    On GPUs accelerate notes FSDP as the kind of launch, and then has no settings of it for another `Accelerator`.
+    """
+    state = PartialState._shared_state
+    if state.get("distributed_type") == DistributedType.FSDP:
+        kind = "GPU" if state["device"].type == "cuda" else state["device"].type.upper()
+        state["distributed_type"] = DistributedType[f"MULTI_{kind}"]
 
 
 def find_unsupported(config: LoopConfig, accelerator: Accelerator) -> dict[str, bool]:

@@ -44,6 +44,7 @@ def train(
     config: LoopConfig,
     preview: Preview | None = None,
     held_out: Sequence[dict[str, Any]] = (),
+    start: float | None = None,
 ) -> TrainState:
     """Runs a stage to `config.max_steps`, continuing what its output folder holds, and saves what it learned.
 
@@ -57,9 +58,11 @@ def train(
         config: Of the run.
         preview: Called every `config.preview_every` steps, on the main process.
         held_out: Samples on which the loss is measured every `config.validation_every` steps.
+        start: When `config.max_minutes` begin, by `time.monotonic()`; None = now.
 
     Raises:
-        FloatingPointError: A loss is not finite, which names step, process and clips, or gradients are not.
+        FloatingPointError: A loss is not finite, which names step, process and clips, or gradients are not; under fp16,
+            in many steps one after the other.
         CorruptClipError: More clips than `config.max_corrupt_fraction` cannot be read.
         ValueError: The run folder belongs to another stage or cannot be read, or the launcher asks for what is not
             supported.
@@ -94,11 +97,13 @@ def train(
     )
     batches = count_loading(_batches(data, config, accelerator, start=state.step), state)
     num_micro_steps, num_timesteps = config.gradient_accumulation_steps, stage.scheduler.config["num_train_timesteps"]
-    with Stop(config.max_minutes, config.log_every) as stop:
+    with Stop(config.max_minutes, start) as stop:
         while state.step < config.max_steps and not stop.is_due(state.step):
             state.terms = {}
             found: list[tuple[Tensor, list[str]]] = []
             for micro_step in range(num_micro_steps):
+                if micro_step and stop.breaks_step():
+                    break
                 batch, generators = next(batches)
                 is_last = micro_step + 1 == num_micro_steps
                 with engine.micro_step(is_last):
@@ -108,18 +113,19 @@ def train(
                         losses: dict[str, Tensor] = module(x_0, t, eps, condition)  # Eq. 1 | Eq. 3 + lambda * Eq. 4
                     total = torch.stack(list(losses.values())).sum() / num_micro_steps
                     found.append((total.detach(), batch["key"]))
-                    if is_last:  # The GPU is waited for once a step, and before any weight can change.
+                    if is_last and not engine.skips_steps:  # The GPU is waited for once, before any weight can change.
                         _check_finite(found, engine.norm, state.step, accelerator.process_index)
                     engine.backward(total)
                 for key, value in losses.items():
                     state.terms[key] = state.terms.get(key, 0) + value.detach() / num_micro_steps
                 _count_corrupt(state, batch, config)
-            engine.step()
-            lr_scheduler.step()
-            average.update()
-            state.step += 1
-            for hook in hooks:
-                hook(state)
+            else:  # No signal came between the micro-steps.
+                engine.step()
+                lr_scheduler.step()
+                average.update()
+                state.step += 1
+                for hook in hooks:
+                    hook(state)
 
         if state.step < config.max_steps:
             save.write(state)

@@ -24,7 +24,8 @@ import torch
 from imageconductor import config as config_file
 from imageconductor.files import write_text
 from imageconductor.training import checkpointing
-from imageconductor.training.train_config import LoopConfig, find_ignored
+from imageconductor.training.ignored_settings import reset_ignored
+from imageconductor.training.train_config import LoopConfig
 
 logger = logging.getLogger(__name__)
 
@@ -139,13 +140,12 @@ def _changes(config: LoopConfig, path: Path) -> dict[str, str]:
     if (stage := raw.get("stage", config.stage)) != config.stage:
         return {"stage": f"stage={stage}, now {config.stage}"}
     try:
-        before = config_file.load(type(config), path)
+        before = reset_ignored(config_file.load(type(config), path))  # Values other than defaults are refused today.
     except ValueError as error:
         raise ValueError(
             f"the run in {path.parent} cannot be continued, its settings no longer hold: {error}"
         ) from None
     old = {field.key: field.default for field in config_file.list_fields(type(config), before)}
-    old |= {name: getattr(type(before), name) for name in find_ignored(before)}  # Other values are refused today.
     new = {field.key: field.default for field in config_file.list_fields(type(config), config)}
     free = config.FREE_TO_CHANGE | ({"max_steps"} if config.lr_schedule in _CONSTANT else set())
     if (before_clips := _last_start(path.with_name(_STARTS)).get("clips_per_step")) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +11,16 @@ from typing import Any, cast
 import torch
 
 from imageconductor.data.batches import Batches
-from imageconductor.devices import choose_precision
+from imageconductor.devices import choose_precision, free_memory
 from imageconductor.files import check_writable
 from imageconductor.models.networks import Networks
 from imageconductor.processes import start_processes
 from imageconductor.training import checkpointing
+from imageconductor.training.ignored_settings import check_ignored
 from imageconductor.training.loop import Preview, TrainState, train
 from imageconductor.training.record import check_continuation, check_num_clips
 from imageconductor.training.stages.registry import find_stage
-from imageconductor.training.train_config import StageConfig, check_ignored
+from imageconductor.training.train_config import StageConfig
 
 PreviewFactory = Callable[[Sequence[dict[str, Any]], "str | None", Path, dict[str, Any]], Preview]
 """Makes the previews of a run from held-out samples, the control that the stage learns, a folder, and its settings."""
@@ -37,6 +39,8 @@ def run_stage(config: StageConfig, previews: PreviewFactory | None = None) -> Tr
         FileNotFoundError: The model folder, a network named in the settings, or a source of clips is missing.
         ValueError: The model does not fit the clips, or the run folder is that of another process or of other clips.
     """
+    start = time.monotonic()  # A queue's time runs while networks are read and clips are listed, too.
+    free_memory()  # of a stage before this one
     stage_class = find_stage(config.stage)
     check_inputs(config)
     processes = start_processes()
@@ -56,7 +60,7 @@ def run_stage(config: StageConfig, previews: PreviewFactory | None = None) -> Tr
             sampling |= stage.preview_settings
             folder = Path(config.output) / "previews"
             preview = previews(clips[:_PREVIEWED_CLIPS], stage.preview_control, folder, sampling)
-        return train(stage, data, config, preview, held_out)
+        return train(stage, data, config, preview, held_out, start)
 
 
 def check_inputs(config: StageConfig) -> None:

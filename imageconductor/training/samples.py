@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from imageconductor.data.batches import Samples, SpriteSamples
+from imageconductor.data.box_datasets import BoxClip
 from imageconductor.data.box_samples import BoxSamples
-from imageconductor.data.clip_records import CorruptClipError
+from imageconductor.data.clip_index import Shard
+from imageconductor.data.clip_records import ClipRecord, CorruptClipError
 from imageconductor.data.clips import ClipSamples
 from imageconductor.training.stage_configs import BoxStageConfig
 from imageconductor.training.train_config import TrainConfig
@@ -32,7 +35,7 @@ def read_held_out(config: TrainConfig, previewed: int | None = None) -> list[dic
         samples: Samples = ClipSamples(
             config.data,
             config.size,
-            config.num_frames or 16,
+            config.clip_frames,
             held_out_clips=config.held_out_clips,
             shows_held_out=True,
         )
@@ -56,7 +59,7 @@ def build_samples(config: TrainConfig) -> Samples:
     return ClipSamples(
         config.data,
         config.size,
-        config.num_frames or 16,
+        config.clip_frames,
         config.horizontal_flip,
         config.shuffle_shards,
         config.seed,
@@ -72,7 +75,7 @@ def build_box_samples(config: BoxStageConfig) -> Samples:
         config.data,
         config.split,
         config.size,
-        config.num_frames or 16,
+        config.clip_frames,
         config.max_objects,
         seed=config.seed,
         horizontal_flip=config.horizontal_flip,
@@ -83,14 +86,27 @@ def build_box_samples(config: BoxStageConfig) -> Samples:
     )
 
 
+def known_class_names(samples: Samples) -> dict[str, str]:
+    """Class names of YouTube-VIS and of JSON lines, each with the key of a clip; others are in files of each clip."""
+    found: dict[str, str] = {}
+    for part in samples.entries.parts if isinstance(samples, BoxSamples) else ():
+        for entry in () if isinstance(part, Shard) else part:
+            if isinstance(entry, BoxClip):
+                found |= dict.fromkeys(entry.boxes.names, entry.key)
+            elif not isinstance(entry, Path | ClipRecord):
+                found |= dict.fromkeys((one.name for one in entry.objects), entry.key)
+    return found
+
+
 def read_held_out_boxes(config: BoxStageConfig, previewed: int | None = None) -> list[dict[str, Any]]:
     """As `read_held_out`, with boxes, and for previews too with the frames that the run sees."""
     count = config.held_out_clips or _SPRITE_CLIPS if previewed is None else previewed
     if config.data:
-        frames = config.num_frames or 16
         kept: dict[str, Any] = {"held_out_clips": config.held_out_clips, "shows_held_out": True}
         kept["reserved_clips"] = config.reserved_clips
-        samples: Samples = BoxSamples(config.data, config.split, config.size, frames, config.max_objects, **kept)
+        samples: Samples = BoxSamples(
+            config.data, config.split, config.size, config.clip_frames, config.max_objects, **kept
+        )
         count = min(count, config.held_out_clips)
     else:
         world = replace(config.world, seed=config.world.seed + HELD_OUT_SEED)

@@ -96,10 +96,9 @@ class FewStepConfig(TrajectoryConfig):
     stage: Literal["few_step"] = "few_step"
     # Motion controls that the LoRA is to work with, one of them drawn for each micro-step.
     controls: list[Literal["camera", "object", "mixed", "base"]] = field(default_factory=lambda: ["camera", "object"])
-    # Guidance of the model that is distilled; null = the model's defaults. camera_free_scale acts with control object.
-    guidance_scale: float | None = None
-    trajectory_guidance_scale: float | None = None
-    camera_free_scale: float | None = None
+    guidance_scale: float | None = None  # of the model that is distilled; null = its default
+    trajectory_guidance_scale: float | None = None  # of the model that is distilled; null = its default
+    camera_free_scale: float | None = None  # of the model that is distilled, under control object; null = its default
     solver_steps: int = 40  # guided DDIM steps into which the way from noise is divided
     segments: int = 4  # of the way, each of which the LoRA learns to go in one step; 1 = LCM-LoRA
     huber_width: float = 1e-3  # c of the pseudo-Huber loss
@@ -236,6 +235,11 @@ class SceneGatesConfig(BoxStageConfig):
             raise ValueError("encoder_channels and encoder_blocks must be positive")
         if self.tells_motion and self.first_frame_by == "gates":
             raise ValueError("tells_motion=true moves the first frame of the image ControlNet; set first_frame_by=both")
+        if self.fresh_object_gates and not self.learns_object_gates:
+            raise ValueError(
+                "fresh_object_gates=true gives closed gates, which do not learn here; set learns_object_gates=true to "
+                "train them along, or fresh_object_gates=false"
+            )
         check_fractions(self, "scene_dropout", "input_dropout")
 
 

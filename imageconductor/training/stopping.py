@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 import time
@@ -16,23 +17,23 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-_AGREED_EVERY = 10  # steps, at most, between two times that several processes ask each other
+_PATIENCE_S = 2.0  # within which a worker takes signals for one and the same
 
 
 class Stop:
-    """Tells every process of a run the same about whether it has to end; its minutes begin here.
+    """Tells every process of a run the same about whether it has to end.
 
     Inside the block SIGTERM and SIGUSR1, which a queue sends before it takes the machine away, no longer kill the
     process but ask the run to end.
 
     Args:
         max_minutes: That the run may take; None = no limit.
-        log_every: Steps between two times that several processes wait for each other anyway.
+        start: When its minutes begin, by `time.monotonic()`; None = now.
     """
 
-    def __init__(self, max_minutes: float | None, log_every: int = 1):
-        self.every = min(log_every, _AGREED_EVERY)
-        self.end = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+    def __init__(self, max_minutes: float | None, start: float | None = None):
+        start = time.monotonic() if start is None else start
+        self.end = None if max_minutes is None else start + 60 * max_minutes
         self.signal: int | None = None
         self.handlers: dict[int, Any] = {}
 
@@ -46,16 +47,21 @@ class Stop:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def is_due(self, step: int) -> bool:
-        """Whether the run has to end after so many steps; several processes agree on it every few steps."""
+        """Whether the run has to end after so many steps; several processes ask each other."""
         is_due = self.signal is not None or (self.end is not None and time.monotonic() >= self.end)
         processes = PartialState()
         if processes.num_processes > 1:
-            if step % self.every:
-                return False
             is_due = cast(Tensor, reduce(torch.tensor(float(is_due), device=processes.device), "sum")).item() > 0
         if is_due and self.signal is not None:
             logger.warning("%s: the run ends after step %d", signal.Signals(self.signal).name, step)
         return is_due
+
+    def breaks_step(self) -> bool:
+        """Whether a step is given up between its micro-steps, which may take longer than a queue waits.
+
+        One process can do so by itself; several would have to wait for each other at each micro-step.
+        """
+        return self.signal is not None and PartialState().num_processes == 1
 
     def _ask(self, number: int, _: object) -> None:
         self.signal = number
@@ -64,12 +70,17 @@ class Stop:
 def spare_worker(_: int) -> None:
     """Lets a process that prepares batches outlive a queue's signals, for the steps that are left.
 
-    A second SIGTERM ends it, as the training process itself may send one to a worker that does not end.
+    A SIGTERM that comes later ends it, as the training process itself may send one to a worker that does not end. One
+    that comes at once is the same again: a queue may send it to every process, and a launcher hand it on.
     """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _ignore_once)
+    first: list[float] = []
 
+    def spare(number: int, _: object) -> None:
+        first.append(time.monotonic())
+        if first[-1] - first[0] > _PATIENCE_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
-def _ignore_once(number: int, _: object) -> None:
-    signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, spare)

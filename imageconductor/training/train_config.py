@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -123,15 +122,15 @@ class TrainConfig(StageConfig):
     # Shards or folders of clips (docs/training.md), [A, B] or {A: WEIGHT, B: WEIGHT} to draw from them in these
     # proportions; none = the sprite world, which `world` and `sets` describe.
     data: Any = field(default_factory=list)
-    held_out_clips: int = (
-        0  # clips of `data`, chosen by their keys, that are not trained on, but validated and previewed
-    )
+    # Clips of `data`, chosen by their keys, that are not trained on, but validated and previewed; on the sprite world
+    # the number of scenes that validate, 0 = 16.
+    held_out_clips: int = 0
     size: tuple[int, int] = (384, 256)  # (W, H) that clips of `data` are resized and cropped to
     horizontal_flip: float = 0.0  # probability that a clip of `data` is mirrored, its tracks with it
     shuffle_shards: int = 16  # shards of `data` whose clips are mixed
     world: SpriteWorldConfig = field(default_factory=SpriteWorldConfig)
     sets: list[SpriteSet] = field(default_factory=lambda: [SpriteSet.MIXED])  # of the sprite world, taken in turn
-    # Frames of a clip that are seen, evenly spaced; null = all 16 of a sprite clip, 16 of any other (paper C.1).
+    # Frames of a clip that are seen, evenly spaced; null = all of a sprite clip (world.num_frames), 16 of others (C.1).
     num_frames: int | None = None
     max_frame_spacing: int | None = None  # largest step between them in a sprite clip; null = what the clip allows
     image_dropout: float = 0.0  # probability that a clip's first frame is dropped
@@ -157,6 +156,16 @@ class TrainConfig(StageConfig):
             raise ValueError(f"shuffle_shards must be at least 1, got {self.shuffle_shards}")
         check_fractions(self, "image_dropout", "horizontal_flip")
 
+    @property
+    def clip_size(self) -> tuple[int, int]:
+        """(W, H) of the clips that are seen."""
+        return self.size if self.data else self.world.size
+
+    @property
+    def clip_frames(self) -> int:
+        """Number of frames of the clips that are seen."""
+        return self.num_frames or (16 if self.data else self.world.num_frames)
+
 
 @dataclass
 class TrajectoryConfig(TrainConfig):
@@ -171,29 +180,6 @@ class TrajectoryConfig(TrainConfig):
         super().__post_init__()
         if self.max_tracks < 1:
             raise ValueError(f"max_tracks must be at least 1, got {self.max_tracks}")
-
-
-def find_ignored(config: LoopConfig) -> dict[str, str]:
-    """Settings that do nothing beside the others, whatever their values: why, and what to set in their place."""
-    found: dict[str, str] = {}
-    if config.lr_schedule == "constant":
-        found["warmup_steps"] = "under lr_schedule=constant; set lr_schedule=constant_with_warmup"
-    if isinstance(config, TrainConfig) and not config.data:
-        found |= dict.fromkeys(config.OF_DATA, "on the sprite world; set data")
-        found["size"] = "on the sprite world; set world.size"
-    return found
-
-
-def check_ignored(config: LoopConfig) -> None:
-    """Refuses settings that would do nothing; records of earlier runs may hold some.
-
-    Raises:
-        ValueError: One is not the default.
-    """
-    for name, told in find_ignored(config).items():
-        value, default = getattr(config, name), getattr(type(config), name)
-        if value != default:
-            raise ValueError(f"{name}={json.dumps(value)} does nothing {told}, or {name}={json.dumps(default)}")
 
 
 def check_sources(data: object) -> None:

@@ -53,7 +53,7 @@ def configure(tiny_model, tmp_path, reference_clips, object_gates):
         }
         if name == "motion_director":
             small |= {"data": [str(reference_clips)], "size": (32, 32), "num_frames": 4, "fps": None}
-        else:
+        elif not changes.get("data"):
             small["world"] = TINY_WORLD
         if name == "scene_gates":
             small |= {"encoder_channels": [8, 16], "encoder_blocks": 1, "motion_lora_rank": 2}

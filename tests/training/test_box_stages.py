@@ -26,7 +26,6 @@ from imageconductor.training.run import check_inputs, run_stage
 from imageconductor.training.stage_configs import load_config
 
 CONFIGS = sorted(Path(__file__).parents[2].glob("configs/train/*/*.yaml"))
-FIXTURES = Path(__file__).parents[1] / "data" / "parity_smcd" / "fixtures"
 T = torch.tensor([500])
 FRAMES = TINY_WORLD.num_frames
 
@@ -92,7 +91,7 @@ def test_each_part_is_dropped_by_itself_and_as_often_as_told(configure, build):
     stage, data = build(config)
     count, drawn = 300, []
     batch = batch_of(data, some_boxes(FRAMES))
-    stage.draw_latents = lambda *_: (torch.ones(1, 4, FRAMES, 2, 2), torch.ones(1, 4, FRAMES, 2, 2))
+    stage.draw_latents = lambda *_: (torch.ones(1, 4, FRAMES, 2, 2), torch.ones(1, 4, FRAMES, 2, 2), (32, 32))
     stage.encode_text = lambda *_: torch.zeros(1, 5, 16)
     stage._features = {"red circle": torch.ones(16), "blue star": torch.ones(16)}
     for seed in range(count):
@@ -116,7 +115,7 @@ def test_an_object_of_a_drawn_clip_has_its_box_the_track_of_its_middle_or_both(c
     for chosen in ((0,), (1,), (0, 1)):
         centres = boxes.select(chosen).centres()
         flows[chosen] = build_flow_map(centres, stage.motion_controlnet.flow_convention)[0]
-    stage.draw_latents = lambda *_: (torch.ones(1, 4, FRAMES, 2, 2), torch.ones(1, 4, FRAMES, 2, 2))
+    stage.draw_latents = lambda *_: (torch.ones(1, 4, FRAMES, 2, 2), torch.ones(1, 4, FRAMES, 2, 2), (32, 32))
     stage.encode_text = lambda *_: torch.zeros(1, 5, 16)
     stage._features = {name: torch.ones(16) for name in ("a", "b")}
     seen = []
@@ -313,6 +312,12 @@ def test_bad_settings(configure, changes, message):
         configure("object_gates", **changes)
 
 
+def test_closed_object_gates_that_do_not_learn_are_refused(configure):
+    with pytest.raises(ValueError, match=r"fresh_object_gates=true gives closed gates.* set learns_object_gates=true"):
+        configure("scene_gates", object_gates=None, fresh_object_gates=True)
+    configure("scene_gates", learns_object_gates=True, fresh_object_gates=True)
+
+
 @pytest.mark.parametrize("path", [path for path in CONFIGS if "gates" in path.stem or "joint" in path.stem], ids=str)
 def test_the_configs_load(path):
     assert load_config(path).stage in ("object_gates", "scene_gates")
@@ -372,7 +377,7 @@ def test_gates_go_on_under_settings_that_say_the_same_or_nothing(configure, gate
     nothing = {"encoder_channels": [256, 512, 1024, 1024], "encoder_blocks": 3, "places": None}  # the defaults
     check_inputs(replace(same, **nothing))
     # Fresh object gates have these places; there are scene gates elsewhere.
-    check_inputs(replace(same, places=["mid_block"], fresh_object_gates=True))
+    check_inputs(replace(same, places=["mid_block"], fresh_object_gates=True, learns_object_gates=True))
     with pytest.raises(ValueError, match=r'places=\["up_blocks"\] is .* those at .*object_gates have other places'):
         check_inputs(configure("object_gates", model=str(gated_model), places=["up_blocks"]))
 

@@ -9,9 +9,10 @@ import pytest
 
 from imageconductor.commands.train import main
 from imageconductor.config import load
+from imageconductor.training.ignored_settings import check_ignored
 from imageconductor.training.stage_configs import STAGE_CONFIGS, BoxStageConfig, load_config
 from imageconductor.training.stages.registry import STAGES
-from imageconductor.training.train_config import TrainConfig, check_ignored
+from imageconductor.training.train_config import TrainConfig
 from scripts import smoke_training
 
 SPRITES = Path("configs/train/sprites")

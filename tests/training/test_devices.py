@@ -1,6 +1,9 @@
-"""Which devices compute in half precision, and what becomes of those that only imitate it."""
+"""Which devices compute in half precision, what becomes of those that only imitate it, and what is left in memory."""
 
+import gc
 import platform
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,3 +96,24 @@ def test_a_run_records_the_precision_it_has_and_goes_on_with_auto(configure, mon
     config.max_steps = 2
     assert run_stage(config).step == 2
     assert read_yaml(Path(config.output) / "config.yaml")["mixed_precision"] == "no"
+
+
+def test_a_stage_before_this_one_is_no_longer_in_memory(configure, monkeypatch):
+    """Prepared for half precision, networks refer to themselves, and only the garbage collector can free them."""
+    load, networks = run.Networks.load, []
+
+    def note(*arguments):
+        assert all(reference() is None for reference in networks)
+        loaded = load(*arguments)
+        networks.append(weakref.ref(loaded.motion_controlnet))
+        return loaded
+
+    monkeypatch.setattr(run.Networks, "load", note)
+    gc.disable()
+    try:
+        for number in range(2):
+            config = configure("camera_lora", max_steps=1, mixed_precision="bf16")
+            run_stage(replace(config, output=f"{config.output}-{number}"))
+    finally:
+        gc.enable()
+    assert len(networks) == 2

@@ -127,21 +127,31 @@ class TwoPaths(ObjectLoraStage):
         (group,) = super().trainable().values()
         split = {side: {n: p for n, p in group.parameters.items() if f".lora_{side}." in n} for side in "AB"}
         return {
-            "down": ParameterGroup(split["A"], learning_rate=0.0, max_grad_norm=1e-3),
+            "down": ParameterGroup(split["A"], learning_rate=0.0),
             "up": ParameterGroup(split["B"], learning_rate=2e-2, weight_decay=0.5),
         }
 
 
-def test_groups_have_their_own_learning_rate_decay_and_clipping(configure, build, parameters, monkeypatch):
-    config = configure("object_lora", learning_rate=1e-2, max_grad_norm=1.0)
+def test_groups_have_their_own_learning_rate_and_decay_and_are_clipped_one_by_one(
+    configure, build, parameters, monkeypatch
+):
+    config = configure("object_lora", learning_rate=1e-2, max_grad_norm=1e-3)
     stage, data = build(config)
     stage.__class__ = TwoPaths
     before = {name: p.detach().clone() for name, p in parameters(stage).items()}
-    clipped = []
+    lengths = []
     clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: clipped.append(norm) or clip(p, norm))
+
+    def clip_and_measure(group, norm):
+        found = clip(group, norm)
+        lengths.append((float(found), float(torch.stack([p.grad.norm() for p in group]).norm())))
+        return found
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_measure)
     train(stage, data, config)
-    assert clipped == [1e-3, 1.0] * config.max_steps
+    assert len(lengths) == 2 * config.max_steps
+    assert any(found > 1e-3 for found, _ in lengths)
+    assert [left for _, left in lengths] == pytest.approx([min(found, 1e-3) for found, _ in lengths], rel=1e-3)
     for name, value in parameters(stage).items():
         assert torch.equal(value, before[name]) == (".lora_A." in name), name
     saved = checkpointing.latest(Path(config.output))

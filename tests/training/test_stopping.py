@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from imageconductor.training import checkpointing
+from imageconductor.training import checkpointing, loop, stopping
 from imageconductor.training.engines import build_engine
 from imageconductor.training.loop import train
 from imageconductor.training.optimizers import build_optimizer
 from imageconductor.training.stages.base import ParameterGroup
-from imageconductor.training.stopping import Stop
+from imageconductor.training.stopping import Stop, spare_worker
 from imageconductor.training.train_config import LoopConfig
 
 
@@ -37,22 +38,52 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_it_goes_on(configure, build, 
     whole, data = build(config)
     train(whole, data, config)
 
-    def signal_all():  # as a queue does
-        for process in (*multiprocessing.active_children(), multiprocessing.process.current_process()):
+    def signal_all():  # as a queue does, and then a launcher
+        for process in 2 * (*multiprocessing.active_children(), multiprocessing.process.current_process()):
             os.kill(process.pid, signal.SIGTERM)
 
     parts = replace(config, output=str(tmp_path / "parts"), num_workers=1)
     stopped, data = build(parts)
-    call_before(stopped, 3, signal_all)  # in the second step, whose clips are not all there
-    assert train(stopped, data, parts).step == 2
-    assert "SIGTERM: the run ends after step 2" in caplog.text
-    assert [path.name for path in Path(parts.output).glob("checkpoint-*")] == ["checkpoint-00000002"]
+    call_before(stopped, 3, signal_all)  # in the second step, which is given up and whose clips are not all there
+    assert train(stopped, data, parts).step == 1
+    assert "SIGTERM: the run ends after step 1" in caplog.text
+    assert [path.name for path in Path(parts.output).glob("checkpoint-*")] == ["checkpoint-00000001"]
     assert (Path(parts.output) / "camera_lora").is_dir()
 
     resumed, data = build(parts)
     assert train(resumed, data, parts).step == 3
     for key, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def wait_for_clips(connection):
+    """A worker that answers each message, as one that prepares batches does."""
+    spare_worker(0)
+    while True:
+        connection.send(connection.recv())
+
+
+def test_a_worker_outlives_a_signal_that_comes_twice_and_ends_with_a_later_one(monkeypatch):
+    monkeypatch.setattr(stopping, "_PATIENCE_S", 0.5)
+    ours, theirs = multiprocessing.Pipe()
+    worker = multiprocessing.get_context("fork").Process(target=wait_for_clips, args=(theirs,), daemon=True)
+    worker.start()
+    for _ in range(3):
+        ours.send("clip")
+        assert ours.recv() == "clip"
+        os.kill(worker.pid, signal.SIGTERM)
+    ours.send("clip")
+    assert ours.recv() == "clip"
+    time.sleep(0.6)
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == -signal.SIGTERM
+
+
+def test_minutes_begin_where_the_command_did():
+    with Stop(1.0, start=time.monotonic() - 61) as over, Stop(1.0) as begun:
+        assert over.is_due(1)
+        assert not begun.is_due(1)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
@@ -116,6 +147,32 @@ def test_gradients_that_are_not_finite_stop_the_run_and_are_never_saved(
     found = checkpointing.latest(Path(config.output))
     assert (found and found.step) == (1 if save_every == 1 else None)
     assert not (Path(config.output) / "camera_lora").exists()
+
+
+def test_a_loss_that_overflows_under_fp16_is_a_skipped_step(configure, build, monkeypatch):
+    def build_scaled(config):
+        engine = build_engine(config)
+        engine.accelerator.scaler = torch.amp.GradScaler("cpu")
+        engines.append(engine)
+        return engine
+
+    engines = []
+    monkeypatch.setattr(loop, "build_engine", build_scaled)
+    config = configure("camera_lora", max_steps=3, save_every=100)
+    stage, data = build(config)
+    terms, calls = stage.loss_terms, iter(range(10))
+
+    def compute(*arguments):
+        losses = terms(*arguments)
+        return {name: value * torch.inf for name, value in losses.items()} if next(calls) == 1 else losses
+
+    stage.loss_terms = compute
+    before = {key: value.clone() for key, value in stage.state_dict().items()}
+    assert train(stage, data, config).step == 3
+    after = stage.state_dict()
+    assert all(value.isfinite().all() for value in after.values())
+    assert any(not torch.equal(before[key], value) for key, value in after.items())
+    assert engines[0].skipped == 1
 
 
 @pytest.fixture

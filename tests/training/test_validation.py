@@ -54,7 +54,7 @@ def test_it_is_the_mean_loss_of_the_held_out_clips(configure, build):
 @pytest.mark.parametrize(("stage", "previewed"), [("motion_controlnet", TINY_WORLD.num_frames), ("object_gates", 2)])
 def test_sprite_clips_have_the_frames_that_a_run_sees_and_all_in_previews(stage, previewed, configure, monkeypatch):
     seen, shown = [], []
-    monkeypatch.setattr("imageconductor.training.run.train", lambda *given: seen.extend(given[-1]))
+    monkeypatch.setattr("imageconductor.training.run.train", lambda *given: seen.extend(given[4]))
     config = configure(stage, num_frames=2, max_frame_spacing=1, validation_every=1, preview_every=1)
     run_stage(config, lambda clips, *_: shown.extend(clips))
     assert {clip["pixel_values"].shape[1] for clip in shown} == {previewed}

@@ -35,7 +35,6 @@ class ParameterGroup:
     parameters: dict[str, nn.Parameter]
     learning_rate: float | None = None
     weight_decay: float | None = None
-    max_grad_norm: float | None = None
 
 
 class Stage(nn.Module):
@@ -96,8 +95,7 @@ class Stage(nn.Module):
             ValueError: The model cannot make videos of the clips' shape.
         """
         check_controlnets(config.model, f"stage {cls.name}")
-        size = config.size if config.data else config.world.size
-        check_shape(config.model, size, config.num_frames or (16 if config.data else config.world.num_frames))
+        check_shape(config.model, config.clip_size, config.clip_frames)
 
     @classmethod
     def build_samples(cls, config: Any) -> Samples:
@@ -154,18 +152,31 @@ class Stage(nn.Module):
                 cache latent_mean and latent_std (B, C, T, h, w), size (B, 2) and text (B, L, D).
             generators: One a clip, on the CPU; they draw the posterior's noise, what is dropped and the sparse tracks.
         """
-        mean, std, size = self._encode_clips(batch)
-        noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
-        x_0 = mean + std * send(noise, mean.device)
-
-        dropped = [bool(torch.rand((), generator=g) < self.text_dropout) for g in generators]
-        given = [bool(torch.rand((), generator=g) >= self.image_dropout) for g in generators]
-        keyframes, mask = keyframe_condition(mean[:, :, :1], (0,), mean.shape[2])
-        is_given = torch.tensor(given, device=mean.device).to(mean.dtype).view(-1, 1, 1, 1, 1)
+        # The order of what the generators draw must stay, or runs would not go on as they began.
+        x_0, mean, size = self.draw_latents(batch, generators)
+        text = self.draw_text(batch, generators)
+        pictures = self.draw_keyframes(mean, generators)
         with torch.autocast(mean.device.type, enabled=False):  # Flow maps are pixels; half precision would round them.
             flow, has_flow = self.draw_flow(batch, size, generators)
-        text = self.encode_text(batch, dropped)
-        return x_0, Condition(text, keyframes * is_given, mask * is_given, flow, has_flow)
+        return x_0, Condition(text, **pictures, flow=flow, has_flow=has_flow)
+
+    def draw_latents(
+        self, batch: dict[str, Any], generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Clean latents drawn from the posterior of a batch of clips, its mean, each (B, C, T, h, w), and (W, H) px."""
+        mean, std, size = self._encode_clips(batch)
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
+        return mean + std * send(noise, mean.device), mean, size
+
+    def draw_text(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> Tensor:
+        """As `encode_text`, of which the generators draw what is dropped."""
+        return self.encode_text(batch, [bool(torch.rand((), generator=g) < self.text_dropout) for g in generators])
+
+    def draw_keyframes(self, mean: Tensor, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        """`Condition.keyframes` and `mask` of the clips' first frames, zero where they are dropped."""
+        keyframes, mask = keyframe_condition(mean[:, :, :1], (0,), mean.shape[2])
+        kept = draw_kept(self.image_dropout, generators, mean).view(-1, 1, 1, 1, 1)
+        return {"keyframes": keyframes * kept, "mask": mask * kept}
 
     def encode_text(self, batch: dict[str, Any], dropped: Sequence[bool]) -> Tensor:
         """(B, L, D), the empty text in place of dropped ones."""
@@ -241,6 +252,12 @@ class Stage(nn.Module):
             value.float().unflatten(0, (-1, num_frames)).transpose(1, 2) for value in (posterior.mean, posterior.std)
         )
         return mean, std
+
+
+def draw_kept(dropout: float, generators: Sequence[torch.Generator], like: Tensor) -> Tensor:
+    """(B,), of the kind of `like`: 0 for clips whose generator drops a part of their condition, else 1."""
+    kept = [float(torch.rand((), generator=generator) >= dropout) for generator in generators]
+    return send(torch.tensor(kept, dtype=like.dtype), like.device)
 
 
 class TrajectoryStage(Stage):

@@ -33,9 +33,8 @@ from imageconductor.checkpoints.model_folder import (
 )
 from imageconductor.checkpoints.personalise import read_motion_lora
 from imageconductor.conditioning.boxes import Boxes, stack_boxes
-from imageconductor.conditioning.first_frame import keyframe_condition
 from imageconductor.conditioning.flow_map import flow_map
-from imageconductor.data.batches import Samples
+from imageconductor.data.batches import Samples, send
 from imageconductor.models.adapters import (
     activate,
     add_adapter,
@@ -52,7 +51,7 @@ from imageconductor.models.motion_module import motion_modules_bypassed
 from imageconductor.models.networks import Networks, load_network
 from imageconductor.training import samples
 from imageconductor.training.stage_configs import BoxStageConfig, ObjectGatesConfig, SceneGatesConfig
-from imageconductor.training.stages.base import ParameterGroup, Stage
+from imageconductor.training.stages.base import ParameterGroup, Stage, draw_kept
 from imageconductor.training.stages.gate_settings import check_gates, read_gates, settings_of_fresh_gates
 
 MOTION = "motion"
@@ -86,8 +85,7 @@ class BoxStage(Stage):
                 f"clips have up to world.max_sprites={config.world.max_sprites} objects, more than "
                 f"max_objects={config.max_objects}"
             )
-        size = config.size if config.data else config.world.size
-        check_shape(config.model, size, config.num_frames or (16 if config.data else config.world.num_frames))
+        check_shape(config.model, config.clip_size, config.clip_frames)
 
     @classmethod
     def build_samples(cls, config: BoxStageConfig) -> Samples:
@@ -99,21 +97,14 @@ class BoxStage(Stage):
         """The first samples that no step sees; see `samples.read_held_out_boxes`."""
         return samples.read_held_out_boxes(config, previewed)
 
-    def draw_latents(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """Clean latents drawn from the posterior of a batch of clips, and its mean, each (B, C, T, h, w)."""
-        mean, std, _ = self._encode_clips(batch)
-        noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
-        return mean + std * noise.to(mean.device), mean
+    def begin(self, data: Any) -> None:
+        """Refuses class names that the text encoder cannot read, as far as they are known before clips are read.
 
-    def draw_text(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> Tensor:
-        """(B, L, D), the empty text in place of those that are dropped."""
-        return self.encode_text(batch, [bool(torch.rand((), generator=g) < self.text_dropout) for g in generators])
-
-    def draw_keyframes(self, mean: Tensor, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        """`Condition.keyframes` and `mask` of the clips' first frames, zero where they are dropped."""
-        keyframes, mask = keyframe_condition(mean[:, :, :1], (0,), mean.shape[2])
-        given = _keep(self.image_dropout, generators, mean).view(-1, 1, 1, 1, 1)
-        return {"keyframes": keyframes * given, "mask": mask * given}
+        Raises:
+            ValueError: There is one; names a clip that has it.
+        """
+        for name, key in samples.known_class_names(data.samples).items():
+            self.networks.check_names([name], f"clip {key}")
 
     def encode_boxes(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
         """Fields of a `Condition`: boxes (B, T, N, 4), present (B, T, N), names (B, N, D).
@@ -121,13 +112,20 @@ class BoxStage(Stage):
         Of stages that draw tracks, `flow` and `has_flow` as well.
 
         Args:
-            batch: With `boxes`, `Boxes` of each clip.
+            batch: With `boxes`, `Boxes` of each clip, and their `key`.
             generators: One a clip; they draw whether all of its objects are absent, and which have tracks.
+
+        Raises:
+            ValueError: The text encoder cannot read a class name; names the clip.
         """
         clips: Sequence[Boxes] = batch["boxes"]
-        told = {name: self._name_feature(name) for boxes in clips for name in boxes.names}
+        told = {
+            name: self._name_feature(name, k)
+            for k, boxes in zip(batch["key"], clips, strict=True)
+            for name in boxes.names
+        }
         fields = stack_boxes(clips, told, self.text_encoder.config.hidden_size)
-        kept = _keep(self.boxes_dropout, generators, fields["boxes"])[:, None]
+        kept = draw_kept(self.boxes_dropout, generators, fields["boxes"])[:, None]
         drawn: dict[str, Tensor] = {}
         if self.tracks_prob:
             drawn, has_box = self._draw_tracks(clips, fields["names"].shape[1], generators)
@@ -137,7 +135,7 @@ class BoxStage(Stage):
             "present": fields["present"] * kept[:, None],
             "names": fields["names"] * kept[..., None],
         }
-        return drawn | {name: x.to(self.unet.device) for name, x in fields.items()}
+        return drawn | {name: send(x, self.unet.device) for name, x in fields.items()}
 
     def _draw_tracks(
         self, clips: Sequence[Boxes], count: int, generators: Sequence[torch.Generator]
@@ -153,15 +151,16 @@ class BoxStage(Stage):
             points[n, : len(told)] = centres.points  # told: 0, a box; 1, both; 2, a track
             visible[n, : len(told)] = centres.visible & (told > 0)[:, None]
             has_box[n, : len(told)] *= told < 2
-        sent = points.to(self.unet.device), visible.to(self.unet.device)
+        sent = send(points, self.unet.device), send(visible, self.unet.device)
         with torch.autocast(self.unet.device.type, enabled=False):  # Flow maps are pixels; half precision rounds them.
             flow = flow_map(*sent, clips[0].size, self.motion_controlnet.flow_convention)
         return {"flow": flow, "has_flow": sent[1].flatten(1).any(1)}, has_box
 
-    def _name_feature(self, name: str) -> Tensor:
-        """(D,) on the CPU; names are encoded one by one, so that a feature does not depend on those beside it."""
+    def _name_feature(self, name: str, key: str) -> Tensor:
+        """(D,) on the CPU, of a class name in the clip `key`."""
         if name not in self._features:
-            self._features[name] = self.networks.encode_names([name])[0].float().cpu()
+            self.networks.check_names([name], f"clip {key}")
+            (self._features[name],) = self.networks.encode_names([name])
         return self._features[name]
 
     def measures(self) -> dict[str, float]:
@@ -214,7 +213,7 @@ class ObjectGatesStage(BoxStage):
             batch: As `Stage.encode`, with `boxes`, `Boxes` of each clip.
             generators: One a clip.
         """
-        x_0, mean = self.draw_latents(batch, generators)
+        x_0, mean, _ = self.draw_latents(batch, generators)
         fields = self.draw_keyframes(mean, generators) if self.shows_controlnet else {}
         return x_0, Condition(self.draw_text(batch, generators), **fields, **self.encode_boxes(batch, generators))
 
@@ -300,10 +299,10 @@ class SceneGatesStage(BoxStage):
 
         The image ControlNet reads it if it acts, the gates attend to it, and the input branch adds it.
         """
-        x_0, mean = self.draw_latents(batch, generators)
+        x_0, mean, _ = self.draw_latents(batch, generators)
         first = mean[:, :, 0]
         dropouts = {"scene": self.scene_dropout, "input_frame": self.input_dropout}
-        fields = {name: first * _keep(p, generators, first).view(-1, 1, 1, 1) for name, p in dropouts.items()}
+        fields = {name: first * draw_kept(p, generators, first).view(-1, 1, 1, 1) for name, p in dropouts.items()}
         if self.shows_controlnet:
             fields |= self.draw_keyframes(mean, generators)
         return x_0, Condition(self.draw_text(batch, generators), **fields, **self.encode_boxes(batch, generators))
@@ -322,11 +321,6 @@ def _scene_lora(config: SceneGatesConfig) -> Path | None:
     """The LoRA of the motion modules of scene gates that go on learning; None where there is none."""
     _, gates = read_gates(config, "scene_gates")
     return None if gates is None else find_scene_lora(config.model)
-
-
-def _keep(dropout: float, generators: Sequence[torch.Generator], like: Tensor) -> Tensor:
-    """(B,), 0 for clips whose generator drops a part of their condition, else 1."""
-    return like.new_tensor([float(torch.rand((), generator=generator) >= dropout) for generator in generators])
 
 
 def _usual_adapters(model: str) -> tuple[str, ...]:

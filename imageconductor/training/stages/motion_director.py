@@ -186,8 +186,7 @@ class MotionDirectorStage(Stage):
     def encode(self, batch: dict[str, Any], generators: Sequence[torch.Generator]) -> tuple[Tensor, Condition]:
         """As `Stage.encode`, of one clip: the text is the whole condition, and the step's random choices go along."""
         (generator,), (key,) = generators, batch["key"]
-        mean, std, _ = self._encode_clips(batch)
-        x_0 = mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
+        x_0, mean, _ = self.draw_latents(batch, generators)
 
         def draw(count: int) -> int:
             return int(torch.randint(count, (), generator=generator))
@@ -196,7 +195,7 @@ class MotionDirectorStage(Stage):
             return bool(torch.rand((), generator=generator) < probability)
 
         num_frames = mean.shape[2]
-        text = self.encode_text(batch, [happens(self.text_dropout)])
+        text = self.draw_text(batch, generators)
         picture = keyframe_condition(mean[:, :, :1], (0,), num_frames) if self.config.first_frame else (None, None)
         return x_0, ReferenceCondition(
             text,
