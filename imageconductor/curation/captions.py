@@ -39,12 +39,13 @@ def load_blip2(name: str, device: str | None) -> tuple[Any, Any, str]:
     """BLIP-2's processor and network, loaded once per process, and their device.
 
     Raises:
-        ValueError: The folder or hub name `name` holds no BLIP-2.
+        ValueError: The folder or hub name `name` holds no BLIP-2, or the device cannot be used.
     """
-    import torch
     from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    from imageconductor.devices import choose_device
+
+    device = choose_device(device)
     try:
         processor: Any = Blip2Processor.from_pretrained(name)
         loaded: Any = Blip2ForConditionalGeneration.from_pretrained(

@@ -61,10 +61,12 @@ def load_raft(weights: str, device: str | None) -> tuple[Any, str]:
     """Torchvision's RAFT with the user's weights, loaded once per process, and its device.
 
     Raises:
-        ValueError: torchvision cannot be imported, or the file is not a state dict of raft_large.
+        ValueError: torchvision cannot be imported, the file is not a state dict of raft_large, or the device cannot be
+            used.
     """
     import torch
 
+    from imageconductor.devices import choose_device
     from imageconductor.models.weights import read_checkpoint
 
     try:
@@ -76,7 +78,7 @@ def load_raft(weights: str, device: str | None) -> tuple[Any, str]:
         network.load_state_dict(read_checkpoint(weights))
     except Exception as error:  # A missing file, no state dict, or that of another network.
         raise ValueError(f"raft_weights={weights}: not torchvision's raft_large: {str(error)[:400]}") from error
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(device)
     return network.to(device, torch.float32).eval(), device
 
 
