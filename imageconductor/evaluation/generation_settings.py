@@ -18,8 +18,9 @@ from imageconductor.evaluation.learned_motion_config import LearnedMethod
 from imageconductor.evaluation.requests import Request
 from imageconductor.evaluation.score_files import identify_file
 from imageconductor.evaluation.video_format import VideoFormat
+from imageconductor.models.lora_files import FOLDER_NAMES
 from imageconductor.sampling.job import SampleJob
-from imageconductor.sampling.loras import find_job_loras, find_lora, parse_lora, parse_noise_prior
+from imageconductor.sampling.loras import find_job_loras, find_lora, parse_noise_prior
 from imageconductor.sampling.shortcuts import NO_SHORTCUTS
 
 _SETTINGS = (
@@ -37,11 +38,19 @@ _MOTION = "motion "
 
 
 def list_attached_files(method: Method) -> list[str]:
-    """Files that a method puts on its model: base weights and LoRAs."""
-    loras = [parse_lora(text)[0] for text in (*method.lora, *method.motion_lora)]
+    """Files that a method puts on its model: base weights and LoRAs, also of folders and of runs.
+
+    Raises:
+        FileNotFoundError, ValueError: As `find_lora`.
+    """
+    loras = [find_lora(text, "style")[0] for text in method.lora]
+    loras += [find_lora(text, "motion")[0] for text in method.motion_lora]
+    files = [
+        str(next((Path(lora, name) for name in FOLDER_NAMES if Path(lora, name).is_file()), lora)) for lora in loras
+    ]
     if method.few_step:
-        loras.append(str(few_step_lora_path(locate_model(method.model or ""))))
-    return [*([method.base] if method.base else []), *loras]
+        files.append(str(few_step_lora_path(locate_model(method.model or ""))))
+    return [*([method.base] if method.base else []), *files]
 
 
 def collect_settings(

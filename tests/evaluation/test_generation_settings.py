@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from imageconductor.data.sprite_world import SpriteWorldConfig
-from imageconductor.evaluation.evaluate_config import EvaluateConfig
-from imageconductor.evaluation.generation_settings import locate_record, merge_with_record
+from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method
+from imageconductor.evaluation.generation_settings import list_attached_files, locate_record, merge_with_record
 from imageconductor.evaluation.protocol import Evaluation
 from imageconductor.evaluation.reference_statistics import describe_reference
 from imageconductor.evaluation.video_format import VideoFormat
@@ -89,3 +90,19 @@ def test_what_has_changed_is_told_with_both_values(tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             merge_with_record(record, old | new)
+
+
+def test_loras_may_be_folders_and_runs(tmp_path):
+    name = "pytorch_lora_weights.safetensors"
+    for folder in ("style", "run/motion_lora"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / name).touch()
+    (tmp_path / "run" / "config.yaml").write_text("stage: motion_director\n")
+    (tmp_path / "file.safetensors").touch()
+    method = Method(
+        model="m",
+        lora=[f"{tmp_path / 'style'}:0.5", str(tmp_path / "file.safetensors")],
+        motion_lora=[str(tmp_path / "run")],
+    )
+    files = [Path(file).relative_to(tmp_path).as_posix() for file in list_attached_files(method)]
+    assert files == [f"style/{name}", "file.safetensors", f"run/motion_lora/{name}"]
