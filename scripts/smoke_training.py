@@ -27,6 +27,7 @@ from imageconductor.data.sprite_world import SpriteSet
 from imageconductor.devices import free_memory, resident_peak_bytes
 from imageconductor.files import check_record, write_record, write_text
 from imageconductor.processes import start_processes
+from imageconductor.training.ignored_settings import reset_ignored
 from imageconductor.training.loop import leave
 from imageconductor.training.record import clips_per_step
 from imageconductor.training.run import run_stage
@@ -118,12 +119,11 @@ def shorten(real: TrainConfig, smoke: SmokeConfig, name: str, made: dict[str, st
     num_frames = real.num_frames or 16
     world = replace(real.world, size=real.size if real.data else real.world.size, num_frames=num_frames)
     inputs = {key: made.get(key) for key in ("motion_controlnet", "camera_lora") if hasattr(real, key)}
-    return replace(
+    trial = replace(
         real,
         model=smoke.model,
         data=[],
         held_out_clips=0,
-        **{name: getattr(type(real), name) for name in real.OF_DATA},
         world=world,
         sets=[SpriteSet.CAMERA] if real.stage == "camera_lora" else [SpriteSet.MIXED],
         max_steps=smoke.max_steps,
@@ -136,6 +136,7 @@ def shorten(real: TrainConfig, smoke: SmokeConfig, name: str, made: dict[str, st
         output=str(Path(smoke.output) / name),
         **inputs,
     )
+    return reset_ignored(trial)  # `settings` are for all stages, of which one may ignore some.
 
 
 def measure(real: TrainConfig, trial: TrainConfig) -> Measured:

@@ -10,11 +10,12 @@ import pytest
 from imageconductor.checkpoints.assembly import AssemblyConfig
 from imageconductor.commands.evaluate import choose_protocol
 from imageconductor.config import list_fields, load
-from imageconductor.curation.curate_config import CurateConfig
+from imageconductor.curation.curate_config import CurateConfig, check_unused
 from imageconductor.evaluation.box_config import BoxEvaluateConfig
 from imageconductor.evaluation.evaluate_config import EvaluateConfig
 from imageconductor.evaluation.learned_motion_config import LearnedMotionConfig
 from imageconductor.sampling.job import SampleJob
+from imageconductor.training.ignored_settings import check_ignored
 from imageconductor.training.stage_configs import STAGE_CONFIGS, load_config
 from scripts.ablations import AblationConfig
 from scripts.smoke_training import SmokeConfig
@@ -81,11 +82,11 @@ def test_settings_of_commands_exist(page):
         if script is not None:
             load(SCHEMAS[script], config, overrides)
         elif config.is_relative_to("configs/train"):
-            load_config(config, overrides)
+            check_ignored(load_config(config, overrides))
         elif config.is_relative_to("configs/evaluate"):
             load(choose_protocol(["--config", str(config), *overrides]), config, overrides)
         elif config.is_relative_to("configs/curate"):
-            load(CurateConfig, config, [*overrides, "input=x", "output=y"])
+            check_unused(load(CurateConfig, config, ["input=x", "output=y", *overrides]))
         elif config.is_relative_to("configs/model"):
             load(AssemblyConfig, config, overrides)
 

@@ -139,7 +139,7 @@ def locate_model(name: str | Path, **hub: Any) -> Path:
     folder = locate(name, "model folder", ignore_patterns=[*_NEVER_READ, "*.bin"], **hub)
     if all(has_weights(folder / part) for part in NETWORKS if (folder / part).is_dir()):
         return folder
-    return locate(name, "model folder", ignore_patterns=_NEVER_READ, **hub)
+    return locate(name, "model folder", ["*.bin"], **hub)
 
 
 def read_sampling_defaults(folder: str | Path) -> dict[str, Any]:

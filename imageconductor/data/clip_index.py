@@ -242,24 +242,40 @@ def _lock_folder(folder: Path) -> Iterator[None]:
 
 
 def _list_folder(path: Path) -> Shard:
-    files = sorted(_walk(path, "", frozenset()), key=lambda file: file[0].split("/"))
+    files = sorted(_walk(path, "", {path.resolve()}), key=lambda file: file[0].split("/"))
     return Shard(path, _build_table((name, 0, size) for name, size in files), is_folder=True)
 
 
-def _walk(folder: Path | str, prefix: str, above: frozenset[str]) -> Iterator[tuple[str, int]]:
-    """Names and sizes of the files below a folder, links to folders among it followed, but not in circles.
+def _walk(folder: Path | str, prefix: str, roots: set[Path]) -> Iterator[tuple[str, int]]:
+    """Names and sizes of the files below a folder, each of which is asked about once: a network's disk takes its time.
 
-    A file is asked about once: on a network's disk each question takes its time.
+    Links to folders are followed where they lead away: no clip is there twice.
+
+    Args:
+        folder: Folder.
+        prefix: Of the names.
+        roots: The folder where the walk began, and those that links have led to.
     """
-    above |= {os.path.realpath(folder)}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            name = f"{prefix}{entry.name}"
-            if entry.is_dir():
-                if not (entry.is_symlink() and os.path.realpath(entry.path) in above):
-                    yield from _walk(entry.path, f"{name}/", above)
-            elif entry.is_file():
-                yield name, entry.stat().st_size
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except PermissionError:
+        logger.warning("%s cannot be read, and is left out", folder)
+        return
+    for entry in entries:
+        name = f"{prefix}{entry.name}"
+        try:
+            is_folder, is_file = entry.is_dir(), entry.is_file()
+        except OSError:  # a link that leads to itself
+            continue
+        if is_folder and entry.is_symlink():
+            target = Path(entry.path).resolve()
+            if not any(target.is_relative_to(root) or root.is_relative_to(target) for root in roots):
+                roots.add(target)
+                yield from _walk(entry.path, f"{name}/", roots)
+        elif is_folder:
+            yield from _walk(entry.path, f"{name}/", roots)
+        elif is_file:
+            yield name, entry.stat().st_size
 
 
 def _build_table(files: Iterable[tuple[str, int, int]]) -> NDArray[np.void]:

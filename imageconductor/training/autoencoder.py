@@ -98,7 +98,7 @@ def train_autoencoder(
     loader = DataLoader(data, batch_size=None, sampler=shares, num_workers=num_workers, worker_init_fn=spare_worker)
     is_shown = processes.is_main_process
     bar = tqdm(steps, initial=start, total=config.max_steps, desc="autoencoder", unit="step", disable=not is_shown)
-    with checkpointing.lock_folder(runs), Stop(config.max_minutes) as stop:
+    with checkpointing.lock_folder(runs), Stop(config.max_minutes, begun=start) as stop:
         for step, batch in zip(bar, loader, strict=True):
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)  # the same in all processes
             clips = batch["pixel_values"]

@@ -95,7 +95,7 @@ class DeepSpeed(Replicated):
     def gather_state(self, tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
         """As `Replicated.gather_state`."""
         get: Any = self.deepspeed.utils.safe_get_full_optimizer_state
-        (part,) = self.optimizer.state.values()
+        part = next(iter(self.optimizer.state.values()), {})  # empty before the first step
         state: dict[int, dict[str, Tensor]] = {}
         for number, parameter in enumerate(self.parameters.values()):
             full = {key: get(parameter, key) if value.ndim else value.clone() for key, value in part.items()}
@@ -105,7 +105,9 @@ class DeepSpeed(Replicated):
         return tensors, {"optimizer": {"state": state, "param_groups": [{**group, "params": list(state)}]}}
 
     def _fill_moments(self, state: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Distributes moments that a checkpoint holds complete."""
+        """Distributes moments that a checkpoint holds complete; one of step 0 holds none."""
+        if not state.get(0):
+            return
         ((flat,),) = [group["params"] for group in self.optimizer.param_groups]
         self.optimizer.state[flat] = {
             key: torch.zeros_like(flat) if value.ndim else value.to(flat) for key, value in state[0].items()

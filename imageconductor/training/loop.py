@@ -97,7 +97,7 @@ def train(
     )
     batches = count_loading(_batches(data, config, accelerator, start=state.step), state)
     num_micro_steps, num_timesteps = config.gradient_accumulation_steps, stage.scheduler.config["num_train_timesteps"]
-    with Stop(config.max_minutes, start) as stop:
+    with Stop(config.max_minutes, start, state.step) as stop:
         while state.step < config.max_steps and not stop.is_due(state.step):
             state.terms = {}
             found: list[tuple[Tensor, list[str]]] = []

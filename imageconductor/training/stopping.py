@@ -29,10 +29,13 @@ class Stop:
     Args:
         max_minutes: That the run may take; None = no limit.
         start: When its minutes begin, by `time.monotonic()`; None = now.
+        begun: Steps that were done before. However long loading has taken, one more is done: a queue that starts the
+            run again and again gets ahead.
     """
 
-    def __init__(self, max_minutes: float | None, start: float | None = None):
+    def __init__(self, max_minutes: float | None, start: float | None = None, begun: int = 0):
         start = time.monotonic() if start is None else start
+        self.begun = begun
         self.end = None if max_minutes is None else start + 60 * max_minutes
         self.signal: int | None = None
         self.handlers: dict[int, Any] = {}
@@ -48,7 +51,8 @@ class Stop:
 
     def is_due(self, step: int) -> bool:
         """Whether the run has to end after so many steps; several processes ask each other."""
-        is_due = self.signal is not None or (self.end is not None and time.monotonic() >= self.end)
+        is_over = self.end is not None and time.monotonic() >= self.end and step > self.begun
+        is_due = self.signal is not None or is_over
         processes = PartialState()
         if processes.num_processes > 1:
             is_due = cast(Tensor, reduce(torch.tensor(float(is_due), device=processes.device), "sum")).item() > 0

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -38,9 +40,29 @@ def test_a_folder_of_links_holds_what_they_lead_to(folder, tmp_path):
     (tmp_path / "gathered" / "first").mkdir(parents=True)
     (tmp_path / "gathered" / "second").symlink_to(folder, target_is_directory=True)
     (tmp_path / "gathered" / "first" / "round").symlink_to(tmp_path / "gathered", target_is_directory=True)
+    (tmp_path / "gathered" / "third").symlink_to("second", target_is_directory=True)  # its clips are there
+    (tmp_path / "gathered" / "up").symlink_to("..", target_is_directory=True)
+    (tmp_path / "gathered" / "itself").symlink_to("itself")
     [plain], [linked] = find_clips([folder]), find_clips([tmp_path / "gathered"])
     assert [clip.key for clip in linked] == [f"second/{clip.key}" for clip in plain]
     assert linked[0].read("json") == plain[0].read("json")
+
+
+def test_a_folder_that_may_not_be_read_is_left_out(folder, tmp_path, monkeypatch, caplog):
+    """As `lost+found` at the root of a disk."""
+    shutil.copytree(folder, tmp_path / "data")
+    (tmp_path / "data" / "lost+found").mkdir()
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    [found] = find_clips([tmp_path / "data"])
+    assert len(found) == 5
+    assert "lost+found cannot be read, and is left out" in caplog.text
 
 
 def test_an_index_is_read_instead_of_the_headers(records, tmp_path, monkeypatch):

@@ -185,7 +185,8 @@ def test_a_smoke_run_on_the_gpus_of_its_recipe_times_the_steps_of_the_real_runs(
     assert config.clips_per_step == 64
     for path in config.stages:
         real = load_config(Path(path))
-        check_ignored(smoke_training.shorten(real, config, "trial", {}))  # of clips on disk, which a trial has not
+        for setting in ("shuffle_shards=3", "max_tracks=4"):  # of clips on disk, which a trial has not; of one stage
+            check_ignored(smoke_training.shorten(load_config(Path(path), [setting]), config, "trial", {}))
         assert smoke_training.warn_of_batch(real, config.clips_per_step) is None
         assert "96 in the real run; processes x batch_size" in smoke_training.warn_of_batch(
             replace(real, batch_size=5), 96

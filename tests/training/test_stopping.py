@@ -81,9 +81,10 @@ def test_a_worker_outlives_a_signal_that_comes_twice_and_ends_with_a_later_one(m
 
 
 def test_minutes_begin_where_the_command_did():
-    with Stop(1.0, start=time.monotonic() - 61) as over, Stop(1.0) as begun:
-        assert over.is_due(1)
-        assert not begun.is_due(1)
+    with Stop(1.0, start=time.monotonic() - 61, begun=3) as over, Stop(1.0) as fresh:
+        assert not over.is_due(3), "loading alone would never get ahead"
+        assert over.is_due(4)
+        assert not fresh.is_due(1)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
