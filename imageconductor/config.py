@@ -338,13 +338,20 @@ def to_plain(value: Any) -> Any:
     return str(value) if isinstance(value, PurePath) else value
 
 
+def default_values(schema: Any) -> dict[str, Any]:
+    """The defaults of a dataclass's fields, or of an instance's, by name; `MISSING` for those that have none."""
+    return {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(schema)
+    }
+
+
 def list_fields(schema: type["DataclassInstance"], given: Any = None, prefix: str = "") -> Iterator[Field]:
     """Every setting of `schema` with its default (its value in the instance `given`), nested ones in place."""
-    hints, comments = get_type_hints(schema), _comments(schema)
+    hints, comments, defaults = get_type_hints(schema), _comments(schema), default_values(schema)
     for field in dataclasses.fields(schema):
         hint = hints[field.name]
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        default = default if given is None else getattr(given, field.name)
+        default = defaults[field.name] if given is None else getattr(given, field.name)
         inner = required_type(hint)
         if not _is_schema(inner) or default is None:
             comment = field.metadata.get("help") or comments.get(field.name, "")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+
+from imageconductor.config import default_values
 
 
 @dataclass
@@ -132,7 +134,7 @@ def check_unused(config: CurateConfig) -> None:
     Raises:
         ValueError: Names such a setting and the choice that it belongs to.
     """
-    defaults = {field.name: field.default for field in fields(config)}
+    defaults = default_values(config)
     for name, (choice, value) in _USED_WITH.items():
         if getattr(config, name) != defaults[name] and getattr(config, choice) != value:
             raise ValueError(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from imageconductor.conditioning.preset_names import CAMERA_PRESETS, OBJECT_PRESETS
+from imageconductor.config import default_values
 from imageconductor.data.sprite_world import SpriteWorldConfig
 from imageconductor.sampling.shortcuts import NO_SHORTCUTS, Shortcuts
 
@@ -209,12 +210,8 @@ class EvaluateConfig:
 
     def _list_changed(self, names: Collection[str]) -> list[str]:
         """Those of the settings that do not have their default."""
-        defaults = {
-            setting.name: setting.default if setting.default is not MISSING else setting.default_factory()  # type: ignore[misc]
-            for setting in fields(self)
-            if setting.name in names
-        }
-        return [name for name, default in defaults.items() if getattr(self, name) != default]
+        defaults = default_values(self)
+        return [name for name in names if getattr(self, name) != defaults[name]]
 
     @property
     def idle(self) -> dict[str, str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from imageconductor.config import to_plain
+from imageconductor.config import default_values, to_plain
 from imageconductor.training.stage_configs import (
     BoxStageConfig,
     FoundationConfig,
@@ -62,10 +62,7 @@ def _find_ignored_of_reference_clips(config: MotionDirectorConfig) -> dict[str, 
 
 def reset_ignored(config: Config) -> Config:
     """The settings, those that do nothing at their defaults."""
-    defaults: dict[str, Any] = {
-        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        for field in dataclasses.fields(config)
-    }
+    defaults = default_values(config)
     return dataclasses.replace(config, **{name: defaults[name] for name in find_ignored(config)})
 
 
