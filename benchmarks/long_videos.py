@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 
 from imageconductor.data.trackers import LucasKanadeTracker
-from imageconductor.evaluation.evaluate_config import EvaluateConfig
-from imageconductor.evaluation.requests import Request, build_requests
-from imageconductor.evaluation.scores import measure
+from imageconductor.evaluation.drawn_motion.config import EvaluateConfig
+from imageconductor.evaluation.drawn_motion.requests import Request, build_requests
+from imageconductor.evaluation.drawn_motion.scores import measure
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 from imageconductor.sampling.video import contact_sheet, draw_trajectories, to_uint8
 from imageconductor.sampling.windows import split_frames

@@ -18,7 +18,7 @@ import numpy as np
 
 from imageconductor import config as config_file
 from imageconductor.command_line import parse_command_line
-from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, Task
+from imageconductor.evaluation.drawn_motion.config import EvaluateConfig, Method, Task
 from imageconductor.files import atomic_folder, check_record, check_writable, write_record, write_text
 from imageconductor.training.train_config import TrainConfig
 
@@ -188,8 +188,8 @@ def train_model(config: AblationConfig, name: str, plan: Mapping[str, TrainConfi
 
 def evaluate_models(config: EvaluateConfig, output: Path) -> dict[str, Any]:
     """Evaluates all models and writes the report; returns the record of results.json."""
-    from imageconductor.evaluation.protocol import Evaluation
-    from imageconductor.evaluation.report import write_report
+    from imageconductor.evaluation.drawn_motion.protocol import Evaluation
+    from imageconductor.evaluation.drawn_motion.report import write_report
 
     evaluation = Evaluation(config, output)
     record = evaluation.run()

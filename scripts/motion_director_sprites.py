@@ -281,7 +281,7 @@ def measure_video(video: NDArray[np.uint8], scene: Any, motion: str, count: int)
     """
     from imageconductor.data.scenes import render
     from imageconductor.data.sprite_world import SPRITE_COLOURS
-    from imageconductor.evaluation.motion_fidelity import displacement_cosine
+    from imageconductor.evaluation.metrics.motion_fidelity import displacement_cosine
 
     clips = [_clip_scene(number, motion) for number in range(count)]
     names = list(dict.fromkeys([colour for _, colour, *_ in _CLIPS] + list(_PROMPT_COLOURS)))  # backgrounds have others

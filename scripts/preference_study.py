@@ -15,7 +15,7 @@ import json
 import sys
 from pathlib import Path
 
-from imageconductor.evaluation.preference import build_study, format_rates, read_key, tally
+from imageconductor.evaluation.drawn_motion.preference import build_study, format_rates, read_key, tally
 from imageconductor.files import write_text
 
 

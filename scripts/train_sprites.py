@@ -33,8 +33,8 @@ from imageconductor.config import read_yaml
 from imageconductor.data.batches import Batches, SpriteSamples, scale_pixels
 from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
 from imageconductor.data.sprites import caption_words, captions
-from imageconductor.evaluation.motion import psnr
-from imageconductor.evaluation.one_step_error import format_errors, measure_one_step_errors
+from imageconductor.evaluation.metrics.motion import psnr
+from imageconductor.evaluation.metrics.one_step_error import format_errors, measure_one_step_errors
 from imageconductor.files import atomic_folder, atomic_path, check_record, check_writable, write_record, write_text
 from imageconductor.models.controlnets import MotionControlNet
 from imageconductor.models.networks import Networks

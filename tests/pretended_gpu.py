@@ -246,9 +246,9 @@ def evaluation(folder: Path) -> None:
     from transformers import ViTConfig, ViTModel
 
     from imageconductor.data.trackers import CoTracker
-    from imageconductor.evaluation.appearance import ClipScorer, DinoEncoder
-    from imageconductor.evaluation.frechet import collect_statistics
-    from imageconductor.evaluation.inception import Inception
+    from imageconductor.evaluation.metrics.appearance import ClipScorer, DinoEncoder
+    from imageconductor.evaluation.metrics.frechet import collect_statistics
+    from imageconductor.evaluation.metrics.inception import Inception
 
     found: Any = importlib.util.spec_from_file_location(
         "of_evaluation", Path(__file__).parent / "evaluation/conftest.py"

@@ -10,7 +10,7 @@ import torch
 from imageconductor.checkpoints.personalise import load_style_lora
 from imageconductor.commands import sample
 from imageconductor.devices import has_instructions
-from imageconductor.evaluation.motion import psnr
+from imageconductor.evaluation.metrics.motion import psnr
 from imageconductor.models.adapters import attached_adapters
 from imageconductor.sampling.job import prepare
 from imageconductor.sampling.job_files import load_job

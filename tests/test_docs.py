@@ -11,9 +11,9 @@ from imageconductor.checkpoints.assembly import AssemblyConfig
 from imageconductor.commands.evaluate import choose_protocol
 from imageconductor.config import list_fields, load
 from imageconductor.curation.curate_config import CurateConfig, check_unused
-from imageconductor.evaluation.box_config import BoxEvaluateConfig
-from imageconductor.evaluation.evaluate_config import EvaluateConfig
-from imageconductor.evaluation.learned_motion_config import LearnedMotionConfig
+from imageconductor.evaluation.boxes.config import BoxEvaluateConfig
+from imageconductor.evaluation.drawn_motion.config import EvaluateConfig
+from imageconductor.evaluation.learned_motion.config import LearnedMotionConfig
 from imageconductor.sampling.job import SampleJob
 from imageconductor.training.ignored_settings import check_ignored
 from imageconductor.training.stage_configs import STAGE_CONFIGS, load_config

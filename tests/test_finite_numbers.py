@@ -16,7 +16,7 @@ from imageconductor.commands import sample
 from imageconductor.conditioning import Trajectories
 from imageconductor.config import list_fields, required_type
 from imageconductor.curation.curate_config import CurateConfig
-from imageconductor.evaluation.evaluate_config import EvaluateConfig
+from imageconductor.evaluation.drawn_motion.config import EvaluateConfig
 from imageconductor.models.small_model import SmallModelConfig
 from imageconductor.models.weights import read_checkpoint
 from imageconductor.sampling.job import SampleJob

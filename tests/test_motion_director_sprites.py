@@ -7,7 +7,7 @@ import pytest
 
 from imageconductor.config import load
 from imageconductor.data.scenes import render
-from imageconductor.evaluation.learned_motion_config import LearnedMotionConfig
+from imageconductor.evaluation.learned_motion.config import LearnedMotionConfig
 from scripts import motion_director_sprites as miniature
 
 MOTIONS = list(miniature.MOTIONS)

@@ -19,8 +19,8 @@ from torch import Tensor
 from imageconductor.apps.engine import Made
 from imageconductor.conditioning import Boxes, Trajectories
 from imageconductor.data.trackers import LucasKanadeTracker
-from imageconductor.evaluation.motion import background_displacement
-from imageconductor.evaluation.requests import select_background
+from imageconductor.evaluation.drawn_motion.requests import select_background
+from imageconductor.evaluation.metrics.motion import background_displacement
 from imageconductor.files import atomic_folder, read_text, write_text
 from imageconductor.sampling.job import SampleJob
 from imageconductor.sampling.job_files import write

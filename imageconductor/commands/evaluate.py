@@ -27,9 +27,9 @@ from typing import Any
 
 from imageconductor import config as config_file
 from imageconductor.command_line import parse_command_line, peek_settings
-from imageconductor.evaluation.box_config import BoxEvaluateConfig
-from imageconductor.evaluation.evaluate_config import EvaluateConfig
-from imageconductor.evaluation.learned_motion_config import LearnedMotionConfig
+from imageconductor.evaluation.boxes.config import BoxEvaluateConfig
+from imageconductor.evaluation.drawn_motion.config import EvaluateConfig
+from imageconductor.evaluation.learned_motion.config import LearnedMotionConfig
 
 Settings = EvaluateConfig | LearnedMotionConfig | BoxEvaluateConfig
 
@@ -87,23 +87,23 @@ def _evaluate(config: Settings, output: Path) -> dict[str, Any] | None:
 
 
 def _evaluate_drawn(config: EvaluateConfig, output: Path) -> dict[str, Any] | None:
-    from imageconductor.evaluation.protocol import Evaluation
-    from imageconductor.evaluation.report import format_markdown, write_report
+    from imageconductor.evaluation.drawn_motion.protocol import Evaluation
+    from imageconductor.evaluation.drawn_motion.report import format_markdown, write_report
 
     return _report(Evaluation(config, output), write_report, format_markdown, "report.html")
 
 
 def _evaluate_learned(config: LearnedMotionConfig, output: Path) -> dict[str, Any] | None:
-    from imageconductor.evaluation.learned_motion import LearnedMotionEvaluation
-    from imageconductor.evaluation.learned_motion_summary import format_learned_motion, write_learned_motion_report
+    from imageconductor.evaluation.learned_motion.protocol import LearnedMotionEvaluation
+    from imageconductor.evaluation.learned_motion.summary import format_learned_motion, write_learned_motion_report
 
     evaluation = LearnedMotionEvaluation(config, output)
     return _report(evaluation, write_learned_motion_report, format_learned_motion, "table.md")
 
 
 def _evaluate_boxes(config: BoxEvaluateConfig, output: Path) -> dict[str, Any] | None:
-    from imageconductor.evaluation.box_protocol import BoxEvaluation
-    from imageconductor.evaluation.box_summary import format_boxes, write_box_report
+    from imageconductor.evaluation.boxes.protocol import BoxEvaluation
+    from imageconductor.evaluation.boxes.summary import format_boxes, write_box_report
 
     return _report(BoxEvaluation(config, output), write_box_report, format_boxes, "table.md")
 
@@ -123,14 +123,14 @@ def _report(
 def _export(config: Settings, output: Path) -> None:
     if not isinstance(config, EvaluateConfig):
         raise ValueError(f"export-requests is for drawn motion, and these are settings of protocol {config.protocol}")
-    from imageconductor.evaluation.request_files import export_requests
+    from imageconductor.evaluation.drawn_motion.request_files import export_requests
 
     export_requests(config, output)
 
 
 def _tell_failures(record: dict[str, Any]) -> int:
     """Prints what could not be measured, and gives the exit code."""
-    from imageconductor.evaluation.summary import list_failures
+    from imageconductor.evaluation.scores import list_failures
 
     failures = list_failures(record)
     for failure in failures:

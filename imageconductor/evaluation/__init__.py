@@ -1,1 +1,1 @@
-"""How well videos follow what was drawn: motion metrics, Fréchet distances, and the protocol that applies them."""
+"""How well videos do what was asked: metrics, and a protocol for each kind of request that applies them."""

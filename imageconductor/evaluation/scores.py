@@ -1,4 +1,4 @@
-"""The metrics of one video, and their summary over many."""
+"""Scores of videos and their summary over many: means and differences with intervals, and what was not measured."""
 
 from __future__ import annotations
 
@@ -7,71 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from imageconductor.data.trackers import Tracker
-from imageconductor.evaluation import motion
-from imageconductor.evaluation.appearance import ClipScorer, ssim
-from imageconductor.evaluation.requests import Request
 from imageconductor.evaluation.statistics import summarise, summarise_differences
-from imageconductor.evaluation.video_format import PAPER_DIAGONAL_PX
+
+PAPER_DIAGONAL_PX = math.hypot(384, 256)
+"""Diagonal of the frame in whose pixels errors are given."""
 
 _NOT_METRICS = ("key", "source", "tracked", "followed", "failed", "measured_with")
 _IN_PIXELS = ("error", "error_all_points", "still", "colour_error", "background_displacement")
-# Headline figures, by which a single model is judged: name -> task, metric.
-_HEADLINES = {
-    "cam_mc": ("camera", "error"),
-    "cam_mc_all_points": ("camera", "error_all_points"),
-    "cam_mc_still": ("camera", "still"),
-    "cam_mc_uncontrolled": ("camera_uncontrolled", "error"),
-    "obj_mc": ("object", "error"),
-    "obj_mc_all_points": ("object", "error_all_points"),
-    "obj_mc_still": ("object", "still"),
-    "obj_mc_uncontrolled": ("object_uncontrolled", "error"),
-    "background_displacement_object": ("object", "background_displacement"),
-    "background_displacement_camera": ("object_as_camera", "background_displacement"),
-    "background_displacement_base": ("object_as_base", "background_displacement"),
-    "background_displacement_uncontrolled": ("object_uncontrolled", "background_displacement"),
-}
-
-
-def measure(
-    request: Request, video: NDArray[np.uint8], tracker: Tracker, clip: ClipScorer | None = None
-) -> dict[str, Any]:
-    """Metrics of one video. Measuring the true clip of a request gives the tracker's own error.
-
-    Returns:
-        error, error_all_points, still, background_displacement: pixels of the video; error counts the points that the
-        tracker followed, error_all_points the lost ones too, still is the error of a motionless video.
-        colour_error: pixels, where the request knows the colours of what moves; no tracker has a part in it.
-        tracked_fraction, background_tracked_fraction: fractions of the points and frames that the tracker followed.
-        first_frame_psnr (dB), first_frame_ssim; clip_text, clip_consistency if there is a scorer.
-        tracked: (N, T, 2) list, pixels.  followed: (N, T) list.
-        failed: reason by instrument ("tracker", "clip"); the metrics of an instrument that fails are absent.
-
-    Raises:
-        ValueError: The video has not the shape that was requested.
-    """
-    expected = (request.trajectories.num_frames, *request.image.shape)
-    if video.shape != expected:
-        raise ValueError(f"{request.key}: expected a video of shape {expected}, got {video.shape}")
-    score: dict[str, Any] = {
-        "first_frame_psnr": motion.psnr(video[0] / 255, request.image / 255),
-        "first_frame_ssim": ssim(video[0], request.image),
-    }
-    if request.colours is not None:
-        points, visible = (x.numpy() for x in (request.trajectories.points, request.trajectories.visible))
-        score["colour_error"] = motion.colour_error(points, visible, video, request.colours, request.image)
-
-    def measure_motion() -> None:
-        score.update(_measure_motion(request, video, tracker))
-
-    def measure_clip() -> None:
-        if clip is not None:
-            score["clip_text"], score["clip_consistency"] = clip(video, request.prompt)
-
-    return score | run_instruments({"tracker": measure_motion, "clip": measure_clip})
 
 
 def run_instruments(instruments: Mapping[str, Callable[[], None]]) -> dict[str, dict[str, str]]:
@@ -88,24 +30,6 @@ def run_instruments(instruments: Mapping[str, Callable[[], None]]) -> dict[str, 
 def describe_failure(error: Exception) -> str:
     """Type and first line of an error's message."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
-
-
-def _measure_motion(request: Request, video: NDArray[np.uint8], tracker: Tracker) -> dict[str, Any]:
-    requested = request.trajectories.points.numpy()
-    visible = request.trajectories.visible.numpy()
-    points, seen = tracker.track(video, np.concatenate([requested[:, 0], request.background]))
-    tracked, background = np.split(points, [len(requested)])
-    followed, background_followed = np.split(seen, [len(requested)])
-    return {
-        "error": motion.trajectory_error(requested, tracked, visible & followed),
-        "error_all_points": motion.trajectory_error(requested, tracked, visible),
-        "still": motion.still_error(requested, visible),
-        "background_displacement": motion.background_displacement(background, background_followed),
-        "tracked_fraction": motion.tracked_fraction(followed, visible),
-        "background_tracked_fraction": motion.tracked_fraction(background_followed, np.ones_like(background_followed)),
-        "tracked": np.round(tracked, 2).tolist(),
-        "followed": followed.tolist(),
-    }
 
 
 def summarise_scores(
@@ -131,11 +55,11 @@ def summarise_scores(
         if metric in _NOT_METRICS:
             continue
         ours, theirs = (scale, baseline_scale or scale) if metric in _IN_PIXELS else (1.0, 1.0)
-        values = [_to_float(score.get(metric)) * ours for score in scores]
+        values = [read_metric(score, metric) * ours for score in scores]
         if baseline is None:
             figure = asdict(summarise(values, sources))
         else:
-            others = [_to_float(score.get(metric)) * theirs for score in baseline]
+            others = [read_metric(score, metric) * theirs for score in baseline]
             figure = asdict(summarise_differences(values, others, sources))
         if metric not in _IN_PIXELS:
             summary[metric] = figure
@@ -151,34 +75,6 @@ def _multiply(figure: dict[str, float], factor: float) -> dict[str, float]:
     return figure | {key: figure[key] * factor for key in ("mean", "low", "high")}
 
 
-def select_headlines(
-    summaries: Mapping[str, Mapping[str, dict[str, float]]], scores: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> dict[str, dict[str, float]]:
-    """The figures by which a single model is judged, under short names; errors in pixels of its videos.
-
-    Args:
-        summaries: From `summarise_scores`, by task.
-        scores: The scores that they summarise, by task.
-    """
-    wanted = dict(_HEADLINES)
-    for task in summaries:
-        if task.startswith("object_free_"):
-            wanted[f"background_displacement_{task}"] = (task, "background_displacement")
-            wanted[f"obj_mc_{task.removeprefix('object_')}"] = (task, "error")
-    headlines = {
-        key: summaries[task][metric]
-        for key, (task, metric) in wanted.items()
-        if task in summaries and metric in summaries[task]
-    }
-    both = [score for task in ("camera", "object") if task in summaries for score in scores[task]]
-    for metric in ("first_frame_psnr", "first_frame_ssim", "tracked_fraction"):
-        if not any(metric in score for score in both):
-            continue
-        values = [_to_float(score.get(metric)) for score in both]
-        headlines[metric] = asdict(summarise(values, [score["source"] for score in both]))
-    return headlines
-
-
 def to_json_values(value: Any) -> Any:
     """The same value as JSON can hold it: NaN and infinity become null."""
     if isinstance(value, Mapping):
@@ -188,5 +84,26 @@ def to_json_values(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _to_float(value: Any) -> float:
-    return float("nan") if value is None else float(value)
+def read_metric(score: Mapping[str, Any], metric: str) -> float:
+    """The metric's value, NaN where it could not be measured."""
+    value = score.get(metric)
+    return math.nan if value is None else float(value)
+
+
+def collect_failures(scores: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """By instrument, on how many videos it failed, and for what reason first."""
+    found: dict[str, list[str]] = {}
+    for score in scores:
+        for instrument, reason in score.get("failed", {}).items():
+            found.setdefault(instrument, []).append(reason)
+    return {name: f"{len(reasons)} of {len(scores)} videos, {reasons[0]}" for name, reasons in found.items()}
+
+
+def list_failures(record: dict[str, Any]) -> list[str]:
+    """What could not be measured, a line each: instrument, method, reason."""
+    lines = []
+    for name, method in record["methods"].items():
+        lines += [f"{key}, {name}: {d['failed']}" for key, d in method.get("frechet", {}).items() if "failed" in d]
+        lines += [f"{instrument}, {name}: {text}" for instrument, text in method["failed"].items()]
+    failed = record.get("tracker_on_the_true_clips", {}).get("failed", {})
+    return [*lines, *(f"{instrument}, true clips: {text}" for instrument, text in failed.items())]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import TypeVar
 
 from imageconductor.config import default_values, to_plain
@@ -55,6 +56,8 @@ def _find_ignored_of_reference_clips(config: MotionDirectorConfig) -> dict[str, 
         found["debiasing_beta"] = "under learns_motion=false; set"
     if not config.noise_prior:
         found["inversion_steps"] = "under noise_prior=0; set noise_prior, or"
+    if config.fps is not None and not any(Path(entry).suffix.lower() == ".json" for entry in config.data):
+        found["frame_step"] = "beside fps, other than of a .json; set fps=null, or"
     if (config.prompt or "").strip():
         found["captions"] = "beside prompt, which is the caption of every clip; set prompt=null, or"
     return found

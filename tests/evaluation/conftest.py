@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from imageconductor.evaluation.evaluate_config import EvaluateConfig
-from imageconductor.evaluation.requests import build_requests
+from imageconductor.evaluation.drawn_motion.config import EvaluateConfig
+from imageconductor.evaluation.drawn_motion.requests import build_requests
 from imageconductor.models.small_model import build_tokenizer
 from imageconductor.sampling.video import upscale_for_viewing, write_mp4
 

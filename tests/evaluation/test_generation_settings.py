@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from imageconductor.data.sprite_world import SpriteWorldConfig
-from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method
-from imageconductor.evaluation.generation_settings import list_attached_files, locate_record, merge_with_record
-from imageconductor.evaluation.protocol import Evaluation
-from imageconductor.evaluation.reference_statistics import describe_reference
-from imageconductor.evaluation.video_format import VideoFormat
+from imageconductor.evaluation.drawn_motion.config import EvaluateConfig, Method
+from imageconductor.evaluation.drawn_motion.generation_settings import list_attached_files
+from imageconductor.evaluation.drawn_motion.protocol import Evaluation
+from imageconductor.evaluation.drawn_motion.reference_statistics import describe_reference
+from imageconductor.evaluation.drawn_motion.video_format import VideoFormat
+from imageconductor.evaluation.generation_settings import locate_record, merge_with_record
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,11 @@ from accelerate import PartialState
 from PIL import Image
 
 from imageconductor.commands.evaluate import main
-from imageconductor.evaluation import input_checks, protocol
-from imageconductor.evaluation.evaluate_config import EvaluateConfig
-from imageconductor.evaluation.reference_videos import read_references
+from imageconductor.evaluation import input_checks
+from imageconductor.evaluation.drawn_motion import input_checks as drawn_checks
+from imageconductor.evaluation.drawn_motion import protocol
+from imageconductor.evaluation.drawn_motion.config import EvaluateConfig
+from imageconductor.evaluation.drawn_motion.reference_videos import read_references
 
 OWN = ["motions=own", "num_scenes=1", "size=[64,64]", "num_frames=16", "device=cpu"]
 
@@ -128,7 +130,7 @@ def test_reference_videos(exact, tmp_path, refused, caplog):
     assert "reference: 2 of 2 files have fewer than 61 frames, as " in line
     assert "lower reference_stride=4" in line
     config = EvaluateConfig(videos="v", reference=str(tmp_path / "reference"), reference_stride=2)
-    input_checks.check_references(config, 16, PartialState(cpu=True))
+    drawn_checks.check_references(config, 16, PartialState(cpu=True))
     assert f"1 of 2 files have fewer than 31 frames, as {tmp_path / 'reference' / 'a.mp4'} with 2" in caplog.text
     assert [video.shape for video in read_references(config, (32, 32), 16, range(2))] == [(16, 32, 32, 3)]
     assert "a.mp4 is left out: 10 of 16 frames" in caplog.text
@@ -147,7 +149,7 @@ def test_a_process_whose_reference_videos_are_all_too_short_goes_on_with_the_oth
         barrier.wait()
         return list(told)
 
-    monkeypatch.setattr(input_checks, "gather_object", gather)
+    monkeypatch.setattr(drawn_checks, "gather_object", gather)
 
     def check(stride: int) -> list[str]:
         told.clear()
@@ -156,7 +158,7 @@ def test_a_process_whose_reference_videos_are_all_too_short_goes_on_with_the_oth
         def of_process(index: int) -> str:
             state = SimpleNamespace(process_index=index, num_processes=2, is_main_process=index == 0)
             try:
-                return str(input_checks.check_references(config, 16, cast(PartialState, state)))
+                return str(drawn_checks.check_references(config, 16, cast(PartialState, state)))
             except ValueError as error:
                 return str(error)
 

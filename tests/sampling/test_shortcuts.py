@@ -7,7 +7,7 @@ from conftest import tiny_pipeline
 from PIL import Image
 
 from imageconductor.conditioning import camera_preset
-from imageconductor.evaluation.evaluate_config import Method
+from imageconductor.evaluation.drawn_motion.config import Method
 from imageconductor.models.adapters import merge_copy
 from imageconductor.models.controlnets import Control, ImageControlNet, MotionControlNet
 from imageconductor.models.motion_unet import MotionUNet

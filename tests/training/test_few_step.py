@@ -15,18 +15,18 @@ from imageconductor.checkpoints.few_step import few_step_scheduler, find_few_ste
 from imageconductor.commands import assemble, sample
 from imageconductor.diffusion.clean_estimate import prediction_of_x_0
 from imageconductor.diffusion.losses import pseudo_huber_loss
-from imageconductor.evaluation import protocol
-from imageconductor.evaluation.box_config import BoxEvaluateConfig, BoxMethod
-from imageconductor.evaluation.box_protocol import BoxEvaluation
-from imageconductor.evaluation.evaluate_config import EvaluateConfig, Method, Task
-from imageconductor.evaluation.learned_motion import LearnedMotionEvaluation
-from imageconductor.evaluation.learned_motion_config import (
+from imageconductor.evaluation.boxes.config import BoxEvaluateConfig, BoxMethod
+from imageconductor.evaluation.boxes.protocol import BoxEvaluation
+from imageconductor.evaluation.drawn_motion import protocol
+from imageconductor.evaluation.drawn_motion.config import EvaluateConfig, Method, Task
+from imageconductor.evaluation.drawn_motion.protocol import Evaluation
+from imageconductor.evaluation.learned_motion.config import (
     LearnedMethod,
     LearnedMotion,
     LearnedMotionConfig,
     VideoRequest,
 )
-from imageconductor.evaluation.protocol import Evaluation
+from imageconductor.evaluation.learned_motion.protocol import LearnedMotionEvaluation
 from imageconductor.models.adapters import active
 from imageconductor.sampling.branches import Control, GuidedDenoiser, plan
 from imageconductor.sampling.job import SampleJob, load_pipeline, prepare, render

@@ -31,6 +31,7 @@ IGNORED = [  # stage, settings beside which others do nothing, those others, why
     ("object_lora", {"orthogonal_weight": 0.0}, {"orthogonal_linear_only": False}, "or orthogonal_linear_only=true"),
     ("motion_director", {"learns_motion": False}, {"debiasing_beta": None}, "set debiasing_beta=1.0"),
     ("motion_director", {}, {"inversion_steps": 9}, "set noise_prior, or inversion_steps=50"),
+    ("motion_director", {"data": ["a.mp4"], "fps": 8.0}, {"frame_step": 2}, "set fps=null, or frame_step=1"),
     ("motion_director", {"prompt": "a"}, {"captions": "a.json"}, "set prompt=null, or captions=null"),
 ]
 
@@ -49,6 +50,10 @@ def test_what_does_nothing_is_refused_but_not_in_records(configure, stage, besid
     RunRecord(folder, before, 0).close()
     (folder / "checkpoint-00000001").mkdir()
     check_continuation(without)
+
+
+def test_the_entries_of_a_json_are_frame_step_apart_beside_fps(configure):
+    check_ignored(configure("motion_director", data=["a.mp4", "b.JSON"], fps=8.0, frame_step=2))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=str)

@@ -1,0 +1,1 @@
+"""An evaluation of SMCD's kind: objects follow boxes."""
