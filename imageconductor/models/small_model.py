@@ -190,7 +190,8 @@ def predict_v(networks: Networks) -> None:
     if scheduler.config["prediction_type"] != "sample":
         raise ValueError(f'a model that predicts "sample" is needed, got {scheduler.config["prediction_type"]!r}')
     after: Any = MotionUNet.from_config({**old.config, "first_frame_output": False, "first_frame_skips": False})
-    after.load_state_dict({name: old.state_dict()[name] for name in after.state_dict()})
+    kept = old.state_dict()
+    after.load_state_dict({name: kept[name] for name in after.state_dict()})
     for weights in after.conv_out.parameters():
         weights.neg_()
     networks.unet = after

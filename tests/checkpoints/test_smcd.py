@@ -207,8 +207,8 @@ def test_a_file_of_gligen(tmp_path, is_original):
     assert loaded.max_objects == 30
     assert load_smcd(tmp_path / "unet.bin", unet, max_objects=5)[0].max_objects == 5
     assert {gate.attn.heads for gate in loaded.gates.values()} == {8}
-    for key, value in gates.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], value + 1), key
+    expected = {key: value + 1 for key, value in gates.state_dict().items()}
+    torch.testing.assert_close(dict(loaded.state_dict()), expected, rtol=0, atol=0)
 
 
 def without(state, *parts):

@@ -47,8 +47,7 @@ def test_two_and_two_steps_are_four(configure, build, tmp_path, extra):
         shutil.rmtree(Path(parts.output) / f"checkpoint-{step:08d}")
     resumed, data = build(parts)
     train(resumed, data, parts)
-    for key, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[key]), key
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
     rates = {}
     for line in (Path(parts.output) / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -95,8 +94,7 @@ def test_a_run_whose_time_is_over_stops_with_its_result_and_goes_on(configure, b
 
     resumed, data = build(parts)
     assert train(resumed, data, replace(parts, max_minutes=None)).step == 4
-    for key, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[key]), key
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
 def test_a_continued_run_learns_at_the_rate_that_it_is_given(configure, build, parameters):
@@ -316,8 +314,7 @@ def test_a_preview_that_fails_costs_a_warning(configure, build, caplog):
         assert shown == ([1, 2] if given is config else [])
     assert "no preview of step 1: CUDA out of memory" in caplog.text
     assert "no preview of step 2: cannot import" in caplog.text
-    for key, value in stages[0].state_dict().items():
-        assert torch.equal(value, stages[1].state_dict()[key]), key
+    torch.testing.assert_close(stages[0].state_dict(), stages[1].state_dict(), rtol=0, atol=0)
 
 
 def test_a_preview_can_be_interrupted(configure, build):
