@@ -79,15 +79,22 @@ def run_command(work: Callable[[], object], less_memory: str = "work on less at 
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}")):
+        if (line := describe_full_memory(error, less_memory)) is None:
             raise
-        reason = (str(error).splitlines() or ["no message"])[0]
-        print(f"error: memory ran out ({reason}); {less_memory}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; nothing is left half-written", file=sys.stderr)
         return 130
     return 0
+
+
+def describe_full_memory(error: BaseException, less_memory: str) -> str | None:
+    """One line that says that memory ran out and what can be done, `less_memory`; None of an error of another kind."""
+    if not (isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}")):
+        return None
+    reason = (str(error).splitlines() or ["no message"])[0]
+    return f"memory ran out ({reason}); {less_memory}"
 
 
 def describe(schema: type[DataclassInstance]) -> str:

@@ -13,14 +13,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from imageconductor.command_line import describe, peek_settings
+from imageconductor.command_line import describe, describe_full_memory, peek_settings
 from imageconductor.files import find_shipped
 from imageconductor.training.stage_configs import STAGE_CONFIGS, check_stage, load_config, stated_stage
 from imageconductor.training.train_config import StageConfig
 
+_LESS_MEMORY = (
+    "gradient_checkpointing=true, a smaller batch_size with more gradient_accumulation_steps, and optimizer=adamw_8bit "
+    "(extra lowmem, for a new run) need less; the settings in configs/train/24gb/ are for one card of 24 GB"
+)
+
 
 def main(argv: Sequence[str] | None = None, stage: str | None = None, description: str = __doc__ or "") -> int:
-    """Runs the command and gives its exit code; 2 = bad input, told in one line.
+    """Runs the command and gives its exit code; 2 = bad input, 1 = too little memory, each told in one line.
 
     Args:
         argv: Arguments; None = the command line's.
@@ -48,6 +53,11 @@ def main(argv: Sequence[str] | None = None, stage: str | None = None, descriptio
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if (line := describe_full_memory(error, _LESS_MEMORY)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 1  # at which a launcher stops the other processes
     if PartialState().is_main_process:
         if state.step < config.max_steps:
             print(f"stopped at step {state.step} of {config.max_steps}; the same command goes on", file=sys.stderr)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 import threading
 from collections import Counter
@@ -261,6 +262,8 @@ def _check_models(run: Run) -> None:
     """
     if run.config.tracker == "cotracker":
         logger.warning("CoTracker's weights are CC-BY-NC: clips that it annotates are not for commercial use")
+    if run.config.captioner == "blip2" and re.search(r"(?<![a-z])opt(?![a-z])", Path(run.config.blip2).name.lower()):
+        logger.warning("BLIP-2 with OPT carries OPT's non-commercial licence, which may bind the use of its captions")
     for name, chunk_pass in (("score", Score(run)), ("annotate", Annotate(run, None))):
         if chunk_pass.uses_networks:
             with Workers(1, 3600.0) as workers:

@@ -15,7 +15,7 @@ class CurateConfig:
 
     RENAMED: ClassVar[dict[str, str]] = {"drop_share": "drop_fraction", "min_tracked": "min_tracked_fraction"}
 
-    input: str  # folder of videos, CSV file of id, caption and path, or RealEstate10K folder
+    input: str  # folder of videos, CSV file of clips and captions, or RealEstate10K folder
     output: str  # folder of the shards, the index and the report; an unfinished one is continued
     source: Literal["folder", "csv", "realestate10k"] = "folder"  # kind of `input`
     videos: str | None = None  # folder of the footage that a CSV or RealEstate10K refers to; null = beside `input`
@@ -45,7 +45,7 @@ class CurateConfig:
     boxes: str | None = None  # folder of what a detector found, ID.json for a source; null = clips have no boxes
     # Captions of sources that have none
     captioner: Literal["none", "blip2"] = "none"  # none leaves the caption empty
-    blip2: str = "Salesforce/blip2-opt-2.7b"  # folder or hub name of BLIP-2
+    blip2: str = "Salesforce/blip2-opt-2.7b"  # folder or hub name of BLIP-2; OPT's licence is non-commercial
     caption_frames: int = 3  # evenly spaced frames that BLIP-2 describes; the descriptions are joined
     # Running
     seed: int = 0  # seed of the random choice of frames in each source

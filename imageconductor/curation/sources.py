@@ -15,7 +15,7 @@ from imageconductor.files import list_files, read_csv, read_text
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = {"id": ("id", "videoid"), "caption": ("caption", "name")}
+_COLUMNS = {"id": ("id", "videoid", "video"), "caption": ("caption", "name")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +77,25 @@ def _read_folder(root: Path, config: CurateConfig) -> Iterator[Source]:
 
 
 def _read_csv(path: Path, config: CurateConfig) -> Iterator[Source]:
-    """The rows of a table with the columns id, caption and path, or WebVid's videoid, name and page_dir."""
+    """The rows of a table with the columns id, caption and path, or those of WebVid or OpenVid.
+
+    WebVid's are videoid, name and page_dir; OpenVid's are video, a file's name that is the id too, and caption.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"input={path}: source=csv needs a CSV file")
     root = Path(config.videos) if config.videos else path.parent
     rows = read_csv(path)
     header = next(rows, [])
     columns = {what: next((name for name in names if name in header), None) for what, names in _COLUMNS.items()}
-    if columns["id"] is None or ("path" not in header and "page_dir" not in header):
+    where = next((name for name in ("path", "page_dir", "video") if name in header), None)
+    if columns["id"] is None or where is None:
         raise ValueError(
-            f"{path}: needs the columns id, caption, path, or WebVid's videoid, name, page_dir; "
-            f"it has {', '.join(header) or 'none'}"
+            f"{path}: needs the columns id, caption, path, WebVid's videoid, name, page_dir, or OpenVid's video, "
+            f"caption; it has {', '.join(header) or 'none'}"
         )
     for row in (dict(zip(header, values, strict=True)) for values in rows):
         name = row[columns["id"]]
-        place = row["path"] if "path" in header else f"{row['page_dir']}/{name}.mp4"
+        place = f"{row['page_dir']}/{name}.mp4" if where == "page_dir" else row[where]
         if name and place:
             caption = (row[columns["caption"]] or "") if columns["caption"] else ""
             yield Source(name, str(root / place), " ".join(caption.split()), config.camera_only)

@@ -269,3 +269,10 @@ def test_frames_in_the_place_of_tracks_are_seen_with_visibility_too(tmp_path):
     np.savez(tmp_path / "tracks.npz", tracks=tracks, visibility=np.ones((9, 30), bool))
     with pytest.raises(ValueError, match="second axis seems to be the frames"):
         read_tracks(tmp_path / "tracks.npz", drawn_size=(80, 80))
+    centres = np.stack([np.linspace([20, 20], [60, 40], 14), np.linspace([50, 70], [30, 60], 14)])
+    corners = centres[:, :1] + [[-8, -6], [8, 6]]
+    np.save(tmp_path / "traj.npy", np.concatenate([corners, centres], 1))  # boxes, as SG-I2V has them
+    with pytest.raises(ValueError, match=r"second axis seems .*; a file of SG-I2V is converted by --from sg-i2v$"):
+        read_tracks(tmp_path / "traj.npy", drawn_size=(80, 80))
+    file = read_tracks(tmp_path / "traj.npy", drawn_size=(80, 80), format="sg-i2v")
+    assert file.tracks[1].points.tolist() == centres[1].tolist()

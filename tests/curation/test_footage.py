@@ -270,7 +270,7 @@ def test_the_grid_is_centred():
     assert points[0] == pytest.approx([11.5, 7.5])
 
 
-def test_webvid_and_plain_tables(tmp_path):
+def test_webvid_openvid_and_plain_tables(tmp_path):
     (tmp_path / "webvid.csv").write_text('videoid,name,page_dir\n7,"A dog, running",000001\n7,again,000001\n')
     config = CurateConfig(str(tmp_path / "webvid.csv"), "", source="csv", videos="/v")
     assert find_sources(config) == [Source("7", str(Path("/v/000001/7.mp4")), "A dog, running")]
@@ -280,6 +280,9 @@ def test_webvid_and_plain_tables(tmp_path):
         Source("a", str(tmp_path / "a.mp4"), "", True),
         Source("b", str(tmp_path / "b.mp4"), "two words", True),
     ]
+    (tmp_path / "openvid.csv").write_text('video,caption,aesthetic score,motion score\nb_1.mp4,"A, b",5.1,0.3\n')
+    config = CurateConfig(str(tmp_path / "openvid.csv"), "", source="csv", videos="/v")
+    assert find_sources(config) == [Source("b_1.mp4", str(Path("/v/b_1.mp4")), "A, b")]
     (tmp_path / "bad.csv").write_text("name,file\nx,y\n")
     with pytest.raises(ValueError, match=r"bad\.csv: needs the columns id, caption, path.* it has name, file"):
         find_sources(CurateConfig(str(tmp_path / "bad.csv"), "", source="csv"))

@@ -21,7 +21,7 @@ from transformers import (
     T5Config,
 )
 
-from imageconductor.curation import captions, motion_score
+from imageconductor.curation import captions, curate, motion_score
 from imageconductor.curation.captions import describe, load_blip2
 from imageconductor.curation.curate_config import CurateConfig
 from imageconductor.curation.motion_score import motion_scores
@@ -190,6 +190,35 @@ def test_a_blip2_that_lacks_weights_is_refused(blip2):
     (blip2 / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"^BLIP-2 cannot be loaded from .*: it lacks \d+ weights, such as qformer\."):
         load_blip2(str(blip2), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        ({"captioner": "blip2"}, ["BLIP-2 with OPT carries OPT's non-commercial licence"]),
+        ({"captioner": "blip2", "blip2": "/opt/optimal-blip2-flan-t5-xl"}, []),
+        ({}, []),
+        ({"tracker": "cotracker"}, ["CoTracker's weights are CC-BY-NC"]),
+    ],
+)
+def test_networks_under_a_non_commercial_licence_are_warned_of_once(settings, warned, tmp_path, monkeypatch, caplog):
+    class NoWorkers:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def map(self, *_):
+            return []
+
+    monkeypatch.setattr(curate, "Workers", NoWorkers)
+    curate._check_models(Run(CurateConfig("", "", **settings), tmp_path))
+    assert len(caplog.messages) == len(warned)
+    assert all(map(str.startswith, caplog.messages, warned))
 
 
 def test_blip2_is_loaded_before_the_work_begins(tmp_path):

@@ -1,14 +1,17 @@
 """The training commands: whose YAML they take, and what they say of a wrong one."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from imageconductor.commands.train import main
 from imageconductor.config import load
+from imageconductor.training import run
 from imageconductor.training.ignored_settings import check_ignored
 from imageconductor.training.stage_configs import STAGE_CONFIGS, BoxStageConfig, load_config
 from imageconductor.training.stages.registry import STAGES
@@ -126,6 +129,28 @@ def test_bad_settings_are_told_in_one_line(name, capsys):
     (line,) = said.err.splitlines()
     assert line.startswith("error: ")
     assert all(word in line for word in words), line
+
+
+def test_memory_that_runs_out_is_one_line_with_settings_that_exist(monkeypatch, capsys):
+    error = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(run, "run_stage", fail)
+    given = ["--config", f"{SPRITES}/camera_lora.yaml"]
+    assert main(given) == 1  # at which a launcher stops the other processes
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: memory ran out (CUDA out of memory.); ")
+    settings = re.findall(r"\w+_\w+=\w+|\w+=\w+_\w+", line)
+    assert settings == ["gradient_checkpointing=true", "optimizer=adamw_8bit"]
+    load_config(Path(given[1]), [*settings, "batch_size=1", "gradient_accumulation_steps=8"])
+    assert "smaller batch_size with more gradient_accumulation_steps" in line
+    (folder,) = re.findall(r"configs/\S+", line)
+    assert Path(folder, "camera_lora.yaml").is_file()
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1"):
+        main(given)
 
 
 def test_a_yaml_without_its_stage_is_refused_by_a_door_too(tmp_path, capsys):

@@ -195,7 +195,8 @@ def _check_axes(path: Path, tracks: Array, hints: Hints) -> None:
     if num_frames == 1 or (step > 2 * across and unevenness > 0.5):
         raise ValueError(
             f"{path} is a NumPy file with {describe_arrays({'': tracks})} whose second axis seems to be the frames; "
-            "frames come first: save tracks.transpose(1, 0, 2), or convert it by --from wan-move if they do"
+            "frames come first: save tracks.transpose(1, 0, 2), or convert it by --from wan-move if they do; "
+            "a file of SG-I2V is converted by --from sg-i2v"
         )
 
 

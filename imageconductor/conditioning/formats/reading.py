@@ -73,6 +73,8 @@ def parse_tracks(
     text: str,
     *,
     drawn_size: tuple[int, int] | None = None,
+    image_size: tuple[int, int] | None = None,
+    published_size: tuple[int, int] | None = None,
     num_frames: int = DEFAULT_FRAMES,
     max_tracks: int = MAX_FILE_TRACKS,
 ) -> TrackFile:
@@ -83,7 +85,7 @@ def parse_tracks(
     """
     source = Path("tracks")
     content = json_files.parse_json(text, source)
-    hints = Hints(drawn_size, max_tracks=max_tracks, num_frames=num_frames)
+    hints = Hints(drawn_size, image_size, published_size, max_tracks=max_tracks, num_frames=num_frames)
     return FORMATS[json_files.recognise_json(content)].read(source, content, hints)
 
 
