@@ -1,6 +1,7 @@
 """The generation command: what it writes, that it repeats, and how it refuses."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -219,6 +220,32 @@ def test_the_control_suits_what_a_file_moves(tiny_model, image, tmp_path):
         assert inputs.job.control == control
     asked = SampleJob(model=str(tiny_model), image=str(image), trajectories=str(path), control="base")
     assert prepare(asked).job.control == "base"
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    index = json.loads((other / "model_index.json").read_text())
+    index["sampling_defaults"]["control"] = "camera"
+    (other / "model_index.json").write_text(json.dumps(index))
+    assert prepare(replace(asked, model=str(other), control=None)).job.control == "camera"
+    path.write_text(json.dumps({**contents["object"], "tracks": [track | {"control": "object"}]}))
+    assert prepare(replace(asked, model=str(other), control=None)).job.control == "object"
+
+
+def test_the_command_says_what_it_chose_and_what_it_crops(tiny_model, image, tmp_path, monkeypatch, capsys, caplog):
+    for name in ("load_pipeline", "render", "write"):
+        monkeypatch.setattr(sample, name, lambda *_: [None])
+    (tmp_path / "drawn.json").write_text('{"width": 32, "height": 32, "tracks": [{"points": [[8, 8], [20, 8]]}]}')
+    command = ["--image", str(image), "--trajectories", str(tmp_path / "drawn.json"), "--output"]
+    Image.new("RGB", (33, 32)).save(image)
+    assert sample.main([*command, str(tmp_path / "a"), "--model", str(tiny_model)]) == 0
+    said = capsys.readouterr().err
+    assert "control: object; another is --control camera" in said
+    assert "sprite world" not in said
+    assert not caplog.records
+    Image.new("RGB", (36, 90)).save(image)
+    assert sample.main([*command, str(tmp_path / "b"), "--model", str(tiny_model), "--control", "camera"]) == 0
+    assert "control:" not in capsys.readouterr().err
+    assert "60 % of the picture is cropped away, as it has 36x90 pixels and the video 32x32" in caplog.text
+    assert sample.main([*command, str(tmp_path / "c")]) == 0
+    assert "models/sprites has seen the sprite world alone; for photos give --model" in capsys.readouterr().err
 
 
 def test_every_preset_suits_its_control(tiny_model, image):

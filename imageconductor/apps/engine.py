@@ -306,5 +306,6 @@ def is_long(job: SampleJob) -> bool:
 def _explain(error: BaseException) -> BaseException:
     """The error, or what a visitor can do about memory that ran out."""
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
-        return FieldError("generate", "memory ran out; ask for fewer videos, fewer frames or a smaller size")
+        less = "`imageconductor app` with --vae-tiling, --offload or a smaller --width and --height needs less"
+        return FieldError("generate", f"memory ran out; ask for fewer videos or frames, or, if it is your page: {less}")
     return error

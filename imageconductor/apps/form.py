@@ -90,9 +90,10 @@ class Form:
     motions: Mapping[str, float] = field(default_factory=dict)
 
 
-def read_defaults(model: str) -> SamplingDefaults:
-    """The defaults of a model folder, with which the page begins."""
-    return SamplingDefaults(**read_sampling_defaults(locate_model(model)))
+def read_defaults(base: SampleJob) -> SamplingDefaults:
+    """The defaults of a job's model, with which the page begins, of the job's own size where it states one."""
+    defaults = SamplingDefaults(**read_sampling_defaults(locate_model(base.model)))
+    return replace(defaults, width=base.width or defaults.width, height=base.height or defaults.height)
 
 
 def list_gates(model: str) -> list[str]:
@@ -125,9 +126,9 @@ def build_job(form: Form, base: SampleJob, shelf: Shelf, limits: Limits, folder:
     Raises:
         FieldError: A field is out of bounds; names it.
     """
-    defaults = read_defaults(base.model)
+    defaults = read_defaults(base)
     if defaults.width * defaults.height > limits.video_pixels:
-        raise FieldError("generate", f"this model's {defaults.width} x {defaults.height} video is larger than allowed")
+        raise FieldError("generate", f"a video of {defaults.width} x {defaults.height} is larger than allowed")
     if form.picture is None and not form.prompt.strip():
         raise FieldError("picture", "choose a picture, or write a prompt for a video without one")
     control = None if form.control == AUTOMATIC else form.control
@@ -212,8 +213,8 @@ def list_cropped(drawing: Mapping[str, Any], job: SampleJob) -> list[str]:
     Raises:
         FieldError: It holds no track.
     """
-    defaults, num_frames = read_defaults(job.model), cast(int, job.num_frames)
-    size = job.width or defaults.width, job.height or defaults.height
+    defaults, num_frames = read_defaults(job), cast(int, job.num_frames)
+    size = defaults.width, defaults.height
     said = "outside of the bright part of the picture, which is all that the video shows; drag"
     drawn = Trajectories.from_drawing(without_boxes(drawing), num_frames)
     placed = drawn.cover_crop(size)

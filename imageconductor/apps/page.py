@@ -24,7 +24,7 @@ from imageconductor.apps.page_parts import (
     build_sheet,
 )
 from imageconductor.apps.studio import Studio
-from imageconductor.checkpoints.model_folder import SamplingDefaults
+from imageconductor.checkpoints.model_folder import SamplingDefaults, check_shape, locate_model
 from imageconductor.conditioning import load_image
 from imageconductor.conditioning.trajectory_json import TRACK_CONTROLS
 
@@ -44,9 +44,13 @@ def build_page(studio: Studio, folder: Path) -> gr.Blocks:
     Args:
         studio: Model, queue and visitors.
         folder: Of the page's own files, which exists as long as the page does.
+
+    Raises:
+        ValueError: The model takes no videos of the studio's size.
     """
     limits, base = studio.limits, studio.engine.base
-    defaults = read_defaults(base.model)
+    defaults = read_defaults(base)
+    check_shape(locate_model(base.model), (defaults.width, defaults.height))
     controls = [name for name in TRACK_CONTROLS if name in studio.controls]
     props = {"controls": controls, "max_tracks": limits.tracks, "max_points": limits.points}
     props |= {"max_objects": studio.max_objects, "picture_input": "#picture input[type=file]"}

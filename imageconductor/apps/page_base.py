@@ -148,7 +148,7 @@ class PageEvents:
         chosen["looks"] = dict.fromkeys(chosen["looks"] or [], look_scale)
         chosen["motions"] = dict.fromkeys(chosen["motions"] or [], motion_scale)
         chosen["base"] = chosen["base"] or ""
-        usual = read_defaults(self.studio.engine.base.model)
+        usual = read_defaults(self.studio.engine.base)
         for name in ("guidance_scale", "trajectory_guidance_scale"):
             if chosen[name] == getattr(usual, name):
                 chosen[name] = None  # left alone: the few-step LoRA has another default

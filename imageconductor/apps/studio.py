@@ -120,7 +120,7 @@ class Studio:
 
     def _submit(self, request: Request) -> Ticket:
         job = request.job
-        steps = job.steps or read_defaults(job.model).num_inference_steps
+        steps = job.steps or read_defaults(job).num_inference_steps
         # About ten pictures of the estimate in all; none where the VAE waits in main memory.
         every = 0 if job.offload != "none" else max(1, steps // 10)
         try:

@@ -21,6 +21,8 @@ def parser() -> argparse.ArgumentParser:
         epilog="The page is for this machine alone unless --host says otherwise; it has no passwords. docs/page.md",
     )
     p.add_argument("--model", default="models/sprites", metavar="FOLDER", help="as of `imageconductor sample`")
+    p.add_argument("--width", type=int, metavar="PIXELS", help="of the videos; default: the model's")
+    p.add_argument("--height", type=int, metavar="PIXELS", help="of the videos; default: the model's")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 = the whole network")
     p.add_argument("--port", type=int, default=7860, help="port to listen on")
     p.add_argument("--queue-size", type=int, default=16, metavar="N", help="requests that may wait")
@@ -53,7 +55,13 @@ def run(args: argparse.Namespace) -> None:
     from imageconductor.apps.server import serve
 
     base = SampleJob(
-        model=args.model, device=args.device, dtype=args.dtype, offload=args.offload, vae_tiling=args.vae_tiling
+        model=args.model,
+        width=args.width,
+        height=args.height,
+        device=args.device,
+        dtype=args.dtype,
+        offload=args.offload,
+        vae_tiling=args.vae_tiling,
     )
     own = find_shipped(Path(args.model)) / "style_lora"  # of the bundled model
     loras = [*args.loras, *([own] if own.is_dir() else [])]

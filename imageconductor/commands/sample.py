@@ -58,6 +58,10 @@ def main(argv: list[str] | None = None) -> int:
         inputs = prepare(job)
         if not Path(job.model).exists():
             print(f"model: {inputs.job.model}", file=sys.stderr)  # of the package, or downloaded
+        if "image" in args and job.model == SampleJob.model:
+            print(f"{job.model} has seen the sprite world alone; for photos give --model FOLDER", file=sys.stderr)
+        if job.control is None and job.preset is None and inputs.trajectories.num_tracks and job.mix is None:
+            print(f"control: {inputs.job.control}; another is --control camera, object or mixed", file=sys.stderr)
         with atomic_folder(output) as folder:  # opened first, so that a place that cannot be written costs no video
             videos = render(load_pipeline(inputs.job), [inputs])[0]
             write(inputs, videos, folder)

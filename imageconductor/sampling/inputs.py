@@ -34,7 +34,7 @@ from imageconductor.sampling.gate_inputs import (
     encode_boxes,
     warn_without_scene_lora,
 )
-from imageconductor.sampling.job_conditions import crop_drawn
+from imageconductor.sampling.job_conditions import crop_drawn, suitable_control
 from imageconductor.sampling.shortcuts import NO_SHORTCUTS, Shortcuts
 from imageconductor.sampling.windows import choose_window, split_frames
 
@@ -135,8 +135,11 @@ def check_inputs(
     most = pipe.unet.config.get("motion_max_seq_length")
     windows = split_frames(num_frames, choose_window(window_frames, defaults.num_frames, most), window_overlap)
     check_video_shape((width, height), len(windows[0]), pipe.vae_scale_factor, most)
-    control = parse_control(_given(control, defaults.control))
     drawn = [] if trajectories is None else _as_list(trajectories)
+    if control is None:
+        said = {suitable_control(one, defaults.control) for one in drawn}
+        control = said.pop() if len(said) == 1 else defaults.control
+    control = parse_control(control)
     if pipe.motion_controlnet is None and (drawn or image is not None):
         raise ValueError("image and trajectories need ControlNets, and this is a text-to-video model, which has none")
     scale = _given(guidance_scale, defaults.guidance_scale)

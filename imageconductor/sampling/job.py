@@ -199,10 +199,10 @@ def prepare(job: SampleJob) -> Inputs:
     )
     from imageconductor.checkpoints.personalise import check_base, check_loras
     from imageconductor.checkpoints.reference_run import check_noise_prior, read_num_frames
-    from imageconductor.conditioning import cover_crop, load_image
+    from imageconductor.conditioning import cover_crop
+    from imageconductor.sampling import job_conditions as conditions
     from imageconductor.sampling.branches import ADAPTERS, Control
     from imageconductor.sampling.gate_inputs import check_gate_scales, choose_first_frame
-    from imageconductor.sampling.job_conditions import build_trajectories, read_boxes, suitable_control
     from imageconductor.sampling.windows import choose_window, split_frames
 
     if job.image is None and not job.prompt:
@@ -212,10 +212,11 @@ def prepare(job: SampleJob) -> Inputs:
         weights["trajectory_guidance_scale"] = job.trajectory_guidance_scale
     job = _with_defaults(job)
     size, num_frames = (cast(int, job.width), cast(int, job.height)), cast(int, job.num_frames)
-    image = None if job.image is None else load_image(job.image)
-    trajectories = build_trajectories(job, size, num_frames, size if image is None else image.size)
+    image = None if job.image is None else conditions.read_first_frame(job.image, size)
+    trajectories = conditions.build_trajectories(job, size, num_frames, size if image is None else image.size)
     if job.control is None:
-        job = replace(job, control=suitable_control(trajectories, job.preset))
+        usual = read_sampling_defaults(job.model)["control"]
+        job = replace(job, control=cast(Any, conditions.suitable_control(trajectories, usual, job.preset)))
     if image is not None or trajectories.num_tracks:
         check_controlnets(job.model, "a video of an image or trajectories")
     if job.camera_free_scale is not None and job.control != "object":
@@ -236,7 +237,7 @@ def prepare(job: SampleJob) -> Inputs:
     learned = [read_num_frames(Path(parse_lora(text)[0])) or 0 for text in job.motion_lora]
     job = replace(job, window_frames=choose_window(job.window_frames, max([trained, *learned]), most))
     split_frames(num_frames, cast(int, job.window_frames), job.window_overlap)
-    boxes = None if job.boxes is None else read_boxes(job, size, num_frames)
+    boxes = None if job.boxes is None else conditions.read_boxes(job, size, num_frames)
     has_scene = read_gate_config(job.model, "scene_gates") is not None
     carrier = choose_first_frame(job.first_frame_by, [] if image is None else [(0,)], boxes is not None, has_scene)
     check_gate_scales(job.scene_guidance_scale, job.gated_fraction, boxes is not None or carrier != "controlnet")

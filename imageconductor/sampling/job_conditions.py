@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from imageconductor.conditioning.preset_names import CAMERA_PRESETS
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from imageconductor.conditioning import Boxes, Trajectories
     from imageconductor.sampling.job import SampleJob
 
 logger = logging.getLogger(__name__)
+
+_CROPPED_IN_SILENCE = 0.1  # of a picture
 
 
 def build_trajectories(
@@ -39,6 +43,26 @@ def build_trajectories(
 
         return take_motion(Path(job.motion_from), size, num_frames)
     return Trajectories.empty(size, num_frames)
+
+
+def read_first_frame(path: str, size: tuple[int, int]) -> Image.Image:
+    """The picture of a file, not yet cropped; one that loses a tenth of itself in a video of `size` is warned of.
+
+    Raises:
+        ValueError, FileNotFoundError: As `load_image`.
+    """
+    from imageconductor.conditioning import load_image
+    from imageconductor.conditioning.first_frame import cover_scale
+
+    image = load_image(path)
+    cropped = 1 - size[0] * size[1] / (image.width * image.height * cover_scale(image.size, size) ** 2)
+    if cropped > _CROPPED_IN_SILENCE:
+        logger.warning(
+            "%s: %.0f %% of the picture is cropped away, as it has %dx%d pixels and the video %dx%d; width and height "
+            "of the video say another shape",
+            path, 100 * cropped, *image.size, *size,
+        )  # fmt: skip
+    return image
 
 
 def crop_drawn(drawn: Trajectories, size: tuple[int, int], source: str) -> Trajectories:
@@ -78,16 +102,15 @@ def list_cropped_tracks(drawn: Trajectories, placed: Trajectories) -> list[int]:
     return is_lost.nonzero().flatten().tolist()
 
 
-def suitable_control(trajectories: Trajectories, preset: str | None = None) -> Literal["camera", "object", "mixed"]:
-    """The camera for its presets and for tracks that all say so, both LoRAs where only some do, else the object."""
+def suitable_control(trajectories: Trajectories, default: str, preset: str | None = None) -> str:
+    """What a preset or the tracks say that they move, both LoRAs where only some say the camera; else the default."""
     from imageconductor.conditioning import TRACK_CONTROLS
 
-    codes = trajectories.control
-    if preset in CAMERA_PRESETS:
-        return "camera"
-    if codes is None or not len(codes):
-        return "object"
-    says_camera = codes == TRACK_CONTROLS.index("camera")
+    if preset is not None:
+        return "camera" if preset in CAMERA_PRESETS else "object"
+    if trajectories.control is None or bool((trajectories.control < 0).all()):
+        return default
+    says_camera = trajectories.control == TRACK_CONTROLS.index("camera")
     return "camera" if bool(says_camera.all()) else "mixed" if bool(says_camera.any()) else "object"
 
 

@@ -169,7 +169,8 @@ class ImageConductorPipeline(ModelPipeline):
                 is. None leaves the motion ControlNet out.
             prompt: What the video shows.
             negative_prompt: What it does not show; None = the model's default, as below.
-            control: "camera", "object", "mixed" (both LoRAs) or "base" (none).
+            control: "camera", "object", "mixed" (both LoRAs) or "base" (none); None = what the trajectories say that
+                they move, else the model's default.
             camera_free_scale: lambda_trajs of Eq. 5, with control "object"; None = plain classifier-free guidance.
             guidance_scale: lambda_cfg; at most 1 = off, as in diffusers' pipelines.
             trajectory_guidance_scale: Above 1 it extrapolates away from the video without the trajectories.

@@ -5,6 +5,7 @@ Tracks are placed when the size and the number of frames of the video are known,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,19 @@ from imageconductor.conditioning import (
     camera_preset,
     object_preset,
 )
-from imageconductor.conditioning.formats import parse_tracks
+from imageconductor.conditioning.formats import TrackFile, parse_tracks
 from imageconductor.conditioning.formats.json_files import parse_json
 from imageconductor.conditioning.trajectories import MAX_TRACKS
 from imageconductor.sampling.job_conditions import crop_drawn
 
 from . import host
 
+logger = logging.getLogger(__name__)
+
 Place = Callable[[tuple[int, int], int], Trajectories]
 """Makes tracks of a size (W, H) and a number of frames."""
+
+_HOW = "give the size of the editor's canvas as the node's width and height"
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,10 @@ class TextTracks(_TrackNode):
         """The node's inputs in ComfyUI's form."""
         side = {"default": 0, "min": 0, "max": 16384}
         example = '[{"x": 12, "y": 40}, {"x": 44, "y": 24}]'
-        tip = "of the frame that the text was drawn in, pixels. 0: the video's. A text that states its frame keeps it."
+        tip = (
+            "of the frame that the text was drawn in, pixels; KJNodes' is 512x512 unless it was changed. 0: the "
+            "video's. A text that states its frame keeps it."
+        )
         return {
             "required": {
                 "text": ("STRING", {"default": example, "multiline": True}),
@@ -94,8 +102,9 @@ class TextTracks(_TrackNode):
             )
 
         def place(size: tuple[int, int], num_frames: int) -> Trajectories:
-            drawn_size = (width, height) if width else size
-            file = parse_tracks(text, drawn_size=drawn_size, num_frames=num_frames, max_tracks=MAX_TRACKS)
+            file = _read_text(text, (width, height) if width else None, size, num_frames)
+            for note in file.notes:
+                logger.warning("%s%s", note, f"; {_HOW}" if note.endswith(" was assumed") else "")
             return crop_drawn(Trajectories.from_file(file, num_frames), size, "tracks")
 
         return (Tracks((place,)),)
@@ -178,3 +187,19 @@ class MergeTracks(_TrackNode):
     def make(self, first: Tracks, second: Tracks) -> tuple[Tracks]:
         """The tracks of both, those of `first` before."""
         return (Tracks(first.parts + second.parts),)
+
+
+def _read_text(text: str, drawn_size: tuple[int, int] | None, size: tuple[int, int], num_frames: int) -> TrackFile:
+    """The tracks of a JSON text, drawn in a frame of `drawn_size`; None = as it says, else `size` (W, H), the video's.
+
+    Raises:
+        ValueError: No JSON, or malformed content.
+    """
+    sizes = {"drawn_size": drawn_size, "image_size": size, "published_size": size}
+    try:
+        return parse_tracks(text, **sizes, num_frames=num_frames, max_tracks=MAX_TRACKS)
+    except ValueError as error:
+        message, is_assumed, _ = str(error).partition("; that size was assumed")  # and the options of commands
+        if not is_assumed:
+            raise
+        raise ValueError(f"{message}, which was assumed; {_HOW}") from None

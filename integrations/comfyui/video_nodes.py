@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from imageconductor.sampling.branches import Control
-from imageconductor.sampling.job_conditions import suitable_control
 from imageconductor.sampling.pipeline import ImageConductorPipeline
 from imageconductor.sampling.video import Frames, draw_trajectories, to_uint8, upscale_for_viewing
 
@@ -19,6 +18,8 @@ from .track_nodes import Tracks
 
 _AUTO = "auto"
 _BYTES_PER_PIXEL = 3e4  # of a video's width x height, beside the weights, in half precision (docs/memory.md)
+_OFFLOADED_BYTES = 4e9  # of weights that come to the GPU at a time where networks wait in main memory
+_CHUNK = 16  # as `SampleJob.decode_chunk_size`
 
 
 class SampleVideo:
@@ -36,7 +37,7 @@ class SampleVideo:
         scale = {"default": 0.0, "min": 0.0, "max": 100.0, "step": 0.1}
         count = {"default": 0, "min": 0, "max": 16384}
         controls = (
-            "What the tracks move. auto: as the tracks say; both LoRAs if only some say the camera; else objects."
+            "What the tracks move. auto: as the tracks say; both LoRAs if only some say the camera; else the model's."
         )
         return {
             "required": {
@@ -75,6 +76,15 @@ class SampleVideo:
                     {"tooltip": "First frame, cropped to the shape of the video; several make videos each."},
                 ),
                 "tracks": (host.TRACKS,),
+                "decode_chunk_size": (
+                    "INT",
+                    {
+                        "default": _CHUNK,
+                        "min": 1,
+                        "max": 4096,
+                        "tooltip": "Frames that are decoded at a time; fewer take less memory.",
+                    },
+                ),
             },
         }
 
@@ -95,6 +105,7 @@ class SampleVideo:
         num_videos: int,
         image: Tensor | None = None,
         tracks: Tracks | None = None,
+        decode_chunk_size: int = _CHUNK,
     ) -> tuple[Tensor, float]:
         """Frames (V T, H, W, 3) of V videos after one another, on the CPU, and the model's frames a second.
 
@@ -108,9 +119,8 @@ class SampleVideo:
         size = (width or defaults["width"], height or defaults["height"])
         num_frames = num_frames or defaults["num_frames"]
         drawn = None if tracks is None else tracks.place(size, num_frames)
-        if control == _AUTO:
-            control = "object" if drawn is None else suitable_control(drawn)
-        host.make_room(_BYTES_PER_PIXEL * size[0] * size[1])
+        arriving = _OFFLOADED_BYTES if hasattr(model.unet, "_hf_hook") else 0.0
+        host.make_room(_BYTES_PER_PIXEL * size[0] * size[1] + arriving)
         pictures = [] if image is None else _to_pictures(image)
         seeds = [seed + i for i in range(num_videos)]
         result: Any = model(
@@ -118,7 +128,7 @@ class SampleVideo:
             trajectories=drawn if drawn is not None and drawn.num_tracks else None,
             prompt=prompt,
             negative_prompt=negative_prompt or None,
-            control=control,
+            control=None if control == _AUTO else control,
             camera_free_scale=camera_free_scale or None,
             guidance_scale=guidance_scale or None,
             trajectory_guidance_scale=trajectory_guidance_scale or None,
@@ -128,6 +138,7 @@ class SampleVideo:
             width=size[0],
             seed=seeds,
             output_type="pt",
+            decode_chunk_size=decode_chunk_size,
             callback_on_step_end=host.report_steps(),
         )
         frames = result.frames.permute(0, 1, 3, 4, 2).flatten(0, 1)  # (V T, H, W, 3)

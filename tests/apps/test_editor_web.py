@@ -299,6 +299,28 @@ def test_timing_is_set_on_the_timeline_and_kept_when_the_number_of_frames_change
     desk.value(lambda value: value["tracks"][0]["start"] == 23)  # a frame is left to move in
 
 
+def test_a_point_is_reached_in_the_frame_that_is_shown(desk):
+    for point in [(100, 100), (300, 100), (500, 100)]:
+        desk.click(*point)
+    desk.press("Enter")
+    now = desk.page.get_by_role("button", name="Reach now")
+    assert now.count() == 0, "no point is selected"
+    desk.click(300, 100)
+    desk.seek(12)
+    now.click()
+    track = desk.value(lambda value: value["tracks"][0].get("times"))["tracks"][0]
+    assert track["times"] == [0, 12, 15]
+    desk.click(500, 100)
+    desk.seek(4)
+    now.click()
+    value = desk.value(lambda value: value["tracks"][0]["times"][2] == 4)
+    assert value["tracks"][0]["times"] == [0, 3, 4], "the others give way"
+    placed = check_drawing_value(value, FRAMES, size=SIZE).points[0]
+    torch.testing.assert_close(placed[[0, 3, 4, 15], 0], torch.tensor([100, 300, 500, 500], dtype=placed.dtype), atol=1.0, rtol=0)
+    desk.find(".row .tool:has-text('Even out')").click()
+    desk.value(lambda value: "times" not in value["tracks"][0])
+
+
 def test_presets_begin_where_the_picture_is_clicked(desk):
     desk.find("[aria-label='Add a preset motion']").select_option(label="arc")
     desk.click(300, 200)

@@ -94,7 +94,7 @@ def test_the_files_of_a_result(studio, visit, form):
 
 def test_scales_that_a_visitor_leaves_alone_are_the_defaults_of_what_is_made(studio, visit, form):
     page_base = pytest.importorskip("gradio") and importlib.import_module("imageconductor.apps.page_base")
-    usual = read_defaults(studio.engine.base.model)
+    usual = read_defaults(studio.engine.base)
     values = {**vars(form), "look_scale": 1.0, "motion_scale": 1.0, "looks": [], "motions": []}
     values |= {"guidance_scale": usual.guidance_scale, "trajectory_guidance_scale": 2.5}
     for name in ("picture", "drawing", "drawing_size"):
@@ -224,6 +224,17 @@ def test_a_drawing_moves_what_the_models_loras_can_move(form, tiny_model, tmp_pa
     assert (list_controls(str(folder)), job.control) == (controls, expected)
     prepare(job)  # would refuse a control without its LoRA
     assert build_job(change(form, control="mixed"), base, Shelf(), Limits(), tmp_path).control == "mixed"
+
+
+def test_the_page_may_have_another_size_than_its_model(form, tiny_model, tmp_path):
+    base = SampleJob(model=str(tiny_model), device="cpu", width=48)
+    usual = read_defaults(base)
+    assert (usual.width, usual.height) == (48, 32)
+    inputs = prepare(build_job(form, base, Shelf(), Limits(), tmp_path))
+    assert inputs.image is not None
+    assert inputs.image.size == inputs.trajectories.size == (48, 32)
+    with pytest.raises(FieldError, match="a video of 48 x 32 is larger than allowed"):
+        build_job(form, base, Shelf(), Limits(video_pixels=1024), tmp_path)
 
 
 def test_stopped_while_it_is_decoded_nothing_is_kept(studio, visit, form):

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+SIZE = (32, 32)
+"""(W, H) of the tiny model's videos."""
+
 FOLDER = Path(__file__).parents[2] / "integrations" / "comfyui"
 
 
@@ -176,3 +179,27 @@ def run_prompt(nodes: dict[str, Any], prompt: dict[str, Any]) -> SimpleNamespace
         for key in prompt:
             result_of(key)
     return SimpleNamespace(outputs=outputs, saved=saved)
+
+
+def run_node(package, name, **given):
+    """Outputs of a node, whose inputs are the defaults of its widgets where they are not given."""
+    node = package.NODE_CLASS_MAPPINGS[f"ImageConductor{name}"]
+    inputs = {}
+    for key, (kind, options) in declared_inputs(node).items():
+        if isinstance(kind, list):
+            inputs[key] = kind[0]
+        elif "default" in options:
+            inputs[key] = options["default"]
+    with torch.inference_mode():
+        return getattr(node(), node.FUNCTION)(**inputs | given)
+
+
+def sample(package, pipe, **given):
+    """Outputs of the sampling node in two steps."""
+    return run_node(package, "SampleVideo", model=pipe, prompt="a red star", steps=2, **given)
+
+
+def picture(count=1, channels=3):
+    """A batch of ComfyUI's images."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, *SIZE, channels), generator=generator).float() / 255

@@ -1,17 +1,18 @@
-"""The ComfyUI nodes, called as its server does, on the tiny model; ComfyUI itself is not needed."""
+"""The ComfyUI nodes and workflows, called as its server does, on the tiny model; ComfyUI itself is not needed."""
 
 import json
-from pathlib import Path
+import re
 from types import SimpleNamespace
 
 import comfyui_host
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline
+from comfyui_host import SIZE, picture, run_node, sample
 from PIL import Image
 
 from imageconductor.conditioning import Trajectories, camera_motion
+from imageconductor.sampling.job_conditions import suitable_control
 
 try:
     import tomllib
@@ -19,17 +20,7 @@ except ModuleNotFoundError:  # Python 3.10
     tomllib = None
 
 WORKFLOWS = sorted((comfyui_host.FOLDER / "workflows").glob("*.json"))
-SIZE, FRAMES = (32, 32), 4
-
-
-@pytest.fixture(scope="module")
-def package():
-    return comfyui_host.load_nodes()
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return tiny_pipeline()
+FRAMES = 4
 
 
 @pytest.fixture
@@ -39,36 +30,9 @@ def nodes(package, tmp_path):
     return {**package.NODE_CLASS_MAPPINGS, **own}
 
 
-@pytest.fixture
-def host(monkeypatch, tmp_path):
-    return comfyui_host.Host(monkeypatch, tmp_path)
-
-
-def run_node(package, name, **given):
-    """Outputs of a node, whose inputs are the defaults of its widgets where they are not given."""
-    node = package.NODE_CLASS_MAPPINGS[f"ImageConductor{name}"]
-    inputs = {}
-    for key, (kind, options) in comfyui_host.declared_inputs(node).items():
-        if isinstance(kind, list):
-            inputs[key] = kind[0]
-        elif "default" in options:
-            inputs[key] = options["default"]
-    with torch.inference_mode():
-        return getattr(node(), node.FUNCTION)(**inputs | given)
-
-
-def sample(package, pipe, **given):
-    return run_node(package, "SampleVideo", model=pipe, prompt="a red star", steps=2, **given)
-
-
 def place(package, name, size=SIZE, num_frames=FRAMES, **given):
     (tracks,) = run_node(package, name, **given)
     return tracks.place(size, num_frames)
-
-
-def picture(count=1, channels=3):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (count, *SIZE, channels), generator=generator).float() / 255
 
 
 # -- workflows
@@ -88,6 +52,21 @@ def test_workflow_is_accepted_and_runs(path, nodes, host, tiny_model, tmp_path):
     assert images.dtype == overlay.dtype == torch.float32
     assert fps == 8.0
     assert host.progress == [(1, 2), (2, 2)]
+
+
+def test_a_workflow_saved_before_the_optional_inputs_still_runs(nodes, host, tiny_model, tmp_path):
+    prompt = json.loads((WORKFLOWS[0].parent / "api" / "object_tracks.json").read_text())
+    Image.new("RGB", (48, 48), "teal").save(tmp_path / "sprites.png")
+    for entry in prompt.values():
+        optional = nodes[entry["class_type"]].INPUT_TYPES().get("optional", {})
+        for name in optional.keys() - {"image", "tracks"}:
+            del entry["inputs"][name]
+    assert prompt["1"]["inputs"].keys() == {"model", "installed", "base", "loras", "dtype"}
+    assert comfyui_host.check_prompt(nodes, prompt) == []
+    prompt["1"]["inputs"]["model"], prompt["4"]["inputs"]["steps"] = str(tiny_model), 1
+    images, _ = comfyui_host.run_prompt(nodes, prompt).saved["image_conductor/video"]
+    assert images.shape == (FRAMES, 32, 32, 3)
+    assert host.progress == [(1, 1)]
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -178,14 +157,16 @@ def test_auto_control_is_that_of_the_tracks(package):
 
     class Model:
         sampling_defaults = {"width": 64, "height": 64, "num_frames": 4, "fps": 8}  # noqa: RUF012
+        unet = None
 
         def __call__(self, **inputs):
-            asked.append(inputs["control"])
+            assert inputs["control"] is None, "the pipeline reads it from the tracks"
+            asked.append(inputs["trajectories"] and suitable_control(inputs["trajectories"], "object"))
             return SimpleNamespace(frames=torch.zeros(1, 4, 3, 2, 2))
 
     for tracks in (camera, preset, thing, text, both, None):
         sample(package, Model(), tracks=tracks)
-    assert asked == ["camera", "camera", "object", "object", "mixed", "object"]
+    assert asked == ["camera", "camera", "object", "object", "mixed", None]
 
 
 def test_cancelling_stops_between_steps_and_the_next_run_is_whole(package, pipe, host):
@@ -260,6 +241,26 @@ def test_text_that_the_crop_leaves_out_is_told(package, caplog):
         place(package, "TextTracks", text=json.dumps([lost]), width=64, height=32)
 
 
+def test_an_assumed_frame_is_told_with_the_names_of_the_inputs(package, caplog):
+    inside, beyond = spline([[4, 6], [12, 20]]), spline([[4, 6], [400, 20]])  # of KJNodes' 512x512
+    how = "; give the size of the editor's canvas as the node's width and height"
+    got = place(package, "TextTracks", text=json.dumps([inside]))
+    assert got.points[0, -1].tolist() == [12, 20]
+    assert caplog.messages == [f"tracks (kjnodes) states no frame size; 32x32 was assumed{how}"]
+    for text in ([beyond], [[[4, 6], [400, 20]]]):
+        with pytest.raises(ValueError, match=r"\(400, 20\) lies outside the 32x32 frame") as told:
+            place(package, "TextTracks", text=json.dumps(text))
+        assert str(told.value).endswith(f", which was assumed{how}")
+        assert not re.search("--|drawn_size", str(told.value))
+    caplog.clear()
+    place(package, "TextTracks", text=json.dumps([beyond]), width=512, height=512)
+    own = {"width": 64, "height": 64, "tracks": [{"points": [[8, 8], [40, 56]]}]}
+    place(package, "TextTracks", text=json.dumps(own))
+    assert not caplog.messages
+    place(package, "TextTracks", text=json.dumps(own), width=32, height=32)
+    assert caplog.messages == ["tracks states a frame of 64x64, which is used in place of the size given"]
+
+
 def test_tracks_follow_the_size_and_length_of_the_video(package):
     got = place(package, "CameraTracks", (64, 32), 7, pan_x=0.25, zoom=-0.1, easing="ease-in")
     want = camera_motion((64, 32), 7, pan=(0.25, 0), zoom=-0.1, easing="ease-in")
@@ -304,64 +305,3 @@ def test_tracks_are_drawn_where_they_are_and_on_each_video(package):
     assert large[0, :72, :72].amax() > 0.5 >= large[0, :24, :24].amax()  # around (4 + 0.5) * 8 - 0.5
     with pytest.raises(ValueError, match="num_videos is 4, of which 6 frames"):
         run_node(package, "DrawTracks", frames=frames, tracks=tracks, num_videos=4)
-
-
-# -- loading
-
-
-def test_models_and_weights_of_comfyui_are_found_by_name(package, host, tiny_model, tmp_path):
-    (tmp_path / "models" / "image_conductor").mkdir(parents=True)
-    (tmp_path / "models" / "image_conductor" / "mine").symlink_to(tiny_model)
-    (tmp_path / "more" / "no_model").mkdir(parents=True)
-    load = package.NODE_CLASS_MAPPINGS["ImageConductorLoadModel"]
-    assert load.INPUT_TYPES()["required"]["installed"][0] == ["as named above", "mine"]
-    (pipe,) = run_node(package, "LoadModel", installed="mine", model="nowhere/at/all")
-    assert pipe.device.type == "cpu"
-    assert "'absent.safetensors'" not in load.VALIDATE_INPUTS(base="absent.safetensors")
-    assert load.VALIDATE_INPUTS(loras="\nabsent.safetensors:0.5\n") == (
-        "no file at absent.safetensors, nor among ComfyUI's loras"
-    )
-    assert "is no number" in load.VALIDATE_INPUTS(loras="style.safetensors:much")
-    style = tmp_path / "style.safetensors"
-    style.touch()
-    host.files["loras", "style"] = str(style)
-    assert load.VALIDATE_INPUTS(loras="style:0.5") is True
-    with pytest.raises(FileNotFoundError, match="no model folder at nowhere"):
-        run_node(package, "LoadModel", model="nowhere")
-
-
-def test_what_the_loading_node_asks_for(package, host, monkeypatch, tmp_path):
-    for kind, name in (("checkpoints", "base"), ("loras", "style")):
-        (tmp_path / name).touch()
-        host.files[kind, name] = str(tmp_path / name)
-    monkeypatch.setattr(package.model_nodes, "load_pipeline", lambda job: job)
-    (job,) = run_node(package, "LoadModel", base=" base ", loras="style:0.5\n\nstyle\n")
-    assert (job.base, job.lora) == (f"{tmp_path}/base", [f"{tmp_path}/style:0.5", f"{tmp_path}/style:1.0"])
-    assert (job.device, job.dtype) == ("cpu", "float32")
-    assert host.freed == [8e9]  # by ComfyUI's own models, before ours is loaded
-    assert Path(job.model).name == "sprites"
-    (half,) = run_node(package, "LoadModel", dtype="bfloat16")
-    assert (half.base, half.lora, half.dtype) == (None, [], "bfloat16")
-
-
-def test_new_weights_under_an_old_name_are_loaded_anew(package, tmp_path):
-    changed = package.NODE_CLASS_MAPPINGS["ImageConductorLoadModel"].IS_CHANGED
-    (tmp_path / "model_index.json").write_text("{}")
-    weights = tmp_path / "camera_lora" / "weights.safetensors"
-    weights.parent.mkdir()
-    weights.write_bytes(b"old")
-    style = tmp_path.parent / f"{tmp_path.name}-style.safetensors"
-    style.write_bytes(b"old")
-    asked = {
-        "model": str(tmp_path),
-        "installed": "as named above",
-        "base": "",
-        "loras": f"{style}:0.5",
-        "dtype": "auto",
-    }
-    first = changed(**asked)
-    assert changed(**asked) == first
-    weights.write_bytes(b"newer")
-    second = changed(**asked)
-    style.write_bytes(b"newer")
-    assert len({first, second, changed(**asked)}) == 3

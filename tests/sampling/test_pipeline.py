@@ -168,6 +168,8 @@ def test_controls_differ_and_absent_control_is_a_no_op(pipe, image):
     for i, one in enumerate(names):
         for other in names[:i]:
             assert np.abs(videos[one] - videos[other]).max() > 1e-3, (one, other)
+    assert np.array_equal(run(pipe, image, track.state("camera"), **once), videos["camera"]), "as the tracks say"
+    assert np.array_equal(run(pipe, image, track, **once), videos["object"]), "the model's default"
     assert np.array_equal(videos["none"], run(pipe, image, None, control="camera", **once)), (
         "no motion network, no adapter"
     )

@@ -68,6 +68,17 @@ function removePoint(track, k) {
   return withPoints(track, drop(track.points), drop(track.visible), drop(track.times));
 }
 
+/** The track whose point k is reached in a frame of 0..last; the times of the others give way so that all rise. */
+function reachAt(track, k, frame, last) {
+  const {start = 0, end = last, easing, ...others} = track, count = track.points.length;
+  const gap = Math.min(1, last / (count - 1));
+  const times = track.times?.slice() ?? uniformKnots(count).map((part) => start + part * (end - start));
+  times[k] = limit(frame, k * gap, last - (count - 1 - k) * gap);
+  for (let j = k - 1; j >= 0; j--) times[j] = Math.min(times[j], times[j + 1] - gap);
+  for (let j = k + 1; j < count; j++) times[j] = Math.max(times[j], times[j - 1] + gap);
+  return {...others, times: times.map((time) => round(time, 3))};
+}
+
 /** Whether the last point of a track is where the one before is. */
 function endsTwice(track) {
   const [before, last] = track.points.slice(-2);

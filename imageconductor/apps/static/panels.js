@@ -94,11 +94,16 @@ function buildPlaying(ed) {
   parts.scrub = make("input", {type: "range", class: "slider", min: 0, step: 1, "aria-label": "Frame",
     oninput: () => seek(ed, Number(parts.scrub.value))});
   parts.frame = make("output", {class: "frame"});
+  parts.reach = make("button", {type: "button", class: "tool reach", title: "Reach the selected point in this frame",
+    onclick: () => {
+      const track = reachAt(ed.drawing.tracks[ed.selected], ed.point, ed.frame, ed.numFrames - 1);
+      commit(ed, replaceTrack(ed.drawing, ed.selected, track));
+    }}, "Reach now");
   parts.preview = make("input", {type: "checkbox", checked: true, onchange: () => {
     ed.isPreviewing = parts.preview.checked;
     if (ed.drawing) renderFrame(ed);
   }});
-  return make("div", {class: "bar playing"}, parts.play, parts.scrub, parts.frame,
+  return make("div", {class: "bar playing"}, parts.play, parts.scrub, parts.frame, parts.reach,
     make("label", {class: "check", title: "Move the picture with the camera, and what was cut out with its track"},
       parts.preview, "Move the picture"));
 }
@@ -246,6 +251,7 @@ function renderPanels(ed) {
   parts.clear.disabled = !drawing?.tracks.length && !drawing?.camera && !(drawing && objectsOf(drawing).length);
   parts.cut.disabled = !track || track.points.length < 2;
   parts.cut.setAttribute("aria-pressed", ed.tool === "cut");
+  parts.reach.hidden = !track || ed.isOpen || ed.point < 0 || track.points.length < 2 || ed.numFrames < 2;
   parts.save.classList.toggle("disabled", !drawing);
   parts.moves.hidden = marks.length < 2 || ed.tool === "box";
   for (const radio of parts.moves.querySelectorAll("input")) {
@@ -282,7 +288,7 @@ function describe(ed) {
 function hintLines(ed) {
   if (!ed.drawing) return ["Choose a picture, then draw on it how things should move."];
   if (ed.tool === "box") return boxHint(ed);
-  if (ed.tool === "cut") return ["Enclose the part of the picture that this track moves."];
+  if (ed.tool === "cut") return ["Enclose what this track carries in the preview. The video does not read it."];
   if (ed.preset) return [`Click where “${ed.preset.name}” begins; Enter puts it in the middle.`];
   const track = ed.drawing.tracks[ed.selected];
   if (ed.isOpen && ed.isKeyed) {
