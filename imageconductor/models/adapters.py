@@ -151,11 +151,11 @@ def activate(network: nn.Module, *names: str) -> None:
     Raises:
         ValueError: An adapter is not attached.
     """
-    chosen = [_plain_name(name) for name in names]
-    if missing := sorted(set(chosen) - set(attached_adapters(network))):
+    chosen, layers = [_plain_name(name) for name in names], list(_lora_layers(network))
+    if missing := sorted(set(chosen).difference(*(layer.lora_A for layer in layers))):  # type: ignore[arg-type]
         raise ValueError(f"the model has no {' and no '.join(missing)} LoRA")
-    flags = [(p, p.requires_grad) for p in network.parameters()]
-    for layer in _lora_layers(network):
+    flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    for layer in layers:
         layer.enable_adapters(bool(chosen))
         if chosen:
             layer.set_adapter(chosen)
@@ -177,8 +177,9 @@ def active(network: nn.Module, *names: str) -> Iterator[None]:
 @contextmanager
 def frozen(network: nn.Module, *names: str) -> Iterator[None]:
     """Inside the block these adapters do not learn, whether or not they act; afterwards as before."""
-    marks = tuple(f".lora_{side}.{_plain_name(name)}." for name in names for side in "AB")
-    parameters = [p for key, p in network.named_parameters() if any(mark in key for mark in marks)]
+    plain = [_plain_name(name) for name in names]
+    sides: Any = (side for layer in _lora_layers(network) for side in (layer.lora_A, layer.lora_B))
+    parameters = [p for side in sides for name in plain if name in side for p in side[name].parameters()]
     before = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -209,8 +210,8 @@ def active_adapters(network: nn.Module) -> tuple[str, ...]:
     for layer in _lora_layers(network):
         if layer.disable_adapters:
             return ()
-        # peft's layers also name adapters that act elsewhere in the network.
-        return tuple(name for name in layer.active_adapters if name in attached_adapters(network))
+        attached = attached_adapters(network)  # peft's layers also name adapters that act elsewhere in the network.
+        return tuple(name for name in layer.active_adapters if name in attached)
     return ()
 
 
@@ -375,4 +376,15 @@ def _plain_name(name: str) -> str:
 
 
 def _lora_layers(network: nn.Module) -> Iterator[BaseTunerLayer]:
-    return (module for module in network.modules() if isinstance(module, BaseTunerLayer))
+    """In the order of `modules()`, which spends most of its time on the paths of thousands of modules."""
+    waiting: list[nn.Module | None] = [network]
+    seen: set[int] = set()
+    while waiting:
+        module = waiting.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, BaseTunerLayer):
+            yield module
+        else:
+            waiting.extend(reversed(module._modules.values()))
