@@ -11,6 +11,7 @@ pytest.importorskip("torch.utils.backend_registration").__dict__.get(
 ) or pytest.skip("this PyTorch takes no device in Python", allow_module_level=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", ["refusal", "sampling", "training", "evaluation"])
 def test_work_is_done_on_one_device(work, tmp_path):
     script = Path(__file__).with_name("pretended_gpu.py")

@@ -316,7 +316,9 @@ def test_a_point_is_reached_in_the_frame_that_is_shown(desk):
     value = desk.value(lambda value: value["tracks"][0]["times"][2] == 4)
     assert value["tracks"][0]["times"] == [0, 3, 4], "the others give way"
     placed = check_drawing_value(value, FRAMES, size=SIZE).points[0]
-    torch.testing.assert_close(placed[[0, 3, 4, 15], 0], torch.tensor([100, 300, 500, 500], dtype=placed.dtype), atol=1.0, rtol=0)
+    torch.testing.assert_close(
+        placed[[0, 3, 4, 15], 0], torch.tensor([100, 300, 500, 500], dtype=placed.dtype), atol=1.0, rtol=0
+    )
     desk.find(".row .tool:has-text('Even out')").click()
     desk.value(lambda value: "times" not in value["tracks"][0])
 

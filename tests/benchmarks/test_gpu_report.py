@@ -69,6 +69,7 @@ def test_no_part_is_begun_when_the_time_is_over():
     assert {outcome.status for outcome in run_parts(PARTS, ["does-not-exist"], minutes=0)} == {"not run"}
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_that_there_is_nothing_to_report(bare_machine):
     command = [sys.executable, "benchmarks/gpu_report.py"]
     environment = bare_machine | {"CUDA_VISIBLE_DEVICES": ""}

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_networks
-from parity import CONFIG, model_config, weights
+from diffusers import DDIMScheduler
+from parity import CONFIG, model_config, published_scheduler, weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -60,7 +61,16 @@ def test_the_folder_holds_the_published_networks(assembled, stable_diffusion):
         assert type(network) is type(ours)
         assert network.config["motion_norm_num_groups"] == ours.config["motion_norm_num_groups"] == 32
     assert pipe.sampling_defaults["guidance_scale"] == 8.5
-    assert pipe.scheduler.config["steps_offset"] == 1
+    ours, theirs = (
+        {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+        for scheduler in (pipe.scheduler, published_scheduler())
+    )
+    assert (type(pipe.scheduler), ours) == (DDIMScheduler, theirs)
+    betas = torch.linspace(0.00085, 0.012, 1000)
+    torch.testing.assert_close(pipe.scheduler.alphas_cumprod, (1 - betas).cumprod(0))
+    assert (pipe.scheduler.final_alpha_cumprod, pipe.scheduler.config["clip_sample"]) == (1, False)
+    pipe.scheduler.set_timesteps(25)
+    assert pipe.scheduler.timesteps.tolist() == list(range(961, 0, -40))
     record = json.loads((assembled / "sources.json").read_text())["sources"]
     assert record["motion_controlnet"]["keys"] == len(weights("flow_controlnet"))
     assert len(record["vae"]["sha256"]["diffusion_pytorch_model.safetensors"]) == 64
@@ -167,6 +177,7 @@ def animatediff_recipe(folder, stable_diffusion, **settings):
     return ["--config", "configs/model/animatediff_v3.yaml", *(f"{key}={value}" for key, value in parts.items())]
 
 
+@pytest.mark.slow
 def test_the_base_to_train_from(animatediff, stable_diffusion, tmp_path):
     folders = {}
     for name, settings in {
@@ -217,6 +228,7 @@ def sampled(folder, **settings):
     ).frames
 
 
+@pytest.mark.slow
 def test_the_domain_adapter_can_be_scaled_afterwards(animatediff, stable_diffusion, tmp_path):
     """Merged at 1 and sampled at 0.3 equals merged at 0 and sampled at 0.3, and survives being saved again."""
     for scale in (1.0, 0.0):
@@ -229,6 +241,7 @@ def test_the_domain_adapter_can_be_scaled_afterwards(animatediff, stable_diffusi
     assert (videos[0] - sampled(tmp_path / "merged0.0")).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_an_animatediff_folder_goes_out_in_the_published_layout_and_comes_back(animatediff, stable_diffusion, tmp_path):
     base, files, back = (tmp_path / name for name in ("base", "files", "back"))
     assert command(*animatediff_recipe(animatediff, stable_diffusion), "--output", base) == 0

@@ -234,6 +234,7 @@ def test_a_finished_run_is_left_alone(videos, curated):
     assert {path: path.stat().st_mtime_ns for path in curated.glob("*.tar")} == before
 
 
+@pytest.mark.slow
 def test_kills_and_the_number_of_processes_change_nothing(videos, curated, tmp_path):
     arguments = [sys.executable, ROOT / "scripts/curate.py", *settings(videos, tmp_path / "out", "workers=1")]
     chance = random.Random(0)

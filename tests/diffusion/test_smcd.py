@@ -1,8 +1,8 @@
-"""SMCD's stored guidance and DDIM steps (tests/data/parity_smcd)."""
+"""SMCD's stored guidance (tests/data/parity_smcd)."""
 
 import pytest
 from parity import TOLERANCE, relative_error
-from parity_smcd import META, assert_close, ddim_scheduler, draw, expected
+from parity_smcd import META, assert_close, draw, expected
 
 from imageconductor.diffusion.guidance import classifier_free_guidance, scene_guidance
 from imageconductor.sampling.branches import Control, plan
@@ -37,22 +37,3 @@ def test_guidance(reference):
         image, text = (float(value) for value in key.removeprefix("guid/nested_img").split("_txt"))
         guided = classifier_free_guidance(e["e_0_v"], e["e_c_v"], text)
         assert_close(scene_guidance(guided, e["e_0_v"], undirected, image), reference, key)
-
-
-def test_noise_schedule():
-    scheduler = ddim_scheduler()
-    recorded = {int(t): value for t, value in META["alphas_cumprod"].items()}
-    assert {t: scheduler.alphas_cumprod[t].item() for t in recorded} == pytest.approx(recorded, rel=1e-5)
-    for steps, timesteps in META["ddim_loop_timesteps"].items():
-        scheduler.set_timesteps(int(steps))
-        assert scheduler.timesteps.tolist() == timesteps
-
-
-def test_ddim_steps(reference):
-    record = META["guidance"][0]
-    guided = reference[record["key"]]
-    sample = draw("ddim/xt", *guided.shape)
-    for steps, t in META["ddim_cases_[steps,t]"]:
-        scheduler = ddim_scheduler()
-        scheduler.set_timesteps(steps)
-        assert_close(scheduler.step(guided, t, sample).prev_sample, reference, f"ddim/n{steps}_t{t}")

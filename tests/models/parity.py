@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 
 FOLDER = Path(__file__).parent.parent / "data" / "parity"
@@ -48,6 +49,11 @@ def model_config() -> dict:
         "num_attention_heads": CONFIG["heads"],
         "motion_num_attention_heads": CONFIG["motion_heads"],
     }
+
+
+def published_scheduler() -> DDIMScheduler:
+    """The scheduler of the published sampling loops, which a folder of the published networks has too."""
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="linear", steps_offset=1, clip_sample=False)
 
 
 def inputs() -> dict[str, torch.Tensor]:

@@ -5,8 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
-from parity import REFERENCE, TOLERANCE, expected, inputs, model_config, relative_error, weights
+from parity import (
+    REFERENCE,
+    TOLERANCE,
+    expected,
+    inputs,
+    model_config,
+    published_scheduler,
+    relative_error,
+    weights,
+)
 from published_schedule import published_step
 
 from imageconductor.checkpoints.published import load_published
@@ -19,10 +27,6 @@ from imageconductor.sampling.branches import ADAPTERS, Control, GuidedDenoiser, 
 @pytest.fixture(scope="module")
 def networks():
     return load_published(weights("unet"), weights("image_controlnet"), weights("flow_controlnet"), **model_config())
-
-
-def published_scheduler():
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="linear", steps_offset=1, clip_sample=False)
 
 
 def conditions_of(x):
@@ -57,12 +61,6 @@ def test_published_loop(networks, control):
 def test_camera_free_loop(networks, scale):
     latents = run_loop(networks, plan(Control.OBJECT, 7.5, scale))
     assert relative_error(latents, expected()[f"eq5_loop/lcfg7.5_ltrajs{scale}_5steps"]) <= TOLERANCE
-
-
-def test_published_timesteps_of_25_steps():
-    scheduler = published_scheduler()
-    scheduler.set_timesteps(25)
-    assert scheduler.timesteps.tolist() == list(range(961, 0, -40))
 
 
 @pytest.mark.parametrize("control", Control)

@@ -1,5 +1,9 @@
 """Schedulers and callbacks in the denoising loop behave as in diffusers' own pipelines."""
 
+import importlib
+import sys
+from types import SimpleNamespace
+
 import diffusers
 import numpy as np
 import pytest
@@ -68,12 +72,25 @@ def test_videos_that_share_a_generator_draw_from_it_in_turn(pipe):
     assert (again - other).abs().max() > 0.1
 
 
-def test_brownian_paths_take_a_seed_of_each_generator(pipe):
-    """DPMSolverSDEScheduler needs torchsde; its seeds are what the loop gives it."""
-    sde = pytest.importorskip("diffusers.schedulers.scheduling_dpmsolver_sde")
+def test_brownian_paths_take_a_seed_of_each_generator(pipe, monkeypatch):
+    """DPMSolverSDEScheduler's seeds are what the loop gives it; it draws its paths with torchsde, here with a stub."""
+    seeds = []
+
+    def draw_path(size, entropy, **_):
+        seeds.append(entropy)
+        generator = torch.Generator().manual_seed(entropy)
+        return lambda _start, _stop: torch.randn(size, generator=generator)
+
+    name = "diffusers.schedulers.scheduling_dpmsolver_sde"
+    monkeypatch.setitem(sys.modules, "torchsde", SimpleNamespace(BrownianInterval=draw_path))
+    monkeypatch.setitem(sys.modules, name, None)  # afterwards it is as if never imported
+    del sys.modules[name]
+    sde = importlib.import_module(name)
     pipe.scheduler = sde.DPMSolverSDEScheduler.from_config(pipe.scheduler.config)
     both = latents(pipe, 1, 2, num_videos_per_prompt=2)
     torch.testing.assert_close(latents(pipe, 2)[0], both[1], atol=1e-4, rtol=1e-4)
+    assert len(seeds) == 3
+    assert seeds[0] != seeds[1] == seeds[2]
 
 
 def test_given_latents_are_scaled_as_drawn_ones_are(pipe):

@@ -1,6 +1,7 @@
 """A call with boxes and a first frame of the gates, against a loop that evaluates everything plainly."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from imageconductor.models.motion_unet import MotionUNet
 from imageconductor.sampling.branches import Control, plan
 from imageconductor.sampling.inputs import build_conditions, check_inputs
 from imageconductor.sampling.pipeline import ImageConductorPipeline
+from imageconductor.sampling.preview import VideoPreview
+from imageconductor.sampling.video import draw_boxes, to_uint8, upscale_for_viewing
 
 SIZE, T, STEPS = (32, 32), 2, 2
 
@@ -255,3 +258,18 @@ def test_weights_sum_to_one(scene):
         branches = plan(Control.CAMERA, 7.5, None, 1.0, True, mix, scene)
         assert sum(branch.weight for branch in branches) == pytest.approx(1)
         assert ("no_scene" in {branch.text for branch in branches}) == (scene != 1)
+
+
+def test_a_preview_is_made_with_the_boxes_and_shows_them(pipe, monkeypatch, tmp_path):
+    sheets = []
+    monkeypatch.setattr("imageconductor.sampling.preview.contact_sheet", lambda _, rows: sheets.extend(rows))
+    first = np.array(picture())
+    pixels = torch.from_numpy(first).permute(2, 0, 1)[:, None].expand(-1, T, -1, -1)
+    clip = {"pixel_values": pixels, "caption": "a red circle", "boxes": some_boxes()}
+    VideoPreview([clip], None, tmp_path, {"num_inference_steps": 1})(2, SimpleNamespace(parts=pipe.components))
+    given = arguments(trajectories=None, control="object", guidance_scale=None, num_inference_steps=1)
+    made = pipe(**given, seed=0, output_type="np").frames[0]
+    for (_, shown), frames in zip(sheets, (np.stack([first] * T), to_uint8(made)), strict=True):
+        large, factor = upscale_for_viewing(frames)
+        assert np.array_equal(shown, draw_boxes(large, some_boxes(), factor))
+        assert not np.array_equal(shown, large)

@@ -106,8 +106,11 @@ def test_a_further_window_equals_a_plain_loop_that_goes_on_from_the_one_before(p
     torch.testing.assert_close(long[:, :, start:], expected, atol=1e-4, rtol=1e-4)
 
 
-def plain_window(pipe, x, line, made):
-    """Latents from noise, with whole evaluations of the model; `made` (B, C, K, h, w) are its first frames."""
+def plain_window(pipe, x, line, made, **drawn):
+    """Latents from noise, with whole evaluations of the model; `made` (B, C, K, h, w) are its first frames.
+
+    The scheduler is a fresh one, whose steps take `drawn` too.
+    """
     videos = len(x)
     keyframes, mask = torch.zeros_like(x), torch.zeros_like(x[:, :1])
     keyframes[:, :, 0], mask[:, :, 0] = made[:, :, 0], 1
@@ -116,18 +119,21 @@ def plain_window(pipe, x, line, made):
         pipe.encode_prompt([text]).expand(videos, -1, -1)
         for text in (pipe.sampling_defaults["negative_prompt"], "a red circle")
     ]
-    pipe.scheduler.set_timesteps(STEPS)
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(STEPS)
+    x = x * scheduler.init_noise_sigma
     weights = (1.0, 0.5)
-    for t in pipe.scheduler.timesteps:
+    for t in scheduler.timesteps:
+        x_t = scheduler.scale_model_input(x, t)
         with torch.no_grad(), active(pipe.motion_controlnet, "object"):
-            uncond, prompt = (pipe.denoiser(x, t, Condition(text, keyframes, mask, flow)) for text in texts)
+            uncond, prompt = (pipe.denoiser(x_t, t, Condition(text, keyframes, mask, flow)) for text in texts)
         v = uncond + SCALE * (prompt - uncond)
-        alpha = float(pipe.scheduler.alphas_cumprod[t])
-        x_0 = alpha**0.5 * x - (1 - alpha) ** 0.5 * v
+        alpha = float(scheduler.alphas_cumprod[int(t)])
+        x_0 = alpha**0.5 * x_t - (1 - alpha) ** 0.5 * v
         for frame, weight in enumerate(weights):
             x_0[:, :, frame] = (1 - weight) * x_0[:, :, frame] + weight * made[:, :, frame]
-        v = (alpha**0.5 * x - x_0) / (1 - alpha) ** 0.5
-        x = pipe.scheduler.step(v, t, x, return_dict=False)[0]
+        v = (alpha**0.5 * x_t - x_0) / (1 - alpha) ** 0.5
+        x = scheduler.step(v, t, x, return_dict=False, **drawn)[0]
     return x
 
 
@@ -172,15 +178,19 @@ def test_pictures_of_later_frames_stand_in_their_window(pipe, monkeypatch):
 def test_gates_see_the_boxes_and_the_first_frame_of_their_window(gated_model):
     pipe = ImageConductorPipeline.from_pretrained(gated_model)
     pipe.set_progress_bar_config(disable=True)
-    seen = []
-    real = pipe.scene_gates.forward
+    seen, told = [], []
+    real, read = pipe.scene_gates.forward, pipe.object_gates.forward
     pipe.scene_gates.forward = lambda scene, input_frame, n: seen.append(scene) or real(scene, input_frame, n)
+    pipe.object_gates.forward = lambda *given: told.append(given) or read(*given)
     boxes = Boxes.from_tracks(LINE, (10, 10), ["circle", "star"])
     made = latents(pipe, boxes=boxes, seed=[1, 2], num_inference_steps=1)
     assert seen[0].shape[0] == seen[1].shape[0] == 4  # two texts of two videos
     torch.testing.assert_close(seen[1][:2], made[:, :, LONG - WINDOW].to(seen[1]))
-    shared = latents(pipe, WINDOW, boxes=boxes.at_frames(range(WINDOW)), seed=2, num_inference_steps=1)
-    assert shared.shape[2] == WINDOW
+    for (xyxy, present, _), start in zip(told, (0, LONG - WINDOW), strict=True):
+        expected = boxes.at_frames(range(start, start + WINDOW))
+        for found in xyxy * torch.tensor(2 * SIZE):
+            torch.testing.assert_close(found, expected.xyxy.transpose(0, 1), check_dtype=False)
+        assert (present == expected.present.T).all()
 
 
 def test_a_callback_counts_in_each_window_and_acts_in_it_alone(pipe):
@@ -243,10 +253,13 @@ def test_other_schedulers_begin_each_window_anew(pipe, name):
     pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
     given = noise(pipe)
     long = latents(pipe, latents=given, generator=torch.Generator().manual_seed(0))
-    start = LONG - WINDOW
-    short = latents(pipe, WINDOW, latents=given[:, :, :WINDOW], generator=torch.Generator().manual_seed(0))
-    assert long.isfinite().all()
+    start, generator = LONG - WINDOW, torch.Generator().manual_seed(0)
+    short = latents(pipe, WINDOW, latents=given[:, :, :WINDOW], generator=generator)
     assert torch.equal(long[:, :, : start + 1], short[:, :, : start + 1])
+    line, made = LINE.at_frames(range(start, LONG)), short[:, :, start:]
+    expected = plain_window(pipe, given[:, :, start:], line, made, generator=generator)
+    expected[:, :, 0] = made[:, :, 0]
+    torch.testing.assert_close(long[:, :, start:], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_job_of_any_length_is_prepared(tiny_model):

@@ -103,6 +103,7 @@ def test_latents_that_move_with_the_pixels_have_no_carrying_error():
     assert errors[1] > 0.1
 
 
+@pytest.mark.slow
 def test_the_encoder_learns_latents_that_move_with_the_pixels(tiny_model, tmp_path):
     samples = SpriteSamples(SpriteWorldConfig(size=(32, 32), num_frames=1), [SpriteSet.MIXED])
     left = []

@@ -178,6 +178,7 @@ def test_help_lists_the_stages_or_the_settings_of_one(capsys):
         assert not any(word in text for word in hidden)
 
 
+@pytest.mark.slow
 def test_the_smoke_run_trains_the_shipped_stages_and_tells_their_time(tiny_model, tmp_path, monkeypatch, capsys):
     small = ["batch_size=1", "gradient_accumulation_steps=1", "num_workers=0", "mixed_precision=no", "num_frames=4"]
     small = json.dumps([*small, "size=[32,32]"])

@@ -237,6 +237,7 @@ def test_a_pipeline_with_it_in_its_weights_is_not_saved(model, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_command_makes_what_diffusers_own_loader_makes_of_the_file(model, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8))
     image.save(tmp_path / "image.png")
@@ -262,6 +263,7 @@ def test_the_command_makes_what_diffusers_own_loader_makes_of_the_file(model, tm
     assert np.allclose(ours(**given).frames, theirs(**given).frames, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_evaluation_has_lines_with_and_without_it(model, tmp_path, monkeypatch):
     lines = {"teacher": Method(str(model)), "two": Method(str(model), few_step=True, num_inference_steps=2)}
     lines["default"] = Method(str(model), few_step=True)
@@ -309,6 +311,7 @@ def test_a_lora_of_another_model_is_not_carried_along(model, tmp_path):
     assert find_few_step_lora(other) is None
 
 
+@pytest.mark.slow
 def test_its_gradient_brings_the_estimates_of_a_clip_together(configure, build):
     stage, data = build(configure("few_step", controls=["camera"], lora_rank=8))
     x_0, condition = stage.encode(data[0], generators())

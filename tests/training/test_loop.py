@@ -184,8 +184,13 @@ def test_an_optimiser_knows_its_groups(configure, build):
 @pytest.mark.slow
 def test_compiled_stages_learn_the_same(configure, build, losses, parameters, tmp_path, monkeypatch):
     """By all of the compiler but its code generator, which takes minutes on a CPU; the GPU report has that."""
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))
+    compile_module, calls = torch.nn.Module.compile, []
+
+    def compile_without_code(module):
+        calls.append(module)
+        compile_module(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_without_code)
     plain = configure("camera_lora")
     compiled = replace(plain, torch_compile=True, output=str(tmp_path / "compiled"))
     stages = []
@@ -193,6 +198,7 @@ def test_compiled_stages_learn_the_same(configure, build, losses, parameters, tm
         stage, data = build(config)
         train(stage, data, config)
         stages.append(stage)
+        assert calls == ([stage] if config.torch_compile else [])
     torch.compiler.reset()
     torch.testing.assert_close(
         torch.tensor(losses(plain.output)), torch.tensor(losses(compiled.output)), rtol=1e-4, atol=0
@@ -286,6 +292,7 @@ def test_what_a_run_folder_holds(configure):
     assert environment["torch"] == torch.__version__.partition("+")[0] or environment["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_previews_and_validation_change_nothing(configure, monkeypatch):
     monkeypatch.setattr("imageconductor.training.samples._SPRITE_CLIPS", 1)
     extra = {"preview_every": 2, "preview_steps": 2, "validation_every": 1}

@@ -251,12 +251,12 @@ def test_noise_that_is_not_finite_is_not_stored(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "no"])
-def test_half_precision_learns_too(configure, precision):
-    """The frozen base is then held in bf16, the LoRAs in float32."""
+@pytest.mark.parametrize(("precision", "held"), [("bf16", torch.bfloat16), ("no", torch.float32)])
+def test_half_precision_learns_too(configure, build, precision, held):
     config = configure("motion_director", mixed_precision=precision, noise_prior=0.5, inversion_steps=2, max_steps=4)
-    state = run_stage(config)
-    assert all(value == value for value in state.losses.values())
+    stage, data = build(config)
+    assert all(value == value for value in train(stage, data, config).losses.values())
+    assert {p.dtype for p in stage.unet.parameters() if not p.requires_grad} == {held}, "LoRAs are in float32"
     saved = load_file(Path(config.output) / "motion_lora" / "pytorch_lora_weights.safetensors")
     assert {value.dtype for value in saved.values()} == {torch.float32}
     assert any(value.any() for key, value in saved.items() if "lora_B" in key)

@@ -1,6 +1,8 @@
 """Muon and AdamW as one optimiser; that a continued run repeats with it is in test_stages.py."""
 
 import copy
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from imageconductor.training.optimizers import MuonAndAdamW
+from imageconductor.training.optimizers import MuonAndAdamW, build_optimizer
+from imageconductor.training.sharding import check_gradients
+from imageconductor.training.stages.base import ParameterGroup
 
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1}
 muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs PyTorch 2.9")
@@ -151,3 +155,30 @@ def test_an_old_pytorch_is_told(monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
     with pytest.raises(ValueError, match=r"optimizer=muon needs PyTorch 2\.9"):
         MuonAndAdamW([one_group(Net())])
+
+
+def test_8_bit_moments_need_a_gpu_and_their_library(monkeypatch):
+    net = Net()
+    config = SimpleNamespace(optimizer="adamw_8bit", learning_rate=1e-2, weight_decay=0.1)
+    weight, bias = ({name: p} for name, p in net.linear.named_parameters())
+    groups = [ParameterGroup(weight), ParameterGroup(bias, learning_rate=1e-3, weight_decay=0.0)]
+    with pytest.raises(ValueError, match="adamw_8bit needs a CUDA device, this is cpu; use optimizer=adamw"):
+        build_optimizer(groups, config, torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ValueError, match=r"adamw_8bit needs bitsandbytes: pip install 'imageconductor\[lowmem\]'"):
+        build_optimizer(groups, config, torch.device("cuda"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=list))
+    assert build_optimizer(groups, config, torch.device("cuda")) == [
+        {"params": [net.linear.weight], "lr": 1e-2, "weight_decay": 0.1},
+        {"params": [net.linear.bias], "lr": 1e-3, "weight_decay": 0.0},
+    ]
+
+
+def test_a_backward_pass_that_reaches_nothing_is_an_error():
+    """Of split weights; a part that gets no gradient is none."""
+    net = Net()
+    with pytest.raises(RuntimeError, match="gives no gradients here"):
+        check_gradients(list(net.parameters()))
+    net.linear.bias.grad = torch.zeros(3)
+    check_gradients(list(net.parameters()))

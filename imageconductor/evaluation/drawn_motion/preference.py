@@ -195,8 +195,10 @@ def _read_answers(path: Path, key: Mapping[str, Any]) -> list[dict[str, str]]:
         raise ValueError(f"{path} was not saved by the study's page; its columns are {', '.join(columns)}")
     rows = [dict(zip(columns, row, strict=True)) for row in values]
     for row in rows:
-        if row["study"] != key["study"] or row["pair"] not in key["pairs"]:
+        if row["study"] != key["study"]:
             raise ValueError(f"{path} is from study {row['study']}, the key is of {key['study']}")
+        if row["pair"] not in key["pairs"]:
+            raise ValueError(f"{path} has pair {row['pair']}, which the key does not have; take the key of its study")
         for question in QUESTIONS:
             if row[question] not in ("left", "right", ""):
                 raise ValueError(f"{path}: pair {row['pair']}: {question} must be left or right, got {row[question]!r}")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTModel
 
 from imageconductor import config as config_file
@@ -123,6 +125,28 @@ def test_methods_are_given_what_they_say(work, record):
     assert len(set(made.values())) == 4
     with_settings = json.loads((work / "out" / "videos" / "both" / "made_with.json").read_text())
     assert with_settings["first_frame_by"] == "both"
+    config = config_file.load(BoxEvaluateConfig, work / "e.yaml")
+    evaluation = BoxEvaluation(replace(config, clip=None, dino=None, frechet=[]), work / "out")
+    request = evaluation.requests[0]
+    # The square of 16 px begins at (16 + 4 t, 14) of 64 x 48, which is cropped to 32 x 32 at two thirds of its size.
+    centres = [[(24 + 4 * t) * 2 / 3 - 16 / 3 - 0.5, 22 * 2 / 3 - 0.5] for t in range(T)]
+    for name, carrier in (
+        ("both", "both"),
+        ("boxes", "controlnet"),
+        ("image", "controlnet"),
+        ("centres", "controlnet"),
+    ):
+        given = evaluation._build_inputs(name, request)
+        told = given.job.prompt, given.job.seed, given.job.control, given.job.first_frame_by
+        assert told == (request.prompt, [request.seed], "object", carrier)
+        assert given.job.model == f"{work}/{'plain' if name == 'centres' else 'gated'}"
+        assert given.boxes is (request.boxes if name in ("both", "boxes") else None)
+        if name == "boxes":
+            assert given.image is None
+        else:
+            assert np.array_equal(given.image, request.read_frames(1)[0])
+        expected = torch.tensor([centres] if name == "centres" else []).reshape(-1, T, 2)
+        torch.testing.assert_close(given.trajectories.points, expected, check_dtype=False)
 
 
 def test_a_second_run_keeps_what_is_there(work, record):
@@ -212,6 +236,32 @@ def test_a_request_is_the_cropped_clip(work):
     assert requests[0].read_frames(2).shape == (2, 32, 32, 3)
 
 
+def test_clips_of_youtube_vis_have_captions_of_a_file(tmp_path):
+    """Every second frame of those that are long enough, with what is in the first one."""
+    videos, annotations = [], []
+    for number, (name, length) in enumerate((("short", 2 * T - 2), ("long", 2 * T - 1), ("untold", 2 * T))):
+        (tmp_path / "val" / "JPEGImages" / name).mkdir(parents=True)
+        files = [f"{name}/{t:05}.png" for t in range(length)]
+        for t, file in enumerate(files):
+            Image.new("RGB", (32, 32), (10 * t, 0, 0)).save(tmp_path / "val" / "JPEGImages" / file)
+        videos.append({"id": number, "width": 32, "height": 32, "file_names": files})
+        first, later = ([[t, 4, 8, 16] for t in range(length)] for _ in range(2))
+        later[0] = None
+        annotations += [{"video_id": number, "category_id": n, "bboxes": b} for n, b in enumerate((first, later))]
+    categories = [{"id": 0, "name": "dog"}, {"id": 1, "name": "truck"}]
+    content = {"videos": videos, "annotations": annotations, "categories": categories}
+    (tmp_path / "val" / "instances.json").write_text(json.dumps(content))
+    (tmp_path / "told.json").write_text('{"long": "a dog runs"}')
+    given = {"dataset": "youtube_vis", "data": str(tmp_path), "captions": str(tmp_path / "told.json"), "seed": 5}
+    config = BoxEvaluateConfig(methods={"m": BoxMethod(model="m")}, frame_step=2, **given)
+    long, untold = list_requests(config, (32, 32), T)
+    told = (long.key, long.prompt, long.seed), (untold.key, untold.prompt, untold.seed)
+    assert told == (("long", "a dog runs", 5), ("untold", "dog, truck", 6))
+    assert long.boxes.names == ("dog",)
+    assert long.boxes.xyxy[0].tolist() == [[t, 4, t + 8, 20] for t in (0, 2, 4, 6)]
+    assert long.read_frames()[:, 0, 0, 0].tolist() == [0, 20, 40, 60]
+
+
 def test_of_many_objects_the_largest_are_asked_for(work, tmp_path, monkeypatch):
     """As many of those in frame 0 as every model with boxes takes: four, or two by the gates of `fewer`."""
     sides, absent = [8, 20, 4, 12, 16, 10], 1  # The largest comes after frame 0.
@@ -277,12 +327,27 @@ def test_the_stages_leave_out_the_same_clips(name):
 
 
 def test_dino_reads_the_class_token(work):
-    frames = np.random.default_rng(0).integers(0, 255, (3, 40, 32, 3), np.uint8)
+    """Of pixels normalised as ImageNet's, and the fidelity of a video is the mean cosine of its frames' tokens."""
+    low, high = np.array([[0, 0, 200], [255, 60, 255]])[..., None, None, None]  # common, dark and bright frames
+    frames = np.random.default_rng(0).integers(low, high, (3, 40, 32, 3)).astype(np.uint8)
     encoder = DinoEncoder(str(work / "dino"))
-    vectors = encoder.embed_frames(frames)
-    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(3))
-    assert first_frame_fidelity(encoder, frames[:1], frames[:1]) == pytest.approx(1)
-    (work / "dino" / "config.json").rename(work / "dino" / "config.bak")
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    pixels = (torch.from_numpy(frames)[:, 4:36] / 255 - mean) / std  # the middle 32 of 40 rows
+    network = ViTModel.from_pretrained(work / "dino", add_pooling_layer=False).eval()
+    with torch.no_grad():
+        tokens = network(pixel_values=pixels.permute(0, 3, 1, 2)).last_hidden_state[:, 0]
+    torch.testing.assert_close(encoder.embed_frames(frames), tokens / tokens.norm(dim=-1, keepdim=True))
+    cosines = torch.cosine_similarity(tokens[1:], tokens[:1])
+    assert first_frame_fidelity(encoder, frames[1:], frames[:1]) == pytest.approx(float(cosines.mean()))
+    assert cosines.mean() < 0.999
+
+
+def test_dino_without_all_of_its_weights_is_refused(work, tmp_path):
+    shutil.copytree(work / "dino", tmp_path / "dino")
+    weights = load_file(tmp_path / "dino" / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if k != "layernorm.bias"}, tmp_path / "dino" / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"dino: no model at .*: it lacks 1 weights, such as layernorm\.bias"):
+        DinoEncoder(str(tmp_path / "dino"))
+    (tmp_path / "dino" / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="dino: no model at"):
-        DinoEncoder(str(work / "dino"))
-    (work / "dino" / "config.bak").rename(work / "dino" / "config.json")
+        DinoEncoder(str(tmp_path / "dino"))

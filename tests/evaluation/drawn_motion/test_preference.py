@@ -124,14 +124,33 @@ def test_bad_input_is_named(methods, tmp_path, capsys):
     saved = write_answers(tmp_path / "y.csv", key, lambda *_: "left")
     assert run_command("tally", saved, saved, "--key", tmp_path / "study.key.json") == 2
     assert "has answered pair" in capsys.readouterr().err
+    (tmp_path / "latin.csv").write_text(f"{saved.read_text()}\u00e9", encoding="latin-1")
     for wrong, said in (
-        ((saved, "--key", out), "is not the key of a study"),
         ((saved, "--key", tmp_path / "nowhere"), "no key at"),
         ((tmp_path / "nowhere.csv", "--key", tmp_path / "study.key.json"), "no answers at"),
         ((tmp_path / "latin.csv", "--key", tmp_path / "study.key.json"), "latin.csv: not UTF-8 text"),
     ):
-        (tmp_path / "latin.csv").write_text(f"{saved.read_text()}\u00e9", encoding="latin-1")
         assert run_command("tally", *wrong) == 2
+        assert said in capsys.readouterr().err
+    wrong_key = tmp_path / "wrong.key.json"
+    for content in (
+        out.read_text(),
+        "[]",
+        "{}",
+        {"pairs": key["pairs"]},
+        {**key, "study": 1},
+        {**key, "pairs": {"1": []}},
+    ):
+        wrong_key.write_text(content if isinstance(content, str) else json.dumps(content))
+        assert run_command("tally", saved, "--key", wrong_key) == 2
+        assert f"{wrong_key} is not the key of a study" in capsys.readouterr().err
+    for before, after, said in (
+        ("overall", "all", f"its columns are study, participant, pair, all, {', '.join(list(QUESTIONS)[1:])}"),
+        ("left", "both", "pair 001: overall must be left or right, got 'both'"),
+        (",001,", ",999,", "has pair 999, which the key does not have"),
+    ):
+        (tmp_path / "wrong.csv").write_text(saved.read_text().replace(before, after, 1))
+        assert run_command("tally", tmp_path / "wrong.csv", "--key", tmp_path / "study.key.json") == 2
         assert said in capsys.readouterr().err
     assert run_command("tally", saved, "--key", tmp_path / "study.key.json") == 0
     counted = capsys.readouterr().out

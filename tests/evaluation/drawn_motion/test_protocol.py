@@ -185,6 +185,7 @@ def test_videos_of_a_task_without_an_image_may_begin_as_they_like(write_videos, 
         evaluate(shown, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_faster_method_is_compared_with_the_videos_of_its_original(write_videos, tmp_path):
     def darken(by):
         return lambda request: np.clip(request.truth.astype(int), by, 255).astype(np.uint8) - by

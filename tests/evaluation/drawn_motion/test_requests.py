@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imageconductor.data.sprite_world import SpriteWorldConfig
+from imageconductor.data.scenes import render
+from imageconductor.data.sprite_world import SpriteSet, SpriteWorldConfig
+from imageconductor.data.sprites import sample_scene
 from imageconductor.evaluation.drawn_motion.config import EvaluateConfig
+from imageconductor.evaluation.drawn_motion.reference_videos import read_references
 from imageconductor.evaluation.drawn_motion.requests import build_requests
 
 SIZE, FRAMES = (64, 64), 16
@@ -21,6 +24,18 @@ def test_requests_are_held_out_and_repeat():
     assert "moves" not in first[0].prompt
     more = build_requests(replace(SCENES, num_scenes=5), "object", SIZE, FRAMES)
     assert [(r.key, r.seed) for r in more[:3]] == [(r.key, r.seed) for r in first]
+    index = int(first[0].key.removeprefix("object-"))
+    (reference,) = read_references(SCENES, SIZE, FRAMES, [index])
+
+    def frames(seed, kind):
+        world = SpriteWorldConfig(size=SIZE, num_frames=FRAMES, kind=kind, seed=seed, caption_motion_prob=0)
+        return render([sample_scene(world, index)])[0].permute(1, 2, 3, 0).numpy()
+
+    assert np.array_equal(first[0].truth, frames(10_000, SpriteSet.OBJECT)), "training has seed 0"
+    assert np.array_equal(first[0].image, first[0].truth[0])
+    assert np.array_equal(reference, frames(10_001, SpriteSet.MIXED)), "no request shows a reference clip"
+    others = frames(0, SpriteSet.OBJECT), frames(10_000, SpriteSet.MIXED), reference
+    assert not any(np.array_equal(first[0].image, other[0]) for other in others)
 
 
 @pytest.mark.parametrize("motions", ["own", "presets"])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 
 from imageconductor.commands.evaluate import main
 from imageconductor.evaluation.drawn_motion import distances, reference_statistics
-from imageconductor.evaluation.drawn_motion.config import EvaluateConfig
+from imageconductor.evaluation.drawn_motion.config import EvaluateConfig, Method
 from imageconductor.evaluation.drawn_motion.protocol import Evaluation
 from imageconductor.evaluation.drawn_motion.report import format_latex, format_markdown
 from imageconductor.evaluation.metrics.appearance import ClipScorer
@@ -68,6 +69,7 @@ def test_a_distance_that_fails_costs_nothing_but_itself(exact, tmp_path, capsys,
     assert record["methods"]["exact"]["frechet"]["fvd"]["value"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_references_are_read_once_for_all_methods(exact, tmp_path, counted):
     shutil.copytree(exact, tmp_path / "other")
     command = [f"videos={exact}", *SCENES, "num_scenes=1", "frechet=[frechet_small]", "num_reference=4"]
@@ -205,6 +207,16 @@ def test_methods_are_compared_request_by_request(exact, write_videos, tmp_path):
     means = [methods[name]["tasks"]["camera"]["error_all_points"]["mean"] for name in ("still", "exact")]
     assert difference["mean"] == pytest.approx(means[0] - means[1])
     assert difference["mean"] > 0
+    errors = {}
+    for name, lost in (("still", 0), ("exact", 2)):  # each could not be measured on another request
+        paths = sorted((tmp_path / "out" / "scores" / name / "camera").iterdir(), key=lambda path: path.stat().st_mtime)
+        scores = [json.loads(path.read_text()) for path in paths]
+        errors[name] = [score["error_all_points"] for score in scores]
+        paths[lost].write_text(json.dumps(scores[lost] | {"error_all_points": None}))
+    both = replace(config, methods={"still": Method(videos=str(still))})
+    methods = Evaluation(both, tmp_path / "out").run()["methods"]
+    difference = methods["still"]["differences"]["camera"]["error_all_points"]
+    assert (difference["n"], difference["mean"]) == (1, pytest.approx(errors["still"][1] - errors["exact"][1]))
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| difference to exact | task | error, px at 384x256 |" in table
     assert "\n| still | camera | +" in table

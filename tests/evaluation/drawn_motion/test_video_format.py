@@ -1,6 +1,7 @@
 """Requests and videos in formats of other methods: sizes, lengths, frames, and the files that are handed out."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from imageconductor import config as config_file
 from imageconductor.commands.evaluate import main
 from imageconductor.conditioning import Trajectories, cover_crop, load_image
 from imageconductor.data.trackers import LucasKanadeTracker
-from imageconductor.evaluation.drawn_motion.config import EvaluateConfig, Method
+from imageconductor.evaluation.drawn_motion.config import EvaluateConfig, Method, Task
 from imageconductor.evaluation.drawn_motion.protocol import Evaluation
 from imageconductor.evaluation.drawn_motion.report import format_markdown
 from imageconductor.evaluation.drawn_motion.requests import Request, build_requests
@@ -147,6 +148,7 @@ def answer(requests: Path, videos: Path, share: float = 1) -> Path:
     return videos
 
 
+@pytest.mark.slow
 def test_methods_of_other_formats_are_judged_in_their_own_frame(images, tmp_path, capsys):
     methods = "methods={" + f"ours: {{videos: {tmp_path / 'ours'}}}, half: {DRAGNUWA % (tmp_path / 'half')}" + "}"
     settings = [methods, f"images={images}", "camera_presets=[pan-left]", "object_presets=[line-up]", "seed=7"]
@@ -188,13 +190,27 @@ def test_requests_of_a_model_that_is_not_there_yet(images, tmp_path, capsys):
     assert (tmp_path / "requests" / "later" / "camera" / "requests.json").is_file()
 
 
-def test_another_request_is_measured_again(images, tmp_path):
-    """Scores are of a video and of what it was asked for."""
-    first, stronger = (
-        build_requests(EvaluateConfig(model="m", images=str(images), strength=strength), "camera", (96, 64), 8)[0]
-        for strength in (1.0, 1.1)
-    )
-    assert first.sha256 != stronger.sha256
+def test_another_request_is_measured_again(images, write_videos, tmp_path):
+    """Scores are of a video and of what it was asked for: here a still video, which lacks all of the motion."""
+    shutil.copytree(images, tmp_path / "images")
+    settings = {"images": str(tmp_path / "images"), "object_presets": ["line-up"], "size": (96, 64), "num_frames": 8}
+    config = EvaluateConfig(videos=str(tmp_path / "still"), tasks={"object": Task()}, device="cpu", **settings)
+    write_videos(tmp_path / "still", config, lambda request: np.repeat(request.image[None], 8, axis=0))
+    path = tmp_path / "out" / "scores" / "still" / "object" / "a_line-up.json"
+
+    def measure_again(changed):
+        Evaluation(changed, tmp_path / "out").run()
+        return json.loads(path.read_text())["error"], path.stat().st_mtime_ns
+
+    (error, made), kept = measure_again(config), measure_again(config)
+    assert kept == (error, made)
+    stronger = replace(config, strength=1.1)
+    another, remade = measure_again(stronger)
+    assert another == pytest.approx(1.1 * error, rel=0.02)
+    described = tmp_path / "images" / "a.json"
+    described.write_text(described.read_text().replace("Wellen", "Boote"))
+    assert measure_again(stronger)[1] > remade
+    first = build_requests(config, "object", (96, 64), 8)[0]
     assert first.sha256 == replace(first, seed=9).sha256, "a seed changes the video, not how it is judged"
 
 

@@ -208,16 +208,31 @@ def test_fid_of_the_full_network_is_the_formula_over_its_features(tmp_path):
 
 
 def test_inception_has_the_published_size_and_loads_its_own_weights(tmp_path):
+    """Beside torchvision's it has the resizing of pytorch-fid, and other pools in the blocks."""
     torch.manual_seed(0)
     network = Inception()
     # torchvision's Inception-v3 without its auxiliary head has 23,834,568 parameters; eight classes more here.
     assert sum(p.numel() for p in network.parameters()) == 23_834_568 + 8 * 2049
     torch.save(network.state_dict(), tmp_path / "inception.pth")
     loaded = Inception.load(tmp_path / "inception.pth")
-    images = torch.rand(2, 3, 40, 60)
+    images, read = torch.rand(2, 3, 40, 60), {}
+    blocks = {name: block for name, block in loaded.named_children() if hasattr(block, "branch_pool")}
+    pools = {f"{name} pool": block.branch_pool for name, block in blocks.items()}
+    for name, layer in {"first": loaded.Conv2d_1a_3x3, **blocks, **pools}.items():
+        layer.register_forward_pre_hook(lambda _, given, name=name: read.update({name: given[0]}))
     with torch.no_grad():
-        assert loaded(images).shape == (2, 2048)
-        assert torch.equal(loaded(images), network.eval()(images))
+        features = loaded(images)
+        assert features.shape == (2, 2048)
+        assert torch.equal(features, network.eval()(images))
+    resized = nn.functional.interpolate(images, (299, 299), mode="bilinear", align_corners=False, antialias=False)
+    torch.testing.assert_close(read["first"], resized * 2 - 1)
+    assert len(blocks) == 9
+    for name in blocks:
+        x = read[name]
+        sums, counts = (nn.functional.avg_pool2d(y, 3, 1, 1, divisor_override=1) for y in (x, torch.ones_like(x)))
+        average, largest = sums / counts, nn.functional.max_pool2d(x, 3, 1, 1)
+        torch.testing.assert_close(read[f"{name} pool"], largest if name == "Mixed_7c" else average, atol=0, rtol=1e-4)
+        assert not torch.allclose(average, largest, atol=0, rtol=1e-2), name
     torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth does not hold pytorch-fid's Inception weights"):
         Inception.load(tmp_path / "other.pth")
