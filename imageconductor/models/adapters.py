@@ -151,8 +151,9 @@ def activate(network: nn.Module, *names: str) -> None:
     Raises:
         ValueError: An adapter is not attached.
     """
-    chosen, layers = [_plain_name(name) for name in names], list(_lora_layers(network))
-    if missing := sorted(set(chosen).difference(*(layer.lora_A for layer in layers))):  # type: ignore[arg-type]
+    chosen = [_plain_name(name) for name in names]
+    layers: list[Any] = list(_lora_layers(network))
+    if missing := sorted(set(chosen).difference(*(layer.lora_A for layer in layers))):
         raise ValueError(f"the model has no {' and no '.join(missing)} LoRA")
     flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
     for layer in layers:
@@ -178,7 +179,8 @@ def active(network: nn.Module, *names: str) -> Iterator[None]:
 def frozen(network: nn.Module, *names: str) -> Iterator[None]:
     """Inside the block these adapters do not learn, whether or not they act; afterwards as before."""
     plain = [_plain_name(name) for name in names]
-    sides: Any = (side for layer in _lora_layers(network) for side in (layer.lora_A, layer.lora_B))
+    layers: Any = _lora_layers(network)
+    sides = (side for layer in layers for side in (layer.lora_A, layer.lora_B))
     parameters = [p for side in sides for name in plain if name in side for p in side[name].parameters()]
     before = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:
