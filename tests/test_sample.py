@@ -81,7 +81,7 @@ def test_a_spline_is_in_pixels_of_the_picture_or_of_the_size_given(tiny_model, i
     caplog.clear()
     ends = prepare(replace(job, trajectories_size="120x80")).trajectories.points[0, [0, -1]].tolist()
     assert np.allclose(ends, [[30.5 * 0.4 - 8.5, 20.5 * 0.4 - 0.5], [40.5 * 0.4 - 8.5, 20.5 * 0.4 - 0.5]])
-    assert not caplog.text
+    assert "no frame size" not in caplog.text
 
 
 def test_a_run_with_another_tools_tracks_repeats(tiny_model, image, tmp_path):
@@ -189,7 +189,7 @@ def test_a_track_that_the_crop_leaves_out_is_told(tiny_model, tmp_path, caplog):
         path.write_text(json.dumps({"width": 256, "height": 64, "tracks": tracks, "camera": {"pan": [0.1, 0]}}))
         caplog.clear()
         prepare(job)
-        assert [record.getMessage().removeprefix(f"{path}: ") for record in caplog.records] == [said] * (
+        assert [text.removeprefix(f"{path}: ") for text in caplog.messages if text.startswith(str(path))] == [said] * (
             said is not None
         )
     path.write_text(json.dumps({"width": 256, "height": 64, "tracks": [lost]}))
