@@ -237,7 +237,7 @@ def test_the_command_says_what_it_chose_and_what_it_crops(tiny_model, image, tmp
     Image.new("RGB", (33, 32)).save(image)
     assert sample.main([*command, str(tmp_path / "a"), "--model", str(tiny_model)]) == 0
     said = capsys.readouterr().err
-    assert "control: object; another is --control camera" in said
+    assert "control: object; --control says another" in said
     assert "sprite world" not in said
     assert not caplog.records
     Image.new("RGB", (36, 90)).save(image)

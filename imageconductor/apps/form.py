@@ -93,7 +93,8 @@ class Form:
 def read_defaults(base: SampleJob) -> SamplingDefaults:
     """The defaults of a job's model, with which the page begins, of the job's own size where it states one."""
     defaults = SamplingDefaults(**read_sampling_defaults(locate_model(base.model)))
-    return replace(defaults, width=base.width or defaults.width, height=base.height or defaults.height)
+    stated = {"width": base.width, "height": base.height}
+    return replace(defaults, **{side: pixels for side, pixels in stated.items() if pixels is not None})
 
 
 def list_gates(model: str) -> list[str]:

@@ -15,6 +15,7 @@ from imageconductor.sampling.job_files import change_job, load_job, write
 
 DEFAULT_CONFIG = Path("configs/sample/sprites.yaml")
 _SHOWS = {"image", "prompt", "motion_lora", "appearance_lora"}  # options that replace the default image
+_DRAWS = {"trajectories", "motion_from"}  # options that leave open what moves
 
 _LESS_MEMORY = (
     "--decode-chunk-size 1, --vae-tiling, fewer videos (--num-videos), a smaller --width and --height, and on a GPU "
@@ -60,8 +61,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"model: {inputs.job.model}", file=sys.stderr)  # of the package, or downloaded
         if "image" in args and job.model == SampleJob.model:
             print(f"{job.model} has seen the sprite world alone; for photos give --model FOLDER", file=sys.stderr)
-        if job.control is None and job.preset is None and inputs.trajectories.num_tracks and job.mix is None:
-            print(f"control: {inputs.job.control}; another is --control camera, object or mixed", file=sys.stderr)
+        if not _DRAWS.isdisjoint(args) and job.control is None and job.mix is None:
+            print(f"control: {inputs.job.control}; --control says another", file=sys.stderr)
         with atomic_folder(output) as folder:  # opened first, so that a place that cannot be written costs no video
             videos = render(load_pipeline(inputs.job), [inputs])[0]
             write(inputs, videos, folder)

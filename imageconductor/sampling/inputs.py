@@ -136,10 +136,7 @@ def check_inputs(
     windows = split_frames(num_frames, choose_window(window_frames, defaults.num_frames, most), window_overlap)
     check_video_shape((width, height), len(windows[0]), pipe.vae_scale_factor, most)
     drawn = [] if trajectories is None else _as_list(trajectories)
-    if control is None:
-        said = {suitable_control(one, defaults.control) for one in drawn}
-        control = said.pop() if len(said) == 1 else defaults.control
-    control = parse_control(control)
+    control = parse_control(_given(control, _stated_control(drawn, defaults.control)))
     if pipe.motion_controlnet is None and (drawn or image is not None):
         raise ValueError("image and trajectories need ControlNets, and this is a text-to-video model, which has none")
     scale = _given(guidance_scale, defaults.guidance_scale)
@@ -341,6 +338,12 @@ def _check_adapters(pipe: Any, controls: Iterable[Control]) -> None:
         if missing := set(ADAPTERS[control]) - attached:
             names = describe_adapters(missing)
             raise ValueError(f"control {control.value!r} needs the {names}, which this model does not have")
+
+
+def _stated_control(drawn: Sequence[Trajectories], default: str) -> str:
+    """What all trajectories say that they move; the default where they say nothing or differ."""
+    said = {suitable_control(one, default) for one in drawn}
+    return said.pop() if len(said) == 1 else default
 
 
 def _place_drawn(

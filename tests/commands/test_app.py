@@ -41,6 +41,7 @@ def test_a_port_that_is_taken_is_the_machines_fault(capsys):
         (["--port", "99999"], "from 1 to 65535"),
         (["--host", "no such host"], "is no address of this machine"),
         (["--queue-size", "-1"], "waiting must be at least 0"),
+        (["--width", "0"], "width must be at least 1, got 0"),
         (["--width", "130"], "must be multiples of 8, got 130 x 128"),
         (["--offload", "model", "--device", "cpu"], "offload"),
     ],
